@@ -1,0 +1,72 @@
+# From a fresh clone with nothing but Python 3.10+: `make demo` shows the tool at work, `make test` proves it.
+
+PYTHON ?= python3
+JOBS ?= 2
+
+# What `make bench` measures; kept in build/ for the next time.
+STAGE ?= 3
+PARAMS ?= 1.5e9
+RANKS ?= 8
+BENCH := build/bench-zero$(STAGE)-$(PARAMS)-$(RANKS)ranks
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# pip reads these also while it builds a package from source, where -c does not reach.
+PIP := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
+	$(BIN)/python -m pip
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint fix bench clean distclean
+
+help:
+	@echo "make demo       convert the shipped ZeRO-3 checkpoint, load the result, generate from it"
+	@echo "make test       run the whole test suite (JOBS=$(JOBS) processes)"
+	@echo "make lint       ruff and mypy"
+	@echo "make fix        let ruff repair and format what it can"
+	@echo "make bench      time ckpt-tools, zero_to_fp32.py and cp on a checkpoint of PARAMS=$(PARAMS) parameters"
+	@echo "make venv       install the pinned dependencies into $(VENV) (the others do it when needed)"
+	@echo "make clean      remove what demo, test, lint and bench left"
+	@echo "make distclean  remove $(VENV) too"
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("ckpt-tools needs Python 3.10 or newer; " \
+		"this is " + sys.version.split()[0] + ". Name another one: make PYTHON=python3.12 ...")'
+	@echo "Installing pinned dependencies into $(VENV) (a minute or more; PyTorch is the largest) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install -qq --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+	@echo "Installed: $$($(BIN)/python --version), $$($(PIP) list --format=freeze | wc -l) packages."
+
+demo: $(STAMP)
+	@$(BIN)/python demo/run.py
+
+test: $(STAMP)
+	@$(BIN)/python -m pytest -q -n $(JOBS)
+
+lint: $(STAMP)
+	@$(BIN)/ruff check --quiet && echo "ruff check: ok"
+	@$(BIN)/ruff format --check --quiet && echo "ruff format: ok"
+	@$(BIN)/mypy
+
+fix: $(STAMP)
+	@$(BIN)/ruff check --fix --quiet || true
+	@$(BIN)/ruff format
+
+bench: $(STAMP)
+	@$(MAKE) --no-print-directory $(BENCH)/benchmark.json
+	@$(BIN)/python benchmarks/compare.py $(BENCH)
+
+$(BENCH)/benchmark.json:
+	@rm -rf $(BENCH) && mkdir -p build
+	@$(BIN)/python benchmarks/make_zero.py $(BENCH) --stage $(STAGE) --params $(PARAMS) --ranks $(RANKS)
+
+clean:
+	@rm -rf demo-output build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean
+	@rm -rf $(VENV)

@@ -1,0 +1,100 @@
+"""What an output file is made of, and how JSON is read and written.
+
+Owns the two kinds of file the package hands on (bytes to write, or a file to copy byte for byte)
+and the one reader and one writer of JSON. It must not know what any file means: configs, tokenizers
+and generation configs are understood elsewhere. Nothing here writes to disk.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ckpt_tools.errors import DamagedCheckpoint
+
+
+@dataclass(frozen=True)
+class AssetFile:
+    """One file of the output directory that is not tensors.
+
+    Attributes:
+        name: path inside the output directory, with forward slashes.
+        content: the bytes to write, or None when ``source`` is set.
+        source: the file to copy byte for byte, or None when ``content`` is set.
+
+    Raises:
+        ValueError: both or neither of ``content`` and ``source`` are set.
+    """
+
+    name: str
+    content: bytes | None = None
+    source: Path | None = None
+
+    def __post_init__(self) -> None:
+        if (self.content is None) == (self.source is None):
+            raise ValueError(f"{self.name}: exactly one of content and source must be set")
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the file in bytes.
+
+        Raises:
+            OSError: ``source`` is gone.
+        """
+        if self.content is not None:
+            return len(self.content)
+        return self.source.stat().st_size if self.source is not None else 0
+
+    def read(self) -> bytes:
+        """The bytes that the output file will hold.
+
+        Raises:
+            OSError: ``source`` is gone.
+        """
+        if self.content is not None:
+            return self.content
+        return self.source.read_bytes() if self.source is not None else b""
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        DamagedCheckpoint: the file cannot be read, or is not JSON.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise DamagedCheckpoint(
+            f"cannot be read ({error.strerror})", path=path, hint="check the file's permissions"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise DamagedCheckpoint(
+            f"is not valid JSON ({error})",
+            path=path,
+            hint="restore the file from where the model came from, or pass another directory",
+        ) from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        DamagedCheckpoint: the file cannot be read, is not JSON, or holds no object.
+    """
+    data = read_json(path)
+    if not isinstance(data, dict):
+        raise DamagedCheckpoint(
+            f"holds a JSON {type(data).__name__} where an object was expected",
+            path=path,
+            hint="restore the file from where the model came from, or pass another directory",
+        )
+    return data
+
+
+def json_bytes(data: Mapping[str, Any]) -> bytes:
+    """JSON as transformers writes its configs: sorted keys, two spaces, one newline at the end."""
+    return (json.dumps(data, indent=2, sort_keys=True) + "\n").encode()

@@ -1,0 +1,101 @@
+"""One table of dtypes: our name, safetensors' name, bytes per element, floating or not.
+
+Importing this module does not import torch: metadata work (``inspect``, planning) needs only names and
+sizes. ``DType.torch`` crosses over where bytes are really touched. It knows nothing of files or tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DType:
+    """An element type.
+
+    Compares equal to itself and to the ``torch.dtype`` of the same name, so that
+    ``entry.dtype == torch.bfloat16`` says what it seems to say.
+
+    Attributes:
+        name: torch's name without the ``torch.`` prefix, such as ``bfloat16``.
+        safetensors: the name in a safetensors header, such as ``BF16``.
+        itemsize: bytes per element.
+        is_floating: whether casts apply; integer and boolean tensors are never cast.
+    """
+
+    name: str
+    safetensors: str
+    itemsize: int
+    is_floating: bool
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, DType):
+            return self.name == other.name
+        return str(other) == f"torch.{self.name}"
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def torch(self) -> torch.dtype:
+        """The ``torch.dtype`` of the same name (imports torch)."""
+        import torch
+
+        dtype = getattr(torch, self.name)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
+
+FLOAT64 = DType("float64", "F64", 8, True)
+FLOAT32 = DType("float32", "F32", 4, True)
+FLOAT16 = DType("float16", "F16", 2, True)
+BFLOAT16 = DType("bfloat16", "BF16", 2, True)
+
+ALL = (
+    FLOAT64,
+    FLOAT32,
+    FLOAT16,
+    BFLOAT16,
+    DType("float8_e4m3fn", "F8_E4M3", 1, True),
+    DType("float8_e5m2", "F8_E5M2", 1, True),
+    DType("float8_e8m0fnu", "F8_E8M0", 1, True),
+    DType("complex64", "C64", 8, False),
+    DType("int64", "I64", 8, False),
+    DType("int32", "I32", 4, False),
+    DType("int16", "I16", 2, False),
+    DType("int8", "I8", 1, False),
+    DType("uint8", "U8", 1, False),
+    DType("uint16", "U16", 2, False),
+    DType("uint32", "U32", 4, False),
+    DType("uint64", "U64", 8, False),
+    DType("bool", "BOOL", 1, False),
+)
+
+BY_NAME = {dtype.name: dtype for dtype in ALL}
+BY_SAFETENSORS_NAME = {dtype.safetensors: dtype for dtype in ALL}
+
+# Names of torch's typed storage classes, as they stand in pickles.
+BY_STORAGE_CLASS = {
+    "DoubleStorage": BY_NAME["float64"],
+    "FloatStorage": BY_NAME["float32"],
+    "HalfStorage": BY_NAME["float16"],
+    "BFloat16Storage": BY_NAME["bfloat16"],
+    "LongStorage": BY_NAME["int64"],
+    "IntStorage": BY_NAME["int32"],
+    "ShortStorage": BY_NAME["int16"],
+    "CharStorage": BY_NAME["int8"],
+    "ByteStorage": BY_NAME["uint8"],
+    "BoolStorage": BY_NAME["bool"],
+    "ComplexFloatStorage": BY_NAME["complex64"],
+    "UntypedStorage": BY_NAME["uint8"],
+}
+
+# What people type on the command line.
+BY_SHORT_NAME = {"fp32": FLOAT32, "bf16": BFLOAT16, "fp16": FLOAT16}

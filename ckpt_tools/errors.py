@@ -1,0 +1,128 @@
+"""One tree of errors: every failure that ckpt-tools foresees, whose fault it is, and its exit status.
+
+    CkptError                      1   anything below
+    ├── UsageError                 2   the request cannot be carried out as typed
+    │   ├── AmbiguousCheckpoint    2   several checkpoints fit the path; the choices are listed
+    │   ├── OutputExists           2   the output is there already and --overwrite was not given
+    │   └── MissingAsset           2   a config, tokenizer or token that the output needs was not found
+    ├── NotACheckpoint             3   nothing under the path is a checkpoint
+    ├── DamagedCheckpoint          4   missing, truncated, mixed or contradictory files
+    │   └── UnsafePickle           4   reading on would need code from the checkpoint
+    ├── UnsupportedLayout          5   a layout that is recognised but cannot be read
+    └── OutputFailed               6   the output could not be written: disk full, permission, I/O error
+
+``except CkptError`` catches all of ours and none of anybody else's. Each error says what is wrong, in
+which file, and what to do next; the fields let a program act on them. This module knows nothing of
+checkpoints, tensors or the command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+
+class CkptError(Exception):
+    """A failure that ckpt-tools foresees.
+
+    Attributes:
+        fact: what is wrong, one sentence without a full stop.
+        path: the file or directory it was found in, if there is one.
+        tensor: the tensor it concerns, if there is one.
+        hint: the next step for the person who reads it.
+        exit_code: exit status of the command line for this kind of error.
+    """
+
+    exit_code = 1
+
+    def __init__(
+        self,
+        fact: str,
+        *,
+        path: str | Path | None = None,
+        tensor: str | None = None,
+        hint: str | None = None,
+    ) -> None:
+        self.fact = fact
+        self.path = Path(path) if path is not None else None
+        self.tensor = tensor
+        self.hint = hint
+        super().__init__(fact)
+
+    def __str__(self) -> str:
+        where = f"{self.path}: " if self.path is not None else ""
+        what = f"{self.tensor}: " if self.tensor is not None else ""
+        hint = f"\n{self.hint}" if self.hint else ""
+        return f"{where}{what}{self.fact}{hint}"
+
+
+class UsageError(CkptError):
+    """The request cannot be carried out as typed."""
+
+    exit_code = 2
+
+
+class AmbiguousCheckpoint(UsageError):
+    """Several checkpoints fit the path.
+
+    Attributes:
+        choices: what the caller can name instead.
+    """
+
+    def __init__(
+        self, fact: str, *, choices: Sequence[str], path: Path, hint: str | None = None
+    ) -> None:
+        self.choices = tuple(choices)
+        super().__init__(fact, path=path, hint=hint)
+
+
+class OutputExists(UsageError):
+    """The output path is taken and was not to be replaced."""
+
+
+class MissingAsset(UsageError):
+    """A config, tokenizer or token that the output needs was not found."""
+
+
+class NotACheckpoint(CkptError):
+    """Nothing under the path is a checkpoint."""
+
+    exit_code = 3
+
+
+class DamagedCheckpoint(CkptError):
+    """Files of the checkpoint are missing, truncated, mixed or contradict each other.
+
+    Attributes:
+        missing: the names of files that should be there and are not.
+    """
+
+    exit_code = 4
+
+    def __init__(
+        self,
+        fact: str,
+        *,
+        path: str | Path | None = None,
+        tensor: str | None = None,
+        hint: str | None = None,
+        missing: Sequence[str] = (),
+    ) -> None:
+        self.missing = tuple(missing)
+        super().__init__(fact, path=path, tensor=tensor, hint=hint)
+
+
+class UnsafePickle(DamagedCheckpoint):
+    """Something that must be read is built by code that is not on the allow-list."""
+
+
+class UnsupportedLayout(CkptError):
+    """A layout that is recognised but cannot be read."""
+
+    exit_code = 5
+
+
+class OutputFailed(CkptError):
+    """The output could not be written."""
+
+    exit_code = 6

@@ -1,0 +1,207 @@
+"""Lays out the output: tensors to files, files to bytes, bytes to blocks of work. Pure arithmetic, no I/O.
+
+The files are exactly those that ``save_pretrained`` and ``safetensors.torch.save_file`` write for the same
+tensors: the same shards, names, order within a file, header and index. A block is a run of consecutive
+bytes of one file, so blocks can be written by anyone in any order; their borders depend on the plan
+alone, never on the number of workers.
+
+Sources: ``huggingface_hub.serialization`` (shards), ``safetensors/src/tensor.rs`` (order, header),
+``transformers/modeling_utils.py`` (index).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from huggingface_hub import split_state_dict_into_shards_factory
+
+from ckpt_tools.catalogue import Tensor
+from ckpt_tools.dtypes import DType
+from ckpt_tools.errors import UsageError
+from ckpt_tools.gather import Slice
+
+INDEX_SUFFIX = ".index.json"
+_BLOCK_BYTES = 4 << 20
+_MAX_BLOCK_BYTES = 64 << 20
+# With many ranks a block holds a piece of each; below this size of piece disks do seeks, not reads.
+_WORTHWHILE_READ = 128 << 10
+
+# The order in which safetensors lays out dtypes within a file, by descending alignment.
+_LAYOUT_ORDER = (
+    "U64 I64 F64 C64 F32 U32 I32 BF16 F16 U16 I16 F8_E8M0 F8_E4M3 F8_E5M2 I8 U8 BOOL".split()
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A tensor's place in an output file: ``nbytes`` from byte ``offset`` on."""
+
+    name: str
+    tensor: Tensor
+    offset: int
+
+    @property
+    def end(self) -> int:
+        """The byte after its last."""
+        return self.offset + self.tensor.nbytes
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """One safetensors file.
+
+    Attributes:
+        name: file name.
+        header: its first bytes, length prefix included.
+        slots: its tensors in the order in which they lie.
+    """
+
+    name: str
+    header: bytes
+    slots: tuple[Slot, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole file."""
+        return self.slots[-1].end if self.slots else len(self.header)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A run of consecutive bytes of one file, and the slices of tensors that fill it."""
+
+    file: int
+    offset: int
+    nbytes: int
+    slices: tuple[Slice, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that will be written, byte for byte placed.
+
+    Attributes:
+        files: the weight files.
+        index: name and content of the index, where there is more than one file.
+    """
+
+    files: tuple[PlannedFile, ...]
+    index: tuple[str, bytes] | None
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name."""
+        return {slot.name: slot.tensor for file in self.files for slot in file.slots}
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of tensor data, headers not counted."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weight files and the index."""
+        return sum(file.size for file in self.files) + (len(self.index[1]) if self.index else 0)
+
+    @cached_property
+    def block_bytes(self) -> int:
+        """Upper bound of a block's bytes; larger where tensors come from many ranks."""
+        pieces = max((tensor.pieces for tensor in self.tensors.values()), default=1)
+        return min(max(_BLOCK_BYTES, pieces * _WORTHWHILE_READ), _MAX_BLOCK_BYTES)
+
+    def blocks(self) -> Iterator[Block]:
+        """The work, in the order in which the bytes lie."""
+        for index, file in enumerate(self.files):
+            yield from _file_blocks(index, file, self.block_bytes)
+
+
+def plan(
+    tensors: Mapping[str, Tensor],
+    *,
+    max_shard_size: int | str = "5GB",
+    stem: str = "model",
+) -> Plan:
+    """Lay out ``tensors``, in their order, as safetensors files.
+
+    Args:
+        tensors: what to write, by name.
+        max_shard_size: bytes, or a number with a decimal unit (``5GB``).
+        stem: file name without its suffix (``model``, ``adapter_model``).
+
+    Raises:
+        UsageError: the size cannot be read or is not positive.
+    """
+    try:
+        split = split_state_dict_into_shards_factory(
+            dict(tensors),
+            get_storage_size=lambda tensor: tensor.nbytes,
+            filename_pattern=f"{stem}{{suffix}}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+    except ValueError as error:
+        raise UsageError(
+            f"{max_shard_size!r} is not a size ({error})", hint="Write it as 5GB or 500MB."
+        ) from error
+    files = tuple(
+        _planned_file(name, {key: tensors[key] for key in keys})
+        for name, keys in split.filename_to_tensors.items()
+    )
+    if len(files) < 2:
+        return Plan(files or (_planned_file(f"{stem}.safetensors", {}),), None)
+    numel = sum(tensor.numel for tensor in tensors.values())
+    index = {
+        "metadata": {"total_parameters": numel, **split.metadata},
+        "weight_map": split.tensor_to_filename,
+    }
+    content = json.dumps(index, indent=2, sort_keys=True) + "\n"
+    return Plan(files, (f"{stem}.safetensors{INDEX_SUFFIX}", content.encode()))
+
+
+def _planned_file(name: str, tensors: Mapping[str, Tensor]) -> PlannedFile:
+    ordered = sorted(tensors, key=lambda key: (_LAYOUT_ORDER.index(_code(tensors[key].dtype)), key))
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for key in ordered:
+        tensor = tensors[key]
+        end = position + tensor.nbytes
+        entries[key] = {
+            "dtype": tensor.dtype.safetensors,
+            "shape": list(tensor.shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    slots, offset = [], len(header)
+    for key in ordered:
+        slots.append(Slot(key, tensors[key], offset))
+        offset += tensors[key].nbytes
+    return PlannedFile(name, header, tuple(slots))
+
+
+def _code(dtype: DType) -> str:
+    return dtype.safetensors
+
+
+def _file_blocks(index: int, file: PlannedFile, limit: int) -> Iterator[Block]:
+    start = len(file.header)
+    slices: list[Slice] = []
+    room = limit
+    for slot in file.slots:
+        itemsize, done = slot.tensor.dtype.itemsize, 0
+        while done < slot.tensor.numel:
+            count = min(slot.tensor.numel - done, room // itemsize)
+            if count:
+                at = slot.offset + done * itemsize - start
+                slices.append(Slice(slot.tensor, done, done + count, at))
+                done += count
+                room -= count * itemsize
+            if done < slot.tensor.numel or room < itemsize:
+                yield Block(index, start, limit - room, tuple(slices))
+                start, slices, room = start + limit - room, [], limit
+    if slices:
+        yield Block(index, start, limit - room, tuple(slices))

@@ -1,0 +1,185 @@
+"""All or nothing: an output directory appears complete, or not at all.
+
+Owns the partial directory beside the output, the syncing of what is not tensor data, and the one rename
+that publishes. An existing output is exchanged with the new one in a single step where the file system
+can do that, and only then removed. Knows nothing of what the files are.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from ckpt_tools.errors import OutputExists, OutputFailed, UsageError
+
+_RENAME_EXCHANGE = 2
+_AT_FDCWD = -100
+
+
+def check_target(target: Path, sources: Sequence[Path], *, overwrite: bool) -> None:
+    """Refuse an output that would destroy something.
+
+    Raises:
+        OutputExists: it exists, is not an empty directory, and ``overwrite`` was not given.
+        UsageError: it holds one of ``sources``, or is no directory.
+    """
+    resolved = target.resolve()
+    for source in sources:
+        if source.resolve().is_relative_to(resolved) and target.exists():
+            raise UsageError(
+                f"replacing it would delete the input {source}",
+                path=target,
+                hint="Name another output; inputs are never changed or deleted.",
+            )
+    if target.is_symlink() and not target.exists():
+        raise UsageError("it is a link that leads nowhere", path=target)
+    if target.exists() and not target.is_dir():
+        raise OutputExists("it exists and is not a directory", path=target)
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise OutputExists(
+            "the output exists already",
+            path=target,
+            hint="Name another one, or pass --overwrite: it is replaced once the new one is complete.",
+        )
+
+
+def leftovers(target: Path) -> list[Path]:
+    """Partial directories that runs to the same output left when they were killed."""
+    final = _final(target)
+    if not final.parent.is_dir():
+        return []
+    return sorted(final.parent.glob(f"{_escaped(final.name)}.partial-*"))
+
+
+def check_room(target: Path, nbytes: int) -> None:
+    """Raise OutputFailed if the disk of ``target`` has less than ``nbytes`` left."""
+    parent = _final(target).parent
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < nbytes:
+        raise OutputFailed(
+            f"the output needs {nbytes / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB left",
+            path=target,
+            hint="Free some room, or name an output on another disk.",
+        )
+
+
+@contextmanager
+def partial_directory(target: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A new sibling directory that becomes ``target`` when the block ends without an error.
+
+    When it ends with one, what was made is removed, and nothing else. Everything in the directory,
+    and the directory, is on disk before the rename.
+
+    Raises:
+        OutputFailed: it cannot be made, synced or renamed.
+        OutputExists: ``target`` appeared in the meantime and ``overwrite`` was not given.
+    """
+    final = _final(target)
+    partial = final.with_name(f"{final.name}.partial-{secrets.token_hex(4)}")
+    made = _make_parents(final.parent)
+    try:
+        partial.mkdir()
+    except OSError as error:
+        _remove_empty(made)
+        raise OutputFailed(
+            f"cannot be made ({error.strerror})", path=partial, hint="Check the permissions."
+        ) from error
+    try:
+        yield partial
+        try:
+            _sync_tree(partial)
+            _publish(partial, final, overwrite=overwrite)
+            _sync_directory(final.parent)
+        except OSError as error:
+            raise OutputFailed(f"cannot be put in place ({error.strerror})", path=target) from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        _remove_empty(made)
+        raise
+
+
+def _final(target: Path) -> Path:
+    """Where the directory is to be: behind links, so that a link stays one."""
+    return target.resolve()
+
+
+def _escaped(name: str) -> str:
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+
+
+def _make_parents(parent: Path) -> list[Path]:
+    missing = [p for p in (parent, *parent.parents) if not p.exists()]
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        _remove_empty(missing)
+        raise OutputFailed(f"cannot be made ({error.strerror})", path=parent) from error
+    return missing
+
+
+def _remove_empty(directories: Sequence[Path]) -> None:
+    for directory in directories:
+        try:
+            directory.rmdir()
+        except OSError:
+            return
+
+
+def _publish(partial: Path, final: Path, *, overwrite: bool) -> None:
+    try:
+        os.rename(partial, final)  # also takes the place of an empty directory
+        return
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+    if not overwrite:
+        raise OutputExists("it appeared while the output was written", path=final)
+    if not _exchange(partial, final):
+        # Without an exchange there is a moment with no output; the old one keeps its bytes.
+        old = final.with_name(f"{final.name}.replaced-{secrets.token_hex(4)}")
+        os.rename(final, old)
+        os.rename(partial, final)
+        partial = old
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two directories in one step; False where the system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    arguments = (_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE)
+    if renameat2(*arguments) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code), str(b))
+
+
+def _sync_tree(directory: Path) -> None:
+    for root, _, names in os.walk(directory):
+        for name in names:
+            _sync_file(Path(root, name))
+        _sync_directory(Path(root))
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,96 @@
+"""Readers: one module a format on disk, each turning metadata into a :class:`~ckpt_tools.checkpoint.Checkpoint`.
+
+A reader is a module of this package with ``NAME``, ``find(path, tag)`` and ``read(location)``; being here
+is all the registration there is. Readers never see transforms, plans or each other's formats.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from functools import lru_cache
+from importlib import import_module
+from pathlib import Path
+from typing import Protocol, cast
+
+from ckpt_tools.checkpoint import Checkpoint, Location
+from ckpt_tools.errors import AmbiguousCheckpoint, NotACheckpoint, UsageError
+
+
+class Reader(Protocol):
+    """What a module of this package must offer to be a reader."""
+
+    NAME: str
+
+    def find(self, path: Path, tag: str | None = None) -> list[Location]:
+        """The checkpoints of this format that ``path`` means."""
+
+    def read(self, location: Location) -> Checkpoint:
+        """Read one from its metadata."""
+
+
+@lru_cache(maxsize=1)
+def readers() -> dict[str, Reader]:
+    """Every reader of the package by name."""
+    modules = [import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
+    return {m.NAME: cast("Reader", m) for m in modules if hasattr(m, "NAME")}
+
+
+def locate(path: Path, tag: str | None = None) -> Location:
+    """The one checkpoint that ``path`` means.
+
+    Raises:
+        NotACheckpoint: nothing under the path is a checkpoint.
+        AmbiguousCheckpoint: several are; the choices are listed.
+        UsageError: ``tag`` is not there.
+        DamagedCheckpoint: a pointer such as ``latest`` leads nowhere.
+    """
+    if not path.exists():
+        raise NotACheckpoint("no such file or directory", path=path)
+    found = [location for reader in readers().values() for location in reader.find(path, tag)]
+    if not found and path.is_dir():
+        children = sorted(child for child in path.iterdir() if child.is_dir())
+        found = [
+            location
+            for child in children
+            for reader in readers().values()
+            for location in reader.find(child, tag)
+        ]
+        if len(found) > 1:
+            raise _ambiguous(path, [str(location.directory) for location in found], "Name one of them")
+    if not found:
+        raise NotACheckpoint(
+            "nothing here is a checkpoint that can be read",
+            path=path,
+            hint=f"It holds: {_listing(path)}. Name the directory with `latest`, the global_stepN "
+            "directory or the checkpoint-N directory.",
+        )
+    if len(found) > 1:
+        names = [location.name for location in found]
+        raise _ambiguous(path, names, "Pass --tag with one of them")
+    return found[0]
+
+
+def read(location: Location) -> Checkpoint:
+    """Read the checkpoint at ``location`` from metadata alone."""
+    try:
+        reader = readers()[location.format]
+    except KeyError:
+        raise UsageError(f"no reader is called {location.format!r}") from None
+    return reader.read(location)
+
+
+def _ambiguous(path: Path, choices: list[str], advice: str) -> AmbiguousCheckpoint:
+    return AmbiguousCheckpoint(
+        f"{len(choices)} checkpoints lie here",
+        choices=choices,
+        path=path,
+        hint=f"{advice}: {', '.join(choices)}",
+    )
+
+
+def _listing(path: Path) -> str:
+    if not path.is_dir():
+        return path.name
+    names = sorted(entry.name for entry in path.iterdir())
+    shown = ", ".join(names[:8])
+    return f"{shown} and {len(names) - 8} more" if len(names) > 8 else shown or "nothing"

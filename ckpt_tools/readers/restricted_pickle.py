@@ -1,0 +1,258 @@
+"""Reads pickles without running anything that they name.
+
+Owns the allow-list. A pickle builds containers, strings and numbers by itself; everything else goes
+through a *global*, and here a global is one of three things:
+
+* an allowed one, rebuilt by a function of this module (tensors become :class:`TensorRef`, dtypes become
+  our :class:`~ckpt_tools.dtypes.DType`, ``torch.Size`` a tuple);
+* anything else: a fresh, inert class that keeps its arguments and state as data (:class:`Opaque`), so
+  that unknown objects of a user's client state do no harm and DeepSpeed's own small objects can be read
+  as what they are, a name and a few numbers;
+* nothing: no import takes place and no function named by the pickle is ever called.
+
+Callables are made anew for every load, because a pickle can set attributes on what it was handed. This
+module knows nothing of zip files or layouts: where a storage lies is the business of the container.
+
+Source of the allow-list: ``torch/_utils.py`` and ``torch/_weights_only_unpickler.py``.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ckpt_tools.dtypes import BY_NAME, BY_STORAGE_CLASS, DType
+from ckpt_tools.errors import DamagedCheckpoint, UnsafePickle
+
+
+class Opaque:
+    """An object of a class that is not allowed: its name, arguments and state, and no behaviour.
+
+    Attributes:
+        global_name: ``module.qualname`` as the pickle names it.
+        args: the positional arguments it would have been built with.
+        state: what its ``__setstate__`` would have received, or None.
+    """
+
+    global_name: str = "?"
+    args: tuple[Any, ...]
+    state: Any
+
+    def __new__(cls, *args: Any, **_: Any) -> Opaque:
+        self = object.__new__(cls)
+        self.args = args
+        self.state = None
+        return self
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __call__(self, *args: Any, **_: Any) -> Opaque:
+        return Opaque(*args)
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def append(self, item: Any) -> None:
+        """Accept a list item, as pickle does for subclasses of list."""
+
+    def extend(self, items: Any) -> None:
+        """Accept list items, as pickle does for subclasses of list."""
+
+    def add(self, item: Any) -> None:
+        """Accept a set item, as pickle does for subclasses of set."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def __repr__(self) -> str:
+        return f"<{self.global_name}, not run>"
+
+
+class StorageRef(Protocol):
+    """Where a tensor's storage lies; each container brings its own."""
+
+    dtype: DType
+    numel: int
+
+    @property
+    def path(self) -> str:
+        """The file that holds it."""
+
+    @property
+    def data_offset(self) -> int:
+        """First byte of the data in that file."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef:
+    """A tensor in a pickle: which elements of which storage, and no data.
+
+    Attributes:
+        storage: the storage it views.
+        dtype: its element type.
+        storage_offset: first element, counted in elements of ``dtype``.
+        shape: its sizes.
+        stride: its strides, in elements.
+    """
+
+    storage: StorageRef
+    dtype: DType
+    storage_offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether its elements lie in row-major order without gaps."""
+        expected = 1
+        for size, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
+            if size != 1 and stride != expected:
+                return self.numel == 0
+            expected *= size
+        return True
+
+    @property
+    def byte_offset(self) -> int:
+        """Position of the first element in the file.
+
+        Raises:
+            DamagedCheckpoint: the elements do not lie within the storage.
+        """
+        itemsize = self.dtype.itemsize
+        room = self.storage.numel * self.storage.dtype.itemsize
+        last = sum((size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True))
+        end = (self.storage_offset + last + 1) * itemsize if self.numel else 0
+        if self.storage_offset < 0 or min(self.stride, default=0) < 0 or end > room:
+            raise DamagedCheckpoint(
+                "a tensor reaches beyond its storage", path=self.storage.path
+            )
+        return self.storage.data_offset + self.storage_offset * itemsize
+
+
+def _rebuild_tensor(
+    storage: Any, storage_offset: int, size: Any, stride: Any, dtype: DType | None = None
+) -> TensorRef:
+    shape, strides = tuple(size), tuple(stride)
+    ints = (storage_offset, *shape, *strides)
+    if not all(isinstance(n, int) for n in ints) or len(shape) != len(strides):
+        raise pickle.UnpicklingError("a tensor with malformed sizes")
+    if isinstance(storage, Opaque) or min(shape, default=0) < 0:
+        raise pickle.UnpicklingError("a tensor without a storage that can be read")
+    return TensorRef(storage, dtype or storage.dtype, storage_offset, shape, strides)
+
+
+def _rebuild_from_type(func: Callable[..., Any], _type: Any, args: Any, _state: Any) -> Any:
+    return func(*args)
+
+
+def _encode(text: str, encoding: str = "utf-8") -> bytes:
+    return text.encode("latin1" if encoding == "latin1" else "utf-8")
+
+
+def _allowed() -> dict[tuple[str, str], Any]:
+    """The allow-list, its functions made anew so that no pickle can leave a mark on ours."""
+    table: dict[tuple[str, str], Any] = {
+        ("collections", "OrderedDict"): OrderedDict,
+        ("collections", "defaultdict"): lambda *_: defaultdict(),
+        ("collections", "Counter"): lambda *a: Counter(*a),
+        ("builtins", "set"): set,
+        ("builtins", "frozenset"): frozenset,
+        ("builtins", "complex"): complex,
+        ("builtins", "slice"): slice,
+        ("builtins", "range"): range,
+        ("builtins", "bytearray"): lambda *a: bytearray(*a[:1]) if a and _is_bytes(a[0]) else b"",
+        ("_codecs", "encode"): lambda *a: _encode(*a),
+        ("torch", "Size"): lambda *a: tuple(*a),
+        ("torch", "device"): lambda *a: ":".join(map(str, a)),
+        ("torch._utils", "_rebuild_tensor"): lambda *a: _rebuild_tensor(*a[:4]),
+        ("torch._utils", "_rebuild_tensor_v2"): lambda *a: _rebuild_tensor(*a[:4]),
+        ("torch._utils", "_rebuild_tensor_v3"): lambda *a: _rebuild_tensor(*a[:4], a[6]),
+        ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
+        ("torch._utils", "_rebuild_parameter_with_state"): lambda data, *_: data,
+        ("torch._tensor", "_rebuild_from_type_v2"): lambda *a: _rebuild_from_type(*a),
+    }
+    for name, dtype in BY_STORAGE_CLASS.items():
+        table["torch", name] = table["torch.storage", name] = dtype
+    for name, dtype in BY_NAME.items():
+        table["torch", name] = dtype
+    # Python 2 names of the same builtins, written by pickle protocols 0 to 2.
+    for (module, name), value in list(table.items()):
+        if module == "builtins":
+            table["__builtin__", name] = value
+    return table
+
+
+def _is_bytes(value: Any) -> bool:
+    return isinstance(value, bytes | bytearray)
+
+
+class RestrictedUnpickler(pickle.Unpickler):
+    """An unpickler that imports nothing and calls nothing but the functions above."""
+
+    def __init__(
+        self,
+        file: io.BufferedIOBase | io.BytesIO,
+        persistent_load: Callable[[tuple[Any, ...]], Any] | None = None,
+    ) -> None:
+        super().__init__(file, encoding="utf-8")  # type: ignore[arg-type]
+        self._allowed = _allowed()
+        self._opaque: dict[tuple[str, str], type[Opaque]] = {}
+        self._resolve_storage = persistent_load
+
+    def find_class(self, module: str, name: str, /) -> Any:
+        """Answer a global with its allowed stand-in, or with a fresh inert class."""
+        key = (module, name)
+        if key in self._allowed:
+            return self._allowed[key]
+        if key not in self._opaque:
+            body = {"global_name": f"{module}.{name}"}
+            self._opaque[key] = type(name.rpartition(".")[2] or "Opaque", (Opaque,), body)
+        return self._opaque[key]
+
+    def persistent_load(self, pid: Any) -> Any:
+        """Answer a persistent id, which in torch files names a storage."""
+        if self._resolve_storage is None or not isinstance(pid, tuple):
+            raise pickle.UnpicklingError("a reference to a storage outside a torch file")
+        return self._resolve_storage(pid)
+
+
+def unpickle(
+    file: io.BufferedIOBase | io.BytesIO,
+    path: str,
+    persistent_load: Callable[[tuple[Any, ...]], Any] | None = None,
+) -> Any:
+    """Read one pickle from ``file``; ``path`` is named in errors.
+
+    Raises:
+        UnsafePickle: the pickle uses an object in a way that would need its code.
+        DamagedCheckpoint: the pickle is malformed or ends too early.
+    """
+    try:
+        return RestrictedUnpickler(file, persistent_load).load()
+    except DamagedCheckpoint:
+        raise
+    except (EOFError, pickle.UnpicklingError, UnicodeDecodeError) as error:
+        raise DamagedCheckpoint(
+            f"the pickle inside cannot be read ({error or 'it ends too early'})",
+            path=path,
+            hint="The file is truncated or was not written by torch.save; copy it anew.",
+        ) from error
+    except Exception as error:
+        # Whatever a hostile or broken pickle makes the interpreter raise is a fact about the file.
+        raise UnsafePickle(
+            f"the pickle inside cannot be built without running its code "
+            f"({type(error).__name__}: {error})",
+            path=path,
+            hint="Nothing of it was run. If you trust the file, please report its layout.",
+        ) from error

@@ -1,0 +1,233 @@
+"""Files written by ``torch.save``: finds where each storage's bytes lie, reads no tensor data.
+
+Both containers that torch writes are known here: the zip file (each storage one uncompressed record)
+and the legacy stream (pickles, then storages one after the other). The pickle inside is read by
+:mod:`~ckpt_tools.readers.restricted_pickle`; what the objects mean is the business of the format readers.
+
+Source: ``torch/serialization.py`` (``_save``, ``_legacy_save``) and ``caffe2/serialize/inline_container.cc``.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import struct
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ckpt_tools.catalogue import FlatRange, Fragment, Shape, Stored
+from ckpt_tools.dtypes import DType
+from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout
+from ckpt_tools.readers.restricted_pickle import TensorRef, unpickle
+
+_LOCAL_HEADER = struct.Struct("<4s5H3I2H")
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_COPY_ANEW = "The file is truncated or was overwritten; copy it anew from where it was written."
+
+
+@dataclass(slots=True)
+class ZipStorage:
+    """A storage that is a record of a torch zip file."""
+
+    file: TorchFile
+    record: zipfile.ZipInfo
+    dtype: DType
+    numel: int
+    _offset: int = -1
+
+    @property
+    def path(self) -> str:
+        """The file that holds it."""
+        return str(self.file.path)
+
+    @property
+    def data_offset(self) -> int:
+        """First byte of the record's data.
+
+        The central directory says where the record's own header is; only that header says how long
+        it is (torch pads it so that data starts at a multiple of 64).
+        """
+        if self._offset < 0:
+            with self.file.path.open("rb", buffering=0) as stream:
+                stream.seek(self.record.header_offset)
+                header = stream.read(_LOCAL_HEADER.size)
+            if len(header) < _LOCAL_HEADER.size or header[:4] != b"PK\x03\x04":
+                raise DamagedCheckpoint(
+                    f"record {self.record.filename} is not where the directory says",
+                    path=self.path,
+                    hint=_COPY_ANEW,
+                )
+            name_length, extra_length = _LOCAL_HEADER.unpack(header)[-2:]
+            start = self.record.header_offset + _LOCAL_HEADER.size + name_length + extra_length
+            if start + self.record.file_size > self.file.size:
+                raise DamagedCheckpoint(
+                    f"record {self.record.filename} reaches beyond the end of the file",
+                    path=self.path,
+                    hint=_COPY_ANEW,
+                )
+            self._offset = start
+        return self._offset
+
+
+@dataclass(slots=True)
+class StreamStorage:
+    """A storage of a legacy file; its place is known once the whole stream was walked."""
+
+    path: str
+    dtype: DType
+    numel: int
+    data_offset: int = -1
+
+
+class TorchFile:
+    """One file written by ``torch.save``.
+
+    Args:
+        path: the file.
+
+    Attributes:
+        size: bytes in the file.
+        is_zip: False for torch's legacy container.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.size = path.stat().st_size
+            with path.open("rb") as stream:
+                magic = stream.read(4)
+        except OSError as error:
+            raise DamagedCheckpoint(
+                f"cannot be read ({error.strerror})", path=path, hint="Check its permissions."
+            ) from error
+        if not self.size:
+            raise DamagedCheckpoint("the file is empty", path=path, hint=_COPY_ANEW)
+        self.is_zip = magic == b"PK\x03\x04"
+
+    def load(self) -> Any:
+        """The object that was saved, tensors as :class:`TensorRef`.
+
+        Raises:
+            DamagedCheckpoint: truncated, or not a file of ``torch.save``.
+            UnsafePickle: the objects cannot be built without code from the file.
+            UnsupportedLayout: TorchScript archive, big-endian or compressed records.
+        """
+        return self._load_zip() if self.is_zip else self._load_legacy()
+
+    def _load_zip(self) -> Any:
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                records = {info.filename: info for info in archive.infolist()}
+                pickles = [name for name in records if name.endswith("/data.pkl")]
+                if len(pickles) != 1:
+                    raise DamagedCheckpoint(
+                        "a zip file, but not one that torch.save wrote", path=self.path
+                    )
+                root = pickles[0].removesuffix("data.pkl")
+                if f"{root}constants.pkl" in records:
+                    raise UnsupportedLayout("a TorchScript archive, not a checkpoint", path=self.path)
+                order = f"{root}byteorder"
+                if order in records and archive.read(order) != b"little":
+                    raise UnsupportedLayout("written on a big-endian machine", path=self.path)
+                data = archive.read(pickles[0])
+        except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, ValueError) as error:
+            raise DamagedCheckpoint(
+                f"not a complete torch file ({error})", path=self.path, hint=_COPY_ANEW
+            ) from error
+
+        storages: dict[str, ZipStorage] = {}
+
+        def resolve(pid: tuple[Any, ...]) -> ZipStorage:
+            dtype, key, numel = self._storage_id(pid)
+            record = records.get(f"{root}data/{key}")
+            if record is None:
+                raise DamagedCheckpoint(f"storage {key} is missing", path=self.path, hint=_COPY_ANEW)
+            if record.compress_type != zipfile.ZIP_STORED:
+                raise UnsupportedLayout(
+                    "its records are compressed; torch.save never does that",
+                    path=self.path,
+                    hint="Unpack and repack the file without compression.",
+                )
+            if numel * dtype.itemsize > record.file_size:
+                raise DamagedCheckpoint(
+                    f"storage {key} is shorter than it says", path=self.path, hint=_COPY_ANEW
+                )
+            return storages.setdefault(key, ZipStorage(self, record, dtype, numel))
+
+        return unpickle(io.BytesIO(data), str(self.path), resolve)
+
+    def _load_legacy(self) -> Any:
+        path = str(self.path)
+        storages: dict[str, StreamStorage] = {}
+
+        def resolve(pid: tuple[Any, ...]) -> StreamStorage:
+            dtype, key, numel = self._storage_id(pid)
+            return storages.setdefault(key, StreamStorage(path, dtype, numel))
+
+        with self.path.open("rb") as stream:
+            if stream.read(1) != b"\x80":
+                raise DamagedCheckpoint("not a file that torch.save wrote", path=path)
+            stream.seek(0)
+            magic = unpickle(stream, path)
+            if magic != _LEGACY_MAGIC:
+                raise DamagedCheckpoint("a pickle, but not one that torch.save wrote", path=path)
+            unpickle(stream, path)
+            system = unpickle(stream, path)
+            if isinstance(system, dict) and not system.get("little_endian", True):
+                raise UnsupportedLayout("written on a big-endian machine", path=path)
+            saved = unpickle(stream, path, resolve)
+            keys = unpickle(stream, path)
+            self._place_storages(stream, storages, keys)
+        return saved
+
+    def _place_storages(
+        self, stream: io.BufferedReader, storages: dict[str, StreamStorage], keys: Any
+    ) -> None:
+        for key in keys:
+            header = stream.read(8)
+            storage = storages.get(key)
+            if storage is None or len(header) < 8:
+                raise DamagedCheckpoint(f"storage {key} is missing", path=self.path, hint=_COPY_ANEW)
+            storage.data_offset = stream.tell()
+            numel = int.from_bytes(header, "little")
+            end = stream.seek(numel * storage.dtype.itemsize, os.SEEK_CUR)
+            if numel != storage.numel or end > self.size:
+                raise DamagedCheckpoint(
+                    f"storage {key} is shorter than it says", path=self.path, hint=_COPY_ANEW
+                )
+        if any(storage.data_offset < 0 for storage in storages.values()):
+            raise DamagedCheckpoint("a storage has no data", path=self.path, hint=_COPY_ANEW)
+
+    def _storage_id(self, pid: tuple[Any, ...]) -> tuple[DType, str, int]:
+        if len(pid) < 5 or pid[0] != "storage" or not isinstance(pid[4], int) or pid[4] < 0:
+            raise DamagedCheckpoint("an unknown kind of reference in the pickle", path=self.path)
+        if not isinstance(pid[1], DType):
+            raise UnsupportedLayout(f"a storage of type {pid[1]!r}", path=self.path)
+        return pid[1], str(pid[2]), pid[4]
+
+
+def contiguous(ref: TensorRef, what: str) -> TensorRef:
+    """``ref``, proven to be one contiguous run."""
+    if not ref.is_contiguous:
+        raise UnsupportedLayout(f"{what} is not contiguous", path=ref.storage.path)
+    return ref
+
+
+def stored(ref: TensorRef, shape: Shape | None = None) -> Stored:
+    """The tensor that lies whole, as one run, in one file."""
+    contiguous(ref, "a tensor")
+    shape = ref.shape if shape is None else shape
+    if math.prod(shape) != ref.numel:
+        raise DamagedCheckpoint(
+            f"a tensor has {ref.numel} elements where {tuple(shape)} was recorded",
+            path=ref.storage.path,
+        )
+    fragments = (
+        [Fragment(Path(ref.storage.path), ref.byte_offset, FlatRange(0, ref.numel))]
+        if ref.numel
+        else []
+    )
+    return Stored(ref.dtype, shape, fragments)

@@ -1,0 +1,282 @@
+"""Raw DeepSpeed checkpoints: ZeRO stages 0 to 3 and ``BF16_Optimizer``.
+
+Owns the search for such a checkpoint under a path, and the answer to which of its tensors is a trained
+parameter, a frozen one, a buffer or a second name. Reads metadata only, without DeepSpeed and without
+running code from the files. Bytes are located by :mod:`~ckpt_tools.readers.zero_layout`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ckpt_tools.catalogue import Stored
+from ckpt_tools.checkpoint import Checkpoint, Location, Weight
+from ckpt_tools.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
+from ckpt_tools.errors import DamagedCheckpoint, UsageError
+from ckpt_tools.readers.restricted_pickle import TensorRef
+from ckpt_tools.readers.torch_file import stored
+from ckpt_tools.readers.zero_layout import partitioned_masters, sliced_frozen, sliced_masters
+from ckpt_tools.readers.zero_shards import (
+    MODEL_FILE,
+    OPTIM_FILE,
+    ShardSet,
+    is_shard_directory,
+    open_shards,
+)
+from ckpt_tools.readers.zero_unpartitioned import unpartitioned_masters
+
+NAME = "deepspeed"
+
+
+def find(path: Path, tag: str | None = None) -> list[Location]:
+    """The checkpoints of this format that ``path`` means.
+
+    Args:
+        path: a directory with ``latest``, a tag's directory, a directory with one or more tags, or
+            one of a checkpoint's files.
+        tag: which of several, by name.
+
+    Returns:
+        One location, or none where this is not a checkpoint of this format, or several to choose from.
+
+    Raises:
+        UsageError: ``tag`` is not there.
+        DamagedCheckpoint: ``latest`` names a directory that is missing, outside, or no checkpoint.
+    """
+    if path.is_file():
+        if not (path.name == "latest" or MODEL_FILE.fullmatch(path.name) or OPTIM_FILE.fullmatch(path.name)):
+            return []
+        path = path.parent
+    if is_shard_directory(path) or any(OPTIM_FILE.fullmatch(e.name) for e in _entries(path)):
+        if tag is not None and tag != path.name:
+            raise UsageError(
+                f"this directory holds the shards of {path.name!r}, not of {tag!r}",
+                path=path,
+                hint="Leave out --tag, or name the directory above.",
+            )
+        return [_location(path, path.parent)]
+    tags = [entry for entry in _entries(path) if entry.is_dir() and is_shard_directory(entry)]
+    names = [entry.name for entry in tags]
+    latest = path / "latest"
+    if tag is not None:
+        if tag in names:
+            return [_location(path / tag, path)]
+        if not tags and not latest.is_file():
+            return []
+        raise UsageError(
+            f"there is no checkpoint with the tag {tag!r}",
+            path=path,
+            hint=f"Found: {', '.join(names) or 'none'}.",
+        )
+    if latest.is_file():
+        return [_follow_latest(path, latest, names)]
+    return [_location(entry, path) for entry in tags]
+
+
+def _entries(path: Path) -> list[Path]:
+    try:
+        return sorted(path.iterdir(), key=_natural)
+    except OSError:
+        return []
+
+
+def _natural(path: Path) -> tuple[int, str]:
+    digits = "".join(c for c in path.name if c.isdigit())
+    return int(digits or 0), path.name
+
+
+def _location(directory: Path, root: Path, remarks: tuple[str, ...] = ()) -> Location:
+    near = (directory, root, root.parent)
+    return Location(NAME, directory, directory.name, near, remarks)
+
+
+def _follow_latest(root: Path, latest: Path, names: list[str]) -> Location:
+    tag = latest.read_text(encoding="utf-8", errors="replace").strip()
+    hint = (
+        f"Pass --tag with one of: {', '.join(names)}."
+        if names
+        else "No checkpoint lies beside it; was the directory moved or cleaned up?"
+    )
+    if not tag or Path(tag).is_absolute() or ".." in Path(tag).parts:
+        raise DamagedCheckpoint(
+            f"it names {tag!r}, which is not a directory beside it", path=latest, hint=hint
+        )
+    if not (root / tag).is_dir():
+        raise DamagedCheckpoint(f"it names {tag!r}, which is not there", path=latest, hint=hint)
+    if not any(MODEL_FILE.fullmatch(e.name) or OPTIM_FILE.fullmatch(e.name) for e in _entries(root / tag)):
+        raise DamagedCheckpoint(
+            f"it names {tag!r}, which holds no DeepSpeed shards", path=latest, hint=hint
+        )
+    newer = [name for name in names if _natural(root / name) > _natural(root / tag)]
+    remarks = (
+        (f"newer than the one that `latest` names: {', '.join(newer)}",) if newer else ()
+    )
+    return _location(root / tag, root, remarks)
+
+
+def read(location: Location) -> Checkpoint:
+    """Read a checkpoint's metadata.
+
+    Raises:
+        DamagedCheckpoint: files are missing, truncated or of different saves.
+        UnsupportedLayout: a parallel layout that is not read.
+    """
+    shards = open_shards(location.directory)
+    masters, doubts = _masters(shards)
+    reading = _Reading(shards, masters)
+    weights = reading.weights()
+    remarks = [*location.remarks, *reading.remarks]
+    first = shards.first
+    version = first.get("ds_version")
+    name = "BF16_Optimizer" if shards.is_bf16_optimizer else f"ZeRO-{shards.stage}"
+    return Checkpoint(
+        location=location,
+        title=f"DeepSpeed {name}" if shards.stage or masters else "DeepSpeed without ZeRO",
+        weights=weights,
+        ties=reading.ties,
+        files=shards.files,
+        step=_int(first.get("global_steps")),
+        world_size=shards.world_size,
+        framework=f"deepspeed {version}" if version else "deepspeed",
+        training_dtype=_majority_dtype(weights),
+        details={
+            "stage": shards.stage,
+            "flat_groups": len(shards.optims[0].flat_groups) if shards.optims else 0,
+            "skipped_steps": _int(first.get("skipped_steps")),
+            "round_robin_gradients": _round_robin(shards),
+        },
+        remarks=tuple(remarks),
+        doubts=() if _round_robin(shards) else tuple(doubts),
+    )
+
+
+def _masters(shards: ShardSet) -> tuple[dict[str, Stored], list[str]]:
+    if shards.stage == 3:
+        return sliced_masters(shards), []
+    if shards.stage:
+        return partitioned_masters(shards)
+    return unpartitioned_masters(shards)
+
+
+class _Reading:
+    """Sorts the tensors of one checkpoint by what they are."""
+
+    def __init__(self, shards: ShardSet, masters: Mapping[str, Stored]) -> None:
+        self._shards = shards
+        self._masters = masters
+        self._module: dict[str, TensorRef] = {
+            name: ref for name, ref in shards.first.content["module"].items()
+            if isinstance(ref, TensorRef)
+        }
+        self._buffers = set(shards.first.get("buffer_names") or ())
+        self._frozen = sliced_frozen(shards) if shards.stage == 3 else self._frozen_whole()
+        self.ties = self._tied_names()
+        self.remarks: list[str] = []
+
+    def _frozen_whole(self) -> dict[str, Stored]:
+        fragments = self._shards.first.get("frozen_param_fragments") or {}
+        shapes = self._shards.first.get("frozen_param_shapes") or {}
+        return {
+            name: stored(ref, tuple(shapes[name]) if name in shapes else None)
+            for name, ref in fragments.items()
+        }
+
+    def _tied_names(self) -> dict[str, str]:
+        """Second names: recorded ones, and those whose tensors share their bytes with a listed one."""
+        known = {*self._masters, *self._frozen}
+        recorded = self._shards.first.get("shared_params") or {}
+        ties = {alias: kept for alias, kept in recorded.items() if alias not in known}
+        places: dict[tuple[Any, ...], str] = {}
+        for name in (*known, *self._module):
+            ref = self._module.get(name)
+            if ref is None or not ref.numel or name in ties:
+                continue
+            place = (ref.storage.path, ref.byte_offset, ref.shape, ref.stride)
+            first = places.setdefault(place, name)
+            if first != name and name not in known:
+                ties[name] = first
+        for alias, kept in ties.items():
+            if kept not in known and kept not in self._module:
+                raise DamagedCheckpoint(
+                    f"it shares its values with {kept}, which is not in the checkpoint",
+                    path=self._shards.first.path,
+                    tensor=alias,
+                )
+        return ties
+
+    def weights(self) -> dict[str, Weight]:
+        """Every tensor, in the order of the module where that is recorded."""
+        order = dict.fromkeys((*self._module, *self._masters, *self._frozen))
+        weights = {}
+        for name in order:
+            if name not in self.ties:
+                weights[name] = self._weight(name)
+        return weights
+
+    def _weight(self, name: str) -> Weight:
+        ref = self._module.get(name)
+        master = self._masters.get(name)
+        if self._shards.stage == 3 and name not in self._buffers:
+            # The module holds empty placeholders, which still tell the training dtype.
+            held = master or self._frozen.get(name)
+            if held is None:
+                if ref is None or ref.numel:
+                    raise self._unexplained(name)
+                held = stored(ref)
+            dtype = ref.dtype if ref is not None else self._default_dtype(held)
+            kind = "parameter" if master is not None else "frozen"
+            model = None if master is not None else held
+            return Weight(kind, held.shape, dtype, master, model)  # type: ignore[arg-type]
+        model = stored(ref) if ref is not None else self._frozen.get(name)
+        if master is not None:
+            if model is not None and model.shape != master.shape:
+                raise DamagedCheckpoint(
+                    f"its shape is {model.shape} in `module` and {master.shape} in `param_shapes`",
+                    path=self._shards.first.path,
+                    tensor=name,
+                )
+            dtype = model.dtype if model is not None else self._default_dtype(master)
+            return Weight("parameter", master.shape, dtype, master, model)
+        assert model is not None
+        kind = "buffer" if name in self._buffers else "frozen"
+        if not self._shards.stage and not self._masters and kind == "frozen":
+            kind = "parameter"
+        return Weight(kind, model.shape, model.dtype, None, model)  # type: ignore[arg-type]
+
+    def _unexplained(self, name: str) -> DamagedCheckpoint:
+        return DamagedCheckpoint(
+            "it is in `module`, but neither trained, frozen nor a buffer",
+            path=self._shards.first.path,
+            tensor=name,
+        )
+
+    def _default_dtype(self, stored: Stored) -> DType:
+        config = self._shards.first.get("ds_config") or {}
+        for key, dtype in (("bf16", BFLOAT16), ("bfloat16", BFLOAT16), ("fp16", FLOAT16)):
+            section = config.get(key)
+            if isinstance(section, dict) and section.get("enabled"):
+                return dtype
+        return stored.dtype if stored.dtype.is_floating else FLOAT32
+
+
+def _majority_dtype(weights: Mapping[str, Weight]) -> DType | None:
+    counts: Counter[DType] = Counter()
+    for weight in weights.values():
+        if weight.dtype.is_floating:
+            counts[weight.dtype] += math.prod(weight.shape)
+    return counts.most_common(1)[0][0] if counts else None
+
+
+def _round_robin(shards: ShardSet) -> bool:
+    config = shards.first.get("ds_config") or {}
+    zero = config.get("zero_optimization")
+    return bool(zero.get("round_robin_gradients")) if isinstance(zero, dict) else False
+
+
+def _int(value: object) -> int | None:
+    return value if isinstance(value, int) else None
+

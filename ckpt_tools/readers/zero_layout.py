@@ -1,0 +1,288 @@
+"""Where the elements of each parameter lie in the flat groups of a ZeRO checkpoint.
+
+Pure arithmetic over metadata that was already read. Three layouts, each one function:
+
+* stages 1 and 2, and ``BF16_Optimizer``: per parameter group one flat vector, parameters one after the
+  other (with recorded alignment paddings between them), cut into equal partitions; the padding at the
+  end is cut from what each rank saved, or, by ``BF16_Optimizer``, kept and its length recorded;
+* stage 3: per sub-group, each rank holds its slice of ``ceil(numel / world_size)`` elements of each
+  parameter; only the last slices are padded;
+* stage 0: flat or unflattened groups in one file, without names.
+
+Sources: ``stage_1_and_2.py`` (``_get_groups_without_padding``, ``flatten_dense_tensors_aligned``),
+``bf16_optimizer.py`` (``_setup_for_real_optimizer``), ``stage3.py``, ``partition_parameters.py``
+(``partition_numel``), ``utils/zero_to_fp32.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, overload
+
+from ckpt_tools.catalogue import FlatRange, Fragment, Shape, Stored
+from ckpt_tools.dtypes import DType
+from ckpt_tools.errors import DamagedCheckpoint
+from ckpt_tools.readers.restricted_pickle import Opaque, TensorRef
+from ckpt_tools.readers.torch_file import contiguous
+from ckpt_tools.readers.zero_shards import ShardSet
+
+
+class RankSlices(Sequence[Fragment]):
+    """The slices of one stage 3 parameter, one a rank, made on demand.
+
+    A model of a thousand parameters on a thousand ranks has a million of them; what all parameters
+    of a sub-group share (the files and where their flat groups begin) is kept once.
+
+    Args:
+        files: each rank's file.
+        bases: byte in each file where the sub-group's flat vector begins.
+        position: element of the flat vector where the parameter's slice begins, on every rank.
+        numel: elements of the whole parameter.
+        dtype: element type.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[Path],
+        bases: Sequence[int],
+        position: int,
+        numel: int,
+        dtype: DType,
+    ) -> None:
+        self._files = files
+        self._bases = bases
+        self._shift = position * dtype.itemsize
+        self._numel = numel
+        self._slice = math.ceil(numel / len(files))
+        self._count = math.ceil(numel / self._slice) if numel else 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> Fragment: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Fragment]: ...
+    def __getitem__(self, index: int | slice) -> Fragment | Sequence[Fragment]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(self._count))]
+        rank = range(self._count)[index]
+        start = rank * self._slice
+        return Fragment(
+            self._files[rank],
+            self._bases[rank] + self._shift,
+            FlatRange(start, min(start + self._slice, self._numel)),
+        )
+
+
+def group_shapes(shapes: Any, path: Path) -> list[dict[str, Shape]]:
+    """``param_shapes`` as a list of groups; the first versions wrote a single mapping."""
+    groups = [shapes] if isinstance(shapes, Mapping) else shapes
+    if not isinstance(groups, list) or not all(isinstance(group, Mapping) for group in groups):
+        raise DamagedCheckpoint("its param_shapes are missing or malformed", path=path)
+    return [{name: tuple(shape) for name, shape in group.items()} for group in groups]
+
+
+def partitioned_masters(shards: ShardSet) -> tuple[dict[str, Stored], list[str]]:
+    """Masters of stages 1 and 2 and of ``BF16_Optimizer``.
+
+    Returns:
+        The masters by name, and the doubts: groups whose recorded slice mappings contradict the
+        order of the parameters, so that the values themselves must be compared.
+
+    Raises:
+        DamagedCheckpoint: the partitions do not hold what the parameters need.
+    """
+    masters: dict[str, Stored] = {}
+    doubts: list[str] = []
+    groups = group_shapes(shards.first.get("param_shapes"), shards.first.path)
+    held = len(shards.optims[0].flat_groups)
+    if held != len(groups):
+        raise DamagedCheckpoint(
+            f"{held} flat groups for {len(groups)} groups of parameters",
+            path=shards.optims[0].path,
+        )
+    for index, shapes in enumerate(groups):
+        parts = _partitions(shards, index)
+        gaps = _alignment_paddings(shards, index, len(shapes))
+        end = 0
+        for gap, (name, shape) in zip(gaps, shapes.items(), strict=True):
+            start, end = end, end + math.prod(shape)
+            masters[name] = Stored(parts.dtype, shape, list(parts.cut(start, end, name)))
+            end += gap
+        parts.check_used(end, shards.world_size)
+        if not _mappings_agree(shards, index, shapes, gaps, parts):
+            doubts.append(f"the recorded slice mappings of group {index} contradict its order")
+    return masters, doubts
+
+
+class _Partitions:
+    """The flat vector of one group, as the partitions that hold it."""
+
+    def __init__(self, refs: Sequence[TensorRef], lengths: Sequence[int]) -> None:
+        self.dtype = next((r.dtype for r in refs if r.numel), refs[0].dtype)
+        self._files = [Path(ref.storage.path) for ref in refs]
+        self._offsets = [ref.byte_offset if ref.numel else 0 for ref in refs]
+        self.starts = [0, *accumulate(lengths)]
+        if any(ref.dtype != self.dtype for ref in refs if ref.numel):
+            raise DamagedCheckpoint(
+                "the ranks' partitions differ in dtype", path=self._files[0].parent
+            )
+
+    def cut(self, start: int, stop: int, name: str) -> Iterator[Fragment]:
+        """The fragments of elements ``[start, stop)`` of the vector."""
+        if stop > self.starts[-1]:
+            raise DamagedCheckpoint(
+                f"the partitions end at element {self.starts[-1]:,}, before it ends at {stop:,}",
+                path=self._files[-1],
+                tensor=name,
+                hint="A rank's file is of another save, or was cut short.",
+            )
+        rank, begin = max(bisect_right(self.starts, start) - 1, 0), start
+        while start < stop:
+            upto = min(stop, self.starts[rank + 1])
+            if upto > start:
+                inside = (start - self.starts[rank]) * self.dtype.itemsize
+                region = FlatRange(start - begin, upto - begin)
+                yield Fragment(self._files[rank], self._offsets[rank] + inside, region)
+            start, rank = upto, rank + 1
+
+    def check_used(self, end: int, world_size: int) -> None:
+        """Nothing but alignment padding (below ``2 * world_size``) lies after the last parameter."""
+        slack = self.starts[-1] - end
+        if slack >= 2 * world_size:
+            raise DamagedCheckpoint(
+                f"the partitions hold {slack:,} elements more than the parameters need",
+                path=self._files[-1],
+                hint="The model file is of another save than the optimizer files.",
+            )
+
+
+def _partitions(shards: ShardSet, group: int) -> _Partitions:
+    refs, lengths = [], []
+    for optim in shards.optims:
+        ref = contiguous(optim.flat_groups[group], f"flat group {group}")
+        padding = 0
+        if shards.is_bf16_optimizer:
+            paddings = optim.get("group_paddings") or []
+            padding = int(paddings[group]) if group < len(paddings) else 0
+        refs.append(ref)
+        lengths.append(max(ref.numel - padding, 0))
+    return _Partitions(refs, lengths)
+
+
+def _alignment_paddings(shards: ShardSet, group: int, count: int) -> Sequence[int]:
+    recorded = shards.optims[0].get("param_alignment_paddings")
+    if not recorded:
+        return [0] * count
+    gaps = recorded[group]
+    if len(gaps) != count:
+        raise DamagedCheckpoint(
+            f"{len(gaps)} alignment paddings for {count} parameters of group {group}",
+            path=shards.optims[0].path,
+        )
+    return [int(gap) for gap in gaps]
+
+
+def _mappings_agree(
+    shards: ShardSet,
+    group: int,
+    shapes: Mapping[str, Shape],
+    gaps: Sequence[int],
+    parts: _Partitions,
+) -> bool:
+    """Whether each rank's recorded fragments are those that the order of parameters gives."""
+    for rank, optim in enumerate(shards.optims):
+        mappings = optim.get("param_slice_mappings")
+        if not isinstance(mappings, list) or group >= len(mappings):
+            continue
+        low, high = parts.starts[rank], parts.starts[rank + 1]
+        position = 0
+        for gap, (name, shape) in zip(gaps, shapes.items(), strict=True):
+            start, stop = max(position, low), min(position + math.prod(shape), high)
+            address = mappings[group].get(name)
+            state = address.state if isinstance(address, Opaque) else None
+            expected = {"numel": stop - start, "start": start - low} if start < stop else None
+            if state is not None and (expected is None or state != expected):
+                return False
+            if state is None and expected is not None:
+                return False
+            position += math.prod(shape) + gap
+    return True
+
+
+def sliced_masters(shards: ShardSet) -> dict[str, Stored]:
+    """Masters of stage 3.
+
+    Raises:
+        DamagedCheckpoint: the sub-groups do not hold what the parameters need.
+    """
+    world_size = shards.world_size
+    files = [optim.path for optim in shards.optims]
+    lengths = [group.numel for group in shards.optims[0].flat_groups]
+    for optim in shards.optims:
+        found = [contiguous(group, "a flat group").numel for group in optim.flat_groups]
+        if found != lengths:
+            raise DamagedCheckpoint(
+                f"its sub-groups have {found} elements, those of rank 0 {lengths}",
+                path=optim.path,
+                hint="The file is of another save or run; keep the files of one save apart.",
+            )
+    masters: dict[str, Stored] = {}
+    group, position, bases = -1, 0, [0] * world_size
+    dtype = None
+    for shapes in group_shapes(shards.first.get("param_shapes"), shards.first.path):
+        for name, shape in shapes.items():
+            numel = math.prod(shape)
+            count = math.ceil(numel / world_size)
+            while numel and (group < 0 or position == lengths[group]) and group + 1 < len(lengths):
+                group, position = group + 1, 0
+                refs = [optim.flat_groups[group] for optim in shards.optims]
+                bases = [ref.byte_offset for ref in refs]
+                dtype = refs[0].dtype
+            if dtype is None or (numel and position + count > lengths[group]):
+                raise DamagedCheckpoint(
+                    f"sub-group {group} ends before it",
+                    path=files[0],
+                    tensor=name,
+                    hint="The model files are of another save than the optimizer files.",
+                )
+            slices = RankSlices(files, bases, position, numel, dtype)
+            masters[name] = Stored(dtype, shape, slices)
+            position += count
+    left = (lengths[group] - position if group >= 0 else 0) + sum(lengths[group + 1 :])
+    if left:
+        raise DamagedCheckpoint(
+            f"the sub-groups hold {left:,} elements a rank more than the parameters need",
+            path=files[0],
+            hint="The model files are of another save than the optimizer files.",
+        )
+    return masters
+
+
+def sliced_frozen(shards: ShardSet) -> dict[str, Stored]:
+    """Frozen parameters of stage 3: each rank's model file holds its slice."""
+    shapes = shards.first.get("frozen_param_shapes") or {}
+    frozen: dict[str, Stored] = {}
+    for name, recorded in shapes.items():
+        shape = tuple(recorded)
+        fragments: list[Fragment] = []
+        start, numel, dtype = 0, math.prod(shape), None
+        for model in shards.models:
+            ref = (model.get("frozen_param_fragments") or {}).get(name)
+            if not isinstance(ref, TensorRef):
+                raise DamagedCheckpoint(
+                    "its frozen slice is missing", path=model.path, tensor=name
+                )
+            dtype = dtype or ref.dtype
+            stop = min(start + contiguous(ref, name).numel, numel)
+            if stop > start:
+                fragments.append(Fragment(model.path, ref.byte_offset, FlatRange(start, stop)))
+            start = stop
+        assert dtype is not None
+        frozen[name] = Stored(dtype, shape, fragments)
+    return frozen

@@ -1,0 +1,81 @@
+"""Wrapper prefixes: the names that ``torch.compile``, DDP and the like put into parameter names.
+
+A wrapper is told from a real child of the same name by structure: a wrapper module has exactly one
+child, so a segment is stripped only where nothing else lies beside it. ``module.`` is a common name of
+real children, so it counts as a wrapper only in front of everything; ``_orig_mod.`` does anywhere. Names
+that the model is known to have are never touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from ckpt_tools.errors import DamagedCheckpoint
+
+# Written by torch's own wrappers at any depth.
+_ANYWHERE = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+# Written by DDP, DataParallel and engines, around the whole model.
+_IN_FRONT = ("module",)
+
+
+@dataclass(frozen=True)
+class Stripped:
+    """New names, and what was taken out of the old ones.
+
+    Attributes:
+        names: old name to new name, for every name.
+        removed: each wrapper that was stripped, as ``where.segment.``, with the number of names.
+    """
+
+    names: Mapping[str, str]
+    removed: Mapping[str, int]
+
+
+def strip_wrappers(names: Collection[str], known: Collection[str] = ()) -> Stripped:
+    """Take wrapper segments out of ``names``.
+
+    Args:
+        names: all names of the state, second names of tied tensors included.
+        known: names that the model is known to have; a state that has them is left alone.
+
+    Raises:
+        DamagedCheckpoint: two names become one.
+    """
+    paths = {name: name.split(".") for name in names}
+    removed: dict[str, int] = {}
+    if known and set(names) <= set(known):
+        return Stripped({name: name for name in names}, {})
+    while (wrapper := _find_wrapper(paths.values())) is not None:
+        depth = len(wrapper)
+        hits = [name for name, path in paths.items() if path[:depth] == wrapper]
+        for name in hits:
+            paths[name] = [*wrapper[:-1], *paths[name][depth:]]
+        removed[".".join(wrapper) + "."] = len(hits)
+    new = {name: ".".join(path) for name, path in paths.items()}
+    if len(set(new.values())) < len(new):
+        seen: dict[str, str] = {}
+        for old, name in new.items():
+            if name in seen:
+                raise DamagedCheckpoint(
+                    f"without its wrapper prefix it has the same name as {seen[name]}", tensor=old
+                )
+            seen[name] = old
+    return Stripped(new, removed)
+
+
+def _find_wrapper(paths: Collection[list[str]]) -> list[str] | None:
+    """The outermost wrapper there is: a path whose last segment is its parent's only child."""
+    children: dict[tuple[str, ...], set[str]] = {}
+    for path in paths:
+        for depth in range(len(path)):
+            children.setdefault(tuple(path[:depth]), set()).add(path[depth])
+    leaves = {tuple(path) for path in paths}
+    for parent, names in sorted(children.items(), key=lambda item: len(item[0])):
+        if len(names) != 1:
+            continue
+        (only,) = names
+        is_wrapper = only in _ANYWHERE or (only in _IN_FRONT and not parent)
+        if is_wrapper and (*parent, only) not in leaves:
+            return [*parent, only]
+    return None
