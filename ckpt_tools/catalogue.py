@@ -305,9 +305,7 @@ def window_slabs(shape: Shape, start: int, stop: int) -> Iterator[Box]:
     if start < whole_from * inner:
         yield from window_slabs_of_row(shape, first, start - first * inner, inner)
     if whole_from < whole_to:
-        yield Box(
-            (whole_from, *(0,) * (len(shape) - 1)), (whole_to - whole_from, *shape[1:])
-        )
+        yield Box((whole_from, *(0,) * (len(shape) - 1)), (whole_to - whole_from, *shape[1:]))
     if whole_to * inner < stop:
         yield from window_slabs_of_row(shape, whole_to, 0, stop - whole_to * inner)
 
@@ -321,8 +319,7 @@ def window_slabs_of_row(shape: Shape, row: int, start: int, stop: int) -> Iterat
 def _intersection(a: Box, b: Box) -> Box | None:
     lows = [max(x, y) for x, y in zip(a.offsets, b.offsets, strict=True)]
     highs = [
-        min(x + n, y + m)
-        for x, n, y, m in zip(a.offsets, a.sizes, b.offsets, b.sizes, strict=True)
+        min(x + n, y + m) for x, n, y, m in zip(a.offsets, a.sizes, b.offsets, b.sizes, strict=True)
     ]
     sizes = tuple(high - low for low, high in zip(lows, highs, strict=True))
     return Box(tuple(lows), sizes) if min(sizes, default=1) > 0 else None
@@ -361,9 +358,7 @@ def _prove_ranges_tile(fragments: Sequence[Fragment], numel: int) -> None:
         end = region.stop
     if end != numel:
         where = fragments[-1].file if fragments else None
-        raise DamagedCheckpoint(
-            f"its fragments hold {end:,} of {numel:,} elements", path=where
-        )
+        raise DamagedCheckpoint(f"its fragments hold {end:,} of {numel:,} elements", path=where)
 
 
 def _prove_boxes_tile(fragments: Sequence[Fragment], shape: Shape) -> None:

@@ -7,12 +7,12 @@ check one against the other. This module knows no format and does no I/O.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ckpt_tools.catalogue import Catalogue, Shape, Stored
+from ckpt_tools.catalogue import Catalogue, Shape, Stored, Tensor
 from ckpt_tools.dtypes import DType
 from ckpt_tools.errors import UsageError
 
@@ -58,9 +58,12 @@ class Location:
     remarks: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint, read from metadata alone.
+@dataclass(frozen=True, eq=False)
+class Checkpoint(Mapping[str, Tensor]):
+    """A checkpoint, read from metadata alone: a read-only map from tensor name to lazy tensor.
+
+    As a mapping it has every name, second names of tied tensors included, and gives the master of a
+    parameter where there is one; ``checkpoint[name].load()`` reads it.
 
     Attributes:
         location: where it lies.
@@ -117,6 +120,22 @@ class Checkpoint:
             assert stored is not None
             tensors[name] = stored
         return Catalogue(tensors, self.ties)
+
+    def __getitem__(self, name: str) -> Tensor:
+        weight = self.weights[self.ties.get(name, name)]
+        tensor = weight.master or weight.model
+        assert tensor is not None
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.weights
+        yield from self.ties
+
+    def __len__(self) -> int:
+        return len(self.weights) + len(self.ties)
+
+    def __repr__(self) -> str:
+        return f"<{self.title} checkpoint {str(self.location.directory)!r}, {len(self)} tensors>"
 
     @property
     def bytes_on_disk(self) -> int:

@@ -80,7 +80,9 @@ class Gatherer:
         Raises:
             DamagedCheckpoint: a file ended before the bytes that it should hold, or cannot be read.
         """
-        work = [(move, part) for part in slices for move in part.tensor.moves(part.start, part.stop)]
+        work = [
+            (move, part) for part in slices for move in part.tensor.moves(part.start, part.stop)
+        ]
         work.sort(key=lambda pair: (pair[0].file, pair[0].offset))
         pending: list[tuple[Move, Slice]] = []
         for move, part in work:

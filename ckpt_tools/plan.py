@@ -31,7 +31,8 @@ _WORTHWHILE_READ = 128 << 10
 
 # The order in which safetensors lays out dtypes within a file, by descending alignment.
 _LAYOUT_ORDER = (
-    "U64 I64 F64 C64 F32 U32 I32 BF16 F16 U16 I16 F8_E8M0 F8_E4M3 F8_E5M2 I8 U8 BOOL".split()
+    *("U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16"),
+    *("F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"),
 )
 
 

@@ -73,7 +73,7 @@ def ask(question: str) -> int:
 
 
 def title(text: str) -> None:
-    print(f"\n== {text}\n", flush=True)
+    print(f"== {text}\n", flush=True)
 
 
 def run(*command: str) -> None:

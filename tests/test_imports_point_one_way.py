@@ -22,10 +22,10 @@ PACKAGE = Path(__file__).resolve().parent.parent / "ckpt_tools"
 LAYERS = (
     ("dtypes", "errors"),
     ("catalogue", "checkpoint", "gather", "lazy"),
-    ("readers", "transforms", "plan", "assets", "interval"),
-    ("write", "publish", "ranks", "verify"),
+    ("assets", "compare", "interval", "plan", "readers", "reference", "report", "transforms"),
+    ("fit", "inspection", "masters", "publish", "ranks", "verify", "write"),
     ("convert",),
-    ("training",),
+    ("compat", "training"),
     ("cli",),
     ("ckpt_tools", "__main__"),
 )
@@ -110,9 +110,20 @@ def is_text(node: ast.expr) -> TypeGuard[ast.Constant]:
 
 
 def own_imports(module: Module) -> Iterator[tuple[str, int]]:
-    """Imports from this package, as (room, line); the version is no room."""
-    for name, line in imported_names(module):
-        if name.split(".")[0] == "ckpt_tools" and name != "ckpt_tools.__version__":
+    """Imports from this package, as (room, line).
+
+    `import ckpt_tools` by itself is none, but what is then taken from it is; `__version__` and
+    `__file__` are no rooms.
+    """
+    names = list(imported_names(module))
+    names += [
+        (dotted(node), node.lineno)
+        for node in ast.walk(module.tree)
+        if isinstance(node, ast.Attribute)
+    ]
+    for name, line in names:
+        package, _, rest = name.partition(".")
+        if package == "ckpt_tools" and rest not in {"", "__version__", "__file__"}:
             room = room_of(name)
             known = layer_of(room) is not None or f"ckpt_tools.{room}" in MODULES
             yield (room if known else "ckpt_tools"), line
@@ -259,6 +270,7 @@ BREACHES: list[tuple[Rule, str, str]] = [
     (imports_point_down, "ckpt_tools.readers.zero", "from ..convert import consolidate"),
     (imports_point_down, "ckpt_tools.plan", "from . import cli"),
     (imports_point_down, "ckpt_tools.write", "from ckpt_tools import consolidate"),
+    (imports_point_down, "ckpt_tools.write", "import ckpt_tools\nckpt_tools.consolidate()"),
     (imports_point_down, "ckpt_tools.convert", "importlib.import_module('ckpt_tools.cli.main')"),
     (
         strangers_do_not_meet,
@@ -296,6 +308,7 @@ BREACHES: list[tuple[Rule, str, str]] = [
 ALLOWED: list[tuple[Rule, str, str]] = [
     (imports_point_down, "ckpt_tools.cli.main", "from ckpt_tools import __version__, convert"),
     (imports_point_down, "ckpt_tools.readers.zero", "from ckpt_tools import __version__, errors"),
+    (imports_point_down, "ckpt_tools.write", "import ckpt_tools\nckpt_tools.__file__"),
     (imports_point_down, "ckpt_tools.readers.zero", "from .torch_file import TorchFile"),
     (deepspeed_only_in_training, "ckpt_tools.training", "def f():\n    import deepspeed"),
     (torch_distributed_only_in_ranks, "ckpt_tools.ranks", "import torch.distributed"),

@@ -26,6 +26,18 @@ CONFIG_NAME = "config.json"
 _TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
 _NOT_MODELS = ("quantization_config", "compression_config", "generation_config")
 
+# In T5 and its relatives tie_word_embeddings=false means, too, that the decoder's output is not
+# scaled before the head: writing it would change what the model computes.
+_TIE_SCALES_OUTPUT = (
+    "longt5",
+    "mt5",
+    "pop2piano",
+    "switch_transformers",
+    "t5",
+    "udop",
+    "umt5",
+)
+
 Shapes = Mapping[str, tuple[DType, tuple[int, ...]]]
 
 
@@ -124,7 +136,7 @@ def finish(source: ConfigSource, tensors: Shapes, *, dtype: DType, untied: bool)
     notes: list[str] = []
     warnings: list[str] = []
     if untied:
-        _untie(config, notes)
+        _untie(config, notes, warnings)
     _set_architectures(config, source.path, tensors, notes, warnings)
     _set_dtype(config, dtype, notes)
     _set_vocabulary(config, tensors, notes)
@@ -167,7 +179,14 @@ def _sub_configs(config: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any
             yield from _sub_configs(value)
 
 
-def _untie(config: dict[str, Any], notes: list[str]) -> None:
+def _untie(config: dict[str, Any], notes: list[str], warnings: list[str]) -> None:
+    if config.get("model_type") in _TIE_SCALES_OUTPUT:
+        warnings.append(
+            "the tied tensors hold different values, but tie_word_embeddings was left as it was:"
+            f" in {config['model_type']} models it also scales the output; transformers 5 sees that"
+            " the tensors differ and keeps both, transformers 4 ties them again"
+        )
+        return
     for place in (config, *text_configs(config)):
         place["tie_word_embeddings"] = False
     for _, nested in _sub_configs(config):

@@ -94,7 +94,8 @@ def _imported(package: Path, node: ast.ImportFrom) -> Iterable[Path]:
     if node.module is not None:
         return (_file(package, node.module.split(".")),)
     # `from . import name`: a module, or something that the package's __init__ defines.
-    return (_file(package, [alias.name]) for alias in node.names)
+    modules = (_file(package, [alias.name]) for alias in node.names)
+    return (path for path in modules if path.is_file())
 
 
 def _file(package: Path, module: list[str]) -> Path:

@@ -44,9 +44,7 @@ class AssetFile:
         Raises:
             OSError: ``source`` is gone.
         """
-        if self.content is not None:
-            return len(self.content)
-        return self.source.stat().st_size if self.source is not None else 0
+        return self.source.stat().st_size if self.source is not None else len(self.content or b"")
 
     def read(self) -> bytes:
         """The bytes that the output file will hold.
@@ -54,9 +52,7 @@ class AssetFile:
         Raises:
             OSError: ``source`` is gone.
         """
-        if self.content is not None:
-            return self.content
-        return self.source.read_bytes() if self.source is not None else b""
+        return self.source.read_bytes() if self.source is not None else self.content or b""
 
 
 def read_json(path: Path) -> Any:

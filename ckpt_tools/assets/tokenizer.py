@@ -28,15 +28,18 @@ _VOCABULARIES = (
     "tekken.json",
     "vocab.json",
     "vocab.txt",
-    "*.model",
+    "tokenizer.model*",
+    "spiece.model",
+    "sentencepiece*.model",
+    "spm*.model",
     "*.tiktoken",
     "*.spm",
-    "tokenizer.model.v*",
     "bpe.codes",
     "prophetnet.tokenizer",
 )
 # What lies beside a vocabulary: merges and tables of single tokenizers, special tokens, templates.
 _BESIDE_VOCABULARY = (
+    "*.model",
     "special_tokens_map.json",
     "added_tokens.json",
     "merges.txt",
@@ -100,7 +103,8 @@ class Tokenizer:
         if template is None:
             template = self._object("chat_template.json").get("chat_template")
         if isinstance(template, list):
-            named = {item.get("name"): item.get("template") for item in template}
+            items = [item for item in template if isinstance(item, dict)]
+            named = {item.get("name"): item.get("template") for item in items}
             template = named.get("default", next(iter(named.values()), None))
         return template if isinstance(template, str) else None
 
@@ -165,11 +169,8 @@ class Tokenizer:
         path = self.directory / "tokenizer.json"
         if path.is_file():
             tables["tokenizer.json"] = _fast_vocabulary(path)
-        decoder = self._settings.get("added_tokens_decoder") or {}
-        tables["tokenizer_config.json"] = {
-            item["content"]: int(number) for number, item in decoder.items() if "content" in item
-        }
-        tables["added_tokens.json"] = self._object("added_tokens.json")
+        tables["tokenizer_config.json"] = _added(self._settings.get("added_tokens_decoder"))
+        tables["added_tokens.json"] = _numbers(self._object("added_tokens.json"))
         return tables
 
     @cached_property
@@ -258,10 +259,25 @@ def _fast_vocabulary(path: Path) -> dict[str, int]:
         if isinstance(vocabulary, list):  # Unigram: a list of pieces with their scores
             vocabulary = {piece[0]: number for number, piece in enumerate(vocabulary)}
         added = {token["content"]: token["id"] for token in data.get("added_tokens") or ()}
-        return {**vocabulary, **added}
+        return _numbers({**vocabulary, **added})
     except (KeyError, TypeError, IndexError) as error:
         raise DamagedCheckpoint(
             "is not a tokenizer: it has no vocabulary where the tokenizers library keeps it",
             path=path,
             hint="restore the file from where the model came from, or pass --tokenizer DIR",
         ) from error
+
+
+def _added(decoder: Any) -> dict[str, int]:
+    """Token to id from ``added_tokens_decoder``, which is keyed by the id as text."""
+    entries = decoder.items() if isinstance(decoder, dict) else ()
+    return {
+        token["content"]: int(number)
+        for number, token in entries
+        if isinstance(token, dict) and isinstance(token.get("content"), str) and number.isdecimal()
+    }
+
+
+def _numbers(table: Mapping[str, Any]) -> dict[str, int]:
+    """The entries that are ids; whatever else a damaged or foreign file holds is no id."""
+    return {token: number for token, number in table.items() if isinstance(number, int)}

@@ -1,4 +1,4 @@
-"""Readers: one module a format on disk, each turning metadata into a :class:`~ckpt_tools.checkpoint.Checkpoint`.
+"""Readers: one module a format on disk, each making a checkpoint of its metadata.
 
 A reader is a module of this package with ``NAME``, ``find(path, tag)`` and ``read(location)``; being here
 is all the registration there is. Readers never see transforms, plans or each other's formats.
@@ -56,7 +56,9 @@ def locate(path: Path, tag: str | None = None) -> Location:
             for location in reader.find(child, tag)
         ]
         if len(found) > 1:
-            raise _ambiguous(path, [str(location.directory) for location in found], "Name one of them")
+            raise _ambiguous(
+                path, [str(location.directory) for location in found], "Name one of them"
+            )
     if not found:
         raise NotACheckpoint(
             "nothing here is a checkpoint that can be read",

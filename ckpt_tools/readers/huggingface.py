@@ -72,7 +72,9 @@ def read(location: Location) -> Checkpoint:
         key: Weight("parameter", tensor.shape, tensor.dtype, model=tensor)
         for key, tensor in tensors.items()
     }
-    files = {location.directory / name: (location.directory / name).stat().st_size for name in names}
+    files = {
+        location.directory / name: (location.directory / name).stat().st_size for name in names
+    }
     return Checkpoint(
         location=location,
         title="Hugging Face " + ("safetensors" if names[0].endswith(".safetensors") else "torch"),

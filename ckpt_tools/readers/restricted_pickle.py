@@ -44,6 +44,7 @@ class Opaque:
     state: Any
 
     def __new__(cls, *args: Any, **_: Any) -> Opaque:
+        """Keep the arguments."""
         self = object.__new__(cls)
         self.args = args
         self.state = None
@@ -53,6 +54,7 @@ class Opaque:
         pass
 
     def __call__(self, *args: Any, **_: Any) -> Opaque:
+        """Be called, as the result of another call may be, to no effect."""
         return Opaque(*args)
 
     def __setstate__(self, state: Any) -> None:
@@ -131,12 +133,12 @@ class TensorRef:
         """
         itemsize = self.dtype.itemsize
         room = self.storage.numel * self.storage.dtype.itemsize
-        last = sum((size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True))
+        last = sum(
+            (size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True)
+        )
         end = (self.storage_offset + last + 1) * itemsize if self.numel else 0
         if self.storage_offset < 0 or min(self.stride, default=0) < 0 or end > room:
-            raise DamagedCheckpoint(
-                "a tensor reaches beyond its storage", path=self.storage.path
-            )
+            raise DamagedCheckpoint("a tensor reaches beyond its storage", path=self.storage.path)
         return self.storage.data_offset + self.storage_offset * itemsize
 
 
@@ -177,7 +179,9 @@ def _allowed() -> dict[tuple[str, str], Any]:
         ("torch", "device"): lambda *a: ":".join(map(str, a)),
         ("torch._utils", "_rebuild_tensor"): lambda *a: _rebuild_tensor(*a[:4]),
         ("torch._utils", "_rebuild_tensor_v2"): lambda *a: _rebuild_tensor(*a[:4]),
-        ("torch._utils", "_rebuild_tensor_v3"): lambda *a: _rebuild_tensor(*a[:4], a[6]),
+        ("torch._utils", "_rebuild_tensor_v3"): lambda *a: _rebuild_tensor(
+            a[0], a[1], a[2], a[3], a[6]
+        ),
         ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
         ("torch._utils", "_rebuild_parameter_with_state"): lambda data, *_: data,
         ("torch._tensor", "_rebuild_from_type_v2"): lambda *a: _rebuild_from_type(*a),
@@ -205,7 +209,7 @@ class RestrictedUnpickler(pickle.Unpickler):
         file: io.BufferedIOBase | io.BytesIO,
         persistent_load: Callable[[tuple[Any, ...]], Any] | None = None,
     ) -> None:
-        super().__init__(file, encoding="utf-8")  # type: ignore[arg-type]
+        super().__init__(file, encoding="utf-8")
         self._allowed = _allowed()
         self._opaque: dict[tuple[str, str], type[Opaque]] = {}
         self._resolve_storage = persistent_load

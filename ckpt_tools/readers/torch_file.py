@@ -128,7 +128,9 @@ class TorchFile:
                     )
                 root = pickles[0].removesuffix("data.pkl")
                 if f"{root}constants.pkl" in records:
-                    raise UnsupportedLayout("a TorchScript archive, not a checkpoint", path=self.path)
+                    raise UnsupportedLayout(
+                        "a TorchScript archive, not a checkpoint", path=self.path
+                    )
                 order = f"{root}byteorder"
                 if order in records and archive.read(order) != b"little":
                     raise UnsupportedLayout("written on a big-endian machine", path=self.path)
@@ -144,7 +146,9 @@ class TorchFile:
             dtype, key, numel = self._storage_id(pid)
             record = records.get(f"{root}data/{key}")
             if record is None:
-                raise DamagedCheckpoint(f"storage {key} is missing", path=self.path, hint=_COPY_ANEW)
+                raise DamagedCheckpoint(
+                    f"storage {key} is missing", path=self.path, hint=_COPY_ANEW
+                )
             if record.compress_type != zipfile.ZIP_STORED:
                 raise UnsupportedLayout(
                     "its records are compressed; torch.save never does that",
@@ -190,7 +194,9 @@ class TorchFile:
             header = stream.read(8)
             storage = storages.get(key)
             if storage is None or len(header) < 8:
-                raise DamagedCheckpoint(f"storage {key} is missing", path=self.path, hint=_COPY_ANEW)
+                raise DamagedCheckpoint(
+                    f"storage {key} is missing", path=self.path, hint=_COPY_ANEW
+                )
             storage.data_offset = stream.tell()
             numel = int.from_bytes(header, "little")
             end = stream.seek(numel * storage.dtype.itemsize, os.SEEK_CUR)

@@ -48,7 +48,11 @@ def find(path: Path, tag: str | None = None) -> list[Location]:
         DamagedCheckpoint: ``latest`` names a directory that is missing, outside, or no checkpoint.
     """
     if path.is_file():
-        if not (path.name == "latest" or MODEL_FILE.fullmatch(path.name) or OPTIM_FILE.fullmatch(path.name)):
+        if not (
+            path.name == "latest"
+            or MODEL_FILE.fullmatch(path.name)
+            or OPTIM_FILE.fullmatch(path.name)
+        ):
             return []
         path = path.parent
     if is_shard_directory(path) or any(OPTIM_FILE.fullmatch(e.name) for e in _entries(path)):
@@ -107,14 +111,14 @@ def _follow_latest(root: Path, latest: Path, names: list[str]) -> Location:
         )
     if not (root / tag).is_dir():
         raise DamagedCheckpoint(f"it names {tag!r}, which is not there", path=latest, hint=hint)
-    if not any(MODEL_FILE.fullmatch(e.name) or OPTIM_FILE.fullmatch(e.name) for e in _entries(root / tag)):
+    if not any(
+        MODEL_FILE.fullmatch(e.name) or OPTIM_FILE.fullmatch(e.name) for e in _entries(root / tag)
+    ):
         raise DamagedCheckpoint(
             f"it names {tag!r}, which holds no DeepSpeed shards", path=latest, hint=hint
         )
     newer = [name for name in names if _natural(root / name) > _natural(root / tag)]
-    remarks = (
-        (f"newer than the one that `latest` names: {', '.join(newer)}",) if newer else ()
-    )
+    remarks = (f"newer than the one that `latest` names: {', '.join(newer)}",) if newer else ()
     return _location(root / tag, root, remarks)
 
 
@@ -132,10 +136,12 @@ def read(location: Location) -> Checkpoint:
     remarks = [*location.remarks, *reading.remarks]
     first = shards.first
     version = first.get("ds_version")
-    name = "BF16_Optimizer" if shards.is_bf16_optimizer else f"ZeRO-{shards.stage}"
+    name = f"ZeRO-{shards.stage}" if shards.stage else "without ZeRO"
+    if shards.is_bf16_optimizer:
+        name = "BF16_Optimizer"
     return Checkpoint(
         location=location,
-        title=f"DeepSpeed {name}" if shards.stage or masters else "DeepSpeed without ZeRO",
+        title=f"DeepSpeed {name}",
         weights=weights,
         ties=reading.ties,
         files=shards.files,
@@ -169,7 +175,8 @@ class _Reading:
         self._shards = shards
         self._masters = masters
         self._module: dict[str, TensorRef] = {
-            name: ref for name, ref in shards.first.content["module"].items()
+            name: ref
+            for name, ref in shards.first.content["module"].items()
             if isinstance(ref, TensorRef)
         }
         self._buffers = set(shards.first.get("buffer_names") or ())
@@ -279,4 +286,3 @@ def _round_robin(shards: ShardSet) -> bool:
 
 def _int(value: object) -> int | None:
     return value if isinstance(value, int) else None
-

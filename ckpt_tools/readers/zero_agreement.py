@@ -107,7 +107,9 @@ def check_ranks(
                 f"{_ranges(missing)}",
                 path=directory,
                 missing=names,
-                hint=f"Expected {names[0]}" + (" and so on. " if len(names) > 1 else ". ") + NODE_LOCAL,
+                hint=f"Expected {names[0]}"
+                + (" and so on. " if len(names) > 1 else ". ")
+                + NODE_LOCAL,
             )
         if extra:
             raise DamagedCheckpoint(
@@ -174,8 +176,10 @@ def mixed(directory: Path, meaning: str, values: dict[str, Any]) -> DamagedCheck
     odd = {name: value for name, value in values.items() if repr(value) != common}
     name, value = next(iter(odd.items()))
     more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
-    shown = (f" ({value!r} in {name}{more}, {common} in the others)") if len(common) < 40 else (
-        f" ({name}{more} differ from the others)"
+    shown = (
+        (f" ({value!r} in {name}{more}, {common} in the others)")
+        if len(common) < 40
+        else (f" ({name}{more} differ from the others)")
     )
     return DamagedCheckpoint(
         f"the files are not of one save: they differ in {meaning}{shown}",

@@ -275,9 +275,7 @@ def sliced_frozen(shards: ShardSet) -> dict[str, Stored]:
         for model in shards.models:
             ref = (model.get("frozen_param_fragments") or {}).get(name)
             if not isinstance(ref, TensorRef):
-                raise DamagedCheckpoint(
-                    "its frozen slice is missing", path=model.path, tensor=name
-                )
+                raise DamagedCheckpoint("its frozen slice is missing", path=model.path, tensor=name)
             dtype = dtype or ref.dtype
             stop = min(start + contiguous(ref, name).numel, numel)
             if stop > start:

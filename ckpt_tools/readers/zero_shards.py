@@ -37,7 +37,9 @@ OPTIM_FILE = re.compile(
     r"(?P<prefix>bf16_|fp16_)?zero_pp_rank_(?P<dp>\d+)_mp_rank_(?P<mp>\d+)_?optim_states\.pt"
 )
 _FOREIGN = {
-    "native mixture-of-experts": re.compile(r"(layer_\d+_)?expert_\d+_mp_rank_\d+_model_states\.pt"),
+    "native mixture-of-experts": re.compile(
+        r"(layer_\d+_)?expert_\d+_mp_rank_\d+_model_states\.pt"
+    ),
     "pipeline-parallel": re.compile(r"layer_\d+-.*model_states\.pt"),
 }
 
@@ -117,6 +119,8 @@ def open_shards(directory: Path) -> ShardSet:
             hint=NODE_LOCAL,
         )
     world_size = stated_world_size(directory, first, optims, stage)
+    paths = [*(model.path for model in models), *(optim.path for optim in optims)]
+    sizes = {path: path.stat().st_size for path in paths}
     shards = ShardSet(
         directory,
         models,
@@ -124,7 +128,7 @@ def open_shards(directory: Path) -> ShardSet:
         stage,
         is_bf16_optimizer,
         world_size,
-        {path: path.stat().st_size for path in (s.path for s in (*models, *optims))},
+        sizes,
     )
     check_ranks(shards.stage, world_size, directory, models, optims)
     check_agreement(directory, models, optims)

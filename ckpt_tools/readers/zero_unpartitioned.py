@@ -11,18 +11,19 @@ Source: ``deepspeed/runtime/fp16/fused_optimizer.py`` and ``unfused_optimizer.py
 
 from __future__ import annotations
 
+import math
+import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckpt_tools.catalogue import FlatRange, Fragment, Stored
-from ckpt_tools.dtypes import DType
-from ckpt_tools.gather import load
-from ckpt_tools.lazy import cast
+from ckpt_tools.catalogue import FlatRange, Fragment, Shape, Stored
+from ckpt_tools.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
 from ckpt_tools.readers.restricted_pickle import TensorRef
 from ckpt_tools.readers.zero_shards import ShardSet
 
 _SAMPLE = 64
+_CODES = {1: "B", 2: "H", 4: "I", 8: "Q"}
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,27 @@ class _Run:
     dtype: DType
     numel: int
 
-    def part(self, start: int, stop: int) -> Stored:
-        fragment = Fragment(
-            self.path, self.offset + start * self.dtype.itemsize, FlatRange(0, stop - start)
-        )
-        return Stored(self.dtype, (stop - start,), [fragment] if stop > start else [])
+    def part(self, start: int, shape: Shape) -> Stored:
+        """The tensor of this shape that begins at element ``start``."""
+        numel = math.prod(shape)
+        at = self.offset + start * self.dtype.itemsize
+        fragments = [Fragment(self.path, at, FlatRange(0, numel))] if numel else []
+        return Stored(self.dtype, shape, fragments)
+
+    def bits(self, start: int, count: int, dtype: DType) -> list[int]:
+        """A few elements, cast to ``dtype``, as the integers of their bits."""
+        with self.path.open("rb", buffering=0) as stream:
+            stream.seek(self.offset + start * self.dtype.itemsize)
+            data = stream.read(count * self.dtype.itemsize)
+        if dtype != self.dtype and (self.dtype, dtype) == (FLOAT32, FLOAT16):
+            floats = struct.unpack(f"<{count}f", data)
+            data = b"".join(_half(value) for value in floats)
+        elif dtype != self.dtype and (self.dtype, dtype) == (FLOAT32, BFLOAT16):
+            words = struct.unpack(f"<{count}I", data)
+            return [(word + 0x7FFF + (word >> 16 & 1)) >> 16 for word in words]
+        elif dtype != self.dtype:
+            return []
+        return list(struct.unpack(f"<{count}{_CODES[dtype.itemsize]}", data))
 
 
 def unpartitioned_masters(shards: ShardSet) -> tuple[dict[str, Stored], list[str]]:
@@ -86,8 +103,7 @@ def _match(runs: Sequence[_Run], module: dict[str, TensorRef]) -> dict[str, Stor
             if name is None:
                 return None
             ref = free.pop(name)
-            part = run.part(position, position + ref.numel)
-            masters[name] = Stored(part.dtype, ref.shape, part.fragments)
+            masters[name] = run.part(position, ref.shape)
             position += ref.numel
     return masters
 
@@ -98,18 +114,21 @@ def _fitting(run: _Run, position: int, free: dict[str, TensorRef]) -> Iterator[s
         if ref.numel and stop <= run.numel and ref.is_contiguous:
             weight = _Run(Path(ref.storage.path), ref.byte_offset, ref.dtype, ref.numel)
             if all(
-                _equal(run.part(position + low, position + high), weight.part(low, high))
-                for low, high in _samples(ref.numel)
+                run.bits(position + low, count, ref.dtype) == weight.bits(low, count, ref.dtype)
+                for low, count in _samples(ref.numel)
             ):
                 yield name
 
 
 def _samples(numel: int) -> Sequence[tuple[int, int]]:
+    """First element and length of each stretch that is compared."""
     if numel <= 2 * _SAMPLE:
         return [(0, numel)]
-    return [(0, _SAMPLE), (numel - _SAMPLE, numel)]
+    return [(0, _SAMPLE), (numel - _SAMPLE, _SAMPLE)]
 
 
-def _equal(master: Stored, weight: Stored) -> bool:
-    ours, theirs = load(cast(master, weight.dtype)), load(weight)
-    return bool((ours == theirs).all() or ours.equal(theirs))
+def _half(value: float) -> bytes:
+    try:
+        return struct.pack("<e", value)
+    except OverflowError:
+        return struct.pack("<e", math.copysign(math.inf, value))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ckpt_tools.assets import ConfigSource
+from ckpt_tools.assets import ConfigSource, architectures
 from ckpt_tools.assets.config import finish
 from ckpt_tools.dtypes import BFLOAT16
 from ckpt_tools.errors import MissingAsset
@@ -35,7 +36,9 @@ BART = {
 GPT2 = {"vocab_size": 32, "n_embd": 8, "n_layer": 1, "n_head": 2}
 
 
-def saved_names(class_name: str, config: dict[str, Any]) -> tuple[str, list[str]]:
+def saved_names(
+    class_name: str, config: dict[str, Any], *, untied: bool = False
+) -> tuple[str, list[str]]:
     """Model type and the names that ``save_pretrained`` keeps of a live model of the class."""
     import torch
     import transformers
@@ -43,7 +46,7 @@ def saved_names(class_name: str, config: dict[str, Any]) -> tuple[str, list[str]
     model_class = getattr(transformers, class_name)
     with torch.device("meta"):
         model = model_class(model_class.config_class(**config))
-    tied = model.all_tied_weights_keys
+    tied = {} if untied else model.all_tied_weights_keys
     return model.config.model_type, [name for name in model.state_dict() if name not in tied]
 
 
@@ -51,7 +54,7 @@ def finish_without_architectures(
     model_type: str, names: list[str], **config: Any
 ) -> tuple[Any, Any]:
     source = ConfigSource(Path("run/config.json"), {"model_type": model_type, **config})
-    tensors = {name: (BFLOAT16, (32, 8)) for name in names}
+    tensors = dict.fromkeys(names, (BFLOAT16, (32, 8)))
     return finish(source, tensors, dtype=BFLOAT16, untied=False), source
 
 
@@ -66,7 +69,6 @@ def finish_without_architectures(
         ("Qwen3ForQuestionAnswering", TINY),
         ("GPT2LMHeadModel", GPT2),
         ("GPTNeoXForCausalLM", TINY),
-        ("T5ForConditionalGeneration", T5 | {"tie_word_embeddings": False}),
         ("BartForConditionalGeneration", BART),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -76,6 +78,12 @@ def test_the_class_of_a_live_model_is_recognised(class_name: str, config: dict[s
     result, _ = finish_without_architectures(model_type, names)
     assert result.data["architectures"] == [class_name]
     assert any(note.startswith(f"architectures set to {class_name}") for note in result.notes)
+
+
+def test_a_head_that_is_no_longer_tied_tells_t5_from_its_bare_model() -> None:
+    model_type, names = saved_names("T5ForConditionalGeneration", T5, untied=True)
+    result, _ = finish_without_architectures(model_type, names)
+    assert result.data["architectures"] == ["T5ForConditionalGeneration"]
 
 
 @pytest.mark.parametrize(
@@ -110,6 +118,21 @@ def test_tensors_that_leave_a_choice_are_an_error_that_says_what_to_pass(
     assert raised.value.path == Path("run/config.json")
     assert "pass --config FILE" in str(raised.value.hint)
     assert '"architectures": [' in str(raised.value.hint)
+
+
+def test_the_head_inside_the_language_model_of_older_layouts_is_a_head() -> None:
+    names = ["language_model.model.embed_tokens.weight", "language_model.lm_head.weight"]
+    result, _ = finish_without_architectures("llava", [*names, "vision_tower.x.weight"])
+    assert result.data["architectures"] == ["LlavaForConditionalGeneration"]
+
+
+def test_without_transformers_every_model_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    architectures._tables.cache_clear()
+    try:
+        assert not architectures.is_known("llama")
+    finally:
+        architectures._tables.cache_clear()
 
 
 @pytest.mark.parametrize(

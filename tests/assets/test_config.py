@@ -10,7 +10,7 @@ import pytest
 
 from ckpt_tools.assets import AssetOptions, ConfigSource, find_config
 from ckpt_tools.assets.config import embedding_rows, finish
-from ckpt_tools.assets.files import json_bytes
+from ckpt_tools.assets.files import json_bytes, read_object
 from ckpt_tools.dtypes import BFLOAT16, BY_NAME, FLOAT32
 from ckpt_tools.errors import DamagedCheckpoint, MissingAsset
 
@@ -18,7 +18,7 @@ from .conftest import LLAMA, Shapes, language_model, write_json
 
 
 def finished(config: dict[str, Any], tensors: Shapes | None = None, **changes: Any) -> Any:
-    options = {"dtype": BFLOAT16, "untied": False} | changes
+    options: dict[str, Any] = {"dtype": BFLOAT16, "untied": False} | changes
     source = ConfigSource(Path("config.json"), config)
     return finish(source, tensors if tensors is not None else language_model(), **options)
 
@@ -85,6 +85,11 @@ class TestMessages:
             "pass --config FILE|DIR (or --like DIR), or --weights-only to write the weights alone"
         )
 
+    def test_a_file_that_cannot_be_read_says_why(self, tmp_path: Path) -> None:
+        with pytest.raises(DamagedCheckpoint, match="cannot be read") as raised:
+            read_object(tmp_path)
+        assert "permissions" in str(raised.value.hint)
+
     def test_a_named_directory_without_config_is_an_error(self, tmp_path: Path) -> None:
         with pytest.raises(MissingAsset, match="--config names no config") as raised:
             find_config(AssetOptions(config=tmp_path, search=(tmp_path,)))
@@ -106,9 +111,9 @@ class TestMessages:
         ("content", "fact"),
         [
             (b'{"model_type": "llama",', "is not valid JSON (Expecting property name"),
-            (b"\xff\xfe\xff", "is not valid JSON ('utf-16' codec can't decode"),
+            (b'{"a": "\xff"}', "is not valid JSON ('utf-8' codec can't decode"),
             (b"", "is not valid JSON (Expecting value: line 1 column 1"),
-            (b"[" * 100_000, "is not valid JSON (maximum recursion depth exceeded"),
+            (b"[" * 100_000, "is not valid JSON ("),
             (b"[1]", "holds a JSON list where an object was expected"),
         ],
         ids=["truncated", "binary", "empty", "bottomless", "list"],
@@ -182,7 +187,7 @@ class TestFinish:
     )
     def test_the_embedding_is_found_by_structure(self, name: str) -> None:
         others = ("transformer.wpe.weight", "lm_head.weight", "model.layers.0.mlp.weight")
-        tensors: Shapes = {other: (FLOAT32, (9, 9)) for other in others}
+        tensors: Shapes = dict.fromkeys(others, (FLOAT32, (9, 9)))
         assert embedding_rows(tensors | {name: (FLOAT32, (77, 9))}) == 77
 
     def test_embeddings_of_different_sizes_leave_the_vocabulary_alone(self) -> None:
@@ -225,13 +230,56 @@ class TestFinish:
         assert "quantization_config" in result.data
         assert any("quantization_config" in text for text in result.warnings) is warned
 
-    def test_a_class_that_lacks_the_head_among_the_tensors_is_warned_about(self) -> None:
+    @pytest.mark.parametrize(
+        ("name", "head"),
+        [
+            ("LlamaForCausalLM", "score"),
+            ("LlamaForCausalLM", "v_head"),
+            ("LlamaForSequenceClassification", "lm_head"),
+        ],
+    )
+    def test_a_class_that_lacks_the_head_among_the_tensors_is_warned_about(
+        self, name: str, head: str
+    ) -> None:
         tensors: Shapes = {
             "model.embed_tokens.weight": (BFLOAT16, (400, 8)),
-            "score.weight": (BFLOAT16, (1, 8)),
+            f"{head}.weight": (BFLOAT16, (1, 8)),
         }
-        (warning,) = finished(LLAMA, tensors).warnings
-        assert "names LlamaForCausalLM, but the tensors hold score" in warning
+        (warning,) = finished(LLAMA | {"architectures": [name]}, tensors).warnings
+        assert f"names {name}, but the tensors hold {head}" in warning
+
+    @pytest.mark.parametrize("head", ["score", "classifier"])
+    def test_a_class_that_has_the_head_is_not_warned_about(self, head: str) -> None:
+        tensors: Shapes = {f"{head}.weight": (BFLOAT16, (1, 8))}
+        config = LLAMA | {"architectures": ["LlamaForSequenceClassification"]}
+        assert finished(config, tensors).warnings == ()
+
+
+def test_an_untied_t5_computes_what_it_did_before(tmp_path: Path) -> None:
+    """Writing ``tie_word_embeddings: false`` would switch off the scaling of T5's output."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        vocab_size=32, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, dtype="float32"
+    )
+    model = T5ForConditionalGeneration(config).eval()
+    model.lm_head.weight = torch.nn.Parameter(torch.randn(32, 8))
+    config.save_pretrained(tmp_path)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    source = json.loads((tmp_path / "config.json").read_bytes())
+    tensors: Shapes = {name: (FLOAT32, tuple(tensor.shape)) for name, tensor in state.items()}
+
+    result = finished(source, tensors, dtype=FLOAT32, untied=True)
+    (tmp_path / "config.json").write_bytes(json_bytes(result.data))
+    loaded = T5ForConditionalGeneration.from_pretrained(tmp_path).eval()
+
+    ids = torch.tensor([[1, 2, 3]])
+    before = model(input_ids=ids, decoder_input_ids=ids).logits
+    assert torch.equal(loaded(input_ids=ids, decoder_input_ids=ids).logits, before)
+    assert any("also scales the output" in warning for warning in result.warnings)
 
 
 def test_the_config_is_written_as_transformers_writes_it(tmp_path: Path) -> None:

@@ -1,0 +1,74 @@
+"""The command line: options in, one library call, a report out. The only place that prints or exits.
+
+One module a command; each is imported when it is called, so that ``--help`` starts at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import signal
+import sys
+from types import FrameType
+from typing import Any
+
+import click
+
+from ckpt_tools import __version__
+
+_COMMANDS = {
+    "inspect": "What a checkpoint is, from metadata alone.",
+    "consolidate": "A checkpoint becomes a Hugging Face directory.",
+}
+
+_EPILOG = """\b
+Exit status:
+  0  done
+  1  unforeseen failure
+  2  the command cannot be carried out as typed: wrong option, several
+     checkpoints to choose from, output exists, config or token missing
+  3  nothing under the path is a checkpoint
+  4  the checkpoint is damaged: files missing, truncated or of several saves
+  5  a layout that is recognised but cannot be read
+  6  the output cannot be written: disk full, permission
+  130, 143  interrupted; nothing is left behind
+"""
+
+
+class _Lazy(click.Group):
+    """A group whose commands are imported when they are needed."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module = importlib.import_module(f"{__name__}.{cmd_name.replace('-', '_')}")
+        command = module.command
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+
+@click.command(cls=_Lazy, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="ckpt-tools")
+def cli() -> None:
+    """What training leaves on disk becomes what people load.
+
+    Reads raw checkpoints without the framework that wrote them and without running code from them,
+    and writes clean Hugging Face directories.
+    """
+
+
+def main(args: list[str] | None = None) -> Any:
+    """Run the command line."""
+    signal.signal(signal.SIGTERM, _terminate)
+    return cli.main(args=args, prog_name="ckpt-tools")
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    # An exception, so that the partial output is removed on the way out.
+    sys.exit(128 + signum)

@@ -1,0 +1,75 @@
+"""Progress of a long command: a bar on a terminal, plain lines elsewhere, nothing when asked."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import click
+
+from ckpt_tools.cli.shared import nbytes_text, seconds_text
+
+_LINE_SECONDS = 10.0
+
+
+@contextmanager
+def shown_progress(quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """A function that is told bytes done and bytes in all, or None under ``quiet``."""
+    if quiet:
+        yield None
+    elif sys.stderr.isatty():
+        with _bar() as update:
+            yield update
+    else:
+        yield _lines()
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[int, int], None]]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (
+        TextColumn("writing"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("writing", total=None)
+
+        def update(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        yield update
+
+
+def _lines() -> Callable[[int, int], None]:
+    """A line every ten seconds: what a log file or a batch system can show."""
+    started = last = time.monotonic()
+
+    def update(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < _LINE_SECONDS:
+            return
+        last = now
+        rate = done / (now - started)
+        left = seconds_text((total - done) / rate) if rate else "unknown"
+        click.echo(
+            f"{done / total:.0%}: {nbytes_text(done)} of {nbytes_text(total)}, "
+            f"{nbytes_text(rate)}/s, {left} left",
+            err=True,
+        )
+
+    return update

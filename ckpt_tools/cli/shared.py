@@ -1,0 +1,98 @@
+"""What every command shares: how errors end it, how numbers are written, how JSON is printed."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from ckpt_tools.errors import AmbiguousCheckpoint, CkptError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+debug_option = click.option("--debug", is_flag=True, help="Show a traceback for every error.")
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object on stdout."
+)
+
+
+def reports_errors(function: F) -> F:
+    """End the command with a message and the error's exit status instead of a traceback."""
+
+    @functools.wraps(function)
+    def run(*args: Any, debug: bool, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except CkptError as error:
+            if debug:
+                raise
+            if kwargs.get("as_json"):
+                print_json({"error": _as_json(error)})
+            _print_error(error)
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("Interrupted; nothing was left behind.", err=True)
+            sys.exit(130)
+        except BrokenPipeError:
+            # The reader of our output is gone (`ckpt-tools inspect | head`).
+            sys.stderr.close()
+            sys.exit(141)
+
+    return run  # type: ignore[return-value]
+
+
+def _print_error(error: CkptError) -> None:
+    click.echo(click.style("error: ", fg="red", bold=True) + error.fact, err=True)
+    if error.path is not None:
+        click.echo(f"  in: {error.path}", err=True)
+    if error.tensor is not None:
+        click.echo(f"  tensor: {error.tensor}", err=True)
+    if error.hint:
+        click.echo(f"  next: {error.hint}", err=True)
+
+
+def _as_json(error: CkptError) -> dict[str, Any]:
+    return {
+        "kind": type(error).__name__,
+        "fact": error.fact,
+        "path": None if error.path is None else str(error.path),
+        "tensor": error.tensor,
+        "hint": error.hint,
+        "exit_code": error.exit_code,
+        "choices": list(error.choices) if isinstance(error, AmbiguousCheckpoint) else [],
+    }
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON object on stdout."""
+    click.echo(json.dumps(value, indent=2))
+
+
+def nbytes_text(nbytes: float) -> str:
+    """Bytes for a person, in decimal units as ``--max-shard-size`` takes them."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(nbytes) < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.4g} TB"
+
+
+def count_text(count: int) -> str:
+    """A number of parameters for a person."""
+    for limit, unit in ((10**12, "T"), (10**9, "B"), (10**6, "M")):
+        if count >= limit:
+            return f"{count:,} ({count / limit:.3g} {unit})"
+    return f"{count:,}"
+
+
+def seconds_text(seconds: float) -> str:
+    """A duration for a person."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,180 @@
+"""Fits a state to the model that its config describes: names, shapes, ties, and nothing missing.
+
+Owns the questions that need both the tensors and the model: which tied names are written, which tensors
+the model has and the state has not, and whether the config is of this model at all. What a model has is
+found by :mod:`ckpt_tools.reference`, from the config alone. Knows no format and writes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ckpt_tools.assets import ConfigSource
+from ckpt_tools.assets.config import finish
+from ckpt_tools.catalogue import Catalogue, Tensor
+from ckpt_tools.compare import first_difference
+from ckpt_tools.dtypes import BFLOAT16, FLOAT16, DType
+from ckpt_tools.errors import DamagedCheckpoint, UsageError
+from ckpt_tools.gather import Gatherer
+from ckpt_tools.reference import ReferenceModel, describe
+from ckpt_tools.transforms.ties import settle_ties
+
+_SHOWN = 6
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A state that is the model's, name for name.
+
+    Attributes:
+        catalogue: what to write, under the names to write it.
+        untied: names that the config ties and that hold values of their own.
+        notes: what was decided.
+        warnings: what to look at.
+    """
+
+    catalogue: Catalogue
+    untied: tuple[str, ...]
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    @classmethod
+    def unchecked(cls, catalogue: Catalogue) -> Fitted:
+        """The state as it is."""
+        notes = tuple(
+            f"{a} shares its values with {k}, which is written" for a, k in catalogue.ties.items()
+        )
+        return cls(catalogue, (), notes, ())
+
+
+def fit_to_model(
+    catalogue: Catalogue, config: ConfigSource, extra: Catalogue | None, dtype: DType
+) -> Fitted:
+    """Make the state fit the model of ``config``.
+
+    Args:
+        catalogue: the state, wrappers stripped, in the dtypes of the output.
+        config: the model's config.
+        extra: tensors to take where the state lacks them (``--like``).
+        dtype: dtype of the output as a whole.
+
+    Raises:
+        UsageError: the config is of another model.
+        DamagedCheckpoint: tensors of the model are missing.
+    """
+    reference = _describe(catalogue, config, dtype, untied=False)
+    if reference is None:
+        fitted = Fitted.unchecked(catalogue)
+        warning = (
+            "transformers has no such model (custom code?): names, shapes and completeness were "
+            "not checked"
+        )
+        return Fitted(fitted.catalogue, (), fitted.notes, (warning,))
+    settled = settle_ties(catalogue, reference.ties, reference.live, _equal)
+    if settled.untied:
+        reference = _describe(catalogue, config, dtype, untied=True) or reference
+    tensors = dict(settled.catalogue.items())
+    notes = [f"{a} is tied to {k} and left out" for a, k in settled.catalogue.ties.items()]
+    notes += [
+        f"{n} is tied in training but not in the config; written twice" for n in settled.duplicated
+    ]
+    warnings = [
+        f"{name} is tied in the config but holds values of its own: both are written, and "
+        "tie_word_embeddings becomes false"
+        for name in settled.untied
+    ]
+    lacking = [name for name in reference.saved if name not in tensors]
+    taken = [name for name in lacking if extra is not None and name in extra]
+    if extra is not None and taken:
+        tensors |= {name: extra[name] for name in taken}
+        warnings.append(f"taken from --like, because the checkpoint lacks them: {_listed(taken)}")
+    missing = [name for name in lacking if name not in tensors]
+    surplus = [name for name in tensors if name not in reference.saved]
+    if missing:
+        raise _incomplete(missing, surplus, tensors, reference, config)
+    _check_shapes(tensors, reference, config)
+    if surplus:
+        warnings.append(
+            f"the config's model does not have: {_listed(surplus)}; written all the same"
+        )
+    ordered = {name: tensors[name] for name in reference.saved}
+    ordered |= {name: tensors[name] for name in surplus}
+    warnings += _rounded(ordered, reference, dtype)
+    return Fitted(Catalogue(ordered), settled.untied, tuple(notes), tuple(warnings))
+
+
+def _describe(
+    catalogue: Catalogue, config: ConfigSource, dtype: DType, *, untied: bool
+) -> ReferenceModel | None:
+    shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in catalogue.items()}
+    return describe(finish(config, shapes, dtype=dtype, untied=untied).data)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    if a.dtype != b.dtype:
+        return False
+    with Gatherer() as gatherer:
+        return first_difference(gatherer, a, b) is None
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def _incomplete(
+    missing: Sequence[str],
+    surplus: Sequence[str],
+    tensors: Mapping[str, Tensor],
+    reference: ReferenceModel,
+    config: ConfigSource,
+) -> UsageError | DamagedCheckpoint:
+    """Another model's config where hardly a name fits; otherwise tensors that were left out."""
+    if any(".lora_" in name for name in surplus):
+        return UsageError(
+            f"the checkpoint is of a LoRA model ({_listed([n for n in surplus if '.lora_' in n])})",
+            path=config.path,
+            hint="--weights-only writes its tensors under the names that they have.",
+        )
+    if len(missing) == len(reference.saved) or len(surplus) > len(tensors) // 2:
+        tops = sorted({name.split(".")[0] for name in tensors})
+        return UsageError(
+            f"the config describes {reference.architecture}, whose tensors are called "
+            f"{_listed(missing[:2])}; those of the checkpoint are called {_listed(surplus[:2])}",
+            path=config.path,
+            hint=f"Top-level attributes of the checkpoint: {', '.join(tops)}. Pass the config of the "
+            "model that was trained, or --weights-only to write the tensors under these names.",
+        )
+    return DamagedCheckpoint(
+        f"{len(missing)} tensors of {reference.architecture} are not in the checkpoint: "
+        f"{_listed(missing)}",
+        path=config.path,
+        missing=missing,
+        hint="Frozen parameters are left out when a run saves with exclude_frozen_parameters. "
+        "--like DIR takes them from a Hugging Face directory of the base model.",
+    )
+
+
+def _check_shapes(
+    tensors: Mapping[str, Tensor], reference: ReferenceModel, config: ConfigSource
+) -> None:
+    for name, saved in reference.saved.items():
+        if tensors[name].shape != saved.shape:
+            raise UsageError(
+                f"its shape is {tensors[name].shape}, but the config describes {saved.shape}",
+                path=config.path,
+                tensor=name,
+                hint="Pass the config of the model that was trained (--config FILE|DIR).",
+            )
+
+
+def _rounded(tensors: Mapping[str, Tensor], reference: ReferenceModel, dtype: DType) -> list[str]:
+    """What is written in 16 bits although the model computes with it in fp32."""
+    kept = {BFLOAT16: reference.float32_under_bfloat16, FLOAT16: reference.float32_under_float16}
+    names = [n for n in kept.get(dtype, ()) if n in tensors and tensors[n].dtype == dtype]
+    if not names:
+        return []
+    return [
+        f"the model keeps these in float32, they are written in {dtype}: {_listed(sorted(names))}"
+    ]
