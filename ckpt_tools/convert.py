@@ -1,7 +1,7 @@
 """The pipeline: the only place where the order of things is decided.
 
-    locate, read -> choose copy -> cast -> strip wrappers -> fit to the model -> plan
-        -> check masters -> write, assets -> publish
+    locate, read -> choose copy -> cast -> strip wrappers -> check masters
+        -> fit to the model -> assets -> plan -> write -> publish
 
 Everything that can be wrong with the input is found before the partial directory is made. Knows no
 format, no byte layout and no command line.
@@ -11,19 +11,22 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
 from ckpt_tools import readers
-from ckpt_tools.assets import AssetFile, AssetOptions, Assets, collect, find_config
+from ckpt_tools.assets import AssetFile, AssetOptions, Assets, ConfigSource, collect, find_config
 from ckpt_tools.catalogue import Catalogue, Tensor
 from ckpt_tools.checkpoint import Checkpoint, Copy
 from ckpt_tools.dtypes import BY_SHORT_NAME, DType
 from ckpt_tools.errors import OutputFailed, UsageError
-from ckpt_tools.fit import Fitted, fit_to_model
+from ckpt_tools.fit import Fitted, anticipate, fit_to_model
 from ckpt_tools.lazy import cast
 from ckpt_tools.masters import check_masters
 from ckpt_tools.plan import Plan, plan
@@ -104,100 +107,147 @@ def consolidate(
     Raises:
         CkptError: see :mod:`ckpt_tools.errors`; nothing was written.
     """
-    started = time.monotonic()
-    target, count = Path(output), workers or default_workers()
     source = (
         checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint, tag=tag)
     )
-    model = None if like is None else open_checkpoint(like)
-    options = AssetOptions(
-        config=_path(config),
-        tokenizer=_path(tokenizer),
-        like=_path(like),
-        generation_config=generation_config,
-        search=source.location.near,
+    return _run(
+        source,
+        _Request(
+            target=Path(output),
+            dtype=dtype,
+            copy=weights,
+            assets=AssetOptions(
+                config=_path(config),
+                tokenizer=_path(tokenizer),
+                like=_path(like),
+                generation_config=generation_config,
+                search=source.location.near,
+            ),
+            max_shard_size=max_shard_size,
+            workers=workers or default_workers(),
+            dry_run=dry_run,
+            overwrite=overwrite,
+            weights_only=weights_only,
+            check_all_masters=check_all_masters,
+            progress=progress,
+        ),
     )
-    inputs = [
-        source.location.directory,
-        *filter(None, (options.config, options.tokenizer, options.like)),
-    ]
-    if not dry_run:
-        check_target(target, inputs, overwrite=overwrite)
 
-    notes, warnings = [], [*source.remarks, *map(_leftover, leftovers(target))]
-    catalogue = _cast(source, weights, dtype)
+
+@dataclass(frozen=True)
+class _Request:
+    """What is asked of one conversion; the arguments of :func:`consolidate`, made ready."""
+
+    target: Path
+    dtype: DTypeChoice
+    copy: Copy
+    assets: AssetOptions
+    max_shard_size: int | str
+    workers: int
+    dry_run: bool
+    overwrite: bool
+    weights_only: bool
+    check_all_masters: bool
+    progress: Progress | None
+
+
+def _run(source: Checkpoint, request: _Request) -> Report:
+    """The pipeline itself."""
+    clock = _Clock()
+    if not request.dry_run:
+        check_target(request.target, _inputs(source, request.assets), overwrite=request.overwrite)
+    catalogue = _cast(source, request.copy, request.dtype)
     stripped = strip_wrappers([*catalogue, *catalogue.ties])
     catalogue = rename(catalogue, stripped.names)
-    notes += [f"stripped {where} from {n} names" for where, n in stripped.removed.items()]
-    if weights_only:
-        fitted = Fitted.unchecked(catalogue)
-        assets = Assets((), {}, (), ())
-    else:
-        extra = (
-            None if model is None else _cast(model, "model", "keep" if dtype == "auto" else dtype)
-        )
-        found = find_config(options)
-        fitted = fit_to_model(catalogue, found, extra, main_dtype(catalogue))
-        assets = collect(
-            options,
-            found,
-            {name: (tensor.dtype, tensor.shape) for name, tensor in fitted.catalogue.items()},
-            dtype=main_dtype(fitted.catalogue),
-            untied=bool(fitted.untied),
-        )
-    layout = plan(fitted.catalogue, max_shard_size=max_shard_size)
-    asset_bytes = sum(file.nbytes for file in assets.files)
-    if not dry_run:
-        check_room(target, layout.nbytes + asset_bytes)
-    prepared = time.monotonic()
-
+    config = None if request.weights_only else find_config(request.assets)
+    if config is not None:
+        anticipate(catalogue, config, main_dtype(catalogue))
+        import_module("torch")  # needed later and slow to import: while the answer is awaited
+    clock.lap("read")
     checked = 0
-    if weights == "master":
-        checked = check_masters(source, every_element=check_all_masters, workers=count)
-    checks_done = time.monotonic()
-    written = Written(0, 0, 0.0, 0.0)
-    if not dry_run:
-        total = layout.tensor_bytes
-        written = _publish(target, layout, assets, count, overwrite, _summed(progress, total))
-    ended = time.monotonic()
+    if request.copy == "master":
+        checked = check_masters(
+            source, every_element=request.check_all_masters, workers=request.workers
+        )
+    clock.lap("check")
+    fitted, assets = Fitted.unchecked(catalogue), Assets((), {}, (), ())
+    if config is not None:
+        fitted = fit_to_model(catalogue, config, _like(request), main_dtype(catalogue))
+        assets = _collect(request.assets, config, fitted)
+    layout = plan(fitted.catalogue, max_shard_size=request.max_shard_size)
+    needed = layout.nbytes + sum(file.nbytes for file in assets.files)
+    if not request.dry_run:
+        check_room(request.target, needed)
+    clock.lap("plan")
+    written = None if request.dry_run else _publish(layout, assets, request)
+    clock.lap("write")
     return Report(
         checkpoint=source.location.directory,
-        output=target,
+        output=request.target,
         source=source.title,
         step=source.step,
         world_size=source.world_size,
         framework=source.framework,
-        weights=weights,
+        weights=request.copy,
         dtypes=_dtype_counts(layout.tensors),
         tensors=len(layout.tensors),
         parameters=sum(tensor.numel for tensor in layout.tensors.values()),
-        files=_sizes(layout, assets),
-        bytes_read=written.bytes_read,
-        bytes_written=layout.nbytes + asset_bytes,
+        files=layout.sizes | {file.name: file.nbytes for file in assets.files},
+        bytes_read=written.bytes_read if written else 0,
+        bytes_written=needed if written else 0,
         checked=checked,
-        seconds={
-            "prepare": prepared - started,
-            "check": checks_done - prepared,
-            "move": written.move_seconds,
-            "sync": written.sync_seconds,
-            "total": ended - started,
+        seconds=clock.laps
+        | {
+            "move": written.move_seconds if written else 0.0,
+            "sync": written.sync_seconds if written else 0.0,
         },
-        notes=(*notes, *fitted.notes, *assets.notes),
-        warnings=(*warnings, *fitted.warnings, *assets.warnings),
-        dry_run=dry_run,
-        plan=tuple(
-            {
-                "file": file.name,
-                "bytes": file.size,
-                "tensors": [
-                    {"name": s.name, "dtype": str(s.tensor.dtype), "shape": list(s.tensor.shape)}
-                    for s in file.slots
-                ],
-            }
-            for file in layout.files
-        )
-        if dry_run
-        else (),
+        notes=(
+            *(f"stripped {where} from {n} names" for where, n in stripped.removed.items()),
+            *fitted.notes,
+            *assets.notes,
+        ),
+        warnings=(
+            *source.remarks,
+            *map(_leftover, leftovers(request.target)),
+            *fitted.warnings,
+            *assets.warnings,
+        ),
+        dry_run=request.dry_run,
+        plan=layout.listing() if request.dry_run else (),
+    )
+
+
+class _Clock:
+    """Seconds of each step, and in all."""
+
+    def __init__(self) -> None:
+        self._started = self._last = time.monotonic()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, step: str) -> None:
+        now = time.monotonic()
+        self.laps |= {step: now - self._last, "total": now - self._started}
+        self._last = now
+
+
+def _inputs(source: Checkpoint, assets: AssetOptions) -> list[Path]:
+    """Directories and files that are read, and so must not be replaced."""
+    named = (assets.config, assets.tokenizer, assets.like)
+    return [source.location.directory, *filter(None, named)]
+
+
+def _like(request: _Request) -> Catalogue | None:
+    """The tensors of ``--like``, in the dtypes of the output."""
+    if request.assets.like is None:
+        return None
+    dtype = "keep" if request.dtype == "auto" else request.dtype
+    return _cast(open_checkpoint(request.assets.like), "model", dtype)
+
+
+def _collect(options: AssetOptions, config: ConfigSource, fitted: Fitted) -> Assets:
+    shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in fitted.catalogue.items()}
+    return collect(
+        options, config, shapes, dtype=main_dtype(fitted.catalogue), untied=bool(fitted.untied)
     )
 
 
@@ -248,18 +298,9 @@ def _dtype_counts(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     return dict(counts)
 
 
-def _sizes(layout: Plan, assets: Assets) -> dict[str, int]:
-    sizes = {file.name: file.size for file in layout.files}
-    if layout.index is not None:
-        sizes[layout.index[0]] = len(layout.index[1])
-    return sizes | {file.name: file.nbytes for file in assets.files}
-
-
 def _summed(progress: Progress | None, total: int) -> Callable[[int], None] | None:
     if progress is None:
         return None
-    import threading
-
     lock, done = threading.Lock(), 0
 
     def add(nbytes: int) -> None:
@@ -271,16 +312,10 @@ def _summed(progress: Progress | None, total: int) -> Callable[[int], None] | No
     return add
 
 
-def _publish(
-    target: Path,
-    layout: Plan,
-    assets: Assets,
-    workers: int,
-    overwrite: bool,
-    progress: Callable[[int], None] | None,
-) -> Written:
-    with partial_directory(target, overwrite=overwrite) as partial:
-        written = write(layout, partial, workers=workers, progress=progress)
+def _publish(layout: Plan, assets: Assets, request: _Request) -> Written:
+    progress = _summed(request.progress, layout.tensor_bytes)
+    with partial_directory(request.target, overwrite=request.overwrite) as partial:
+        written = write(layout, partial, workers=request.workers, progress=progress)
         for asset in assets.files:
             _write_asset(partial, asset)
     return written

@@ -7,7 +7,7 @@ sizes. ``DType.torch`` crosses over where bytes are really touched. It knows not
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +42,14 @@ class DType:
 
     def __str__(self) -> str:
         return self.name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies are the table's own values."""
+        return BY_NAME.__getitem__, (self.name,)
+
+    def __setstate__(self, state: object) -> None:
+        """Refuse: a hostile pickle that is handed a dtype must not change it for everybody."""
+        raise TypeError("a dtype does not change")
 
     @property
     def torch(self) -> torch.dtype:

@@ -17,7 +17,7 @@ from ckpt_tools.compare import first_difference
 from ckpt_tools.dtypes import BFLOAT16, FLOAT16, DType
 from ckpt_tools.errors import DamagedCheckpoint, UsageError
 from ckpt_tools.gather import Gatherer
-from ckpt_tools.reference import ReferenceModel, describe
+from ckpt_tools.reference import Answer, ReferenceModel, start
 from ckpt_tools.transforms.ties import settle_ties
 
 _SHOWN = 6
@@ -63,7 +63,7 @@ def fit_to_model(
         UsageError: the config is of another model.
         DamagedCheckpoint: tensors of the model are missing.
     """
-    reference = _describe(catalogue, config, dtype, untied=False)
+    reference = _ask(catalogue, config, dtype, untied=False).result()
     if reference is None:
         fitted = Fitted.unchecked(catalogue)
         warning = (
@@ -73,7 +73,7 @@ def fit_to_model(
         return Fitted(fitted.catalogue, (), fitted.notes, (warning,))
     settled = settle_ties(catalogue, reference.ties, reference.live, _equal)
     if settled.untied:
-        reference = _describe(catalogue, config, dtype, untied=True) or reference
+        reference = _ask(catalogue, config, dtype, untied=True).result() or reference
     tensors = dict(settled.catalogue.items())
     notes = [f"{a} is tied to {k} and left out" for a, k in settled.catalogue.ties.items()]
     notes += [
@@ -104,11 +104,17 @@ def fit_to_model(
     return Fitted(Catalogue(ordered), settled.untied, tuple(notes), tuple(warnings))
 
 
-def _describe(
-    catalogue: Catalogue, config: ConfigSource, dtype: DType, *, untied: bool
-) -> ReferenceModel | None:
+def anticipate(catalogue: Catalogue, config: ConfigSource, dtype: DType) -> None:
+    """Have the question that :func:`fit_to_model` will ask answered in the background.
+
+    The answer takes seconds, in a process of its own; the caller has other things to do meanwhile.
+    """
+    _ask(catalogue, config, dtype, untied=False)
+
+
+def _ask(catalogue: Catalogue, config: ConfigSource, dtype: DType, *, untied: bool) -> Answer:
     shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in catalogue.items()}
-    return describe(finish(config, shapes, dtype=dtype, untied=untied).data)
+    return start(finish(config, shapes, dtype=dtype, untied=untied).data)
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

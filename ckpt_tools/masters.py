@@ -34,6 +34,8 @@ def check_masters(checkpoint: Checkpoint, *, every_element: bool, workers: int) 
     """
     full = every_element or bool(checkpoint.doubts)
     pairs = list(_pairs(checkpoint))
+    if not pairs:
+        return 0
 
     def check(share: list[tuple[str, Weight]]) -> None:
         with Gatherer() as gatherer:

@@ -107,6 +107,16 @@ class Plan:
         """Bytes of all weight files and the index."""
         return sum(file.size for file in self.files) + (len(self.index[1]) if self.index else 0)
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file by name, the index included."""
+        sizes = {file.name: file.size for file in self.files}
+        return sizes if self.index is None else sizes | {self.index[0]: len(self.index[1])}
+
+    def listing(self) -> tuple[dict[str, object], ...]:
+        """The files and their tensors as plain JSON values, for ``--dry-run``."""
+        return tuple({"file": f.name, "bytes": f.size, "tensors": _listed(f)} for f in self.files)
+
     @cached_property
     def block_bytes(self) -> int:
         """Upper bound of a block's bytes; larger where tensors come from many ranks."""
@@ -182,6 +192,13 @@ def _planned_file(name: str, tensors: Mapping[str, Tensor]) -> PlannedFile:
         slots.append(Slot(key, tensors[key], offset))
         offset += tensors[key].nbytes
     return PlannedFile(name, header, tuple(slots))
+
+
+def _listed(file: PlannedFile) -> list[dict[str, object]]:
+    return [
+        {"name": s.name, "dtype": str(s.tensor.dtype), "shape": list(s.tensor.shape)}
+        for s in file.slots
+    ]
 
 
 def _code(dtype: DType) -> str:

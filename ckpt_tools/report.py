@@ -30,7 +30,8 @@ class Report:
         bytes_read: tensor bytes read from the checkpoint.
         bytes_written: bytes of all output files.
         checked: how many tensors' masters were compared with the 16-bit weights.
-        seconds: ``prepare``, ``check``, ``move``, ``sync`` and ``total``.
+        seconds: ``read``, ``check``, ``plan`` and ``write``; of the last, ``move`` and ``sync``;
+            and ``total``.
         notes: what was decided or changed.
         warnings: what to look at.
         dry_run: nothing was written.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -42,12 +43,12 @@ def stored(path: Path, truth: torch.Tensor, cuts: list[int], boxes: int | None =
     flat = truth.reshape(-1)
     if boxes is None or not shape:
         borders = sorted({0, truth.numel(), *(cut % (truth.numel() + 1) for cut in cuts)})
-        for low, high in zip(borders, borders[1:], strict=False):
+        for low, high in pairwise(borders):
             pieces.append((FlatRange(low, high), flat[low:high]))
     else:
         axis = boxes % len(shape)
         borders = sorted({0, shape[axis], *(cut % (shape[axis] + 1) for cut in cuts)})
-        for low, high in zip(borders, borders[1:], strict=False):
+        for low, high in pairwise(borders):
             offsets = tuple(low if i == axis else 0 for i in range(len(shape)))
             sizes = tuple(high - low if i == axis else size for i, size in enumerate(shape))
             pieces.append((Box(offsets, sizes), truth.narrow(axis, low, high - low)))
@@ -167,9 +168,7 @@ def test_windows_are_filled_once(tmp_path: Path) -> None:
     pair = stored(tmp_path / "data.bin", counted((6, 5, 4)), [17, 50])
     pair = strided(pair, lambda x: x.permute(2, 0, 1))
     for start, stop in [(0, 120), (7, 93), (31, 32)]:
-        filled = [
-            place for move in pair.lazy.moves(start, stop) for place in places_of(move)
-        ]
+        filled = [place for move in pair.lazy.moves(start, stop) for place in places_of(move)]
         assert sorted(filled) == list(range(stop - start))
 
 
@@ -216,16 +215,17 @@ class TestRunsAreLong:
             self.make(tmp_path, (24, 16)),
             lambda x: x.unflatten(0, (3, 2, 4)).transpose(1, 2),
         )
-        assert self.count(pair, 0, 24 * 16) == 6
+        assert self.count(pair, 0, 24 * 16) == 1
+        assert self.count(pair, 16, 5 * 16) <= 4
 
     def test_joined_columns(self, tmp_path: Path) -> None:
         parts = tuple(self.make(tmp_path, (50, n)).lazy for n in (3, 4))
         assert len(list(Concat(parts, 1).moves(0, 350))) == 2
 
-    def test_two_views_are_one(self, tmp_path: Path) -> None:
-        pair = strided(self.make(tmp_path, (6, 4)), lambda x: x.T)
-        pair = strided(pair, lambda x: x.T)
-        assert isinstance(pair.lazy, View) and isinstance(pair.lazy.tensor, Stored)
+    def test_two_views_that_undo_each_other_are_none(self, tmp_path: Path) -> None:
+        base = self.make(tmp_path, (6, 4))
+        pair = strided(strided(base, lambda x: x.T), lambda x: x.T)
+        assert pair.lazy is base.lazy
 
 
 def test_a_long_strided_run_is_no_copy_of_bytes(tmp_path: Path) -> None:

@@ -56,11 +56,13 @@ def _bar() -> Iterator[Callable[[int, int], None]]:
 
 def _lines() -> Callable[[int, int], None]:
     """A line every ten seconds: what a log file or a batch system can show."""
-    started = last = time.monotonic()
+    started = last = 0.0
 
     def update(done: int, total: int) -> None:
-        nonlocal last
+        nonlocal started, last
         now = time.monotonic()
+        if not started:
+            started = last = now
         if now - last < _LINE_SECONDS:
             return
         last = now

@@ -10,7 +10,9 @@ through a *global*, and here a global is one of three things:
   as what they are, a name and a few numbers;
 * nothing: no import takes place and no function named by the pickle is ever called.
 
-Callables are made anew for every load, because a pickle can set attributes on what it was handed. This
+A pickle can set attributes on whatever it was handed (the BUILD opcode). So callables are made anew for
+every load, and what names a file or a place in one (:class:`StorageRef`, :class:`TensorRef`) refuses: it
+would let a pickle point at another file of the machine, whose bytes would end up in the output. This
 module knows nothing of zip files or layouts: where a storage lies is the business of the container.
 
 Source of the allow-list: ``torch/_utils.py`` and ``torch/_weights_only_unpickler.py``.
@@ -18,16 +20,18 @@ Source of the allow-list: ``torch/_utils.py`` and ``torch/_weights_only_unpickle
 
 from __future__ import annotations
 
+import copyreg
 import io
 import math
 import pickle
+from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from ckpt_tools.dtypes import BY_NAME, BY_STORAGE_CLASS, DType
-from ckpt_tools.errors import DamagedCheckpoint, UnsafePickle
+from ckpt_tools.errors import CkptError, DamagedCheckpoint, UnsafePickle
 
 
 class Opaque:
@@ -76,23 +80,36 @@ class Opaque:
         return f"<{self.global_name}, not run>"
 
 
-class StorageRef(Protocol):
+class Sealed:
+    """A value of ours that is handed to a pickle, which cannot change it."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: object) -> None:
+        """Refuse what the BUILD opcode brings."""
+        raise pickle.UnpicklingError(f"it changes a {type(self).__name__}")
+
+
+class StorageRef(Sealed, ABC):
     """Where a tensor's storage lies; each container brings its own."""
 
+    __slots__ = ()
     dtype: DType
     numel: int
 
     @property
+    @abstractmethod
     def path(self) -> str:
         """The file that holds it."""
 
     @property
+    @abstractmethod
     def data_offset(self) -> int:
         """First byte of the data in that file."""
 
 
 @dataclass(frozen=True, slots=True)
-class TensorRef:
+class TensorRef(Sealed):
     """A tensor in a pickle: which elements of which storage, and no data.
 
     Attributes:
@@ -108,6 +125,9 @@ class TensorRef:
     storage_offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
+
+    # Named here because dataclasses give frozen classes with slots one that obeys.
+    __setstate__ = Sealed.__setstate__
 
     @property
     def numel(self) -> int:
@@ -143,15 +163,21 @@ class TensorRef:
 
 
 def _rebuild_tensor(
-    storage: Any, storage_offset: int, size: Any, stride: Any, dtype: DType | None = None
-) -> TensorRef:
+    storage: Any, storage_offset: int, size: Any, stride: Any, dtype: Any = None
+) -> TensorRef | Opaque:
+    if isinstance(storage, Opaque) or isinstance(dtype, type):
+        # Of an element type that is not known here: a fact only for whom the tensor is needed.
+        return Opaque(storage, storage_offset, size, stride, dtype)
     shape, strides = tuple(size), tuple(stride)
     ints = (storage_offset, *shape, *strides)
     if not all(isinstance(n, int) for n in ints) or len(shape) != len(strides):
         raise pickle.UnpicklingError("a tensor with malformed sizes")
-    if isinstance(storage, Opaque) or min(shape, default=0) < 0:
+    if not isinstance(storage, StorageRef) or min(shape, default=0) < 0:
         raise pickle.UnpicklingError("a tensor without a storage that can be read")
-    return TensorRef(storage, dtype or storage.dtype, storage_offset, shape, strides)
+    dtype = storage.dtype if dtype is None else dtype
+    if not isinstance(dtype, DType):
+        raise pickle.UnpicklingError("a tensor with a malformed dtype")
+    return TensorRef(storage, dtype, storage_offset, shape, strides)
 
 
 def _rebuild_from_type(func: Callable[..., Any], _type: Any, args: Any, _state: Any) -> Any:
@@ -171,8 +197,6 @@ def _allowed() -> dict[tuple[str, str], Any]:
         ("builtins", "set"): set,
         ("builtins", "frozenset"): frozenset,
         ("builtins", "complex"): complex,
-        ("builtins", "slice"): slice,
-        ("builtins", "range"): range,
         ("builtins", "bytearray"): lambda *a: bytearray(*a[:1]) if a and _is_bytes(a[0]) else b"",
         ("_codecs", "encode"): lambda *a: _encode(*a),
         ("torch", "Size"): lambda *a: tuple(*a),
@@ -242,9 +266,12 @@ def unpickle(
         UnsafePickle: the pickle uses an object in a way that would need its code.
         DamagedCheckpoint: the pickle is malformed or ends too early.
     """
+    # Extension codes are looked up in this cache before `find_class` is asked: it must neither give the
+    # pickle a function that somebody registered, nor keep our stand-in for it.
+    copyreg.clear_extension_cache()
     try:
         return RestrictedUnpickler(file, persistent_load).load()
-    except DamagedCheckpoint:
+    except CkptError:
         raise
     except (EOFError, pickle.UnpicklingError, UnicodeDecodeError) as error:
         raise DamagedCheckpoint(
@@ -260,3 +287,5 @@ def unpickle(
             path=path,
             hint="Nothing of it was run. If you trust the file, please report its layout.",
         ) from error
+    finally:
+        copyreg.clear_extension_cache()

@@ -21,7 +21,7 @@ from typing import Any
 from ckpt_tools.catalogue import FlatRange, Fragment, Shape, Stored
 from ckpt_tools.dtypes import DType
 from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout
-from ckpt_tools.readers.restricted_pickle import TensorRef, unpickle
+from ckpt_tools.readers.restricted_pickle import Opaque, StorageRef, TensorRef, unpickle
 
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -29,7 +29,7 @@ _COPY_ANEW = "The file is truncated or was overwritten; copy it anew from where 
 
 
 @dataclass(slots=True)
-class ZipStorage:
+class ZipStorage(StorageRef):
     """A storage that is a record of a torch zip file."""
 
     file: TorchFile

@@ -81,7 +81,9 @@ class ReferenceModel:
         live: what ``state_dict()`` of the model in memory holds, in its order: parameters and
             persistent buffers, tied names each for itself.
         saved: what ``save_pretrained`` writes, in its order, under hub names.
+        tied: what it would also write, under hub names, for each of ``ties`` that was not tied.
         ties: live names that it leaves out, each with the live name that it keeps in its place.
+        aliases: names that hub directories of this model may have instead, each with its live name.
         ignored: live names that it never writes (``_keys_to_ignore_on_save``).
         float32_under_bfloat16: live and hub names of what a model loaded in bf16 holds in fp32:
             ``_keep_in_fp32_modules_strict``, and what its constructor makes in fp32.
@@ -92,7 +94,9 @@ class ReferenceModel:
     model_type: str
     live: Mapping[str, LiveTensor]
     saved: Mapping[str, SavedTensor]
+    tied: Mapping[str, SavedTensor]
     ties: Mapping[str, str]
+    aliases: Mapping[str, str]
     ignored: frozenset[str]
     float32_under_bfloat16: frozenset[str]
     float32_under_float16: frozenset[str]
@@ -240,19 +244,24 @@ def _parsed(answer: Mapping[str, Any]) -> ReferenceModel | None:
         name: LiveTensor(tuple(shape), "parameter" if is_parameter else "buffer")
         for name, (shape, is_parameter) in model["live"].items()
     }
-    saved = {
-        name: SavedTensor(tuple(shape), from_json(recipe))
-        for name, (shape, recipe) in model["saved"].items()
-    }
+    ties = model["ties"]
+    saved: dict[str, SavedTensor] = {}
+    tied: dict[str, SavedTensor] = {}
+    for name, (shape, form) in model["saved"].items():
+        recipe = from_json(form)
+        is_tied = any(isinstance(leaf, Live) and leaf.name in ties for leaf in leaves(recipe))
+        (tied if is_tied else saved)[name] = SavedTensor(tuple(shape), recipe)
     return ReferenceModel(
         architecture=model["architecture"],
         model_type=model["model_type"],
         live=live,
         saved=saved,
-        ties=model["ties"],
+        tied=tied,
+        ties=ties,
+        aliases=model["aliases"],
         ignored=frozenset(model["ignored"]),
-        float32_under_bfloat16=_both_names(model["float32_under_bfloat16"], saved),
-        float32_under_float16=_both_names(model["float32_under_float16"], saved),
+        float32_under_bfloat16=_both_names(model["float32_under_bfloat16"], {**saved, **tied}),
+        float32_under_float16=_both_names(model["float32_under_float16"], {**saved, **tied}),
     )
 
 

@@ -73,7 +73,8 @@ def _classes(config: dict[str, Any], question: Mapping[str, Any]) -> tuple[Any, 
             if model_type not in CONFIG_MAPPING:
                 return None
             config_class = CONFIG_MAPPING[model_type]
-        return model_class, config_class.from_dict(config)
+        # Infinity and NaN are tagged objects in the file.
+        return model_class, config_class.from_dict(config_class._decode_special_floats(config))
     if not question["trust_remote_code"]:
         return None
     return _custom_classes(architecture, config, question["code_dir"])
@@ -99,53 +100,67 @@ def _on_meta(model_class: Any, config: Any) -> Any:
     from transformers import initialization
 
     config._attn_implementation = "eager"
+    default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
-    with (
-        torch.device("meta"),
-        initialization.no_init_weights(),
-        initialization.meta_device_safe_creation_ops(),
-    ):
-        model = model_class(config)
+    try:
+        with (
+            torch.device("meta"),
+            initialization.no_init_weights(),
+            initialization.meta_device_safe_creation_ops(),
+        ):
+            model = model_class(config)
+    finally:
+        torch.set_default_dtype(default)
     model.tie_weights()
     return model
 
 
 def _describe(model: Any, like_names: Collection[str] | None) -> dict[str, Any]:
-    from transformers.core_model_loading import revert_weight_conversion
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
-
-    from ckpt_tools.reference.tracing import Tracer
 
     state = model.state_dict()
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     ignored = [name for name in model._keys_to_ignore_on_save or () if name in state]
-    kept = {name: tensor for name, tensor in state.items() if name not in ignored}
-    kept = remove_tied_weights_from_state_dict(kept, model)
-    if like_names is not None:
-        model._weight_conversions = _conversions_used(model, like_names)
-    tracer = Tracer(kept)
-    with tracer:
-        # Conversions take their input apart; the dict is a copy for them.
-        saved = revert_weight_conversion(model, dict(kept))
-    names = {_storage(tensor): name for name, tensor in reversed(kept.items())}
-    ties = {
-        name: names[_storage(tensor)]
-        for name, tensor in state.items()
-        if name not in kept and name not in ignored and _storage(tensor) in names
+    written = {name: tensor for name, tensor in state.items() if name not in ignored}
+    kept = remove_tied_weights_from_state_dict(dict(written), model)
+    names = {_storage(tensor): name for name, tensor in kept.items()}
+    ties = {name: names[_storage(written[name])] for name in written if name not in kept}
+    # Tied names with tensors of their own, to see what each would be saved as.
+    untied = {
+        name: tensor.new_empty(tensor.shape) if name in ties else tensor
+        for name, tensor in written.items()
     }
+    saved = _saved(model, untied)
+    aliases: dict[str, str] = {}
+    if like_names is not None:
+        aliases = {hub: live for hub, (_, live) in saved.items() if isinstance(live, str)}
+        model._weight_conversions = _conversions_used(model, like_names)
+        saved = _saved(model, untied)
     float32 = _kept_in_float32(model, state)
     return {
         "architecture": type(model).__name__,
         "model_type": model.config.model_type,
         "live": {name: [list(tensor.shape), name in parameters] for name, tensor in state.items()},
-        "saved": {
-            name: [list(tensor.shape), to_json(tracer.recipe(tensor))]
-            for name, tensor in saved.items()
-        },
+        "saved": saved,
+        "aliases": aliases,
         "ties": ties,
         "ignored": ignored,
         "float32_under_bfloat16": sorted(float32["bfloat16"]),
         "float32_under_float16": sorted(float32["float16"]),
+    }
+
+
+def _saved(model: Any, state: Mapping[str, Any]) -> dict[str, tuple[list[int], Any]]:
+    """Shape and recipe of everything that ``save_pretrained`` makes of a state."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    from ckpt_tools.reference.tracing import Tracer
+
+    with Tracer(state) as tracer:
+        # The conversion takes its input apart; the dict is a copy for it.
+        saved = revert_weight_conversion(model, dict(state))
+    return {
+        name: (list(tensor.shape), to_json(tracer.recipe(tensor))) for name, tensor in saved.items()
     }
 
 

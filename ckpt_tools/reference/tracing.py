@@ -9,7 +9,7 @@ models.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,6 +18,11 @@ from ckpt_tools.reference.recipes import Computed, Joined, Live, Recipe, Strided
 
 _aten = torch.ops.aten
 _COPIES = {_aten.clone.default, _aten._to_copy.default, _aten.contiguous.default}
+
+
+class _Made(NamedTuple):
+    tensor: torch.Tensor
+    recipe: Recipe
 
 
 class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -29,7 +34,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._made: dict[int, tuple[torch.UntypedStorage, Recipe, tuple[int, ...]]] = {}
+        self._made: dict[int, _Made] = {}
         for name, tensor in tensors.items():
             if _key(tensor) not in self._made:
                 self._note(tensor, Live(name))
@@ -69,23 +74,23 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """How ``tensor`` is made of the tensors that were given."""
         if _key(tensor) not in self._made:
             return Computed("a new tensor")
-        _, whole, shape = self._made[_key(tensor)]
-        sizes, strides, offset = (
-            tuple(tensor.shape),
-            tuple(tensor.stride()),
-            tensor.storage_offset(),
-        )
-        if isinstance(whole, Computed) or (
-            sizes == shape and offset == 0 and tensor.is_contiguous()
-        ):
-            return whole
-        return Strided(whole, offset, sizes, strides)
+        made = self._made[_key(tensor)]
+        sizes = tuple(int(size) for size in tensor.shape)
+        strides = tuple(int(stride) for stride in tensor.stride())
+        offset = int(tensor.storage_offset())
+        if tensor.dtype != made.tensor.dtype:
+            return Computed("a view of the bytes in another dtype")
+        if isinstance(made.recipe, Computed):
+            return made.recipe
+        if sizes == made.tensor.shape and not offset and tensor.is_contiguous():
+            return made.recipe
+        return Strided(made.recipe, offset, sizes, strides)
 
     def _note(self, tensor: torch.Tensor, recipe: Recipe) -> None:
         if not tensor.is_contiguous() or tensor.storage_offset():
             recipe = Computed("a tensor that is not contiguous")
-        # Holding the storage keeps its address from being used again.
-        self._made[_key(tensor)] = (tensor.untyped_storage(), recipe, tuple(tensor.shape))
+        # Holding the tensor keeps its storage's address from being used again.
+        self._made[_key(tensor)] = _Made(tensor, recipe)
 
 
 def _key(tensor: torch.Tensor) -> int:

@@ -1,0 +1,214 @@
+"""The hub's names and shapes: what ``save_pretrained`` of the live model would have written.
+
+transformers 5 holds many models in memory under other names and shapes than on the hub. A state is in
+one layout or the other, which is seen from the names and shapes that only one of them has; a state in
+the hub's (from transformers 4, say) keeps its tensors, one in the live model's gets views and joins of
+them. Everything about the model is in the :class:`~ckpt_tools.reference.ReferenceModel`; this module
+knows nothing of transformers or of data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from ckpt_tools.catalogue import Catalogue, Shape, Tensor
+from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout, UsageError
+from ckpt_tools.lazy import Concat, view
+from ckpt_tools.reference import ReferenceModel, SavedTensor
+from ckpt_tools.reference.recipes import Computed, Joined, Live, Recipe, Strided, leaves
+
+Layout: TypeAlias = Literal["live", "hub", "same"]
+
+
+@dataclass(frozen=True)
+class HubLayout:
+    """A catalogue in the hub's layout, and what was done for it.
+
+    Attributes:
+        catalogue: the tensors in the order in which ``save_pretrained`` writes them, then tied names
+            that the state holds a second tensor for, then those that the model does not have. Ties
+            are under hub names, and what is kept is what ``save_pretrained`` keeps.
+        found: the layout that the state was in; ``same`` where the model has only one.
+        renamed: old name of each tensor that only got a new name, and the new name.
+        converted: hub name of each tensor that was made of others, and their names in the state.
+        missing: hub names that nothing in the state can make.
+        unexpected: names of the state that the model does not have; they are kept.
+        ignored: names of the state that ``save_pretrained`` never writes; they are left out.
+        mismatched: hub names whose shape is not the model's: the state's shape and the model's.
+    """
+
+    catalogue: Catalogue
+    found: Layout
+    renamed: Mapping[str, str]
+    converted: Mapping[str, tuple[str, ...]]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    ignored: tuple[str, ...]
+    mismatched: Mapping[str, tuple[Shape, Shape]]
+
+
+def hub_layout(catalogue: Catalogue, model: ReferenceModel) -> HubLayout:
+    """Bring the tensors of a state into the layout that ``save_pretrained`` writes.
+
+    Args:
+        catalogue: the state, under names of the live model, of the hub, or of another hub layout
+            that the model is known by.
+        model: the model that the state is of.
+
+    Raises:
+        UsageError: a tensor that must be taken apart has not the shape that the config gives it.
+        UnsupportedLayout: the layout cannot be made by moving data.
+        DamagedCheckpoint: the state holds a tensor in both layouts.
+    """
+    state = {name: catalogue[name] for name in (*catalogue, *catalogue.ties)}
+    found = _found(state, model)
+    in_state = _names_in_layout(state, found, model)
+    ignored = tuple(in_state[name] for name in model.ignored if name in in_state)
+    tensors: dict[str, Tensor] = {}
+    origins: dict[str, tuple[str, ...]] = {}
+    for name, saved in {**model.saved, **model.tied}.items():
+        recipe = _recipe(name, saved, found, in_state)
+        if recipe is not None:
+            needed = {leaf.name: in_state[leaf.name] for leaf in _names(recipe)}
+            if not isinstance(recipe, Live):
+                _prove_shapes(needed, state, model)
+            tensors[name] = _built(recipe, {leaf: state[old] for leaf, old in needed.items()})
+            origins[name] = tuple(needed.values())
+    mismatched = {
+        name: (tensor.shape, saved.shape)
+        for name, tensor in tensors.items()
+        if tensor.shape != (saved := model.saved.get(name) or model.tied[name]).shape
+    }
+    renamed = {
+        old: name
+        for name, (old, *others) in origins.items()
+        if old != name and not others and tensors[name] is state[old]
+    }
+    used = {name for names in origins.values() for name in names}
+    unexpected = tuple(name for name in state if name not in used and name not in ignored)
+    for name in unexpected:
+        if name in tensors:
+            raise DamagedCheckpoint(
+                f"the state holds it twice, once as {' and '.join(origins[name])}", tensor=name
+            )
+    tensors.update((name, state[name]) for name in unexpected)
+    ties = _ties(catalogue, origins, unexpected, model)
+    return HubLayout(
+        catalogue=Catalogue({n: t for n, t in tensors.items() if n not in ties}, ties),
+        found=found,
+        renamed=renamed,
+        converted={
+            name: old
+            for name, old in origins.items()
+            if all(tensors[name] is not state[source] for source in old)
+        },
+        missing=tuple(name for name in model.saved if name not in tensors),
+        unexpected=unexpected,
+        ignored=ignored,
+        mismatched=mismatched,
+    )
+
+
+def _found(state: Mapping[str, Tensor], model: ReferenceModel) -> Layout:
+    """Which layout the state is in, by what only one of the two has."""
+    hub = {**model.saved, **model.tied}
+    if all(tensor.recipe == Live(name) for name, tensor in hub.items()):
+        return "same"
+    signs = 0
+    for name, tensor in state.items():
+        if name not in hub or name not in model.live:
+            signs += (name in model.live) - (name in hub)
+        elif hub[name].shape != model.live[name].shape:
+            signs += (tensor.shape == model.live[name].shape) - (tensor.shape == hub[name].shape)
+    return "hub" if signs < 0 else "live"
+
+
+def _names_in_layout(
+    state: Mapping[str, Tensor], found: Layout, model: ReferenceModel
+) -> dict[str, str]:
+    """For each name that the layout has, the name in the state of its tensor."""
+    in_state = {name: name for name in state}
+    hub_names = _hub_names(model)
+    known = model.saved if found == "hub" else model.live
+    for alias, live in model.aliases.items():
+        name = hub_names.get(live, live) if found == "hub" else live
+        if alias in state and alias not in known and name not in state:
+            in_state[name] = in_state.pop(alias)
+    for alias, kept in model.ties.items():
+        if found == "hub":
+            alias, kept = hub_names.get(alias, alias), hub_names.get(kept, kept)
+        if kept not in in_state and alias in in_state:
+            in_state[kept] = in_state[alias]
+    return in_state
+
+
+def _hub_names(model: ReferenceModel) -> dict[str, str]:
+    """Live name to hub name, of what is written as it is."""
+    hub = {**model.saved, **model.tied}
+    return {t.recipe.name: name for name, t in hub.items() if isinstance(t.recipe, Live)}
+
+
+def _recipe(
+    name: str, saved: SavedTensor, found: Layout, in_state: Mapping[str, str]
+) -> Recipe | None:
+    """How the tensor is made of what the state has; None where it lacks something."""
+    if found == "hub":
+        return Live(name) if name in in_state else None
+    for leaf in leaves(saved.recipe):
+        if isinstance(leaf, Computed):
+            raise UnsupportedLayout(
+                f"save_pretrained computes it ({leaf.by}), and only moving data is supported",
+                tensor=name,
+                hint="Save the model with save_pretrained of the installed transformers instead.",
+            )
+    if all(leaf.name in in_state for leaf in _names(saved.recipe)):
+        return saved.recipe
+    return None
+
+
+def _names(recipe: Recipe) -> Iterable[Live]:
+    return (leaf for leaf in leaves(recipe) if isinstance(leaf, Live))
+
+
+def _prove_shapes(
+    needed: Mapping[str, str], state: Mapping[str, Tensor], model: ReferenceModel
+) -> None:
+    for live, old in needed.items():
+        if state[old].shape != model.live[live].shape:
+            raise UsageError(
+                f"its shape is {state[old].shape}, and the config makes it {model.live[live].shape}",
+                tensor=old,
+                hint="Pass the config that the model was trained with, --config FILE.",
+            )
+
+
+def _built(recipe: Recipe, tensors: Mapping[str, Tensor]) -> Tensor:
+    if isinstance(recipe, Live):
+        return tensors[recipe.name]
+    if isinstance(recipe, Strided):
+        return view(_built(recipe.of, tensors), recipe.offset, recipe.sizes, recipe.strides)
+    assert isinstance(recipe, Joined)
+    return Concat(tuple(_built(part, tensors) for part in recipe.parts), recipe.axis)
+
+
+def _ties(
+    catalogue: Catalogue,
+    origins: Mapping[str, tuple[str, ...]],
+    unexpected: Iterable[str],
+    model: ReferenceModel,
+) -> dict[str, str]:
+    """Names that the state holds one tensor for, where the model keeps only the other."""
+    hub_names = _hub_names(model)
+    ties = {}
+    for alias, kept in model.ties.items():
+        pair = [hub_names.get(name, name) for name in (alias, kept)]
+        owners = [[catalogue.ties.get(old, old) for old in origins.get(name, ())] for name in pair]
+        if owners[0] and owners[0] == owners[1]:
+            ties[pair[0]] = pair[1]
+    for name in unexpected:
+        owner = catalogue.ties.get(name, name)
+        if owner != name and owner in unexpected:
+            ties[name] = owner
+    return ties
