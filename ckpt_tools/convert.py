@@ -22,6 +22,7 @@ from typing import Literal
 
 from ckpt_tools import readers
 from ckpt_tools.assets import AssetFile, AssetOptions, Assets, ConfigSource, collect, find_config
+from ckpt_tools.assets.config import of_attribute
 from ckpt_tools.catalogue import Catalogue, Tensor
 from ckpt_tools.checkpoint import Checkpoint, Copy
 from ckpt_tools.dtypes import BY_SHORT_NAME, DType
@@ -34,6 +35,7 @@ from ckpt_tools.publish import check_room, check_target, leftovers, partial_dire
 from ckpt_tools.report import Report
 from ckpt_tools.transforms.prefixes import strip_wrappers
 from ckpt_tools.transforms.rename import rename
+from ckpt_tools.transforms.subset import take_attribute
 from ckpt_tools.write import Written, default_workers, write
 
 DTypeChoice = Literal["auto", "keep", "fp32", "bf16", "fp16"]
@@ -64,6 +66,7 @@ def consolidate(
     output: PathLike,
     *,
     tag: str | None = None,
+    attribute: str | None = None,
     dtype: DTypeChoice = "auto",
     weights: Copy = "master",
     config: PathLike | None = None,
@@ -84,6 +87,7 @@ def consolidate(
         checkpoint: a path, or an opened checkpoint.
         output: the directory to make.
         tag: which of several checkpoints, by name.
+        attribute: dotted path of the part of a composite model to write, such as ``policy``.
         dtype: ``auto`` gives each tensor its training dtype, ``keep`` leaves each as it lies,
             ``fp32``, ``bf16`` and ``fp16`` cast every floating tensor.
         weights: ``master`` takes the optimizer's copy where there is one, ``model`` the 16-bit copy.
@@ -114,6 +118,7 @@ def consolidate(
         source,
         _Request(
             target=Path(output),
+            attribute=attribute,
             dtype=dtype,
             copy=weights,
             assets=AssetOptions(
@@ -139,6 +144,7 @@ class _Request:
     """What is asked of one conversion; the arguments of :func:`consolidate`, made ready."""
 
     target: Path
+    attribute: str | None
     dtype: DTypeChoice
     copy: Copy
     assets: AssetOptions
@@ -157,9 +163,10 @@ def _run(source: Checkpoint, request: _Request) -> Report:
     if not request.dry_run:
         check_target(request.target, _inputs(source, request.assets), overwrite=request.overwrite)
     catalogue = _cast(source, request.copy, request.dtype)
-    stripped = strip_wrappers([*catalogue, *catalogue.ties])
-    catalogue = rename(catalogue, stripped.names)
+    catalogue, removed = _named_as_the_model(catalogue, request.attribute)
     config = None if request.weights_only else find_config(request.assets)
+    if config is not None and request.attribute is not None:
+        config = of_attribute(config, request.attribute)
     if config is not None:
         anticipate(catalogue, config, main_dtype(catalogue))
         import_module("torch")  # needed later and slow to import: while the answer is awaited
@@ -202,7 +209,7 @@ def _run(source: Checkpoint, request: _Request) -> Report:
             "sync": written.sync_seconds if written else 0.0,
         },
         notes=(
-            *(f"stripped {where} from {n} names" for where, n in stripped.removed.items()),
+            *(f"stripped {where} from {n} names" for where, n in removed.items()),
             *fitted.notes,
             *assets.notes,
         ),
@@ -215,6 +222,25 @@ def _run(source: Checkpoint, request: _Request) -> Report:
         dry_run=request.dry_run,
         plan=layout.listing() if request.dry_run else (),
     )
+
+
+def _named_as_the_model(
+    catalogue: Catalogue, attribute: str | None
+) -> tuple[Catalogue, dict[str, int]]:
+    """The tensors of the model or of one attribute under its own names, and the wrappers taken off."""
+    removed: dict[str, int] = {}
+
+    def unwrapped(catalogue: Catalogue) -> Catalogue:
+        stripped = strip_wrappers([*catalogue, *catalogue.ties])
+        removed.update(stripped.removed)
+        return rename(catalogue, stripped.names)
+
+    if attribute is None:
+        return unwrapped(catalogue), removed
+    # A path may be spelt with the wrappers that stand in the names, or without them.
+    as_spelt = any(name.startswith(f"{attribute}.") for name in catalogue)
+    part = take_attribute(catalogue if as_spelt else unwrapped(catalogue), attribute)
+    return unwrapped(part), removed
 
 
 class _Clock:

@@ -3,6 +3,7 @@
     CkptError                      1   anything below
     ├── UsageError                 2   the request cannot be carried out as typed
     │   ├── AmbiguousCheckpoint    2   several checkpoints fit the path; the choices are listed
+    │   ├── AttributeNotFound      2   a composite model has no such part; the parts are listed
     │   ├── OutputExists           2   the output is there already and --overwrite was not given
     │   └── MissingAsset           2   a config, tokenizer or token that the output needs was not found
     ├── NotACheckpoint             3   nothing under the path is a checkpoint
@@ -18,7 +19,7 @@ checkpoints, tensors or the command line.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 
@@ -74,6 +75,19 @@ class AmbiguousCheckpoint(UsageError):
     ) -> None:
         self.choices = tuple(choices)
         super().__init__(fact, path=path, hint=hint)
+
+
+class AttributeNotFound(UsageError):
+    """A composite model has no such part.
+
+    Attributes:
+        choices: the parts there are, with their numbers of tensors.
+    """
+
+    def __init__(self, fact: str, *, choices: Mapping[str, int], path: Path | None = None) -> None:
+        self.choices = dict(choices)
+        listed = ", ".join(f"{name} ({count} tensors)" for name, count in self.choices.items())
+        super().__init__(fact, path=path, hint=f"It has: {listed}.")
 
 
 class OutputExists(UsageError):

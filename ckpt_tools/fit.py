@@ -124,9 +124,9 @@ def _equal(a: Tensor, b: Tensor) -> bool:
         return first_difference(gatherer, a, b) is None
 
 
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+def _listed(names: Sequence[str], shown: int = _SHOWN) -> str:
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
 
 
 def _incomplete(
@@ -150,11 +150,12 @@ def _incomplete(
             f"{_listed(missing[:2])}; those of the checkpoint are called {_listed(surplus[:2])}",
             path=config.path,
             hint=f"Top-level attributes of the checkpoint: {', '.join(tops)}. Pass the config of the "
-            "model that was trained, or --weights-only to write the tensors under these names.",
+            "model that was trained, write one attribute with extract-attr, or pass --weights-only "
+            "to write the tensors under these names.",
         )
     return DamagedCheckpoint(
         f"{len(missing)} tensors of {reference.architecture} are not in the checkpoint: "
-        f"{_listed(missing)}",
+        f"{_listed(missing, 50)}",
         path=config.path,
         missing=missing,
         hint="Frozen parameters are left out when a run saves with exclude_frozen_parameters. "

@@ -120,6 +120,22 @@ def _is_model_config(data: Mapping[str, Any]) -> bool:
     return isinstance(named[0], str) or (isinstance(named[1], list) and bool(named[1]))
 
 
+def of_attribute(source: ConfigSource, path: str) -> ConfigSource:
+    """The config of one attribute of a composite model.
+
+    A composite config may hold its parts' configs (``policy``, ``policy_config``); one that does
+    not is taken to be the attribute's own.
+    """
+    data: Mapping[str, Any] = source.data
+    for segment in path.split("."):
+        for key in (segment, f"{segment}_config"):
+            part = data.get(key)
+            if isinstance(part, Mapping) and "model_type" in part:
+                data = part
+                break
+    return ConfigSource(source.path, data)
+
+
 def finish(source: ConfigSource, tensors: Shapes, *, dtype: DType, untied: bool) -> FinishedConfig:
     """The config with the values that the output decides.
 

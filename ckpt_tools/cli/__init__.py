@@ -18,6 +18,7 @@ from ckpt_tools import __version__
 _COMMANDS = {
     "inspect": "What a checkpoint is, from metadata alone.",
     "consolidate": "A checkpoint becomes a Hugging Face directory.",
+    "extract-attr": "One attribute of a composite model becomes a directory of its own.",
 }
 
 _EPILOG = """\b

@@ -7,86 +7,16 @@ from typing import Any
 
 import click
 
-from ckpt_tools.cli.progress import shown_progress
-from ckpt_tools.cli.shared import (
-    count_text,
-    debug_option,
-    json_option,
-    nbytes_text,
-    print_json,
-    reports_errors,
-    seconds_text,
-)
-
-_PATH = click.Path(path_type=Path)
+from ckpt_tools.cli.shared import reports_errors
+from ckpt_tools.cli.writing import write_directory, writing_options
 
 
 @click.command("consolidate")
-@click.argument("ckpt", type=_PATH)
-@click.argument("out", type=_PATH)
-@click.option("--tag", metavar="T", help="Which checkpoint, where CKPT holds several.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "keep", "fp32", "bf16", "fp16"]),
-    default="auto",
-    show_default=True,
-    help="auto: each tensor in its training dtype. keep: each as it lies. Others cast floating tensors.",
-)
-@click.option(
-    "--weights",
-    type=click.Choice(["master", "model"]),
-    default="master",
-    show_default=True,
-    help="The optimizer's fp32 masters (where there are any), or the 16-bit copy.",
-)
-@click.option(
-    "--config",
-    type=_PATH,
-    metavar="FILE|DIR",
-    help="The model's config.json. Default: --like, else near the checkpoint.",
-)
-@click.option(
-    "--tokenizer",
-    type=_PATH,
-    metavar="DIR",
-    help="Tokenizer to copy. Default: the same places as the config.",
-)
-@click.option(
-    "--generation-config",
-    default="auto",
-    show_default=True,
-    metavar="auto|olmo|none|FILE|DIR",
-    help="olmo: greedy, no bos, <|im_end|> and <|endoftext|> end a text. auto: olmo for OLMo models, "
-    "else the source's own.",
-)
-@click.option(
-    "--like",
-    type=_PATH,
-    metavar="DIR",
-    help="A Hugging Face directory that the output is to be like; frozen tensors that the checkpoint "
-    "left out come from it.",
-)
-@click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE")
-@click.option(
-    "--workers", type=click.IntRange(min=1), metavar="N", help="Threads. Default: one a core."
-)
-@click.option(
-    "--check-masters",
-    is_flag=True,
-    help="Compare all masters with the 16-bit weights, not a sample.",
-)
-@click.option(
-    "--weights-only", is_flag=True, help="Write weights alone, under the names that they have."
-)
-@click.option("--overwrite", is_flag=True, help="Replace OUT once the new one is complete.")
-@click.option("--dry-run", is_flag=True, help="Check and plan everything, write nothing.")
-@click.option("--quiet", is_flag=True, help="Print nothing but errors (and --json).")
-@json_option
-@debug_option
+@click.argument("ckpt", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@writing_options
 @reports_errors
-def command(
-    ckpt: Path, out: Path, check_masters: bool, quiet: bool, as_json: bool, **options: Any
-) -> None:
+def command(ckpt: Path, out: Path, **options: Any) -> None:
     """Write the training checkpoint CKPT as a Hugging Face directory OUT.
 
     CKPT is what you have at hand: the directory with `latest`, the global_stepN directory, or a
@@ -97,40 +27,4 @@ def command(
       ckpt-tools consolidate run/global_step500 model --config base-model
       ckpt-tools consolidate run model --tag global_step500 --dtype fp32
     """
-    from ckpt_tools.convert import consolidate
-
-    with shown_progress(quiet or as_json) as progress:
-        report = consolidate(
-            ckpt, out, check_all_masters=check_masters, progress=progress, **options
-        )
-    if as_json:
-        print_json(report.to_json())
-    elif not quiet:
-        _show(report)
-
-
-def _show(report: Any) -> None:
-    for note in report.notes:
-        click.echo(f"note: {note}")
-    for warning in report.warnings:
-        click.echo(click.style("warning: ", fg="yellow") + warning, err=True)
-    if report.dry_run:
-        for file in report.plan:
-            click.echo(
-                f"{file['file']}: {nbytes_text(file['bytes'])}, {len(file['tensors'])} tensors"
-            )
-        click.echo(f"Nothing was written to {report.output} (dry run).")
-        return
-    dtypes = ", ".join(report.dtypes)
-    seconds = report.seconds
-    rate = report.bytes_written / max(seconds["move"] + seconds["sync"], 1e-9)
-    click.echo(
-        f"{report.output}: {report.tensors} tensors, {count_text(report.parameters)} parameters, {dtypes}"
-    )
-    checked = (
-        f", {report.checked} masters compared with the 16-bit weights" if report.checked else ""
-    )
-    click.echo(
-        f"{nbytes_text(report.bytes_written)} in {len(report.files)} files, "
-        f"{seconds_text(seconds['total'])} ({nbytes_text(rate)}/s written){checked}"
-    )
+    write_directory(ckpt, out, **options)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
-from ckpt_tools.errors import AmbiguousCheckpoint, CkptError
+from ckpt_tools.errors import CkptError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -63,7 +63,8 @@ def _as_json(error: CkptError) -> dict[str, Any]:
         "tensor": error.tensor,
         "hint": error.hint,
         "exit_code": error.exit_code,
-        "choices": list(error.choices) if isinstance(error, AmbiguousCheckpoint) else [],
+        "missing": list(getattr(error, "missing", ())),
+        "choices": list(getattr(error, "choices", ())),
     }
 
 

@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Protocol, cast
 
 from ckpt_tools.checkpoint import Checkpoint, Location
-from ckpt_tools.errors import AmbiguousCheckpoint, NotACheckpoint, UsageError
+from ckpt_tools.errors import AmbiguousCheckpoint, DamagedCheckpoint, NotACheckpoint, UsageError
+
+# Formats that training state may be exported to, into the same directory.
+FINISHED = ("huggingface",)
 
 
 class Reader(Protocol):
@@ -46,15 +49,10 @@ def locate(path: Path, tag: str | None = None) -> Location:
     """
     if not path.exists():
         raise NotACheckpoint("no such file or directory", path=path)
-    found = [location for reader in readers().values() for location in reader.find(path, tag)]
+    found = _find(path, tag)
     if not found and path.is_dir():
         children = sorted(child for child in path.iterdir() if child.is_dir())
-        found = [
-            location
-            for child in children
-            for reader in readers().values()
-            for location in reader.find(child, tag)
-        ]
+        found = [location for child in children for location in _find(child, tag)]
         if len(found) > 1:
             raise _ambiguous(
                 path, [str(location.directory) for location in found], "Name one of them"
@@ -72,13 +70,40 @@ def locate(path: Path, tag: str | None = None) -> Location:
     return found[0]
 
 
+def _find(path: Path, tag: str | None) -> list[Location]:
+    """What the readers find; training state comes before finished weights that lie beside it."""
+    found = [location for reader in readers().values() for location in reader.find(path, tag)]
+    states = [location for location in found if location.format not in FINISHED]
+    return states or found
+
+
 def read(location: Location) -> Checkpoint:
-    """Read the checkpoint at ``location`` from metadata alone."""
+    """Read the checkpoint at ``location`` from metadata alone.
+
+    Raises:
+        CkptError: see :mod:`ckpt_tools.errors`.
+    """
     try:
         reader = readers()[location.format]
     except KeyError:
         raise UsageError(f"no reader is called {location.format!r}") from None
-    return reader.read(location)
+    try:
+        return reader.read(location)
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
+        # Readers look into values that anybody may have pickled; what does not fit there is a fact about
+        # the files, and is said as one. --debug shows where.
+        raise DamagedCheckpoint(
+            f"its metadata is not as {location.format} writes it ({type(error).__name__}: {error})",
+            path=location.directory,
+            hint="The files were changed or damaged after they were saved; copy them anew.",
+        ) from error
 
 
 def _ambiguous(path: Path, choices: list[str], advice: str) -> AmbiguousCheckpoint:

@@ -110,7 +110,7 @@ def _read_file(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     for key, ref in content.items():
         if not isinstance(ref, TensorRef):
             raise DamagedCheckpoint("it is not a tensor", path=path, tensor=str(key))
-        place = (ref.byte_offset, ref.shape, ref.dtype) if ref.numel else key
+        place = (ref.byte_offset, ref.shape, ref.stride, ref.dtype) if ref.numel else key
         first = places.setdefault(place, key)
         if first == key:
             tensors[key] = stored(ref)

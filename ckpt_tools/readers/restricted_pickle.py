@@ -80,6 +80,12 @@ class Opaque:
         return f"<{self.global_name}, not run>"
 
 
+class UnknownTensor(Opaque):
+    """A tensor of an element type that is not known here: a fact only for whoever needs it."""
+
+    global_name = "tensor of an unknown element type"
+
+
 class Sealed:
     """A value of ours that is handed to a pickle, which cannot change it."""
 
@@ -166,8 +172,7 @@ def _rebuild_tensor(
     storage: Any, storage_offset: int, size: Any, stride: Any, dtype: Any = None
 ) -> TensorRef | Opaque:
     if isinstance(storage, Opaque) or isinstance(dtype, type):
-        # Of an element type that is not known here: a fact only for whom the tensor is needed.
-        return Opaque(storage, storage_offset, size, stride, dtype)
+        return UnknownTensor(storage, storage_offset, size, stride, dtype)
     shape, strides = tuple(size), tuple(stride)
     ints = (storage_offset, *shape, *strides)
     if not all(isinstance(n, int) for n in ints) or len(shape) != len(strides):

@@ -49,22 +49,21 @@ def read_safetensors(path: Path) -> SafetensorsFile:
         raise DamagedCheckpoint(f"cannot be read ({error.strerror})", path=path) from error
     try:
         header = json.loads(text)
-        if not isinstance(header, dict) or not header:
+        if not isinstance(header, dict):
             raise ValueError("it is not a mapping")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DamagedCheckpoint(
             f"not a complete safetensors file (header: {error})", path=path, hint=_COPY_ANEW
         ) from error
     metadata = header.pop("__metadata__", {})
     start, end, tensors = 8 + length, 8 + length, {}
     try:
-        entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-    except (TypeError, KeyError, IndexError) as error:
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            tensor = _entry(path, name, entry, start, end)
+            tensors[name] = tensor
+            end += tensor.nbytes
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise DamagedCheckpoint("its header is malformed", path=path, hint=_COPY_ANEW) from error
-    for name, entry in entries:
-        tensor = _entry(path, name, entry, start, end)
-        tensors[name] = tensor
-        end += tensor.nbytes
     if end != size:
         raise DamagedCheckpoint(
             f"its header describes {end:,} bytes, the file has {size:,}", path=path, hint=_COPY_ANEW
@@ -77,6 +76,8 @@ def _entry(path: Path, name: str, entry: dict[str, Any], start: int, end: int) -
     if dtype is None:
         raise UnsupportedLayout(f"unknown dtype {entry.get('dtype')!r}", path=path, tensor=name)
     shape = tuple(entry["shape"])
+    if not all(isinstance(size, int) and size >= 0 for size in shape):
+        raise ValueError("a malformed shape")
     numel = math.prod(shape)
     low, high = entry["data_offsets"]
     if start + low != end or high - low != numel * dtype.itemsize:

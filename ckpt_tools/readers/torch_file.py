@@ -73,13 +73,23 @@ class ZipStorage(StorageRef):
 
 
 @dataclass(slots=True)
-class StreamStorage:
+class StreamStorage(StorageRef):
     """A storage of a legacy file; its place is known once the whole stream was walked."""
 
-    path: str
+    file: TorchFile
     dtype: DType
     numel: int
-    data_offset: int = -1
+    start: int = -1
+
+    @property
+    def path(self) -> str:
+        """The file that holds it."""
+        return str(self.file.path)
+
+    @property
+    def data_offset(self) -> int:
+        """First byte of its data."""
+        return self.start
 
 
 class TorchFile:
@@ -131,30 +141,30 @@ class TorchFile:
                     raise UnsupportedLayout(
                         "a TorchScript archive, not a checkpoint", path=self.path
                     )
+                if records[pickles[0]].compress_type != zipfile.ZIP_STORED:
+                    raise self._compressed()
                 order = f"{root}byteorder"
                 if order in records and archive.read(order) != b"little":
                     raise UnsupportedLayout("written on a big-endian machine", path=self.path)
                 data = archive.read(pickles[0])
-        except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, ValueError) as error:
+        except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, ValueError) as error:
             raise DamagedCheckpoint(
                 f"not a complete torch file ({error})", path=self.path, hint=_COPY_ANEW
             ) from error
 
         storages: dict[str, ZipStorage] = {}
 
-        def resolve(pid: tuple[Any, ...]) -> ZipStorage:
+        def resolve(pid: tuple[Any, ...]) -> ZipStorage | Opaque:
             dtype, key, numel = self._storage_id(pid)
+            if dtype is None:
+                return Opaque(*pid)
             record = records.get(f"{root}data/{key}")
             if record is None:
                 raise DamagedCheckpoint(
                     f"storage {key} is missing", path=self.path, hint=_COPY_ANEW
                 )
             if record.compress_type != zipfile.ZIP_STORED:
-                raise UnsupportedLayout(
-                    "its records are compressed; torch.save never does that",
-                    path=self.path,
-                    hint="Unpack and repack the file without compression.",
-                )
+                raise self._compressed()
             if numel * dtype.itemsize > record.file_size:
                 raise DamagedCheckpoint(
                     f"storage {key} is shorter than it says", path=self.path, hint=_COPY_ANEW
@@ -163,13 +173,24 @@ class TorchFile:
 
         return unpickle(io.BytesIO(data), str(self.path), resolve)
 
+    def _compressed(self) -> UnsupportedLayout:
+        return UnsupportedLayout(
+            "its records are compressed; torch.save never does that",
+            path=self.path,
+            hint="Unpack and repack the file without compression.",
+        )
+
     def _load_legacy(self) -> Any:
         path = str(self.path)
         storages: dict[str, StreamStorage] = {}
 
         def resolve(pid: tuple[Any, ...]) -> StreamStorage:
             dtype, key, numel = self._storage_id(pid)
-            return storages.setdefault(key, StreamStorage(path, dtype, numel))
+            if dtype is None:
+                raise UnsupportedLayout(
+                    "a storage of an unknown type, of unknown length", path=path
+                )
+            return storages.setdefault(key, StreamStorage(self, dtype, numel))
 
         with self.path.open("rb") as stream:
             if stream.read(1) != b"\x80":
@@ -184,6 +205,8 @@ class TorchFile:
                 raise UnsupportedLayout("written on a big-endian machine", path=path)
             saved = unpickle(stream, path, resolve)
             keys = unpickle(stream, path)
+            if not isinstance(keys, list):
+                raise DamagedCheckpoint("its list of storages is malformed", path=path)
             self._place_storages(stream, storages, keys)
         return saved
 
@@ -197,22 +220,27 @@ class TorchFile:
                 raise DamagedCheckpoint(
                     f"storage {key} is missing", path=self.path, hint=_COPY_ANEW
                 )
-            storage.data_offset = stream.tell()
+            storage.start = stream.tell()
             numel = int.from_bytes(header, "little")
             end = stream.seek(numel * storage.dtype.itemsize, os.SEEK_CUR)
             if numel != storage.numel or end > self.size:
                 raise DamagedCheckpoint(
                     f"storage {key} is shorter than it says", path=self.path, hint=_COPY_ANEW
                 )
-        if any(storage.data_offset < 0 for storage in storages.values()):
+        if any(storage.start < 0 for storage in storages.values()):
             raise DamagedCheckpoint("a storage has no data", path=self.path, hint=_COPY_ANEW)
 
-    def _storage_id(self, pid: tuple[Any, ...]) -> tuple[DType, str, int]:
-        if len(pid) < 5 or pid[0] != "storage" or not isinstance(pid[4], int) or pid[4] < 0:
+    def _storage_id(self, pid: tuple[Any, ...]) -> tuple[DType | None, str, int]:
+        """Element type (None where it is not known here), key and number of elements."""
+        kinds = (str, object, str, object, int)
+        if (
+            len(pid) < 5
+            or not all(map(isinstance, pid, kinds))
+            or pid[0] != "storage"
+            or pid[4] < 0
+        ):
             raise DamagedCheckpoint("an unknown kind of reference in the pickle", path=self.path)
-        if not isinstance(pid[1], DType):
-            raise UnsupportedLayout(f"a storage of type {pid[1]!r}", path=self.path)
-        return pid[1], str(pid[2]), pid[4]
+        return pid[1] if isinstance(pid[1], DType) else None, pid[2], pid[4]
 
 
 def contiguous(ref: TensorRef, what: str) -> TensorRef:

@@ -8,6 +8,7 @@ running code from the files. Bytes are located by :mod:`~ckpt_tools.readers.zero
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,8 +17,8 @@ from typing import Any
 from ckpt_tools.catalogue import Stored
 from ckpt_tools.checkpoint import Checkpoint, Location, Weight
 from ckpt_tools.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
-from ckpt_tools.errors import DamagedCheckpoint, UsageError
-from ckpt_tools.readers.restricted_pickle import TensorRef
+from ckpt_tools.errors import DamagedCheckpoint, UnsafePickle, UsageError
+from ckpt_tools.readers.restricted_pickle import Opaque, TensorRef
 from ckpt_tools.readers.torch_file import stored
 from ckpt_tools.readers.zero_layout import partitioned_masters, sliced_frozen, sliced_masters
 from ckpt_tools.readers.zero_shards import (
@@ -109,7 +110,8 @@ def _follow_latest(root: Path, latest: Path, names: list[str]) -> Location:
         raise DamagedCheckpoint(
             f"it names {tag!r}, which is not a directory beside it", path=latest, hint=hint
         )
-    if not (root / tag).is_dir():
+    # os.path, because Path.is_dir raises for names that are too long: `latest` may hold anything.
+    if not os.path.isdir(root / tag):
         raise DamagedCheckpoint(f"it names {tag!r}, which is not there", path=latest, hint=hint)
     if not any(
         MODEL_FILE.fullmatch(e.name) or OPTIM_FILE.fullmatch(e.name) for e in _entries(root / tag)
@@ -174,15 +176,16 @@ class _Reading:
     def __init__(self, shards: ShardSet, masters: Mapping[str, Stored]) -> None:
         self._shards = shards
         self._masters = masters
-        self._module: dict[str, TensorRef] = {
-            name: ref
-            for name, ref in shards.first.content["module"].items()
-            if isinstance(ref, TensorRef)
-        }
+        self._module = _tensors_of(shards)
         self._buffers = set(shards.first.get("buffer_names") or ())
         self._frozen = sliced_frozen(shards) if shards.stage == 3 else self._frozen_whole()
         self.ties = self._tied_names()
+        self._unsaved = self._placeholders() if shards.stage == 3 else ()
         self.remarks: list[str] = []
+        if self._unsaved:
+            self.remarks.append(
+                f"frozen parameters that were not saved: {', '.join(self._unsaved)}"
+            )
 
     def _frozen_whole(self) -> dict[str, Stored]:
         fragments = self._shards.first.get("frozen_param_fragments") or {}
@@ -194,7 +197,7 @@ class _Reading:
 
     def _tied_names(self) -> dict[str, str]:
         """Second names: recorded ones, and those whose tensors share their bytes with a listed one."""
-        known = {*self._masters, *self._frozen}
+        known = {**self._masters, **self._frozen}
         recorded = self._shards.first.get("shared_params") or {}
         ties = {alias: kept for alias, kept in recorded.items() if alias not in known}
         places: dict[tuple[Any, ...], str] = {}
@@ -207,7 +210,7 @@ class _Reading:
             if first != name and name not in known:
                 ties[name] = first
         for alias, kept in ties.items():
-            if kept not in known and kept not in self._module:
+            if (kept not in known and kept not in self._module) or kept in ties:
                 raise DamagedCheckpoint(
                     f"it shares its values with {kept}, which is not in the checkpoint",
                     path=self._shards.first.path,
@@ -215,12 +218,17 @@ class _Reading:
                 )
         return ties
 
+    def _placeholders(self) -> tuple[str, ...]:
+        """Names in the module of stage 3 whose values are in no file: old versions left frozen ones out."""
+        explained = {*self._masters, *self._frozen, *self._buffers, *self.ties}
+        return tuple(n for n, ref in self._module.items() if not ref.numel and n not in explained)
+
     def weights(self) -> dict[str, Weight]:
         """Every tensor, in the order of the module where that is recorded."""
         order = dict.fromkeys((*self._module, *self._masters, *self._frozen))
         weights = {}
         for name in order:
-            if name not in self.ties:
+            if name not in self.ties and name not in self._unsaved:
                 weights[name] = self._weight(name)
         return weights
 
@@ -231,9 +239,7 @@ class _Reading:
             # The module holds empty placeholders, which still tell the training dtype.
             held = master or self._frozen.get(name)
             if held is None:
-                if ref is None or ref.numel:
-                    raise self._unexplained(name)
-                held = stored(ref)
+                raise self._unexplained(name)
             dtype = ref.dtype if ref is not None else self._default_dtype(held)
             kind = "parameter" if master is not None else "frozen"
             model = None if master is not None else held
@@ -268,6 +274,26 @@ class _Reading:
             if isinstance(section, dict) and section.get("enabled"):
                 return dtype
         return stored.dtype if stored.dtype.is_floating else FLOAT32
+
+
+def _tensors_of(shards: ShardSet) -> dict[str, TensorRef]:
+    """The tensors of `module`; what else a module keeps there (extra state) is no weight.
+
+    Raises:
+        UnsafePickle: a tensor of a kind that only code could rebuild: it may be a weight.
+    """
+    tensors = {}
+    for name, value in shards.first.content["module"].items():
+        if isinstance(value, TensorRef):
+            tensors[name] = value
+        elif isinstance(value, Opaque) and not name.endswith("_extra_state"):
+            raise UnsafePickle(
+                f"it is not a plain tensor but a {value.global_name}",
+                path=shards.first.path,
+                tensor=name,
+                hint="Nothing of it was run. If it is a weight, please report its layout.",
+            )
+    return tensors
 
 
 def _majority_dtype(weights: Mapping[str, Weight]) -> DType | None:
