@@ -111,6 +111,7 @@ def consolidate(
     Raises:
         CkptError: see :mod:`ckpt_tools.errors`; nothing was written.
     """
+    clock = _Clock()
     source = (
         checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint, tag=tag)
     )
@@ -136,6 +137,7 @@ def consolidate(
             check_all_masters=check_all_masters,
             progress=progress,
         ),
+        clock,
     )
 
 
@@ -157,9 +159,8 @@ class _Request:
     progress: Progress | None
 
 
-def _run(source: Checkpoint, request: _Request) -> Report:
+def _run(source: Checkpoint, request: _Request, clock: _Clock) -> Report:
     """The pipeline itself."""
-    clock = _Clock()
     if not request.dry_run:
         check_target(request.target, _inputs(source, request.assets), overwrite=request.overwrite)
     catalogue = _cast(source, request.copy, request.dtype)

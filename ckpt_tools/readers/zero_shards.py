@@ -72,6 +72,18 @@ class ShardSet:
         return self.models[0]
 
 
+# Of model files other than rank 0's; with a thousand ranks the rest is hundreds of megabytes.
+_KEPT_OF_EVERY_RANK = (
+    "global_steps",
+    "global_samples",
+    "skipped_steps",
+    "dp_world_size",
+    "ds_version",
+    "ds_config",
+    "frozen_param_fragments",
+)
+
+
 def is_shard_directory(path: Path) -> bool:
     """Whether the directory itself holds shards of a raw DeepSpeed checkpoint."""
     try:
@@ -180,7 +192,10 @@ def _read_model(path: Path) -> ModelState:
         )
     if content["module"] is None:
         raise UnsupportedLayout("a pipeline-parallel checkpoint (its `module` is None)", path=path)
-    return ModelState(path, int(match["dp"] or 0), content)
+    rank = int(match["dp"] or 0)
+    if rank:
+        content = {key: content.get(key) for key in _KEPT_OF_EVERY_RANK}
+    return ModelState(path, rank, content)
 
 
 def _read_optim(path: Path) -> OptimState:
