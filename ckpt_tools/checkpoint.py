@@ -49,6 +49,7 @@ class Location:
         name: how a person tells it from others beside it: a tag, a folder.
         near: directories in which its config and tokenizer may lie, nearest first.
         remarks: what is odd about where it lies, for the report.
+        part: which of several models in the directory, as its reader calls it.
     """
 
     format: str
@@ -56,6 +57,7 @@ class Location:
     name: str
     near: tuple[Path, ...]
     remarks: tuple[str, ...] = ()
+    part: str | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -33,8 +33,12 @@ class SafetensorsFile:
     metadata: Mapping[str, str]
 
 
-def read_safetensors(path: Path) -> SafetensorsFile:
+def read_safetensors(path: Path, begin: int = 0) -> SafetensorsFile:
     """Read a file's header.
+
+    Args:
+        path: the file.
+        begin: where in it the safetensors part begins; that part runs to the end of the file.
 
     Raises:
         DamagedCheckpoint: it is truncated, or its header does not describe it.
@@ -43,6 +47,7 @@ def read_safetensors(path: Path) -> SafetensorsFile:
     try:
         size = path.stat().st_size
         with path.open("rb") as stream:
+            stream.seek(begin)
             length = int.from_bytes(stream.read(8), "little")
             text = stream.read(length) if length <= min(_MAX_HEADER, size) else b""
     except OSError as error:
@@ -56,7 +61,7 @@ def read_safetensors(path: Path) -> SafetensorsFile:
             f"not a complete safetensors file (header: {error})", path=path, hint=_COPY_ANEW
         ) from error
     metadata = header.pop("__metadata__", {})
-    start, end, tensors = 8 + length, 8 + length, {}
+    start, end, tensors = begin + 8 + length, begin + 8 + length, {}
     try:
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             tensor = _entry(path, name, entry, start, end)

@@ -9,6 +9,7 @@ Source: ``torch/serialization.py`` (``_save``, ``_legacy_save``) and ``caffe2/se
 
 from __future__ import annotations
 
+import errno
 import io
 import math
 import os
@@ -16,12 +17,15 @@ import struct
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckpt_tools.catalogue import FlatRange, Fragment, Shape, Stored
 from ckpt_tools.dtypes import DType
 from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout
 from ckpt_tools.readers.restricted_pickle import Opaque, StorageRef, TensorRef, unpickle
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -51,7 +55,7 @@ class ZipStorage(StorageRef):
         it is (torch pads it so that data starts at a multiple of 64).
         """
         if self._offset < 0:
-            with self.file.path.open("rb", buffering=0) as stream:
+            with self.file.open() as stream:
                 stream.seek(self.record.header_offset)
                 header = stream.read(_LOCAL_HEADER.size)
             if len(header) < _LOCAL_HEADER.size or header[:4] != b"PK\x03\x04":
@@ -68,7 +72,7 @@ class ZipStorage(StorageRef):
                     path=self.path,
                     hint=_COPY_ANEW,
                 )
-            self._offset = start
+            self._offset = self.file.offset + start
         return self._offset
 
 
@@ -92,30 +96,89 @@ class StreamStorage(StorageRef):
         return self.start
 
 
-class TorchFile:
-    """One file written by ``torch.save``.
+class Region(io.RawIOBase):
+    """A run of a file's bytes as a file of its own.
 
     Args:
         path: the file.
+        offset: its first byte of the run.
+        size: bytes of the run.
+    """
+
+    def __init__(self, path: Path, offset: int, size: int) -> None:
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._start = offset
+        self._size = size
+        self._at = 0
+
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def seekable(self) -> bool:
+        """Always."""
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        """Move to a byte of the run."""
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        if base + offset < 0:
+            raise OSError(errno.EINVAL, "before the start of the region")
+        self._at = base + offset
+        return self._at
+
+    def readinto(self, into: Buffer, /) -> int:
+        """Read up to the end of the run."""
+        view = memoryview(into).cast("B")[: max(self._size - self._at, 0)]
+        count = os.preadv(self._fd, [view], self._start + self._at)
+        self._at += count
+        return count
+
+    def close(self) -> None:
+        """Close the file."""
+        if not self.closed:
+            os.close(self._fd)
+        super().close()
+
+
+class TorchFile:
+    """One file written by ``torch.save``, or a region of a file that holds many such.
+
+    Args:
+        path: the file.
+        offset: the first byte of the region.
+        length: bytes of the region; None for all up to the end of the file.
 
     Attributes:
-        size: bytes in the file.
+        size: bytes in the region.
         is_zip: False for torch's legacy container.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, offset: int = 0, length: int | None = None) -> None:
         self.path = path
+        self.offset = offset
         try:
-            self.size = path.stat().st_size
-            with path.open("rb") as stream:
+            rest = path.stat().st_size - offset
+            self.size = rest if length is None else length
+            with self.open() as stream:
                 magic = stream.read(4)
         except OSError as error:
             raise DamagedCheckpoint(
                 f"cannot be read ({error.strerror})", path=path, hint="Check its permissions."
             ) from error
+        if self.size > rest:
+            raise DamagedCheckpoint(
+                f"it should hold {offset + self.size:,} bytes and has {offset + rest:,}",
+                path=path,
+                hint=_COPY_ANEW,
+            )
         if not self.size:
             raise DamagedCheckpoint("the file is empty", path=path, hint=_COPY_ANEW)
         self.is_zip = magic == b"PK\x03\x04"
+
+    def open(self) -> io.BufferedReader:
+        """A stream of the region."""
+        return io.BufferedReader(Region(self.path, self.offset, self.size))
 
     def load(self) -> Any:
         """The object that was saved, tensors as :class:`TensorRef`.
@@ -129,7 +192,7 @@ class TorchFile:
 
     def _load_zip(self) -> Any:
         try:
-            with zipfile.ZipFile(self.path) as archive:
+            with self.open() as stream, zipfile.ZipFile(stream) as archive:
                 records = {info.filename: info for info in archive.infolist()}
                 pickles = [name for name in records if name.endswith("/data.pkl")]
                 if len(pickles) != 1:
@@ -192,7 +255,7 @@ class TorchFile:
                 )
             return storages.setdefault(key, StreamStorage(self, dtype, numel))
 
-        with self.path.open("rb") as stream:
+        with self.open() as stream:
             if stream.read(1) != b"\x80":
                 raise DamagedCheckpoint("not a file that torch.save wrote", path=path)
             stream.seek(0)

@@ -136,6 +136,8 @@ def read(location: Location) -> Checkpoint:
     reading = _Reading(shards, masters)
     weights = reading.weights()
     remarks = [*location.remarks, *reading.remarks]
+    if not masters:
+        remarks, doubts = [*remarks, *doubts], []
     first = shards.first
     version = first.get("ds_version")
     name = f"ZeRO-{shards.stage}" if shards.stage else "without ZeRO"
@@ -177,15 +179,23 @@ class _Reading:
         self._shards = shards
         self._masters = masters
         self._module = _tensors_of(shards)
-        self._buffers = set(shards.first.get("buffer_names") or ())
+        self._buffers = self._buffer_names()
         self._frozen = sliced_frozen(shards) if shards.stage == 3 else self._frozen_whole()
         self.ties = self._tied_names()
         self._unsaved = self._placeholders() if shards.stage == 3 else ()
         self.remarks: list[str] = []
         if self._unsaved:
             self.remarks.append(
-                f"frozen parameters that were not saved: {', '.join(self._unsaved)}"
+                f"frozen or tied parameters whose values are in no file: {', '.join(self._unsaved)}"
             )
+
+    def _buffer_names(self) -> set[str]:
+        recorded = self._shards.first.get("buffer_names")
+        if recorded is not None or self._shards.stage < 3:
+            return set(recorded or ())
+        # DeepSpeed 0.3 recorded none; placeholders of its time have one element.
+        rest = (name for name in self._module if name not in self._masters)
+        return {name for name in rest if self._module[name].numel > 1}
 
     def _frozen_whole(self) -> dict[str, Stored]:
         fragments = self._shards.first.get("frozen_param_fragments") or {}
@@ -199,7 +209,12 @@ class _Reading:
         """Second names: recorded ones, and those whose tensors share their bytes with a listed one."""
         known = {**self._masters, **self._frozen}
         recorded = self._shards.first.get("shared_params") or {}
-        ties = {alias: kept for alias, kept in recorded.items() if alias not in known}
+        # Empty parameters all have the same address, which DeepSpeed records as sharing.
+        ties = {
+            alias: kept
+            for alias, kept in recorded.items()
+            if alias not in known and self._shape(alias) == self._shape(kept)
+        }
         places: dict[tuple[Any, ...], str] = {}
         for name in (*known, *self._module):
             ref = self._module.get(name)
@@ -219,9 +234,13 @@ class _Reading:
         return ties
 
     def _placeholders(self) -> tuple[str, ...]:
-        """Names in the module of stage 3 whose values are in no file: old versions left frozen ones out."""
+        """Names in the module of stage 3 whose values are in no file: old versions left them out."""
         explained = {*self._masters, *self._frozen, *self._buffers, *self.ties}
-        return tuple(n for n, ref in self._module.items() if not ref.numel and n not in explained)
+        return tuple(name for name in self._module if name not in explained)
+
+    def _shape(self, name: str) -> tuple[int, ...] | None:
+        ref = self._module.get(name)
+        return None if ref is None else ref.shape
 
     def weights(self) -> dict[str, Weight]:
         """Every tensor, in the order of the module where that is recorded."""

@@ -50,6 +50,7 @@ class OptimState:
     version: str | None
     step: object
     hyperparameters: object
+    param_shapes: object
 
     def get(self, key: str) -> Any:
         """An entry of ``optimizer_state_dict``, or None."""

@@ -17,9 +17,7 @@ Sources: ``stage_1_and_2.py`` (``_get_groups_without_padding``, ``flatten_dense_
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -28,6 +26,7 @@ from ckpt_tools.dtypes import DType
 from ckpt_tools.errors import DamagedCheckpoint
 from ckpt_tools.readers.restricted_pickle import Opaque, TensorRef
 from ckpt_tools.readers.torch_file import contiguous
+from ckpt_tools.readers.zero_flat import FlatVector, match_by_value, named_weights
 from ckpt_tools.readers.zero_shards import ShardSet
 
 
@@ -80,7 +79,7 @@ class RankSlices(Sequence[Fragment]):
 
 
 def group_shapes(shapes: Any, path: Path) -> list[dict[str, Shape]]:
-    """``param_shapes`` as a list of groups; the first versions wrote a single mapping."""
+    """``param_shapes`` as a list of groups; up to DeepSpeed 0.5 it was one mapping for all."""
     groups = [shapes] if isinstance(shapes, Mapping) else shapes
     if not isinstance(groups, list) or not all(isinstance(group, Mapping) for group in groups):
         raise DamagedCheckpoint("its param_shapes are missing or malformed", path=path)
@@ -99,8 +98,10 @@ def partitioned_masters(shards: ShardSet) -> tuple[dict[str, Stored], list[str]]
     """
     masters: dict[str, Stored] = {}
     doubts: list[str] = []
-    groups = group_shapes(shards.first.get("param_shapes"), shards.first.path)
+    groups = group_shapes(shards.param_shapes, shards.first.path)
     held = len(shards.optims[0].flat_groups)
+    if isinstance(shards.param_shapes, Mapping):
+        return _matched_masters(shards, groups[0])
     if held != len(groups):
         raise DamagedCheckpoint(
             f"{held} flat groups for {len(groups)} groups of parameters",
@@ -112,7 +113,7 @@ def partitioned_masters(shards: ShardSet) -> tuple[dict[str, Stored], list[str]]
         end = 0
         for gap, (name, shape) in zip(gaps, shapes.items(), strict=True):
             start, end = end, end + math.prod(shape)
-            masters[name] = Stored(parts.dtype, shape, list(parts.cut(start, end, name)))
+            masters[name] = parts.tensor(start, shape, name)
             end += gap
         parts.check_used(end, shards.world_size)
         if not _mappings_agree(shards, index, shapes, gaps, parts):
@@ -120,49 +121,25 @@ def partitioned_masters(shards: ShardSet) -> tuple[dict[str, Stored], list[str]]
     return masters, doubts
 
 
-class _Partitions:
-    """The flat vector of one group, as the partitions that hold it."""
-
-    def __init__(self, refs: Sequence[TensorRef], lengths: Sequence[int]) -> None:
-        self.dtype = next((r.dtype for r in refs if r.numel), refs[0].dtype)
-        self._files = [Path(ref.storage.path) for ref in refs]
-        self._offsets = [ref.byte_offset if ref.numel else 0 for ref in refs]
-        self.starts = [0, *accumulate(lengths)]
-        if any(ref.dtype != self.dtype for ref in refs if ref.numel):
-            raise DamagedCheckpoint(
-                "the ranks' partitions differ in dtype", path=self._files[0].parent
-            )
-
-    def cut(self, start: int, stop: int, name: str) -> Iterator[Fragment]:
-        """The fragments of elements ``[start, stop)`` of the vector."""
-        if stop > self.starts[-1]:
-            raise DamagedCheckpoint(
-                f"the partitions end at element {self.starts[-1]:,}, before it ends at {stop:,}",
-                path=self._files[-1],
-                tensor=name,
-                hint="A rank's file is of another save, or was cut short.",
-            )
-        rank, begin = max(bisect_right(self.starts, start) - 1, 0), start
-        while start < stop:
-            upto = min(stop, self.starts[rank + 1])
-            if upto > start:
-                inside = (start - self.starts[rank]) * self.dtype.itemsize
-                region = FlatRange(start - begin, upto - begin)
-                yield Fragment(self._files[rank], self._offsets[rank] + inside, region)
-            start, rank = upto, rank + 1
-
-    def check_used(self, end: int, world_size: int) -> None:
-        """Nothing but alignment padding (below ``2 * world_size``) lies after the last parameter."""
-        slack = self.starts[-1] - end
-        if slack >= 2 * world_size:
-            raise DamagedCheckpoint(
-                f"the partitions hold {slack:,} elements more than the parameters need",
-                path=self._files[-1],
-                hint="The model file is of another save than the optimizer files.",
-            )
+def _matched_masters(
+    shards: ShardSet, shapes: Mapping[str, Shape]
+) -> tuple[dict[str, Stored], list[str]]:
+    """Masters of DeepSpeed up to 0.5, whose one mapping is not always in the order of the vectors."""
+    vectors = [_partitions(shards, index) for index in range(len(shards.optims[0].flat_groups))]
+    module = named_weights(shards.first.content)
+    order = {name: module[name] for name in shapes if name in module}
+    masters = match_by_value(vectors, order, slack=2 * shards.world_size)
+    if masters is None:
+        raise DamagedCheckpoint(
+            "the masters fit no order of the module's weights",
+            path=shards.optims[0].path,
+            hint="Files of two saves lie together, or a file was damaged. --weights model takes the "
+            "16-bit weights instead.",
+        )
+    return masters, ["DeepSpeed up to 0.5 did not record the order of parameters faithfully"]
 
 
-def _partitions(shards: ShardSet, group: int) -> _Partitions:
+def _partitions(shards: ShardSet, group: int) -> FlatVector:
     refs, lengths = [], []
     for optim in shards.optims:
         ref = contiguous(optim.flat_groups[group], f"flat group {group}")
@@ -172,7 +149,7 @@ def _partitions(shards: ShardSet, group: int) -> _Partitions:
             padding = int(paddings[group]) if group < len(paddings) else 0
         refs.append(ref)
         lengths.append(max(ref.numel - padding, 0))
-    return _Partitions(refs, lengths)
+    return FlatVector(refs, lengths)
 
 
 def _alignment_paddings(shards: ShardSet, group: int, count: int) -> Sequence[int]:
@@ -193,7 +170,7 @@ def _mappings_agree(
     group: int,
     shapes: Mapping[str, Shape],
     gaps: Sequence[int],
-    parts: _Partitions,
+    parts: FlatVector,
 ) -> bool:
     """Whether each rank's recorded fragments are those that the order of parameters gives."""
     for rank, optim in enumerate(shards.optims):
@@ -235,7 +212,7 @@ def sliced_masters(shards: ShardSet) -> dict[str, Stored]:
     masters: dict[str, Stored] = {}
     group, position, bases = -1, 0, [0] * world_size
     dtype = None
-    for shapes in group_shapes(shards.first.get("param_shapes"), shards.first.path):
+    for shapes in group_shapes(shards.param_shapes, shards.first.path):
         for name, shape in shapes.items():
             numel = math.prod(shape)
             count = math.ceil(numel / world_size)

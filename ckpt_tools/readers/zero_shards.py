@@ -71,6 +71,12 @@ class ShardSet:
         """Global rank 0's model file, which alone holds what is the same on all ranks."""
         return self.models[0]
 
+    @property
+    def param_shapes(self) -> object:
+        """Names and shapes of the trained parameters; up to DeepSpeed 0.5 in the optimizer files."""
+        recorded = self.first.get("param_shapes")
+        return recorded if recorded is not None or not self.optims else self.optims[0].param_shapes
+
 
 # Of model files other than rank 0's; with a thousand ranks the rest is hundreds of megabytes.
 _KEPT_OF_EVERY_RANK = (
@@ -223,6 +229,7 @@ def _read_optim(path: Path) -> OptimState:
         version=content.get("ds_version") or state.get("ds_version"),
         step=_optimizer_step(state, base),
         hyperparameters=_hyperparameters(base),
+        param_shapes=content.get("param_shapes"),
     )
 
 

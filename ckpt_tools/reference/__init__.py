@@ -16,6 +16,7 @@ import threading
 from collections.abc import Collection, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -100,6 +101,18 @@ class ReferenceModel:
     ignored: frozenset[str]
     float32_under_bfloat16: frozenset[str]
     float32_under_float16: frozenset[str]
+
+    @cached_property
+    def hub_names(self) -> Mapping[str, str]:
+        """The hub name of each live tensor that is written as it is, tied ones included."""
+        hub = {**self.saved, **self.tied}
+        return {t.recipe.name: name for name, t in hub.items() if isinstance(t.recipe, Live)}
+
+    @cached_property
+    def hub_ties(self) -> Mapping[str, str]:
+        """``ties`` under hub names."""
+        names = self.hub_names
+        return {names.get(a, a): names.get(k, k) for a, k in self.ties.items()}
 
 
 class Answer:

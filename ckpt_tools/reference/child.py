@@ -130,12 +130,15 @@ def _describe(model: Any, like_names: Collection[str] | None) -> dict[str, Any]:
         name: tensor.new_empty(tensor.shape) if name in ties else tensor
         for name, tensor in written.items()
     }
-    saved = _saved(model, untied)
+    saved = _saved(model, untied, None)
     aliases: dict[str, str] = {}
     if like_names is not None:
         aliases = {hub: live for hub, (_, live) in saved.items() if isinstance(live, str)}
-        model._weight_conversions = _conversions_used(model, like_names)
-        saved = _saved(model, untied)
+        # What transformers would write after loading the directory is not always under its names:
+        # some of its renamings match names that they need not touch.
+        for conversions in (_conversions_used(model, like_names), []):
+            other = _saved(model, untied, conversions)
+            saved = min(other, saved, key=lambda s: len(_written(s, ties) ^ set(like_names)))
     float32 = _kept_in_float32(model, state)
     return {
         "architecture": type(model).__name__,
@@ -150,18 +153,32 @@ def _describe(model: Any, like_names: Collection[str] | None) -> dict[str, Any]:
     }
 
 
-def _saved(model: Any, state: Mapping[str, Any]) -> dict[str, tuple[list[int], Any]]:
-    """Shape and recipe of everything that ``save_pretrained`` makes of a state."""
+def _saved(
+    model: Any, state: Mapping[str, Any], conversions: list[Any] | None
+) -> dict[str, tuple[list[int], Any]]:
+    """Shape and recipe of everything that ``save_pretrained`` makes of a state.
+
+    Args:
+        model: the model.
+        state: what of its state is written.
+        conversions: those that were used when it was loaded; None for a model made from its config.
+    """
     from transformers.core_model_loading import revert_weight_conversion
 
     from ckpt_tools.reference.tracing import Tracer
 
+    model._weight_conversions = conversions
     with Tracer(state) as tracer:
         # The conversion takes its input apart; the dict is a copy for it.
         saved = revert_weight_conversion(model, dict(state))
     return {
         name: (list(tensor.shape), to_json(tracer.recipe(tensor))) for name, tensor in saved.items()
     }
+
+
+def _written(saved: Mapping[str, tuple[list[int], Any]], ties: Mapping[str, str]) -> set[str]:
+    """The hub names of what is not left out because it is tied."""
+    return {name for name, (_, recipe) in saved.items() if str(recipe) not in ties}
 
 
 def _conversions_used(model: Any, names: Collection[str]) -> list[Any]:

@@ -130,24 +130,16 @@ def _names_in_layout(
 ) -> dict[str, str]:
     """For each name that the layout has, the name in the state of its tensor."""
     in_state = {name: name for name in state}
-    hub_names = _hub_names(model)
+    hub_names = model.hub_names
     known = model.saved if found == "hub" else model.live
     for alias, live in model.aliases.items():
         name = hub_names.get(live, live) if found == "hub" else live
         if alias in state and alias not in known and name not in state:
             in_state[name] = in_state.pop(alias)
-    for alias, kept in model.ties.items():
-        if found == "hub":
-            alias, kept = hub_names.get(alias, alias), hub_names.get(kept, kept)
+    for alias, kept in (model.hub_ties if found == "hub" else model.ties).items():
         if kept not in in_state and alias in in_state:
             in_state[kept] = in_state[alias]
     return in_state
-
-
-def _hub_names(model: ReferenceModel) -> dict[str, str]:
-    """Live name to hub name, of what is written as it is."""
-    hub = {**model.saved, **model.tied}
-    return {t.recipe.name: name for name, t in hub.items() if isinstance(t.recipe, Live)}
 
 
 def _recipe(
@@ -200,13 +192,14 @@ def _ties(
     model: ReferenceModel,
 ) -> dict[str, str]:
     """Names that the state holds one tensor for, where the model keeps only the other."""
-    hub_names = _hub_names(model)
     ties = {}
-    for alias, kept in model.ties.items():
-        pair = [hub_names.get(name, name) for name in (alias, kept)]
-        owners = [[catalogue.ties.get(old, old) for old in origins.get(name, ())] for name in pair]
+    for alias, kept in model.hub_ties.items():
+        owners = [
+            [catalogue.ties.get(old, old) for old in origins.get(name, ())]
+            for name in (alias, kept)
+        ]
         if owners[0] and owners[0] == owners[1]:
-            ties[pair[0]] = pair[1]
+            ties[alias] = kept
     for name in unexpected:
         owner = catalogue.ties.get(name, name)
         if owner != name and owner in unexpected:
