@@ -105,7 +105,7 @@ class Move:
     @property
     def is_plain(self) -> bool:
         """Whether it is a copy of bytes: nothing is cast, and it stays one run in the window."""
-        return len(self.sizes) == 1 and all(dtype == self.dtype for dtype in self.dtypes)
+        return self.strides == (1,) and all(dtype == self.dtype for dtype in self.dtypes)
 
 
 class Tensor(ABC):

@@ -169,7 +169,8 @@ def _run(source: Checkpoint, request: _Request, clock: _Clock) -> Report:
     if config is not None and request.attribute is not None:
         config = of_attribute(config, request.attribute)
     if config is not None:
-        anticipate(catalogue, config, main_dtype(catalogue))
+        like = _like(request)
+        anticipate(catalogue, config, like, main_dtype(catalogue))
         import_module("torch")  # needed later and slow to import: while the answer is awaited
     clock.lap("read")
     checked = 0
@@ -180,7 +181,7 @@ def _run(source: Checkpoint, request: _Request, clock: _Clock) -> Report:
     clock.lap("check")
     fitted, assets = Fitted.unchecked(catalogue), Assets((), {}, (), ())
     if config is not None:
-        fitted = fit_to_model(catalogue, config, _like(request), main_dtype(catalogue))
+        fitted = fit_to_model(catalogue, config, like, main_dtype(catalogue))
         assets = _collect(request.assets, config, fitted)
     layout = plan(fitted.catalogue, max_shard_size=request.max_shard_size)
     needed = layout.nbytes + sum(file.nbytes for file in assets.files)

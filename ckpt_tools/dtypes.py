@@ -45,7 +45,7 @@ class DType:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies are the table's own values."""
-        return BY_NAME.__getitem__, (self.name,)
+        return _named, (self.name,)
 
     def __setstate__(self, state: object) -> None:
         """Refuse: a hostile pickle that is handed a dtype must not change it for everybody."""
@@ -85,6 +85,11 @@ ALL = (
     DType("uint64", "U64", 8, False),
     DType("bool", "BOOL", 1, False),
 )
+
+
+def _named(name: str) -> DType:
+    return BY_NAME[name]
+
 
 BY_NAME = {dtype.name: dtype for dtype in ALL}
 BY_SAFETENSORS_NAME = {dtype.safetensors: dtype for dtype in ALL}

@@ -7,7 +7,7 @@ found by :mod:`ckpt_tools.reference`, from the config alone. Knows no format and
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from ckpt_tools.assets import ConfigSource
@@ -18,9 +18,17 @@ from ckpt_tools.dtypes import BFLOAT16, FLOAT16, DType
 from ckpt_tools.errors import DamagedCheckpoint, UsageError
 from ckpt_tools.gather import Gatherer
 from ckpt_tools.reference import Answer, ReferenceModel, start
-from ckpt_tools.transforms.ties import settle_ties
+from ckpt_tools.transforms.hub_layout import HubLayout, hub_layout
+from ckpt_tools.transforms.ties import Settled, settle_ties
 
 _SHOWN = 6
+_UNKNOWN = (
+    "transformers has no such model (custom code?): names, shapes and completeness were not checked"
+)
+_UNTIED = (
+    "{} is tied in the config but holds values of its own: both are written, and "
+    "tie_word_embeddings becomes false"
+)
 
 
 @dataclass(frozen=True)
@@ -63,58 +71,80 @@ def fit_to_model(
         UsageError: the config is of another model.
         DamagedCheckpoint: tensors of the model are missing.
     """
-    reference = _ask(catalogue, config, dtype, untied=False).result()
+    like = None if extra is None else set(extra)
+    reference = _ask(catalogue, config, dtype, like, untied=False).result()
     if reference is None:
         fitted = Fitted.unchecked(catalogue)
-        warning = (
-            "transformers has no such model (custom code?): names, shapes and completeness were "
-            "not checked"
-        )
-        return Fitted(fitted.catalogue, (), fitted.notes, (warning,))
-    settled = settle_ties(catalogue, reference.ties, reference.live, _equal)
+        return Fitted(fitted.catalogue, (), fitted.notes, (_UNKNOWN,))
+    layout = hub_layout(catalogue, reference)
+    known = {**reference.saved, **reference.tied}
+    settled = settle_ties(layout.catalogue, reference.hub_ties, known, _equal)
     if settled.untied:
-        reference = _ask(catalogue, config, dtype, untied=True).result() or reference
+        reference = _ask(catalogue, config, dtype, like, untied=True).result() or reference
     tensors = dict(settled.catalogue.items())
-    notes = [f"{a} is tied to {k} and left out" for a, k in settled.catalogue.ties.items()]
-    notes += [
-        f"{n} is tied in training but not in the config; written twice" for n in settled.duplicated
-    ]
-    warnings = [
-        f"{name} is tied in the config but holds values of its own: both are written, and "
-        "tie_word_embeddings becomes false"
-        for name in settled.untied
-    ]
     lacking = [name for name in reference.saved if name not in tensors]
-    taken = [name for name in lacking if extra is not None and name in extra]
-    if extra is not None and taken:
-        tensors |= {name: extra[name] for name in taken}
-        warnings.append(f"taken from --like, because the checkpoint lacks them: {_listed(taken)}")
+    taken = {name: extra[name] for name in lacking if name in extra} if extra is not None else {}
+    tensors |= taken
     missing = [name for name in lacking if name not in tensors]
     surplus = [name for name in tensors if name not in reference.saved]
     if missing:
         raise _incomplete(missing, surplus, tensors, reference, config)
-    _check_shapes(tensors, reference, config)
+    ordered = {name: tensors[name] for name in (*reference.saved, *surplus)}
+    warnings = [
+        *(_UNTIED.format(name) for name in settled.untied),
+        *_shape_warnings(tensors, reference, config),
+        *_rounded(ordered, reference, dtype),
+    ]
+    if taken:
+        warnings.append(f"the checkpoint lacks these, taken from --like: {_listed([*taken])}")
     if surplus:
-        warnings.append(
-            f"the config's model does not have: {_listed(surplus)}; written all the same"
-        )
-    ordered = {name: tensors[name] for name in reference.saved}
-    ordered |= {name: tensors[name] for name in surplus}
-    warnings += _rounded(ordered, reference, dtype)
+        warnings.append(f"not of the config's model, written all the same: {_listed(surplus)}")
+    notes = _notes(layout, settled)
     return Fitted(Catalogue(ordered), settled.untied, tuple(notes), tuple(warnings))
 
 
-def anticipate(catalogue: Catalogue, config: ConfigSource, dtype: DType) -> None:
+def _notes(layout: HubLayout, settled: Settled) -> list[str]:
+    notes = []
+    if layout.renamed:
+        old, new = next(iter(layout.renamed.items()))
+        notes.append(f"{len(layout.renamed)} tensors got their hub names, such as {new} ({old})")
+    if layout.converted:
+        new, parts = next(iter(layout.converted.items()))
+        notes.append(
+            f"{len(layout.converted)} tensors were brought into the hub's layout, such as {new} "
+            f"(from {_listed(parts, 2)})"
+        )
+    if layout.ignored:
+        notes.append(f"left out, as save_pretrained does: {_listed(layout.ignored)}")
+    ties = settled.catalogue.ties.items()
+    notes += [f"{alias} is tied to {kept} and left out" for alias, kept in ties]
+    notes += [
+        f"{name} is tied in training but not in the config; written twice"
+        for name in settled.duplicated
+    ]
+    return notes
+
+
+def anticipate(
+    catalogue: Catalogue, config: ConfigSource, extra: Catalogue | None, dtype: DType
+) -> None:
     """Have the question that :func:`fit_to_model` will ask answered in the background.
 
     The answer takes seconds, in a process of its own; the caller has other things to do meanwhile.
     """
-    _ask(catalogue, config, dtype, untied=False)
+    _ask(catalogue, config, dtype, None if extra is None else set(extra), untied=False)
 
 
-def _ask(catalogue: Catalogue, config: ConfigSource, dtype: DType, *, untied: bool) -> Answer:
+def _ask(
+    catalogue: Catalogue,
+    config: ConfigSource,
+    dtype: DType,
+    like: Collection[str] | None,
+    *,
+    untied: bool,
+) -> Answer:
     shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in catalogue.items()}
-    return start(finish(config, shapes, dtype=dtype, untied=untied).data)
+    return start(finish(config, shapes, dtype=dtype, untied=untied).data, like_names=like)
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
@@ -163,17 +193,26 @@ def _incomplete(
     )
 
 
-def _check_shapes(
+def _shape_warnings(
     tensors: Mapping[str, Tensor], reference: ReferenceModel, config: ConfigSource
-) -> None:
+) -> list[str]:
+    """Tensors whose axes stand in another order; any other shape is an error."""
+    turned = []
     for name, saved in reference.saved.items():
-        if tensors[name].shape != saved.shape:
+        shape = tensors[name].shape
+        if shape == saved.shape:
+            continue
+        if sorted(shape) != sorted(saved.shape):
             raise UsageError(
-                f"its shape is {tensors[name].shape}, but the config describes {saved.shape}",
+                f"its shape is {shape}, but the config describes {saved.shape}",
                 path=config.path,
                 tensor=name,
                 hint="Pass the config of the model that was trained (--config FILE|DIR).",
             )
+        turned.append(name)
+    if not turned:
+        return []
+    return [f"the axes of these stand in another order than the model's: {_listed(turned)}"]
 
 
 def _rounded(tensors: Mapping[str, Tensor], reference: ReferenceModel, dtype: DType) -> list[str]:

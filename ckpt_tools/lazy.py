@@ -280,9 +280,6 @@ def _placed(move: Move, run: _Run) -> Iterator[Move]:
     """A move into a run, as moves into the window that the run's elements have places in."""
     axes = tuple(zip(move.sizes, move.strides, strict=True))
     for offset, sizes, strides, at in _parts(move.at, axes, run.sizes, run.strides):
-        if len(sizes) == 1 and strides != (1,):
-            # One axis stands for one run in the window.
-            sizes, strides = (*sizes, 1), (*strides, 1)
         yield replace(
             move,
             offset=move.offset + offset * move.dtype.itemsize,

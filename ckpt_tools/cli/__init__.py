@@ -6,14 +6,12 @@ One module a command; each is imported when it is called, so that ``--help`` sta
 from __future__ import annotations
 
 import importlib
-import signal
-import sys
-from types import FrameType
 from typing import Any
 
 import click
 
 from ckpt_tools import __version__
+from ckpt_tools.cli.signals import end_on_signals
 
 _COMMANDS = {
     "inspect": "What a checkpoint is, from metadata alone.",
@@ -66,10 +64,5 @@ def cli() -> None:
 
 def main(args: list[str] | None = None) -> Any:
     """Run the command line."""
-    signal.signal(signal.SIGTERM, _terminate)
+    end_on_signals()
     return cli.main(args=args, prog_name="ckpt-tools")
-
-
-def _terminate(signum: int, frame: FrameType | None) -> None:
-    # An exception, so that the partial output is removed on the way out.
-    sys.exit(128 + signum)

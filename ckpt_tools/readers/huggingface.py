@@ -28,6 +28,9 @@ def find(path: Path, tag: str | None = None) -> list[Location]:
     """The model directory that ``path`` is, or none; tags mean nothing here."""
     if path.is_file() and path.name in (*_SINGLE, *map("{}.index.json".format, _SINGLE)):
         path = path.parent
+    elif any(path.glob("sharded/shard-*-model-*.safetensors")):
+        # torch consolidated them, and turns 0-d values into zeros: the shards have their own reader.
+        return []
     if tag is not None or _entry_point(path) is None:
         return []
     return [Location(NAME, path, path.name, (path, path.parent))]

@@ -185,8 +185,24 @@ def _rebuild_tensor(
     return TensorRef(storage, dtype, storage_offset, shape, strides)
 
 
-def _rebuild_from_type(func: Callable[..., Any], _type: Any, args: Any, _state: Any) -> Any:
-    return func(*args)
+def _rebuild_from_type(func: Callable[..., Any], _type: Any, args: Any, state: Any) -> Any:
+    """A tensor with attributes is the tensor; a subclass such as DTensor keeps its parts as state."""
+    rebuilt = func(*args)
+    if isinstance(rebuilt, Opaque):
+        rebuilt.state = state
+    return rebuilt
+
+
+def _nested_class(owner: Any, name: Any) -> Any:
+    """What ``getattr(Class, "Inner")`` is in a pickle: another inert class. Nothing is looked up."""
+    if isinstance(owner, type) and issubclass(owner, Opaque) and isinstance(name, str):
+        return _opaque_class(f"{owner.global_name}.{name}")
+    return Opaque(owner, name)
+
+
+def _opaque_class(global_name: str) -> type[Opaque]:
+    name = global_name.rpartition(".")[2] or "Opaque"
+    return type(name, (Opaque,), {"global_name": global_name})
 
 
 def _encode(text: str, encoding: str = "utf-8") -> bytes:
@@ -203,6 +219,7 @@ def _allowed() -> dict[tuple[str, str], Any]:
         ("builtins", "frozenset"): frozenset,
         ("builtins", "complex"): complex,
         ("builtins", "bytearray"): lambda *a: bytearray(*a[:1]) if a and _is_bytes(a[0]) else b"",
+        ("builtins", "getattr"): lambda *a: _nested_class(*a[:2]),
         ("_codecs", "encode"): lambda *a: _encode(*a),
         ("torch", "Size"): lambda *a: tuple(*a),
         ("torch", "device"): lambda *a: ":".join(map(str, a)),
@@ -249,8 +266,7 @@ class RestrictedUnpickler(pickle.Unpickler):
         if key in self._allowed:
             return self._allowed[key]
         if key not in self._opaque:
-            body = {"global_name": f"{module}.{name}"}
-            self._opaque[key] = type(name.rpartition(".")[2] or "Opaque", (Opaque,), body)
+            self._opaque[key] = _opaque_class(f"{module}.{name}")
         return self._opaque[key]
 
     def persistent_load(self, pid: Any) -> Any:

@@ -268,7 +268,7 @@ class TorchFile:
                 raise UnsupportedLayout("written on a big-endian machine", path=path)
             saved = unpickle(stream, path, resolve)
             keys = unpickle(stream, path)
-            if not isinstance(keys, list):
+            if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
                 raise DamagedCheckpoint("its list of storages is malformed", path=path)
             self._place_storages(stream, storages, keys)
         return saved

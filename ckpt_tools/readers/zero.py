@@ -191,8 +191,11 @@ class _Reading:
 
     def _buffer_names(self) -> set[str]:
         recorded = self._shards.first.get("buffer_names")
+        names = [] if recorded is None else recorded
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise DamagedCheckpoint("its buffer_names are malformed", path=self._shards.first.path)
         if recorded is not None or self._shards.stage < 3:
-            return set(recorded or ())
+            return set(names)
         # DeepSpeed 0.3 recorded none; placeholders of its time have one element.
         rest = (name for name in self._module if name not in self._masters)
         return {name for name in rest if self._module[name].numel > 1}
@@ -236,7 +239,7 @@ class _Reading:
     def _placeholders(self) -> tuple[str, ...]:
         """Names in the module of stage 3 whose values are in no file: old versions left them out."""
         explained = {*self._masters, *self._frozen, *self._buffers, *self.ties}
-        return tuple(name for name in self._module if name not in explained)
+        return tuple(n for n, ref in self._module.items() if ref.numel <= 1 and n not in explained)
 
     def _shape(self, name: str) -> tuple[int, ...] | None:
         ref = self._module.get(name)
@@ -254,6 +257,13 @@ class _Reading:
     def _weight(self, name: str) -> Weight:
         ref = self._module.get(name)
         master = self._masters.get(name)
+        if master is not None and ref is None:
+            raise DamagedCheckpoint(
+                "it has a master, but is not in `module`",
+                path=self._shards.first.path,
+                tensor=name,
+                hint="The model file is of another save than the optimizer files, or was changed.",
+            )
         if self._shards.stage == 3 and name not in self._buffers:
             # The module holds empty placeholders, which still tell the training dtype.
             held = master or self._frozen.get(name)

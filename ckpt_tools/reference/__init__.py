@@ -221,6 +221,8 @@ def _asked(question: str) -> dict[str, Any]:
             # `-m` imports from the working directory first: let that be where the package lies.
             cwd=Path(__file__).resolve().parent.parent.parent,
             env={**os.environ, **quiet},
+            # Ctrl-C in a terminal is for this process: the child's end would look like a failure.
+            start_new_session=True,
             timeout=_TIMEOUT_SECONDS,
             check=False,
         )

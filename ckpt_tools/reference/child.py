@@ -35,7 +35,6 @@ def main() -> None:
 
 
 def _answer(question: Mapping[str, Any]) -> dict[str, Any]:
-    import torch
     from transformers.utils import logging
 
     log: Any = logging
@@ -55,18 +54,21 @@ def _answer(question: Mapping[str, Any]) -> dict[str, Any]:
         model = _on_meta(model_class, parsed)
     except Exception as error:
         return {"invalid": f"{type(error).__name__}: {error}"}
-    with torch.no_grad():
-        return {"model": _describe(model, question["like_names"])}
+    return {"model": _describe(model, question["like_names"])}
 
 
 def _classes(config: dict[str, Any], question: Mapping[str, Any]) -> tuple[Any, Any] | None:
     """The model class and the parsed config, None where transformers has no such class."""
     import transformers
+
+    architecture, model_type = question["architecture"], config["model_type"]
+    # Imports torch only where there is such a class.
+    model_class = getattr(transformers, architecture, None)
+    if model_class is None and not question["trust_remote_code"]:
+        return None
     from transformers import PreTrainedModel
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    architecture, model_type = question["architecture"], config["model_type"]
-    model_class = getattr(transformers, architecture, None)
     if isinstance(model_class, type) and issubclass(model_class, PreTrainedModel):
         config_class: Any = model_class.config_class
         if config_class.model_type != model_type:
@@ -163,12 +165,13 @@ def _saved(
         state: what of its state is written.
         conversions: those that were used when it was loaded; None for a model made from its config.
     """
+    import torch
     from transformers.core_model_loading import revert_weight_conversion
 
     from ckpt_tools.reference.tracing import Tracer
 
     model._weight_conversions = conversions
-    with Tracer(state) as tracer:
+    with torch.no_grad(), Tracer(state) as tracer:
         # The conversion takes its input apart; the dict is a copy for it.
         saved = revert_weight_conversion(model, dict(state))
     return {

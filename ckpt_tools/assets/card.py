@@ -1,0 +1,95 @@
+"""The model card: ``README.md`` of the output, which says where the weights come from.
+
+Owns its words. Every statement is a fact of the checkpoint, the config or the conversion; nothing is
+said of what the model can do. Knows neither tensors nor formats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ckpt_tools.assets.files import AssetFile
+
+CARD_NAME = "README.md"
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card says.
+
+    Attributes:
+        title: name of the model: that of the output directory.
+        source: what the checkpoint is, such as ``DeepSpeed ZeRO-3``.
+        checkpoint: its name, such as ``global_step500``.
+        step: optimizer step, where known.
+        world_size: ranks that wrote it, where known.
+        framework: what wrote it, where known.
+        weights: ``master`` or ``model``: which copy was taken.
+        parameters: elements written.
+        nbytes: bytes of the weights.
+        dtypes: dtype name to elements written in it.
+        attribute: the part of a composite model that this is, if it is one.
+        notes: what the conversion decided or changed.
+        version: of ckpt-tools.
+    """
+
+    title: str
+    source: str
+    checkpoint: str
+    step: int | None
+    world_size: int | None
+    framework: str | None
+    weights: str
+    parameters: int
+    nbytes: int
+    dtypes: Mapping[str, int]
+    attribute: str | None
+    notes: Sequence[str]
+    version: str
+
+
+def model_card(facts: CardFacts, config: Mapping[str, Any]) -> AssetFile:
+    """The card of a model, as ``huggingface_hub`` writes one."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    base = config.get("_name_or_path")
+    data = ModelCardData(
+        library_name="transformers",
+        base_model=base if isinstance(base, str) and _is_hub_name(base) else None,
+        tags=["ckpt-tools"],
+    )
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(facts, config)}")
+    return AssetFile(CARD_NAME, content=str(card).encode())
+
+
+def _is_hub_name(name: str) -> bool:
+    """Whether it is ``owner/model``; a path on the machine that trained means nothing elsewhere."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
+def _body(facts: CardFacts, config: Mapping[str, Any]) -> str:
+    copy = "the optimizer's masters" if facts.weights == "master" else "the 16-bit weights"
+    rows = [
+        ("Architecture", ", ".join(config.get("architectures") or ()) or "unknown"),
+        ("Parameters", f"{facts.parameters:,}"),
+        ("Dtype", ", ".join(f"{name} ({count:,})" for name, count in facts.dtypes.items())),
+        ("Size of the weights", f"{facts.nbytes:,} bytes"),
+        ("Training step", "unknown" if facts.step is None else f"{facts.step:,}"),
+        ("Checkpoint", f"`{facts.checkpoint}`, {facts.source}"),
+        ("Written by", _writers(facts)),
+        ("Weights taken from", copy),
+    ]
+    if facts.attribute is not None:
+        rows.insert(1, ("Part of a composite model", f"`{facts.attribute}`"))
+    lines = [f"# {facts.title}", "", "| | |", "|---|---|"]
+    lines += [f"| {label} | {value} |" for label, value in rows]
+    lines += ["", f"Converted from a training checkpoint by ckpt-tools {facts.version}."]
+    lines += ["", *(f"- {note}" for note in facts.notes)] if facts.notes else []
+    return "\n".join(lines) + "\n"
+
+
+def _writers(facts: CardFacts) -> str:
+    ranks = "" if facts.world_size is None else f", {facts.world_size} ranks"
+    return (facts.framework or "unknown") + ranks

@@ -1,0 +1,187 @@
+"""A Hugging Face config for a model that OLMo-core trained, from the config that OLMo-core saved beside it.
+
+Owns the answer to which of OLMo-core's models are an Olmo2 or Olmo3, and what their config says. Every value
+is one that OLMo-core's ``config.json`` states. A setting that is not known here and is not empty is a reason
+to refuse, because it may change what the model computes: a config that is nearly right is worse than none.
+Pure: a mapping in, a mapping out.
+
+Sources: OLMo-core ``nn/hf/config.py`` (``get_hf_config``), ``nn/hf/convert_checkpoint.py`` (token ids and
+positions) and ``nn/attention/__init__.py`` (sliding windows), read at commit fa6c5014 (3.0).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ckpt_tools.errors import UnsupportedLayout
+
+_ABSENT = object()
+# Settings that say how a model was made or runs, and not what it computes.
+_MODEL = {
+    "_CLASS_", "block", "block_overrides", "d_model", "dtype", "embedding_init_std", "freeze_params",
+    "init_method", "init_seed", "init_std", "lm_head", "n_layers", "name", "tie_word_embeddings",
+    "vocab_size",
+}  # fmt: skip
+_BLOCK = {
+    "_CLASS_", "attention", "dropout", "feed_forward", "layer_norm", "name", "sequence_mixer",
+}  # fmt: skip
+_ATTENTION = {
+    "_CLASS_", "backend", "bias", "dropout", "dtype", "head_dim", "n_heads", "n_kv_heads", "name",
+    "qk_norm", "rope", "sliding_window", "type", "use_flash",
+}  # fmt: skip
+_ROPE = {"_CLASS_", "full_precision", "name", "partial_rotary_factor", "theta"}
+_FEED_FORWARD = {"_CLASS_", "activation", "bias", "dtype", "hidden_size", "name"}
+_NORM = {"_CLASS_", "bias", "dtype", "eps", "full_precision", "name"}
+_HEAD = {"_CLASS_", "bias", "dtype", "layer_norm", "loss_implementation", "name"}
+
+
+def is_experiment(data: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` is one that OLMo-core's trainer saved."""
+    model = data.get("model")
+    return isinstance(model, Mapping) and {"d_model", "n_layers", "block"} <= model.keys()
+
+
+def hub_config(experiment: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The Hugging Face config of the model that an experiment trained.
+
+    Args:
+        experiment: the content of OLMo-core's ``config.json``.
+        path: that file, for errors.
+
+    Returns:
+        A config of model type ``olmo2`` or ``olmo3``, of a form that transformers 4 and 5 both read.
+
+    Raises:
+        UnsupportedLayout: the model is no Olmo2 or Olmo3, or the file does not state what a config needs.
+    """
+    return _Experiment(experiment, path).config()
+
+
+class _Experiment:
+    def __init__(self, data: Mapping[str, Any], path: Path) -> None:
+        self._data = data
+        self._path = path
+
+    def config(self) -> dict[str, Any]:
+        model = self._section(self._data, "model", _MODEL)
+        block = self._section(model, "block", _BLOCK)
+        self._require(block, "block", name="reordered_norm")
+        self._require(model, "model", name="default", block_overrides=None)
+        mixer = "sequence_mixer" if "sequence_mixer" in block else "attention"
+        attention = self._section(block, mixer, _ATTENTION)
+        self._require(attention, mixer, name="default", type="attention")
+        rope = self._section(attention, "rope", _ROPE)
+        self._require(rope, "rope", partial_rotary_factor=1.0)
+        feed_forward = self._section(block, "feed_forward", _FEED_FORWARD)
+        self._require(feed_forward, "feed_forward", bias=False, activation="silu")
+        head = self._section(model, "lm_head", _HEAD)
+        self._require(head, "lm_head", bias=False)
+        heads = self._stated(attention, "n_heads")
+        config = {
+            "vocab_size": self._stated(model, "vocab_size"),
+            "hidden_size": self._stated(model, "d_model"),
+            "intermediate_size": self._stated(feed_forward, "hidden_size"),
+            "num_hidden_layers": self._stated(model, "n_layers"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": attention.get("n_kv_heads") or heads,
+            "hidden_act": "silu",
+            "max_position_embeddings": self._positions(),
+            # OLMo-core leaves out what is None, and None is True here.
+            "attention_bias": bool(attention.get("bias", True)),
+            "rope_theta": self._stated(rope, "theta"),
+            "rms_norm_eps": self._epsilon(block, attention, head),
+            "tie_word_embeddings": bool(model.get("tie_word_embeddings", False)),
+            **self._tokens(),
+            **self._layer_types(attention, self._stated(model, "n_layers")),
+            "dtype": self._stated(model, "dtype"),
+        }
+        size = config["hidden_size"] // heads
+        if attention.get("head_dim", size) != size:
+            raise self._refused(f"heads of {attention['head_dim']} elements")
+        name = "Olmo3" if "layer_types" in config else "Olmo2"
+        return {
+            "architectures": [f"{name}ForCausalLM"],
+            "model_type": name.lower(),
+            **config,
+        }
+
+    def _section(self, parent: Mapping[str, Any], key: str, known: set[str]) -> Mapping[str, Any]:
+        section = parent.get(key)
+        if not isinstance(section, Mapping):
+            raise self._refused(f"no single `{key}`")
+        odd = [k for k, value in section.items() if k not in known and value not in (None, False)]
+        if odd:
+            raise self._refused(f"`{key}` with {', '.join(f'{k}={section[k]!r}' for k in odd)}")
+        return section
+
+    def _require(self, section: Mapping[str, Any], where: str, **values: object) -> None:
+        for key, value in values.items():
+            found = section.get(key, _ABSENT)
+            if found is not _ABSENT and found != value:
+                raise self._refused(f"`{where}` with {key}={found!r}")
+
+    def _stated(self, section: Mapping[str, Any], key: str) -> Any:
+        value = section.get(key)
+        if value is None:
+            raise self._refused(f"no {key}")
+        return value
+
+    def _epsilon(self, *sections: Mapping[str, Any]) -> float:
+        """The one epsilon of all norms."""
+        norms = [
+            self._section(section, key, _NORM)
+            for section, key in zip(sections, ("layer_norm", "qk_norm", "layer_norm"), strict=True)
+        ]
+        for norm in norms:
+            self._require(norm, "norm", name="rms", bias=False)
+        epsilons = {float(self._stated(norm, "eps")) for norm in norms}
+        if len(epsilons) != 1:
+            raise self._refused(f"norms with eps {sorted(epsilons)}")
+        return epsilons.pop()
+
+    def _positions(self) -> int:
+        """The length of the sequences that it was trained on."""
+        for section, key in (
+            ("train_module", "max_sequence_length"),
+            ("dataset", "max_target_sequence_length"),
+            ("dataset", "sequence_length"),
+        ):
+            value = (self._data.get(section) or {}).get(key)
+            if isinstance(value, int):
+                return value
+        raise self._refused("no max_sequence_length")
+
+    def _tokens(self) -> dict[str, int | None]:
+        tokenizer = (self._data.get("dataset") or {}).get("tokenizer") or {}
+        keys = ("pad_token_id", "bos_token_id", "eos_token_id")
+        return {key: tokenizer.get(key) for key in keys}
+
+    def _layer_types(self, attention: Mapping[str, Any], layers: int) -> dict[str, Any]:
+        """Which layers see a window of the sequence alone, as only Olmo3 has them."""
+        window = attention.get("sliding_window")
+        if window is None:
+            return {}
+        pattern = list(window["pattern"])
+        # The pattern starts behind a first layer that was set apart.
+        skipped = int(bool(window["force_full_attention_on_first_layer"]))
+        sizes = [pattern[(layer - skipped) % len(pattern)] for layer in range(layers)]
+        if skipped:
+            sizes[0] = -1
+        if window["force_full_attention_on_last_layer"]:
+            sizes[-1] = -1
+        found = {size for size in sizes if size != -1}
+        if len(found) > 1:
+            raise self._refused(f"windows of {sorted(found)} elements")
+        if not found:
+            return {}
+        kinds = ["full_attention" if size == -1 else "sliding_attention" for size in sizes]
+        return {"sliding_window": found.pop(), "layer_types": kinds}
+
+    def _refused(self, what: str) -> UnsupportedLayout:
+        return UnsupportedLayout(
+            f"OLMo-core's config has {what}, for which no Olmo2 or Olmo3 config is known",
+            path=self._path,
+            hint="Pass --config with the config.json of the Hugging Face model.",
+        )

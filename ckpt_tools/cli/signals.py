@@ -1,0 +1,30 @@
+"""How a signal ends a command: as an exception, so that partial output is removed on the way out.
+
+Knows signals and nothing of commands. An exception that is raised while torch is imported may be lost in
+its C code, or break the import; such a signal waits until torch is there.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from types import FrameType
+
+_AGAIN_SECONDS = 0.05
+
+
+def end_on_signals() -> None:
+    """Let SIGINT raise ``KeyboardInterrupt``, and SIGTERM ``SystemExit`` with status 143."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _end)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    spec = getattr(sys.modules.get("torch"), "__spec__", None)
+    if getattr(spec, "_initializing", False):
+        signal.signal(signal.SIGALRM, lambda _, frame: _end(number, frame))
+        signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECONDS)
+    elif number == signal.SIGINT:
+        raise KeyboardInterrupt
+    else:
+        sys.exit(128 + number)

@@ -1,0 +1,218 @@
+"""torch Distributed Checkpoint in Hugging Face storage: ``shard-R-model-K-of-N.safetensors``, no index.
+
+Each rank writes its boxes into safetensors files, and the header says where each box begins. Nothing says how
+large a tensor is as a whole, how many ranks there were, or which tensors there must be: a tensor ends where
+its last box ends. So a shard that is missing at the start or in the middle leaves a hole and is an error
+here, and one that is missing at the end only shortens its tensors, which shapes from elsewhere (a config)
+must show; :func:`lacking` compares. Where torch also consolidated the shards, they are under ``sharded/`` and
+are what is read: torch's own consolidation turns a 0-d 1.0 into 0.0.
+
+Source: ``torch/distributed/checkpoint/hf_storage.py`` and ``_hf_utils.py``, read at torch 2.13.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+from ckpt_tools.catalogue import Box, Shape, Stored
+from ckpt_tools.checkpoint import Checkpoint, Location, Weight
+from ckpt_tools.dtypes import DType
+from ckpt_tools.errors import DamagedCheckpoint, UsageError
+from ckpt_tools.readers.dcp_boxes import Piece, assembled, held_whole, majority_dtype, sharding_info
+from ckpt_tools.readers.safetensors_file import SafetensorsFile, read_safetensors
+
+NAME = "torch-dcp-huggingface"
+_SHARD = re.compile(r"shard-(\d+)-model-(\d+)-of-(\d+)\.safetensors")
+_CONSOLIDATED_FROM = "sharded"
+_SHOWN = 6
+
+
+def find(path: Path, tag: str | None = None) -> list[Location]:
+    """The checkpoint of this format that ``path`` means.
+
+    Args:
+        path: the directory of the shards, one of them, or the directory that torch consolidated them
+            into.
+        tag: the directory's name; a checkpoint of this format has no other.
+
+    Raises:
+        UsageError: ``tag`` is another.
+    """
+    if path.is_file() and _SHARD.fullmatch(path.name):
+        path = path.parent
+    # torch's name for the directory tells nothing from others.
+    shards = path / _CONSOLIDATED_FROM
+    directory = shards if _shards(shards) else path
+    if not _shards(directory):
+        return []
+    if tag not in (None, path.name, directory.name):
+        raise UsageError(
+            f"this directory holds the shards of one checkpoint, and none called {tag!r}",
+            path=path,
+            hint="Leave out --tag.",
+        )
+    near = (directory, directory.parent, directory.parent.parent)
+    name = directory.parent.name if directory.name == _CONSOLIDATED_FROM else directory.name
+    return [Location(NAME, directory, name, near)]
+
+
+def _shards(directory: Path) -> dict[tuple[int, int, int], Path]:
+    """The shard files by number of the shard, number of the part and number of parts."""
+    try:
+        entries = sorted(directory.iterdir())
+    except OSError:
+        return {}
+    return {
+        (int(match[1]), int(match[2]), int(match[3])): entry
+        for entry in entries
+        if (match := _SHARD.fullmatch(entry.name))
+    }
+
+
+def read(location: Location) -> Checkpoint:
+    """Read the headers of a checkpoint's shards.
+
+    Raises:
+        DamagedCheckpoint: a shard is missing that is not the last, or is truncated; boxes overlap or
+            leave a hole.
+    """
+    directory = location.directory
+    shards = _shards(directory)
+    gaps = _gaps(shards, directory)
+    files = [read_safetensors(path) for path in shards.values()]
+    hint = "Copy the shards of every rank into one directory."
+    if gaps:
+        hint += f" By their numbers these are missing: {', '.join(gaps[:_SHOWN])}."
+    weights = {
+        name: _weight(name, held, directory, gaps, hint) for name, held in _boxes(files).items()
+    }
+    return Checkpoint(
+        location=location,
+        title="torch DCP in Hugging Face storage",
+        weights=weights,
+        ties={},
+        files={e: e.stat().st_size for e in sorted(directory.iterdir()) if e.is_file()},
+        world_size=max(rank for rank, _, _ in shards),
+        framework=_framework(files),
+        training_dtype=majority_dtype(weights.values()),
+        details={"shards": len(shards), "shapes_inferred": True},
+        remarks=(
+            *location.remarks,
+            "shards do not say how many they are: compare shapes with a config's to see that none is "
+            "missing at the end",
+        ),
+    )
+
+
+def lacking(checkpoint: Checkpoint, shapes: Mapping[str, Shape]) -> dict[str, str]:
+    """What a checkpoint of this format lacks, by shapes from elsewhere.
+
+    Args:
+        checkpoint: as :func:`read` made it.
+        shapes: what must be there, from a config or another directory of the same model.
+
+    Returns:
+        For each tensor that is missing or of another shape, what is wrong with it.
+    """
+    wrong = {}
+    for name, shape in shapes.items():
+        weight = checkpoint.weights.get(name)
+        if weight is None:
+            wrong[name] = "is not in any shard"
+        elif weight.shape != tuple(shape):
+            wrong[name] = f"the shards hold {weight.shape} of {tuple(shape)}"
+    return wrong
+
+
+_Boxes = dict[str, list[tuple[SafetensorsFile, Shape, Stored]]]
+
+
+def _boxes(files: list[SafetensorsFile]) -> _Boxes:
+    """By name, each shard's part of a tensor and where it begins, in the order of the headers' record."""
+    boxes: _Boxes = {}
+    for file in files:
+        offsets = sharding_info(file)
+        if offsets is None:
+            raise DamagedCheckpoint(
+                "it has no DCP_SHARDING_INFO: nothing says where its tensors belong", path=file.path
+            )
+        for name, at in offsets.items():
+            boxes.setdefault(name, []).append((file, at, file.tensors[name]))
+    return boxes
+
+
+def _weight(
+    name: str,
+    held: list[tuple[SafetensorsFile, Shape, Stored]],
+    directory: Path,
+    gaps: list[str],
+    hint: str,
+) -> Weight:
+    dtypes: dict[DType, Path] = {tensor.dtype: file.path for file, _, tensor in held}
+    ranks = {len(tensor.shape) for _, _, tensor in held}
+    if len(dtypes) > 1 or len(ranks) > 1:
+        raise DamagedCheckpoint(
+            f"shards disagree on it ({', '.join(map(str, dtypes))}): they are of different saves",
+            path=directory,
+            tensor=name,
+        )
+    (dtype,) = dtypes
+    ends = [
+        [start + size for start, size in zip(at, tensor.shape, strict=True)]
+        for _, at, tensor in held
+    ]
+    shape = tuple(max(sizes) for sizes in zip(*ends, strict=True))
+    pieces: list[Piece] = [
+        (Box(at, tensor.shape), partial(held_whole, tensor, file.path)) for file, at, tensor in held
+    ]
+    try:
+        stored = assembled(name, dtype, shape, pieces, directory, hint)
+    except DamagedCheckpoint as error:
+        raise DamagedCheckpoint(
+            error.fact, path=directory, tensor=name, missing=gaps, hint=hint
+        ) from error
+    kind = "parameter" if dtype.is_floating else "buffer"
+    return Weight(kind, shape, dtype, model=stored)  # type: ignore[arg-type]
+
+
+def _gaps(shards: Mapping[tuple[int, int, int], Path], directory: Path) -> list[str]:
+    """Names of files that the numbers of the others leave out.
+
+    A rank that held nothing of a part writes no file for it, so that a gap alone is no damage.
+
+    Raises:
+        DamagedCheckpoint: files of two saves, or of a part that no shard has.
+    """
+    parts = {total for _, _, total in shards}
+    if len(parts) > 1:
+        raise DamagedCheckpoint(
+            f"its shards say that they are of {' and of '.join(map(str, sorted(parts)))} parts: they are "
+            "of different saves",
+            path=directory,
+            hint="Delete the files of the older save.",
+        )
+    (total,) = parts
+    last = max(rank for rank, _, _ in shards)
+    gaps = [
+        f"shard-{rank:05d}-model-{part:05d}-of-{total:05d}.safetensors"
+        for rank in range(1, last + 1)
+        for part in range(1, total + 1)
+        if (rank, part, total) not in shards
+    ]
+    lost = [part for part in range(1, total + 1) if not any(held == part for _, held, _ in shards)]
+    if lost:
+        raise DamagedCheckpoint(
+            f"part {lost[0]} of {total} is missing in every shard",
+            path=directory,
+            missing=gaps,
+            hint="Copy all files from where they were written.",
+        )
+    return gaps
+
+
+def _framework(files: list[SafetensorsFile]) -> str:
+    version = next((f.metadata["DCP_VERSION"] for f in files if "DCP_VERSION" in f.metadata), None)
+    return " ".join(filter(None, ("torch.distributed.checkpoint", version)))
