@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ckpt_tools.checkpoint import Checkpoint
     from ckpt_tools.compat import get_fp32_state_dict_from_zero_checkpoint
-    from ckpt_tools.convert import consolidate, open_checkpoint
+    from ckpt_tools.convert import average, consolidate, open_checkpoint
     from ckpt_tools.errors import CkptError
     from ckpt_tools.inspection import Inspection, inspect
     from ckpt_tools.report import Report
@@ -28,6 +28,7 @@ _HOMES = {
     "CkptError": "ckpt_tools.errors",
     "Inspection": "ckpt_tools.inspection",
     "Report": "ckpt_tools.report",
+    "average": "ckpt_tools.convert",
     "consolidate": "ckpt_tools.convert",
     "get_fp32_state_dict_from_zero_checkpoint": "ckpt_tools.compat",
     "inspect": "ckpt_tools.inspection",
@@ -40,6 +41,7 @@ __all__ = [
     "Inspection",
     "Report",
     "__version__",
+    "average",
     "consolidate",
     "get_fp32_state_dict_from_zero_checkpoint",
     "inspect",

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from ckpt_tools.dtypes import DType
 from ckpt_tools.errors import DamagedCheckpoint
@@ -79,9 +79,9 @@ class Move:
     """One contiguous run of source elements and its place in a window.
 
     Attributes:
-        file: source file.
-        offset: first source byte.
-        dtype: element type in the file.
+        source: the file that holds the run, or the computed tensor that it is part of.
+        offset: its first byte in the file, or in the row-major computed tensor.
+        dtype: element type in the source.
         sizes: shape of the run; its product is the number of elements.
         at: index in the window of the run's first element.
         strides: distance in the window, in elements, between neighbours along each of ``sizes``.
@@ -89,7 +89,7 @@ class Move:
             to bf16 and back to fp32 is two steps, and both are made.
     """
 
-    file: Path
+    source: Path | Computed
     offset: int
     dtype: DType
     sizes: Shape
@@ -103,9 +103,19 @@ class Move:
         return math.prod(self.sizes) * self.dtype.itemsize
 
     @property
+    def file(self) -> Path:
+        """The file, of a run that lies in one."""
+        assert isinstance(self.source, Path)
+        return self.source
+
+    @property
     def is_plain(self) -> bool:
         """Whether it is a copy of bytes: nothing is cast, and it stays one run in the window."""
-        return self.strides == (1,) and all(dtype == self.dtype for dtype in self.dtypes)
+        return (
+            isinstance(self.source, Path)
+            and self.strides == (1,)
+            and all(dtype == self.dtype for dtype in self.dtypes)
+        )
 
 
 class Tensor(ABC):
@@ -237,6 +247,29 @@ class Stored(Tensor):
                     place - start,
                     steps,
                 )
+
+
+class Values(Protocol):
+    """How a computed tensor gets at the elements of the tensors that it is computed from."""
+
+    def window(self, tensor: Tensor, start: int, stop: int) -> torch.Tensor:
+        """Flat elements ``[start, stop)`` of ``tensor``, shape ``(stop - start,)``."""
+
+    def whole(self, tensor: Tensor) -> torch.Tensor:
+        """All of a small tensor, in its shape; kept for the next window that needs it."""
+
+
+class Computed(Tensor):
+    """A tensor whose elements are computed from those of others, window by window."""
+
+    @abstractmethod
+    def compute(self, start: int, stop: int, values: Values) -> torch.Tensor:
+        """Flat elements ``[start, stop)``: shape ``(stop - start,)``, of this tensor's dtype."""
+
+    def moves(self, start: int, stop: int) -> Iterator[Move]:
+        """The window itself, as one run of this tensor."""
+        offset = start * self.dtype.itemsize
+        yield Move(self, offset, self.dtype, (stop - start,), 0, (1,))
 
 
 class Catalogue(Mapping[str, Tensor]):

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from ckpt_tools.catalogue import Move, Tensor, row_major_strides, window_slabs
+from ckpt_tools.catalogue import Computed, Move, Tensor, row_major_strides, window_slabs
 from ckpt_tools.errors import DamagedCheckpoint
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ REQUEST_BYTES = 2 << 20
 # Reading a gap this long costs less than a second request.
 _GAP_BYTES = 64 << 10
 _OPEN_FILES = 64
+# The factors of one merged weight: two, and room for those of a neighbour.
+_KEPT_TENSORS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,7 @@ class Gatherer:
 
         self._torch = torch
         self._files: OrderedDict[Path, int] = OrderedDict()
+        self._kept: OrderedDict[int, tuple[Tensor, torch.Tensor]] = OrderedDict()
         self._scratch = bytearray(REQUEST_BYTES)
         self.bytes_read = 0
 
@@ -80,9 +83,13 @@ class Gatherer:
         Raises:
             DamagedCheckpoint: a file ended before the bytes that it should hold, or cannot be read.
         """
-        work = [
-            (move, part) for part in slices for move in part.tensor.moves(part.start, part.stop)
-        ]
+        work: list[tuple[Move, Slice]] = []
+        for part in slices:
+            for move in part.tensor.moves(part.start, part.stop):
+                if isinstance(move.source, Computed):
+                    self._compute(move.source, move, part, buffer)
+                else:
+                    work.append((move, part))
         work.sort(key=lambda pair: (pair[0].file, pair[0].offset))
         pending: list[tuple[Move, Slice]] = []
         for move, part in work:
@@ -112,15 +119,43 @@ class Gatherer:
                 count=move.nbytes // move.dtype.itemsize,
                 offset=move.offset - first.offset,
             )
-            for dtype in move.dtypes[:-1]:
-                values = values.to(dtype.torch)
-            window = torch.frombuffer(
-                buffer,
-                dtype=part.tensor.dtype.torch,
-                count=part.stop - part.start,
-                offset=part.at,
-            )
-            window.as_strided(move.sizes, move.strides, move.at).copy_(values.view(move.sizes))
+            self._place(values, move, part, buffer)
+
+    def _compute(self, tensor: Computed, move: Move, part: Slice, buffer: bytearray) -> None:
+        for small in _split(move):
+            start = small.offset // small.dtype.itemsize
+            stop = start + small.nbytes // small.dtype.itemsize
+            self._place(tensor.compute(start, stop, self), small, part, buffer)
+
+    def _place(self, values: torch.Tensor, move: Move, part: Slice, buffer: bytearray) -> None:
+        """Put the elements of a run in place, through every dtype that they pass on the way."""
+        for dtype in move.dtypes[:-1]:
+            values = values.to(dtype.torch)
+        window = self._torch.frombuffer(
+            buffer,
+            dtype=part.tensor.dtype.torch,
+            count=part.stop - part.start,
+            offset=part.at,
+        )
+        window.as_strided(move.sizes, move.strides, move.at).copy_(values.view(move.sizes))
+
+    def window(self, tensor: Tensor, start: int, stop: int) -> torch.Tensor:
+        """Flat elements ``[start, stop)`` of ``tensor`` in memory, shape ``(stop - start,)``."""
+        if start == stop:
+            return self._torch.empty(0, dtype=tensor.dtype.torch)
+        buffer = bytearray((stop - start) * tensor.dtype.itemsize)
+        self.fill(buffer, [Slice(tensor, start, stop, 0)])
+        return self._torch.frombuffer(buffer, dtype=tensor.dtype.torch)
+
+    def whole(self, tensor: Tensor) -> torch.Tensor:
+        """All of a small tensor in memory, kept while it is among the last that were asked for."""
+        kept = self._kept.pop(id(tensor), None)
+        loaded = kept[1] if kept else self.window(tensor, 0, tensor.numel).view(tensor.shape)
+        # The tensor is kept with its values, so that no other can take its id meanwhile.
+        self._kept[id(tensor)] = (tensor, loaded)
+        while len(self._kept) > _KEPT_TENSORS:
+            self._kept.popitem(last=False)
+        return loaded
 
     def _read(self, path: Path, offset: int, into: memoryview) -> None:
         fd = self._open(path)
@@ -159,14 +194,8 @@ class Gatherer:
 
 def load(tensor: Tensor) -> torch.Tensor:
     """The whole of ``tensor`` in memory, as a new contiguous CPU tensor."""
-    import torch
-
-    if not tensor.numel:
-        return torch.empty(tensor.shape, dtype=tensor.dtype.torch)
-    buffer = bytearray(tensor.nbytes)
     with Gatherer() as gatherer:
-        gatherer.fill(buffer, [Slice(tensor, 0, tensor.numel, 0)])
-    return torch.frombuffer(buffer, dtype=tensor.dtype.torch).view(tensor.shape)
+        return gatherer.window(tensor, 0, tensor.numel).view(tensor.shape)
 
 
 def _split(move: Move) -> Iterator[Move]:

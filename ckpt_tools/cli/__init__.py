@@ -17,6 +17,7 @@ _COMMANDS = {
     "inspect": "What a checkpoint is, from metadata alone.",
     "consolidate": "A checkpoint becomes a Hugging Face directory.",
     "extract-attr": "One attribute of a composite model becomes a directory of its own.",
+    "average": "The mean of several checkpoints becomes a directory.",
 }
 
 _EPILOG = """\b

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,4 +28,6 @@ def command(ckpt: Path, out: Path, **options: Any) -> None:
       ckpt-tools consolidate run/global_step500 model --config base-model
       ckpt-tools consolidate run model --tag global_step500 --dtype fp32
     """
-    write_directory(ckpt, out, **options)
+    from ckpt_tools.convert import consolidate
+
+    write_directory(partial(consolidate, ckpt, out), **options)

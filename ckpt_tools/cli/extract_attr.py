@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,4 +28,6 @@ def command(attr: str, ckpt: Path, out: Path, **options: Any) -> None:
     Example:
       ckpt-tools extract-attr policy run/global_step500 policy --config base-model
     """
-    write_directory(ckpt, out, attribute=attr, **options)
+    from ckpt_tools.convert import consolidate
+
+    write_directory(partial(consolidate, ckpt, out, attribute=attr), **options)

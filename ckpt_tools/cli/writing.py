@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -20,6 +20,9 @@ from ckpt_tools.cli.shared import (
     print_json,
     seconds_text,
 )
+
+if TYPE_CHECKING:
+    from ckpt_tools.report import Report
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -96,27 +99,16 @@ def writing_options(function: F) -> F:
 
 
 def write_directory(
-    ckpt: Path,
-    out: Path,
+    convert: Callable[..., Report],
     *,
     check_masters: bool,
     quiet: bool,
     as_json: bool,
-    attribute: str | None = None,
     **options: Any,
 ) -> None:
-    """Convert, and say what was done."""
-    from ckpt_tools.convert import consolidate
-
+    """Carry out ``convert``, and say what was done."""
     with shown_progress(quiet or as_json) as progress:
-        report = consolidate(
-            ckpt,
-            out,
-            attribute=attribute,
-            check_all_masters=check_masters,
-            progress=progress,
-            **options,
-        )
+        report = convert(check_all_masters=check_masters, progress=progress, **options)
     if as_json:
         print_json(report.to_json())
     elif not quiet:

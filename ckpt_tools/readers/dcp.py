@@ -46,14 +46,15 @@ from ckpt_tools.readers.dcp_metadata import (
     is_dcp_directory,
     read_metadata,
 )
-from ckpt_tools.readers.dcp_names import TOP, left_alone, models, objects_of, step_names
+from ckpt_tools.readers.dcp_names import TOP, left_alone, models, objects_of, step_in, step_names
 from ckpt_tools.readers.safetensors_file import SafetensorsFile, read_safetensors
 from ckpt_tools.readers.torch_file import TorchFile
 
 NAME = "torch-dcp"
 # Directories of this format inside a larger one that is a checkpoint as a whole.
 _PARTS = re.compile(r"(pytorch_model_fsdp|optimizer)_\d+|model_and_optim")
-_STEP = re.compile(r"(?:^|[-_.])(?:(?:global_)?step|checkpoint|iter)[-_]?(\d+)$")
+# What has a reader of its own, by the directory's name and by who wrote the metadata.
+_ELSEWHERE = {"model_and_optim", "olmo_core"}
 _SCALARS = {"float32": "<f", "float64": "<d", "int32": "<i", "int64": "<q"}
 _SHOWN = 6
 _OTHER_NODES = (
@@ -99,11 +100,13 @@ def find(path: Path, tag: str | None = None) -> list[Location]:
 
 def _inside(directory: Path, tag: str | None) -> list[Location]:
     """The models of one checkpoint; what is wrong with it is the business of :func:`read`."""
+    if directory.name in _ELSEWHERE:
+        return []
     try:
         metadata = read_metadata(directory)
     except CkptError:
         return [location_of(NAME, directory)]
-    if metadata.writer != "torch":
+    if metadata.writer in _ELSEWHERE:
         return []
     names = list(models(metadata))
     if tag is not None and tag not in names:
@@ -327,9 +330,8 @@ class Saving:
         for name in recorded:
             if (value := self._object(self._metadata.objects[name])) is not None:
                 return value
-        match = _STEP.search(self._directory.name)
-        if match:
-            return int(match[1])
+        if (named := step_in(self._directory.name)) is not None:
+            return named
         for name in counted:
             if (value := self._scalar(name)) is not None:
                 return value

@@ -22,11 +22,16 @@ from ckpt_tools.checkpoint import Checkpoint, Location, Weight
 from ckpt_tools.dtypes import DType
 from ckpt_tools.errors import DamagedCheckpoint, UsageError
 from ckpt_tools.readers.dcp_boxes import Piece, assembled, held_whole, majority_dtype, sharding_info
+from ckpt_tools.readers.dcp_names import step_in
 from ckpt_tools.readers.safetensors_file import SafetensorsFile, read_safetensors
 
 NAME = "torch-dcp-huggingface"
 _SHARD = re.compile(r"shard-(\d+)-model-(\d+)-of-(\d+)\.safetensors")
 _CONSOLIDATED_FROM = "sharded"
+_REMARK = (
+    "shards do not say how many they are: only a comparison with a config's shapes shows that none is "
+    "missing at the end"
+)
 _SHOWN = 6
 
 
@@ -95,14 +100,14 @@ def read(location: Location) -> Checkpoint:
         weights=weights,
         ties={},
         files={e: e.stat().st_size for e in sorted(directory.iterdir()) if e.is_file()},
+        step=step_in(location.name),
         world_size=max(rank for rank, _, _ in shards),
         framework=_framework(files),
         training_dtype=majority_dtype(weights.values()),
         details={"shards": len(shards), "shapes_inferred": True},
         remarks=(
             *location.remarks,
-            "shards do not say how many they are: compare shapes with a config's to see that none is "
-            "missing at the end",
+            _REMARK,
         ),
     )
 

@@ -41,6 +41,7 @@ _TRAINING_KEYS = _OPTIMIZER_KEYS | {
     "trainer_state",
 }
 _NUMBER = re.compile(r"_\d+$")
+_STEP = re.compile(r"(?:^|[-_.])(?:(?:global_)?step|checkpoint|iter)[-_]?(\d+)$")
 _STEP_KEYS = {"step", "global_step", "current_step"}
 TOP = "top"
 
@@ -114,6 +115,12 @@ def step_names(metadata: Metadata) -> list[str]:
         elif path[-1] in _STEP_KEYS:
             recorded.append(flat)
     return sorted(recorded, key=lambda flat: len(metadata.path_of(flat))) + counted
+
+
+def step_in(name: str) -> int | None:
+    """The number of steps that a directory is named for: ``step-200``, ``global_step200``."""
+    match = _STEP.search(name)
+    return int(match[1]) if match else None
 
 
 def _in_order(names: Mapping[str, object], order: Mapping[str, object]) -> Iterator[str]:

@@ -1,24 +1,19 @@
-"""Hugging Face model directories as input: safetensors or ``.bin``, in one file or in shards.
+"""Hugging Face model directories as input, and what the Transformers Trainer adds to one.
 
-Owns the names of the files and the agreement of index and shards. Adapters are another format.
+Owns the names of the files that make a directory one; what they hold is read by
+:mod:`~ckpt_tools.readers.weight_files`. Adapters are another format.
 
-Source: ``transformers/utils/hub.py`` (``get_checkpoint_shard_files``), ``transformers/utils/__init__.py``.
+Source: ``transformers/utils/__init__.py`` (``SAFE_WEIGHTS_NAME`` and its neighbours).
 """
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 
-from ckpt_tools.catalogue import Stored
 from ckpt_tools.checkpoint import Checkpoint, Location, Weight
-from ckpt_tools.dtypes import DType
 from ckpt_tools.errors import DamagedCheckpoint
-from ckpt_tools.readers.restricted_pickle import TensorRef
-from ckpt_tools.readers.safetensors_file import read_safetensors
-from ckpt_tools.readers.torch_file import TorchFile, stored
+from ckpt_tools.readers.trainer_state import trainer_step
+from ckpt_tools.readers.weight_files import entry_points, majority_dtype, read_weight_files
 
 NAME = "huggingface"
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
@@ -37,11 +32,8 @@ def find(path: Path, tag: str | None = None) -> list[Location]:
 
 
 def _entry_point(directory: Path) -> Path | None:
-    for name in _SINGLE:
-        for candidate in (directory / f"{name}.index.json", directory / name):
-            if candidate.is_file():
-                return candidate
-    return None
+    candidates = (directory / name for name in entry_points(_SINGLE))
+    return next((path for path in candidates if path.is_file()), None)
 
 
 def read(location: Location) -> Checkpoint:
@@ -53,86 +45,20 @@ def read(location: Location) -> Checkpoint:
     entry = _entry_point(location.directory)
     if entry is None:
         raise DamagedCheckpoint("its weights are gone", path=location.directory)
-    weight_map = _read_index(entry) if entry.suffix == ".json" else None
-    names = sorted(set(weight_map.values())) if weight_map is not None else [entry.name]
-    tensors: dict[str, Stored] = {}
-    ties: dict[str, str] = {}
-    for name in names:
-        path = location.directory / name
-        if not path.is_file():
-            raise DamagedCheckpoint(
-                "a shard that the index names is missing", path=path, missing=[name]
-            )
-        held, shared = _read_file(path)
-        for key in held.keys() & tensors.keys():
-            raise DamagedCheckpoint("it lies in two shards", path=path, tensor=key)
-        tensors |= held
-        ties |= shared
-    if weight_map is not None:
-        _agree(entry, weight_map, (*tensors, *ties))
-        tensors = {key: tensors[key] for key in weight_map if key in tensors}
+    held = read_weight_files(entry)
     weights = {
         key: Weight("parameter", tensor.shape, tensor.dtype, model=tensor)
-        for key, tensor in tensors.items()
+        for key, tensor in held.tensors.items()
     }
-    files = {
-        location.directory / name: (location.directory / name).stat().st_size for name in names
-    }
+    kind = "safetensors" if next(iter(held.files)).suffix == ".safetensors" else "torch"
     return Checkpoint(
         location=location,
-        title="Hugging Face " + ("safetensors" if names[0].endswith(".safetensors") else "torch"),
+        title=f"Hugging Face {kind}",
         weights=weights,
-        ties=ties,
-        files=files,
-        training_dtype=_majority(tensors.values()),
-        details={"shards": len(names)},
+        ties=held.ties,
+        files=held.files,
+        step=trainer_step(location.directory),
+        training_dtype=majority_dtype(weights.values()),
+        details={"shards": len(held.files)},
         remarks=location.remarks,
     )
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        if not all(Path(name).name == name for name in weight_map.values()):
-            raise ValueError("a shard outside the directory")
-        return dict(weight_map)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedCheckpoint(f"not an index of shards ({error})", path=path) from error
-
-
-def _read_file(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
-    """The tensors of one file, and second names of tensors that share their bytes."""
-    if path.suffix == ".safetensors":
-        return dict(read_safetensors(path).tensors), {}
-    content = TorchFile(path).load()
-    if not isinstance(content, dict):
-        raise DamagedCheckpoint("it holds no state dict", path=path)
-    tensors: dict[str, Stored] = {}
-    ties: dict[str, str] = {}
-    places: dict[object, str] = {}
-    for key, ref in content.items():
-        if not isinstance(ref, TensorRef):
-            raise DamagedCheckpoint("it is not a tensor", path=path, tensor=str(key))
-        place = (ref.byte_offset, ref.shape, ref.stride, ref.dtype) if ref.numel else key
-        first = places.setdefault(place, key)
-        if first == key:
-            tensors[key] = stored(ref)
-        else:
-            ties[key] = first
-    return tensors, ties
-
-
-def _agree(index: Path, weight_map: dict[str, str], names: Iterable[str]) -> None:
-    odd = sorted(set(weight_map) ^ set(names))
-    if odd:
-        raise DamagedCheckpoint(
-            f"index and shards differ in {len(odd)} tensors", path=index, tensor=odd[0]
-        )
-
-
-def _majority(tensors: Iterable[Stored]) -> DType | None:
-    counts: Counter[DType] = Counter()
-    for tensor in tensors:
-        if tensor.dtype.is_floating:
-            counts[tensor.dtype] += tensor.numel
-    return counts.most_common(1)[0][0] if counts else None

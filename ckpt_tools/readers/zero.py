@@ -136,8 +136,12 @@ def read(location: Location) -> Checkpoint:
     reading = _Reading(shards, masters)
     weights = reading.weights()
     remarks = [*location.remarks, *reading.remarks]
+    doubts = [] if _round_robin(shards) else doubts
     if not masters:
         remarks, doubts = [*remarks, *doubts], []
+    miscounted = _miscounted(shards)
+    if miscounted:
+        remarks, doubts = [*remarks, miscounted], [*doubts, miscounted]
     first = shards.first
     version = first.get("ds_version")
     name = f"ZeRO-{shards.stage}" if shards.stage else "without ZeRO"
@@ -160,7 +164,7 @@ def read(location: Location) -> Checkpoint:
             "round_robin_gradients": _round_robin(shards),
         },
         remarks=tuple(remarks),
-        doubts=() if _round_robin(shards) else tuple(doubts),
+        doubts=tuple(doubts),
     )
 
 
@@ -181,9 +185,9 @@ class _Reading:
         self._module = _tensors_of(shards)
         self._buffers = self._buffer_names()
         self._frozen = sliced_frozen(shards) if shards.stage == 3 else self._frozen_whole()
-        self.ties = self._tied_names()
-        self._unsaved = self._placeholders() if shards.stage == 3 else ()
         self.remarks: list[str] = []
+        self.ties = self._saved_ties()
+        self._unsaved = self._placeholders() if shards.stage == 3 else ()
         if self._unsaved:
             self.remarks.append(
                 f"frozen or tied parameters whose values are in no file: {', '.join(self._unsaved)}"
@@ -194,9 +198,15 @@ class _Reading:
         names = [] if recorded is None else recorded
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise DamagedCheckpoint("its buffer_names are malformed", path=self._shards.first.path)
-        if recorded is not None or self._shards.stage < 3:
+        if recorded is not None:
             return set(names)
-        # DeepSpeed 0.3 recorded none; placeholders of its time have one element.
+        # DeepSpeed 0.3 recorded none. For stages 1 and 2 its param_shapes have every parameter, frozen ones
+        # too; for stage 3 its placeholders have one element.
+        if self._shards.stage < 3:
+            shapes = self._shards.param_shapes
+            return (
+                {n for n in self._module if n not in shapes} if isinstance(shapes, dict) else set()
+            )
         rest = (name for name in self._module if name not in self._masters)
         return {name for name in rest if self._module[name].numel > 1}
 
@@ -227,14 +237,19 @@ class _Reading:
             first = places.setdefault(place, name)
             if first != name and name not in known:
                 ties[name] = first
-        for alias, kept in ties.items():
-            if (kept not in known and kept not in self._module) or kept in ties:
-                raise DamagedCheckpoint(
-                    f"it shares its values with {kept}, which is not in the checkpoint",
-                    path=self._shards.first.path,
-                    tensor=alias,
-                )
         return ties
+
+    def _saved_ties(self) -> dict[str, str]:
+        """The tied names whose values are in the files: frozen parameters may have been left out."""
+        ties = self._tied_names()
+        saved = {*self._masters, *self._frozen, *self._buffers}
+        if self._shards.stage < 3:
+            saved |= self._module.keys()
+        lost = [alias for alias, kept in ties.items() if kept not in saved or kept in ties]
+        unheld = [alias for alias in lost if alias not in self._module]
+        if unheld:
+            self.remarks.append(f"second names of parameters not saved: {', '.join(unheld)}")
+        return {alias: kept for alias, kept in ties.items() if alias not in lost}
 
     def _placeholders(self) -> tuple[str, ...]:
         """Names in the module of stage 3 whose values are in no file: old versions left them out."""
@@ -331,6 +346,20 @@ def _majority_dtype(weights: Mapping[str, Weight]) -> DType | None:
         if weight.dtype.is_floating:
             counts[weight.dtype] += math.prod(weight.shape)
     return counts.most_common(1)[0][0] if counts else None
+
+
+def _miscounted(shards: ShardSet) -> str | None:
+    """That the optimizer took other steps than the engine; it takes one of its own before DeepSpeed 0.10."""
+    taken, skipped = (_int(shards.first.get(key)) for key in ("global_steps", "skipped_steps"))
+    counted = shards.optims[0].step if shards.optims else None
+    if not isinstance(counted, int | float) or taken is None or counted < 0:
+        return None
+    if 0 <= counted - (taken - (skipped or 0)) <= 1:
+        return None
+    return (
+        f"the optimizer counts {counted:g} steps, the model file {taken} ({skipped or 0} of them skipped): "
+        "the optimizer was not resumed with the model, or the files are of two saves"
+    )
 
 
 def _round_robin(shards: ShardSet) -> bool:

@@ -161,6 +161,7 @@ def _alignment_paddings(shards: ShardSet, group: int, count: int) -> Sequence[in
         raise DamagedCheckpoint(
             f"{len(gaps)} alignment paddings for {count} parameters of group {group}",
             path=shards.optims[0].path,
+            hint="The model file is of another save than the optimizer files.",
         )
     return [int(gap) for gap in gaps]
 
@@ -201,7 +202,14 @@ def sliced_masters(shards: ShardSet) -> dict[str, Stored]:
     world_size = shards.world_size
     files = [optim.path for optim in shards.optims]
     lengths = [group.numel for group in shards.optims[0].flat_groups]
+    dtypes = [group.dtype for group in shards.optims[0].flat_groups]
     for optim in shards.optims:
+        if len(optim.flat_groups) == len(dtypes) and dtypes != [g.dtype for g in optim.flat_groups]:
+            raise DamagedCheckpoint(
+                "its sub-groups are of other dtypes than those of rank 0",
+                path=optim.path,
+                hint="The file is of another save or run; keep the files of one save apart.",
+            )
         found = [contiguous(group, "a flat group").numel for group in optim.flat_groups]
         if found != lengths:
             raise DamagedCheckpoint(

@@ -1,0 +1,99 @@
+"""The state of one model in a checkpoint: its tensors under the model's own names, and their dtypes.
+
+Owns what happens to every checkpoint before it meets a config: choosing the copy, taking an attribute,
+taking wrappers off the names, and casting. Knows checkpoints and transforms; knows no config and no
+output.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from ckpt_tools.catalogue import Catalogue, Tensor
+from ckpt_tools.checkpoint import Checkpoint, Copy
+from ckpt_tools.dtypes import BY_SHORT_NAME, DType
+from ckpt_tools.errors import UsageError
+from ckpt_tools.lazy import cast
+from ckpt_tools.transforms.prefixes import strip_wrappers
+from ckpt_tools.transforms.rename import rename
+from ckpt_tools.transforms.subset import take_attribute
+
+DTypeChoice = Literal["auto", "keep", "fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class State:
+    """The tensors of one model.
+
+    Attributes:
+        catalogue: the tensors as they lie, under the model's own names.
+        dtypes: for each name, the dtype it had in the model during training.
+        removed: wrapper prefixes that were taken off, with the number of names.
+    """
+
+    catalogue: Catalogue
+    dtypes: Mapping[str, DType]
+    removed: Mapping[str, int]
+
+
+def model_state(checkpoint: Checkpoint, copy: Copy, attribute: str | None = None) -> State:
+    """The state of the whole model, or of one attribute of a composite one.
+
+    Raises:
+        UsageError: the checkpoint does not keep this copy.
+        AttributeNotFound: it has no such attribute.
+    """
+    whole = checkpoint.catalogue(copy)
+    removed: dict[str, int] = {}
+
+    def unwrapped(catalogue: Catalogue) -> Catalogue:
+        stripped = strip_wrappers([*catalogue, *catalogue.ties])
+        removed.update(stripped.removed)
+        return rename(catalogue, stripped.names)
+
+    if attribute is None:
+        catalogue = unwrapped(whole)
+    else:
+        # A path may be spelt with the wrappers that stand in the names, or without them.
+        as_spelt = any(name.startswith(f"{attribute}.") for name in whole)
+        catalogue = unwrapped(take_attribute(whole if as_spelt else unwrapped(whole), attribute))
+    trained_in = {id(whole[name]): weight.dtype for name, weight in checkpoint.weights.items()}
+    dtypes = {name: trained_in[id(tensor)] for name, tensor in catalogue.items()}
+    return State(catalogue, dtypes, removed)
+
+
+def cast_state(state: State, choice: DTypeChoice) -> Catalogue:
+    """The tensors in the dtypes of the output; only floating ones are cast.
+
+    Raises:
+        UsageError: ``choice`` is no dtype.
+    """
+    if choice == "keep":
+        return state.catalogue
+    if choice != "auto" and choice not in BY_SHORT_NAME:
+        raise UsageError(f"{choice!r} is no dtype", hint="Choose auto, keep, fp32, bf16 or fp16.")
+    tensors = {
+        name: cast(tensor, state.dtypes[name] if choice == "auto" else BY_SHORT_NAME[choice])
+        for name, tensor in state.catalogue.items()
+    }
+    return Catalogue(tensors, state.catalogue.ties)
+
+
+def main_dtype(tensors: Mapping[str, Tensor]) -> DType:
+    """The dtype of most floating elements: what ``config.json`` calls the model's dtype.
+
+    Raises:
+        UsageError: no tensor is floating.
+    """
+    counts: Counter[DType] = Counter()
+    for tensor in tensors.values():
+        if tensor.dtype.is_floating:
+            counts[tensor.dtype] += max(tensor.numel, 1)
+    if not counts:
+        raise UsageError(
+            "the checkpoint holds no floating-point tensor", hint="Pass --weights-only."
+        )
+    return counts.most_common(1)[0][0]

@@ -1,0 +1,98 @@
+"""A weighted mean of states of one architecture, computed in fp32 and streamed.
+
+Knows tensors; knows no format. Sources: Wortsman et al. 2022, "Model soups" (uniform means of
+fine-tuned models); the annealed OLMo models are such means.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ckpt_tools.catalogue import Catalogue, Computed, Shape, Tensor, Values
+from ckpt_tools.dtypes import FLOAT32, DType
+from ckpt_tools.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+_SHOWN = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Mean(Computed):
+    """The weighted sum of tensors of one shape, in fp32.
+
+    Attributes:
+        tensors: the terms, floating and of one shape.
+        weights: their coefficients.
+    """
+
+    tensors: tuple[Tensor, ...]
+    weights: tuple[float, ...]
+    dtype: DType = FLOAT32
+
+    @property
+    def shape(self) -> Shape:  # type: ignore[override]
+        """Sizes of each term."""
+        return self.tensors[0].shape
+
+    @property
+    def pieces(self) -> int:
+        """Number of runs of all terms."""
+        return sum(tensor.pieces for tensor in self.tensors)
+
+    def compute(self, start: int, stop: int, values: Values) -> torch.Tensor:
+        """The sum of each term times its coefficient, added in the order of the terms."""
+        import torch
+
+        total = torch.zeros(stop - start, dtype=torch.float32)
+        for tensor, weight in zip(self.tensors, self.weights, strict=True):
+            total.add_(values.window(tensor, start, stop).float(), alpha=weight)
+        return total
+
+
+def average(states: Sequence[Catalogue], coefficients: Sequence[float] | None = None) -> Catalogue:
+    """The mean of ``states``, name by name, in fp32.
+
+    Tensors that are not floating (counters, masks) are taken from the last state.
+
+    Args:
+        states: catalogues with the same names and shapes.
+        coefficients: one a state; they must add up to 1. By default all are equal.
+
+    Raises:
+        UsageError: names or shapes differ, or the coefficients do not fit.
+    """
+    weights = tuple(coefficients or [1 / len(states)] * len(states))
+    if len(weights) != len(states):
+        raise UsageError(f"{len(weights)} coefficients for {len(states)} checkpoints")
+    if not math.isclose(sum(weights), 1, abs_tol=1e-6):
+        raise UsageError(
+            f"the coefficients add up to {sum(weights):g}, not to 1",
+            hint="A mean of weights is one only if they do; scale them.",
+        )
+    first = states[0]
+    for index, state in enumerate(states[1:], start=2):
+        odd = sorted(set(first) ^ set(state))
+        if odd:
+            raise UsageError(
+                f"checkpoint {index} and the first differ in {len(odd)} names: "
+                f"{', '.join(odd[:_SHOWN])}",
+                hint="Only checkpoints of one architecture can be averaged.",
+            )
+        for name in first:
+            if first[name].shape != state[name].shape:
+                raise UsageError(
+                    f"its shape is {first[name].shape} in the first checkpoint and "
+                    f"{state[name].shape} in number {index}",
+                    tensor=name,
+                )
+    tensors: dict[str, Tensor] = {}
+    for name in first:
+        terms = tuple(state[name] for state in states)
+        floating = all(term.dtype.is_floating for term in terms)
+        tensors[name] = Mean(terms, weights) if floating else terms[-1]
+    return Catalogue(tensors, first.ties)
