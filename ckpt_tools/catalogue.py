@@ -5,11 +5,6 @@ tile it: every element in exactly one fragment, proven when the value is built, 
 downstream asks again. Any tensor answers one question, :meth:`Tensor.moves`: which runs of file bytes
 put the elements of a row-major window in place. Transforms wrap tensors and rewrite the answer; the
 writer carries it out. This module does no I/O, imports no torch and knows no format.
-
-Two regions describe a fragment, because training frameworks cut tensors in two ways: a
-:class:`FlatRange` of the flattened tensor (ZeRO, FSDP1) or a :class:`Box` of it (DTensor, tensor
-parallel). A window is cut into at most ``2 * ndim - 1`` slabs, each a single range in one dimension and
-whole in the dimensions after it; a slab's part of a box is then one contiguous run of the fragment.
 """
 
 from __future__ import annotations
@@ -26,37 +21,15 @@ from typing import TYPE_CHECKING, Protocol
 
 from ckpt_tools.dtypes import DType
 from ckpt_tools.errors import DamagedCheckpoint
+from ckpt_tools.regions import Box as Box
+from ckpt_tools.regions import FlatRange as FlatRange
+from ckpt_tools.regions import Shape as Shape
+from ckpt_tools.regions import collapsed, intersection
+from ckpt_tools.regions import row_major_strides as row_major_strides
+from ckpt_tools.regions import window_slabs as window_slabs
 
 if TYPE_CHECKING:
     import torch
-
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class FlatRange:
-    """Elements ``[start, stop)`` of the row-major flattened tensor."""
-
-    start: int
-    stop: int
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return self.stop - self.start
-
-
-@dataclass(frozen=True, slots=True)
-class Box:
-    """An axis-aligned part of a tensor, stored row-major: first index and size in each dimension."""
-
-    offsets: Shape
-    sizes: Shape
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return math.prod(self.sizes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +203,7 @@ class Stored(Tensor):
             assert isinstance(box, Box)
             local_strides = row_major_strides(box.sizes)
             for slab in slabs:
-                part = _intersection(slab, box)
+                part = intersection(slab, box)
                 if part is None:
                     continue
                 local = sum(
@@ -238,7 +211,7 @@ class Stored(Tensor):
                     for p, b, s in zip(part.offsets, box.offsets, local_strides, strict=True)
                 )
                 place = sum(p * s for p, s in zip(part.offsets, strides, strict=True))
-                sizes, steps = _collapsed(part.sizes, strides)
+                sizes, steps = collapsed(part.sizes, strides)
                 yield Move(
                     fragment.file,
                     fragment.offset + local * itemsize,
@@ -307,69 +280,6 @@ class Catalogue(Mapping[str, Tensor]):
     def numel(self) -> int:
         """Elements of all tensors, tied ones once."""
         return sum(tensor.numel for tensor in self._tensors.values())
-
-
-def row_major_strides(shape: Shape) -> Shape:
-    """Strides in elements of a contiguous tensor of this shape."""
-    strides = [1] * len(shape)
-    for axis in range(len(shape) - 2, -1, -1):
-        strides[axis] = strides[axis + 1] * shape[axis + 1]
-    return tuple(strides)
-
-
-def window_slabs(shape: Shape, start: int, stop: int) -> Iterator[Box]:
-    """Cut the window of flat elements ``[start, stop)`` into boxes that are whole after one axis.
-
-    Yields at most ``2 * len(shape) - 1`` boxes, in row-major order: the rest of the first row, and
-    of the row's row and so on, the whole part, and the same towards the end.
-    """
-    if start >= stop:
-        return
-    if not shape:
-        yield Box((), ())
-        return
-    inner = math.prod(shape[1:])
-    first, last = start // inner, (stop - 1) // inner
-    if len(shape) > 1 and first == last and (stop - start) < inner:
-        for slab in window_slabs(shape[1:], start - first * inner, stop - first * inner):
-            yield Box((first, *slab.offsets), (1, *slab.sizes))
-        return
-    whole_from, whole_to = -(-start // inner), stop // inner
-    if start < whole_from * inner:
-        yield from window_slabs_of_row(shape, first, start - first * inner, inner)
-    if whole_from < whole_to:
-        yield Box((whole_from, *(0,) * (len(shape) - 1)), (whole_to - whole_from, *shape[1:]))
-    if whole_to * inner < stop:
-        yield from window_slabs_of_row(shape, whole_to, 0, stop - whole_to * inner)
-
-
-def window_slabs_of_row(shape: Shape, row: int, start: int, stop: int) -> Iterator[Box]:
-    """The slabs of a window that lies within one index of the first axis."""
-    for slab in window_slabs(shape[1:], start, stop):
-        yield Box((row, *slab.offsets), (1, *slab.sizes))
-
-
-def _intersection(a: Box, b: Box) -> Box | None:
-    lows = [max(x, y) for x, y in zip(a.offsets, b.offsets, strict=True)]
-    highs = [
-        min(x + n, y + m) for x, n, y, m in zip(a.offsets, a.sizes, b.offsets, b.sizes, strict=True)
-    ]
-    sizes = tuple(high - low for low, high in zip(lows, highs, strict=True))
-    return Box(tuple(lows), sizes) if min(sizes, default=1) > 0 else None
-
-
-def _collapsed(sizes: Shape, strides: Shape) -> tuple[Shape, Shape]:
-    """The same elements with axes of size 1 dropped and axes that follow on from each other joined."""
-    joined: list[tuple[int, int]] = []
-    for size, stride in zip(sizes, strides, strict=True):
-        if size == 1:
-            continue
-        if joined and joined[-1][1] == stride * size:
-            joined[-1] = (joined[-1][0] * size, stride)
-        else:
-            joined.append((size, stride))
-    joined = joined or [(1, 1)]
-    return tuple(size for size, _ in joined), tuple(stride for _, stride in joined)
 
 
 def _range_start(fragment: Fragment) -> int:

@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "ckpt_tools"
 # From low to high. A module imports from lower layers and from its own; a directory stands for all
 # it holds. The package itself (`ckpt_tools/__init__.py`) and `__main__` offer everything: the top.
 LAYERS = (
-    ("dtypes", "errors"),
+    ("dtypes", "errors", "regions"),
     ("catalogue", "checkpoint", "gather", "lazy"),
     ("assets", "compare", "interval", "plan", "readers", "reference", "report", "transforms"),
     ("fit", "inspection", "masters", "publish", "ranks", "state", "verify", "write"),

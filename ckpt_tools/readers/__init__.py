@@ -57,6 +57,12 @@ def locate(path: Path, tag: str | None = None) -> Location:
             raise _ambiguous(
                 path, [str(location.directory) for location in found], "Name one of them"
             )
+    if not found and tag is not None and (others := _find(path, None)):
+        raise UsageError(
+            f"there is no checkpoint with the tag {tag!r}",
+            path=path,
+            hint=f"Found: {', '.join(location.name for location in others)}.",
+        )
     if not found:
         raise NotACheckpoint(
             "nothing here is a checkpoint that can be read",
@@ -71,10 +77,17 @@ def locate(path: Path, tag: str | None = None) -> Location:
 
 
 def _find(path: Path, tag: str | None) -> list[Location]:
-    """What the readers find; training state comes before finished weights that lie beside it."""
-    found = [location for reader in readers().values() for location in reader.find(path, tag)]
-    states = [location for location in found if location.format not in FINISHED]
-    return states or found
+    """What the readers find; training state comes before finished weights that lie beside it.
+
+    Two readers may find the same: that of a format, and that of a directory of several formats.
+    """
+    found = {
+        (location.format, location.directory, location.part): location
+        for reader in readers().values()
+        for location in reader.find(path, tag)
+    }
+    states = [location for location in found.values() if location.format not in FINISHED]
+    return states or list(found.values())
 
 
 def read(location: Location) -> Checkpoint:

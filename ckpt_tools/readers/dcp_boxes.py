@@ -30,20 +30,23 @@ def sharding_info(file: SafetensorsFile) -> dict[str, Shape] | None:
     """First index of each tensor of a shard in the whole tensor; None where torch recorded nothing.
 
     Raises:
-        DamagedCheckpoint: the record is malformed, or leaves a tensor out.
+        DamagedCheckpoint: the record is malformed, or not of the tensors in the file.
     """
     text = file.metadata.get("DCP_SHARDING_INFO")
     if text is None:
         return None
     try:
         recorded = json.loads(text)
-        offsets = {name: tuple(recorded[name]["saved_offsets"]) for name in file.tensors}
+        # In this order the state dict named them; those of the file are in the order of their bytes.
+        offsets = {name: tuple(entry["saved_offsets"]) for name, entry in recorded.items()}
+        if offsets.keys() != file.tensors.keys():
+            raise ValueError(f"it is of {len(offsets)} tensors, the file holds {len(file.tensors)}")
         if not all(isinstance(n, int) and n >= 0 for at in offsets.values() for n in at):
             raise ValueError("an offset that is no index")
         odd = [n for n, at in offsets.items() if len(at) != len(file.tensors[n].shape)]
         if odd:
             raise ValueError(f"an offset of another rank for {odd[0]}")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpoint(
             f"its DCP_SHARDING_INFO is malformed ({error})",
             path=file.path,

@@ -12,6 +12,7 @@ Source: ``torch/distributed/checkpoint/hf_storage.py`` and ``_hf_utils.py``, rea
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -91,9 +92,8 @@ def read(location: Location) -> Checkpoint:
     hint = "Copy the shards of every rank into one directory."
     if gaps:
         hint += f" By their numbers these are missing: {', '.join(gaps[:_SHOWN])}."
-    weights = {
-        name: _weight(name, held, directory, gaps, hint) for name, held in _boxes(files).items()
-    }
+    boxes = _boxes(files)
+    weights = {name: _weight(name, held, directory, gaps, hint) for name, held in boxes.items()}
     return Checkpoint(
         location=location,
         title="torch DCP in Hugging Face storage",
@@ -105,10 +105,7 @@ def read(location: Location) -> Checkpoint:
         framework=_framework(files),
         training_dtype=majority_dtype(weights.values()),
         details={"shards": len(shards), "shapes_inferred": True},
-        remarks=(
-            *location.remarks,
-            _REMARK,
-        ),
+        remarks=(*location.remarks, _REMARK, *_shapeless(boxes)),
     )
 
 
@@ -127,7 +124,7 @@ def lacking(checkpoint: Checkpoint, shapes: Mapping[str, Shape]) -> dict[str, st
         weight = checkpoint.weights.get(name)
         if weight is None:
             wrong[name] = "is not in any shard"
-        elif weight.shape != tuple(shape):
+        elif weight.shape != tuple(shape) and (math.prod(shape) or math.prod(weight.shape)):
             wrong[name] = f"the shards hold {weight.shape} of {tuple(shape)}"
     return wrong
 
@@ -147,6 +144,20 @@ def _boxes(files: list[SafetensorsFile]) -> _Boxes:
         for name, at in offsets.items():
             boxes.setdefault(name, []).append((file, at, file.tensors[name]))
     return boxes
+
+
+def _shapeless(boxes: _Boxes) -> list[str]:
+    """Tensors without elements that several ranks share: torch writes no size of any of them."""
+    names = [
+        name
+        for name, held in boxes.items()
+        if len(held) > 1 and not any(tensor.numel for _, _, tensor in held)
+    ]
+    return (
+        [f"without elements, so that their shapes are not known: {', '.join(names)}"]
+        if names
+        else []
+    )
 
 
 def _weight(

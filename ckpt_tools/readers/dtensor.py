@@ -7,8 +7,8 @@ an axis. Nothing needs a process group, and nothing is asked of other ranks: eac
 itself which boxes it holds. Knows neither file names nor how ranks make a checkpoint.
 
 Source: ``torch/distributed/tensor/_utils.py`` (``_compute_local_shape_and_global_offset``),
-``placement_types.py``, ``_shard/sharded_tensor/api.py`` (``__getstate__``), ``device_mesh.py``,
-read at torch 2.13; ``mesh`` and ``_layout.shape`` are what 2.4 to 2.11 wrote in place of ``_layout.axes``.
+``placement_types.py``, ``_shard/sharded_tensor/api.py`` (``__getstate__``), ``device_mesh.py``, read at torch
+2.13. Older releases pickle the sizes of a mesh as ``_layout.shape`` or as a tensor ``mesh``.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from ckpt_tools.readers.restricted_pickle import Opaque, TensorRef
 from ckpt_tools.readers.torch_file import contiguous
 
 Spans = tuple[tuple[int, int], ...]
+# A strided placement makes a span of each chunk; there are as many as ranks of a tensor-parallel group.
+_MOST_CHUNKS = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +237,7 @@ def _placement(value: Opaque, ndim: int, path: Path, name: str) -> Sharding | No
         )
     axis = value.state["dim"]
     factor = value.state["split_factor"] if kind == "_StridedShard" else 1
-    if not 0 <= axis < ndim or factor < 1:
+    if not 0 <= axis < ndim or not 0 < factor <= _MOST_CHUNKS:
         raise ValueError(f"a placement on axis {axis} of {ndim}, split by {factor}")
     return Sharding(axis, factor)
 

@@ -5,7 +5,8 @@ a rank holds is the business of :mod:`~ckpt_tools.readers.dtensor`. A tensor tha
 taken once, never joined. Optimizer and extra state have names of their own and are not opened.
 
 Sources: verl ``utils/checkpoint/fsdp_checkpoint_manager.py``; ``accelerate/utils/fsdp_utils.py``
-(``save_fsdp_model``), read at 1.15; ``torch/distributed/fsdp/_state_dict_utils.py`` (``_local_pre_...``).
+(``save_fsdp_model``), read at 1.15; ``torch/distributed/fsdp/_state_dict_utils.py`` (the three kinds of
+state dict of FSDP1), read at 2.13.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
-from ckpt_tools.catalogue import Box, FlatRange, Fragment, Stored
+from ckpt_tools.catalogue import Box, FlatRange, Stored
 from ckpt_tools.checkpoint import Checkpoint, Location, Weight
 from ckpt_tools.errors import DamagedCheckpoint, UnsafePickle, UnsupportedLayout
 from ckpt_tools.readers.dcp_boxes import assembled
@@ -37,10 +40,15 @@ _NAMES = {
 }
 _RANK = re.compile(r"\d+(?=\.\w+$)")
 _STEP = re.compile(r"global_step_(\d+)")
-# What FSDP1 calls the parameters of a wrapped module laid end to end, of torch 2.0 and before it.
+# What FSDP1 calls the parameters of a wrapped module laid end to end; the second is older.
 _FLAT = {"_flat_param", "flat_param"}
 _SHOWN = 6
-_OTHER_NODES = "Each node may have written to a disk of its own: copy the rank files of every node into this directory."
+# A file can claim any number of ranks; nobody reads more names of missing ones.
+_NAMED = 1000
+_OTHER_NODES = (
+    "Each node may have written to a disk of its own: copy the rank files of every node into this "
+    "directory."
+)
 _OTHER_SAVE = "A file of another save lies among them; take all files from one save."
 
 
@@ -133,12 +141,13 @@ def _expect(found: Mapping[int, Path], world_size: int) -> None:
     Raises:
         DamagedCheckpoint: a rank has none; the files that should be there are named.
     """
-    lost = [rank for rank in range(world_size) if rank not in found]
-    if lost:
+    count = world_size - sum(rank < world_size for rank in found)
+    if count:
         other = next(iter(found.values()))
-        names = [_RANK.sub(str(rank), other.name) for rank in lost]
+        lost = (rank for rank in range(world_size) if rank not in found)
+        names = [_RANK.sub(str(rank), other.name) for rank in islice(lost, _NAMED)]
         raise DamagedCheckpoint(
-            f"{len(lost)} of {world_size} ranks are missing: {_listed(names)}",
+            f"{count} of {world_size} ranks are missing: {_listed(names, count)}",
             path=other.parent,
             missing=names,
             hint=_OTHER_NODES,
@@ -239,7 +248,7 @@ class _PartFragment(DeferredFragment):
     __slots__ = ("_run",)
     _run: Run
 
-    def __init__(self, region: FlatRange | Box, run: Run) -> None:
+    def __init__(self, run: Run, region: FlatRange | Box) -> None:
         super().__init__(region)
         object.__setattr__(self, "_run", run)
 
@@ -274,9 +283,10 @@ class _Joined:
                 self.weights[name] = self._weight(name, held[0][1], runs)
             else:
                 self.ties[name] = first
-        self.remarks = [
-            f"differ from rank to rank, the first rank's were taken: {_listed(self._differing)}"
-        ] * bool(self._differing)
+        self.remarks: list[str] = []
+        if self._differing:
+            names = _listed(self._differing, len(self._differing))
+            self.remarks.append(f"differ from rank to rank, the first rank's are taken: {names}")
 
     def _agree(self, name: str, held: Sequence[tuple[_RankFile, Part]]) -> None:
         (file, part), *others = held
@@ -315,10 +325,7 @@ class _Joined:
             self._differing.append(name)
 
     def _stored(self, name: str, part: Part, runs: Sequence[Run]) -> Stored:
-        def fragment_of(run: Run, region: FlatRange | Box) -> Fragment:
-            return _PartFragment(region, run)
-
-        pieces = [(run.box, lambda region, run=run: fragment_of(run, region)) for run in runs]
+        pieces = [(run.box, partial(_PartFragment, run)) for run in runs]
         source = self._ranks[0].path.parent
         return assembled(name, part.dtype, part.shape, pieces, source, _OTHER_NODES)
 
@@ -339,6 +346,6 @@ def _step(directory: Path) -> int | None:
     return trainer_step(directory)
 
 
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+def _listed(names: Sequence[str], count: int) -> str:
+    more = f" and {count - _SHOWN} more" if count > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more
