@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckpt_tools.assets import architectures
+from ckpt_tools.assets import architectures, olmo_core
 from ckpt_tools.assets.files import read_object
 from ckpt_tools.assets.sources import AssetOptions, nearby
 from ckpt_tools.dtypes import DType
@@ -72,8 +72,9 @@ class FinishedConfig:
 def find_config(options: AssetOptions) -> ConfigSource:
     """The model config: ``--config``, else the nearest one.
 
-    A ``config.json`` without ``model_type`` and ``architectures`` (DeepSpeed's, OLMo-core's) is no
-    model config: it is passed over in a search and refused when it was named.
+    A ``config.json`` without ``model_type`` and ``architectures`` (DeepSpeed's) is no model config:
+    it is passed over in a search and refused when it was named. One that OLMo-core saved states the
+    model in its own terms, and is translated.
 
     Raises:
         MissingAsset: there is none; every place looked at is named.
@@ -87,14 +88,20 @@ def find_config(options: AssetOptions) -> ConfigSource:
         if not path.is_file():
             places.append(str(directory))
             continue
-        data = read_object(path)
-        if _is_model_config(data):
+        data = _model_config(read_object(path), path)
+        if data is not None:
             return ConfigSource(path, data)
         places.append(f"{directory} (its config.json is not a model's)")
     raise MissingAsset(
         f"no config.json of a model was found; looked in: {', '.join(places) or 'no directory'}",
         hint="pass --config FILE|DIR (or --like DIR), or --weights-only to write the weights alone",
     )
+
+
+def _model_config(data: dict[str, Any], path: Path) -> dict[str, Any] | None:
+    if olmo_core.is_experiment(data):
+        return olmo_core.hub_config(data, path)
+    return data if _is_model_config(data) else None
 
 
 def _named_config(named: Path) -> ConfigSource:
@@ -105,8 +112,8 @@ def _named_config(named: Path) -> ConfigSource:
             path=path,
             hint="pass --config a file, or a directory on this machine that holds config.json",
         )
-    data = read_object(path)
-    if not _is_model_config(data):
+    data = _model_config(read_object(path), path)
+    if data is None:
         raise MissingAsset(
             "--config is not a model's config: it has neither model_type nor architectures",
             path=path,

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ckpt_tools.catalogue import Box, Fragment, Stored
-from ckpt_tools.checkpoint import Checkpoint, Location, Weight
+from ckpt_tools.checkpoint import Checkpoint, Kind, Location, Weight
 from ckpt_tools.dtypes import DType
 from ckpt_tools.errors import CkptError, DamagedCheckpoint, UnsupportedLayout, UsageError
 from ckpt_tools.readers.dcp_boxes import (
@@ -268,8 +268,8 @@ class Saving:
             raise UnsupportedLayout("its dtype is not known", path=self._directory, tensor=flat)
         stored = self._stored(flat, saved, saved.dtype)
         # Nothing says what was trained, but what is not floating was not.
-        kind = "parameter" if saved.dtype.is_floating else "buffer"
-        return Weight(kind, saved.shape, saved.dtype, model=stored)  # type: ignore[arg-type]
+        kind: Kind = "parameter" if saved.dtype.is_floating else "buffer"
+        return Weight(kind, saved.shape, saved.dtype, model=stored)
 
     def _stored(self, flat: str, saved: SavedTensor, dtype: DType) -> Stored:
         pieces = [self._piece(flat, chunk, dtype) for chunk in saved.chunks]

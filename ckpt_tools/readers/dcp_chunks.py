@@ -24,7 +24,7 @@ from typing import IO
 
 from ckpt_tools.catalogue import Box, FlatRange, Shape
 from ckpt_tools.dtypes import DType
-from ckpt_tools.errors import DamagedCheckpoint, OutputFailed, UnsupportedLayout
+from ckpt_tools.errors import DamagedCheckpoint, OutputFailed, UnsafePickle, UnsupportedLayout
 from ckpt_tools.readers.dcp_metadata import Chunk
 from ckpt_tools.readers.deferred import DeferredFragment
 from ckpt_tools.readers.restricted_pickle import TensorRef
@@ -121,6 +121,7 @@ class ChunkFragment(DeferredFragment):
 
         Raises:
             DamagedCheckpoint: the chunk is not what the metadata says.
+            UnsafePickle: its pickle cannot be read without running code.
             UnsupportedLayout: it is compressed and the package to unpack it is missing.
             OutputFailed: there is no room to unpack it.
         """
@@ -142,6 +143,8 @@ class ChunkFragment(DeferredFragment):
         path, start = self._source, self._chunk.extent.start
         try:
             ref = file.load()
+        except UnsafePickle:
+            raise
         except DamagedCheckpoint as error:
             raise self._wrong(path, f"no tensor at byte {start:,} ({error.fact})") from error
         if not isinstance(ref, TensorRef):

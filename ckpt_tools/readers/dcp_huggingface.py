@@ -12,14 +12,13 @@ Source: ``torch/distributed/checkpoint/hf_storage.py`` and ``_hf_utils.py``, rea
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 from ckpt_tools.catalogue import Box, Shape, Stored
-from ckpt_tools.checkpoint import Checkpoint, Location, Weight
+from ckpt_tools.checkpoint import Checkpoint, Kind, Location, Weight
 from ckpt_tools.dtypes import DType
 from ckpt_tools.errors import DamagedCheckpoint, UsageError
 from ckpt_tools.readers.dcp_boxes import Piece, assembled, held_whole, majority_dtype, sharding_info
@@ -124,7 +123,7 @@ def lacking(checkpoint: Checkpoint, shapes: Mapping[str, Shape]) -> dict[str, st
         weight = checkpoint.weights.get(name)
         if weight is None:
             wrong[name] = "is not in any shard"
-        elif weight.shape != tuple(shape) and (math.prod(shape) or math.prod(weight.shape)):
+        elif weight.shape != tuple(shape) and (0 not in shape or 0 not in weight.shape):
             wrong[name] = f"the shards hold {weight.shape} of {tuple(shape)}"
     return wrong
 
@@ -190,8 +189,8 @@ def _weight(
         raise DamagedCheckpoint(
             error.fact, path=directory, tensor=name, missing=gaps, hint=hint
         ) from error
-    kind = "parameter" if dtype.is_floating else "buffer"
-    return Weight(kind, shape, dtype, model=stored)  # type: ignore[arg-type]
+    kind: Kind = "parameter" if dtype.is_floating else "buffer"
+    return Weight(kind, shape, dtype, model=stored)
 
 
 def _gaps(shards: Mapping[tuple[int, int, int], Path], directory: Path) -> list[str]:

@@ -183,7 +183,7 @@ def part_of(value: object, path: Path, name: str) -> Part | None:
             return _of_dtensor(value, path, name)
         if kind == "ShardedTensor":
             return _of_sharded_tensor(value, path, name)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise DamagedCheckpoint(
             f"its {kind} is not as torch writes it ({type(error).__name__}: {error})",
             path=path,

@@ -159,12 +159,13 @@ def test_ranks_with_masters_of_different_dtypes_are_refused(tmp_path: Path) -> N
     assert refusal(STAGE_2, tmp_path, halve, rank=1).fact == "the ranks' partitions differ in dtype"
 
 
-def test_sub_groups_of_different_dtypes_are_refused(tmp_path: Path) -> None:
+def test_a_rank_with_sub_groups_of_another_dtype_is_refused(tmp_path: Path) -> None:
     def halve(content: damage.Content) -> None:
         groups = content["optimizer_state_dict"]["fp32_flat_groups"]
         groups[0] = groups[0].to(torch.bfloat16)
 
-    assert "dtype" in refusal(STAGE_3, tmp_path, halve, rank=1).fact
+    error = refusal(STAGE_3, tmp_path, halve, rank=1)
+    assert error.fact == "its sub-groups are of other dtypes than those of rank 0"
 
 
 def test_a_shape_that_is_not_that_of_the_weight_is_refused(tmp_path: Path) -> None:
@@ -214,15 +215,34 @@ def test_frozen_slices_that_do_not_fill_the_tensor_are_refused(tmp_path: Path) -
         open_checkpoint(directory)
 
 
-def test_a_tie_to_a_name_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    def lead_astray(content: damage.Content) -> None:
-        content["shared_params"] = {"lm_head.weight": "nobody.weight"}
-        content["module"].pop("lm_head.weight", None)
+@pytest.mark.parametrize("stage", [2, 3])
+def test_tied_parameters_that_were_left_out_together_are_both_absent(
+    stage: int, tmp_path: Path
+) -> None:
+    """A LoRA run on a tied model, saved without its frozen parameters: the tie is recorded all the same."""
 
-    directory = damage.copy_of("zero3-bf16-qwen3-tied-2ranks", tmp_path)
-    damage.edit(damage.model_files(directory)[0], lead_astray)
-    with pytest.raises(DamagedCheckpoint, match="it shares its values with nobody.weight"):
-        open_checkpoint(directory)
+    if stage == 3:
+        directory = damage.copy_of("zero3-bf16-qwen3-tied-frozen-2ranks", tmp_path)
+    else:
+        directory = damage.copy_of("zero2-bf16-llama-frozen-2ranks", tmp_path)
+        damage.edit(
+            damage.model_files(directory)[0],
+            lambda c: c.update(shared_params={"alias": "model.embed_tokens.weight"}),
+        )
+    for path in damage.model_files(directory):
+        damage.edit(path, leave_out_frozen)
+    checkpoint = open_checkpoint(directory)
+    alias = "lm_head.weight" if stage == 3 else "alias"
+    assert {alias, "model.embed_tokens.weight"}.isdisjoint(checkpoint)
+    assert dict(checkpoint.catalogue().ties) == {}
+    assert checkpoint.remarks == (f"second names of parameters not saved: {alias}",)
+
+
+def leave_out_frozen(content: damage.Content) -> None:
+    for name in (*content["frozen_param_shapes"], "lm_head.weight"):
+        if name not in content["param_shapes"][0]:
+            content["module"].pop(name, None)
+    content["frozen_param_shapes"] = content["frozen_param_fragments"] = None
 
 
 def test_a_master_whose_weight_is_not_in_the_module_is_refused(tmp_path: Path) -> None:

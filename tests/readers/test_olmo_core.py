@@ -1,0 +1,151 @@
+"""Checkpoints of OLMo-core against its live models, as its own converter maps them to Hugging Face."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from ckpt_tools import open_checkpoint, readers
+from ckpt_tools.checkpoint import Checkpoint
+from ckpt_tools.errors import AmbiguousCheckpoint, DamagedCheckpoint, UsageError
+from ckpt_tools.readers.olmo_core import hub_names
+from tests.readers.contract import Case, assert_same, opened
+from tests.readers.dcp_case import DCP, DcpCase, DcpContract, copy_of, dcp_cases
+
+CASES = dcp_cases("olmo-core*")
+TRAINED = "olmo-core-olmo2-2ranks"
+
+
+class TestEveryOlmoCoreFixture(DcpContract):
+    @pytest.fixture(params=CASES, ids=lambda case: case.name)
+    def case(self, request: pytest.FixtureRequest) -> Case:
+        case = request.param
+        assert isinstance(case, Case)
+        return case
+
+    def framework(self, case: Case) -> str:
+        # Only the trainer writes its version down.
+        return "ai2-olmo-core" if case.facts["step"] is None else "ai2-olmo-core 3.0.0"
+
+    def test_its_title(self, checkpoint: Checkpoint) -> None:
+        assert (checkpoint.title, checkpoint.location.format) == ("OLMo-core", "olmo-core")
+        assert checkpoint.details["names"] == "Hugging Face"
+
+
+def test_the_fixtures_cover_what_the_contract_is_for() -> None:
+    assert {case.facts["step"] for case in CASES} == {None, 2}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return copy_of(TRAINED, tmp_path)
+
+
+# Where it is found.
+
+
+@pytest.mark.parametrize(
+    "inner", ["", "step2", "step2/model_and_optim", "step2/model_and_optim/.metadata"]
+)
+def test_every_spelling_means_the_same(run: Path, inner: str) -> None:
+    location = readers.locate(run / inner)
+    assert (location.directory, location.name) == (run / "step2" / "model_and_optim", "step2")
+    assert run / "step2" in location.near
+
+
+def test_several_steps_are_a_choice_in_their_order(run: Path) -> None:
+    for step in (10, 9):
+        shutil.copytree(run / "step2", run / f"step{step}")
+    with pytest.raises(AmbiguousCheckpoint) as caught:
+        readers.locate(run)
+    assert caught.value.choices == ("step2", "step9", "step10")
+    assert readers.locate(run, "step9").name == "step9"
+    with pytest.raises(UsageError, match="Found: step2, step9, step10"):
+        readers.locate(run, "step3")
+
+
+def test_a_model_that_was_saved_alone_is_known_by_who_wrote_it() -> None:
+    path = DCP / "olmo-core-model-only" / "checkpoint"
+    assert [reader.NAME for reader in readers.readers().values() if reader.find(path)] == [
+        "olmo-core"
+    ]
+
+
+def test_damaged_metadata_is_still_of_this_format(run: Path) -> None:
+    directory = run / "step2" / "model_and_optim"
+    (directory / ".metadata").write_bytes(b"\x80\x04")
+    assert readers.locate(run).format == readers.locate(directory).format == "olmo-core"
+    with pytest.raises(DamagedCheckpoint):
+        open_checkpoint(run)
+
+
+# Facts.
+
+
+def test_without_the_trainers_record_the_directory_tells_the_step(run: Path) -> None:
+    shutil.rmtree(run / "step2" / "train")
+    (run / "step2" / ".metadata.json").unlink()
+    (run / "step2").rename(run / "step70")
+    checkpoint = open_checkpoint(run)
+    assert (checkpoint.step, checkpoint.world_size) == (70, 2)
+    assert checkpoint.framework == "ai2-olmo-core"
+
+
+# Names.
+
+
+def test_without_a_config_wide_norms_of_queries_tell_the_model() -> None:
+    (remark,) = opened(DcpCase(DCP / "olmo-core-model-only")).remarks
+    assert "taken for an Olmo2 or Olmo3, because its q_norm spans all heads" in remark
+    assert not opened(DcpCase(DCP / TRAINED)).remarks
+
+
+def experiment(name: str = "reordered_norm", **changes: object) -> dict[str, object]:
+    return {"model": {"block": {"name": name}, **changes}}
+
+
+@pytest.mark.parametrize(
+    ("shapes", "config", "reason"),
+    [
+        ({"blocks.0.attention.w_q.weight": (4, 4)}, {}, "no config of OLMo-core lies beside it"),
+        (
+            {"blocks.0.attention.q_norm.weight": (2,), "blocks.0.attention.w_q.weight": (4, 4)},
+            {},
+            "no config of OLMo-core lies beside it",
+        ),
+        ({"embeddings.weight": (4, 4)}, experiment("default"), "blocks of default"),
+        (
+            {"embeddings.weight": (4, 4)},
+            experiment(block_overrides={"1": {"name": "peri_norm"}}),
+            "peri_norm",
+        ),
+        (
+            {"blocks.0.feed_forward_moe.router.weight": (4,)},
+            experiment(),
+            "known for blocks.0.feed_forward_moe.router.weight",
+        ),
+        ({"lm_head.weights": (4,)}, experiment(), "known for lm_head.weights"),
+    ],
+)
+def test_other_models_keep_their_names_and_say_so(
+    shapes: dict[str, tuple[int, ...]], config: dict[str, object], reason: str
+) -> None:
+    names, remark = hub_names(shapes, config)
+    assert names == {}
+    assert remark is not None
+    assert reason in remark
+
+
+def test_another_kind_of_block_in_the_config_leaves_the_names(run: Path) -> None:
+    path = run / "step2" / "config.json"
+    data = json.loads(path.read_text())
+    data["model"]["block"]["name"] = "default"
+    path.write_text(json.dumps(data))
+    checkpoint = open_checkpoint(run)
+    assert checkpoint.details["names"] == "OLMo-core"
+    for name, value in load_file(DCP / TRAINED / "truth" / "model.safetensors").items():
+        assert_same(checkpoint[name].load(), value, name)
