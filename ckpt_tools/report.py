@@ -35,6 +35,7 @@ class Report:
         notes: what was decided or changed.
         warnings: what to look at.
         dry_run: nothing was written.
+        plan: of a dry run, each weight file with its bytes and tensors.
     """
 
     checkpoint: Path

@@ -7,6 +7,7 @@ is all the registration there is. Readers never see transforms, plans or each ot
 from __future__ import annotations
 
 import pkgutil
+import re
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
@@ -17,6 +18,7 @@ from ckpt_tools.errors import AmbiguousCheckpoint, DamagedCheckpoint, NotACheckp
 
 # Formats that training state may be exported to, into the same directory.
 FINISHED = ("huggingface",)
+_MODEL_NUMBER = re.compile(r"model(?:_fsdp)?(?:_(\d+))?$")
 
 
 class Reader(Protocol):
@@ -38,26 +40,34 @@ def readers() -> dict[str, Reader]:
     return {m.NAME: cast("Reader", m) for m in modules if hasattr(m, "NAME")}
 
 
-def locate(path: Path, tag: str | None = None) -> Location:
+def locate(
+    path: Path, tag: str | None = None, *, model: int | None = None, format: str | None = None
+) -> Location:
     """The one checkpoint that ``path`` means.
+
+    Args:
+        path: what people have at hand.
+        tag: which of several, by name.
+        model: which of several models of one state, by number.
+        format: name of the only reader to ask; by default all are asked.
 
     Raises:
         NotACheckpoint: nothing under the path is a checkpoint.
         AmbiguousCheckpoint: several are; the choices are listed.
-        UsageError: ``tag`` is not there.
+        UsageError: ``tag``, ``model`` or ``format`` is not there.
         DamagedCheckpoint: a pointer such as ``latest`` leads nowhere.
     """
     if not path.exists():
         raise NotACheckpoint("no such file or directory", path=path)
-    found = _find(path, tag)
+    found = _find(path, tag, format)
     if not found and path.is_dir():
         children = sorted(child for child in path.iterdir() if child.is_dir())
-        found = [location for child in children for location in _find(child, tag)]
+        found = [location for child in children for location in _find(child, tag, format)]
         if len(found) > 1:
             raise _ambiguous(
                 path, [str(location.directory) for location in found], "Name one of them"
             )
-    if not found and tag is not None and (others := _find(path, None)):
+    if not found and tag is not None and (others := _find(path, None, format)):
         raise UsageError(
             f"there is no checkpoint with the tag {tag!r}",
             path=path,
@@ -70,24 +80,53 @@ def locate(path: Path, tag: str | None = None) -> Location:
             hint=f"It holds: {_listing(path)}. Name the directory with `latest`, the global_stepN "
             "directory or the checkpoint-N directory.",
         )
+    if model is not None:
+        found = _numbered(path, found, model)
     if len(found) > 1:
         names = [location.name for location in found]
         raise _ambiguous(path, names, "Pass --tag with one of them")
     return found[0]
 
 
-def _find(path: Path, tag: str | None) -> list[Location]:
+def _numbered(path: Path, found: list[Location], model: int) -> list[Location]:
+    """The locations of model number ``model``: frameworks call them ``model``, ``model_1`` and so on."""
+    numbers = [_MODEL_NUMBER.search(location.name) for location in found]
+    chosen = [
+        location
+        for location, match in zip(found, numbers, strict=True)
+        if int((match and match[1]) or 0) == model
+    ]
+    if not chosen:
+        raise UsageError(
+            f"there is no model number {model}",
+            path=path,
+            hint=f"Found: {', '.join(location.name for location in found)}.",
+        )
+    return chosen
+
+
+def _find(path: Path, tag: str | None, format: str | None) -> list[Location]:
     """What the readers find; training state comes before finished weights that lie beside it.
 
     Two readers may find the same: that of a format, and that of a directory of several formats.
     """
     found = {
         (location.format, location.directory, location.part): location
-        for reader in readers().values()
+        for reader in _asked(format)
         for location in reader.find(path, tag)
     }
     states = [location for location in found.values() if location.format not in FINISHED]
     return states or list(found.values())
+
+
+def _asked(format: str | None) -> list[Reader]:
+    if format is None:
+        return list(readers().values())
+    if format not in readers():
+        raise UsageError(
+            f"no format is called {format!r}", hint=f"Formats: {', '.join(sorted(readers()))}."
+        )
+    return [readers()[format]]
 
 
 def read(location: Location) -> Checkpoint:

@@ -90,7 +90,8 @@ def local_spans(
     for parts, index, placement in zip(mesh, coordinate, placements, strict=True):
         if placement is not None:
             held = spans[placement.axis]
-            chunks = _chunks(held, placement.split_factor)
+            factor = placement.split_factor
+            chunks = _chunks(held, factor) if factor > 1 else (held,)
             taken = [_chunk(chunk, parts, index) for chunk in chunks]
             spans[placement.axis] = _joined(span for part in taken for span in part)
     return tuple(spans)

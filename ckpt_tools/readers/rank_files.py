@@ -326,8 +326,12 @@ class _Joined:
 
     def _stored(self, name: str, part: Part, runs: Sequence[Run]) -> Stored:
         pieces = [(run.box, partial(_PartFragment, run)) for run in runs]
-        source = self._ranks[0].path.parent
-        return assembled(name, part.dtype, part.shape, pieces, source, _OTHER_NODES)
+        source, hint = self._ranks[0].path.parent, _OTHER_NODES
+        lacking = [file.path for file in self._ranks if name not in file.parts]
+        if lacking:
+            having = [file.path for file in self._ranks if name in file.parts]
+            source, hint = min(lacking, having, key=len)[0], f"Not every rank has it. {_OTHER_SAVE}"
+        return assembled(name, part.dtype, part.shape, pieces, source, hint)
 
 
 def _place(runs: Sequence[Run]) -> object:

@@ -17,10 +17,10 @@ from typing import Any
 from ckpt_tools.catalogue import Stored
 from ckpt_tools.checkpoint import Checkpoint, Location, Weight
 from ckpt_tools.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
-from ckpt_tools.errors import DamagedCheckpoint, UnsafePickle, UsageError
-from ckpt_tools.readers.restricted_pickle import Opaque, TensorRef
+from ckpt_tools.errors import DamagedCheckpoint, UsageError
 from ckpt_tools.readers.torch_file import stored
 from ckpt_tools.readers.zero_layout import partitioned_masters, sliced_frozen, sliced_masters
+from ckpt_tools.readers.zero_module import module_tensors
 from ckpt_tools.readers.zero_shards import (
     MODEL_FILE,
     OPTIM_FILE,
@@ -182,7 +182,7 @@ class _Reading:
     def __init__(self, shards: ShardSet, masters: Mapping[str, Stored]) -> None:
         self._shards = shards
         self._masters = masters
-        self._module = _tensors_of(shards)
+        self._module = module_tensors(shards.first, masters)
         self._buffers = self._buffer_names()
         self._frozen = sliced_frozen(shards) if shards.stage == 3 else self._frozen_whole()
         self.remarks: list[str] = []
@@ -318,26 +318,6 @@ class _Reading:
             if isinstance(section, dict) and section.get("enabled"):
                 return dtype
         return stored.dtype if stored.dtype.is_floating else FLOAT32
-
-
-def _tensors_of(shards: ShardSet) -> dict[str, TensorRef]:
-    """The tensors of `module`; what else a module keeps there (extra state) is no weight.
-
-    Raises:
-        UnsafePickle: a tensor of a kind that only code could rebuild: it may be a weight.
-    """
-    tensors = {}
-    for name, value in shards.first.content["module"].items():
-        if isinstance(value, TensorRef):
-            tensors[name] = value
-        elif isinstance(value, Opaque) and not name.endswith("_extra_state"):
-            raise UnsafePickle(
-                f"it is not a plain tensor but a {value.global_name}",
-                path=shards.first.path,
-                tensor=name,
-                hint="Nothing of it was run. If it is a weight, please report its layout.",
-            )
-    return tensors
 
 
 def _majority_dtype(weights: Mapping[str, Weight]) -> DType | None:

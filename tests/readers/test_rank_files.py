@@ -349,7 +349,7 @@ def test_a_file_of_another_model(directory: Path) -> None:
     shutil.copyfile(FILES / "verl-fsdp2-tied-3ranks" / "checkpoint" / name, directory / name)
     error = damaged(directory)
     assert error.path == directory / name
-    assert "This file does not have it" in str(error.hint)
+    assert "Not every rank has it" in str(error.hint)
 
 
 def test_a_rank_that_lacks_a_tensor(directory: Path) -> None:
