@@ -232,10 +232,10 @@ def test_no_signal_is_lost_while_torch_is_imported(
     tmp_path: Path, fixtures: Path, number: signal.Signals, status: int
 ) -> None:
     """Raised in its C code, KeyboardInterrupt and SystemExit come to nothing or become an ImportError."""
-    for moment in range(20):
+    for moment in range(8):
         run = start_small(fixtures, tmp_path)
         wait_for_child(run)
-        time.sleep(0.05 * moment)
+        time.sleep(0.12 * moment)
         run.send_signal(number)
 
         assert shell_status(run) == status, (tmp_path / "log").read_text()
