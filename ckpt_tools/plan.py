@@ -146,13 +146,17 @@ def plan(
         UsageError: the size cannot be read or is not positive.
     """
     try:
+        if not _is_positive(max_shard_size):
+            raise ValueError("a positive number is needed")
         split = split_state_dict_into_shards_factory(
             dict(tensors),
             get_storage_size=lambda tensor: tensor.nbytes,
+            # To torch, tensors without elements share their storage: they all lie in one file.
+            get_storage_id=lambda tensor: None if tensor.numel else "empty",
             filename_pattern=f"{stem}{{suffix}}.safetensors",
             max_shard_size=max_shard_size,
         )
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise UsageError(
             f"{max_shard_size!r} is not a size ({error})", hint="Write it as 5GB or 500MB."
         ) from error
@@ -169,6 +173,10 @@ def plan(
     }
     content = json.dumps(index, indent=2, sort_keys=True) + "\n"
     return Plan(files, (f"{stem}.safetensors{INDEX_SUFFIX}", content.encode()))
+
+
+def _is_positive(size: int | str) -> bool:
+    return (size if isinstance(size, int) else float(size.upper().rstrip("KMGTPB "))) > 0
 
 
 def _planned_file(name: str, tensors: Mapping[str, Tensor]) -> PlannedFile:

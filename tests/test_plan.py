@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -137,22 +138,42 @@ def test_no_tensors_are_what_save_file_writes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [1, 10, 47, 64, 200, 1_000, "1KB", "2KB", 10**6])
 def test_shards_are_what_huggingface_hub_writes(tmp_path: Path, size: int | str) -> None:
+    tensors = {name: tensor for name, tensor in zoo().items() if tensor.numel()}
+    tensors["empty"] = torch.empty(0, 4)
+
+    assert shards(tensors, size) == shards_of_huggingface_hub(tensors, tmp_path, size)
+
+
+def test_tensors_without_elements_lie_where_huggingface_hub_puts_them(tmp_path: Path) -> None:
+    """All in the shard of the first: they share one storage, the null pointer."""
     tensors = zoo()
-    # Tensors without elements share one storage there, the null pointer, and so one shard.
-    huggingface_hub.save_torch_state_dict(tensors, tmp_path, max_shard_size=size)
-    theirs = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    index = theirs.pop("model.safetensors.index.json", None)
 
+    assert shards(tensors, 1_000) == shards_of_huggingface_hub(tensors, tmp_path, 1_000)
+
+
+Shards = tuple[dict[str, bytes], dict[str, str] | None]
+
+
+def shards(tensors: Mapping[str, torch.Tensor], size: int | str) -> Shards:
+    """The content of each file, and the index's map."""
     layout = plan(described(tensors), max_shard_size=size)
+    files = {file.name: laid_out(file, tensors) for file in layout.files}
+    if layout.index is None:
+        return files, None
+    name, content = layout.index
+    assert name == "model.safetensors.index.json"
+    index = json.loads(content)
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
+    return files, index["weight_map"]
 
-    assert {file.name: laid_out(file, tensors) for file in layout.files} == theirs
-    assert (layout.index is None) == (index is None)
-    if layout.index is not None and index is not None:
-        name, content = layout.index
-        assert name == "model.safetensors.index.json"
-        assert json.loads(content)["weight_map"] == json.loads(index)["weight_map"]
-        total = sum(tensor.nbytes for tensor in tensors.values())
-        assert json.loads(content)["metadata"]["total_size"] == total
+
+def shards_of_huggingface_hub(
+    tensors: dict[str, torch.Tensor], directory: Path, size: int | str
+) -> Shards:
+    huggingface_hub.save_torch_state_dict(tensors, directory, max_shard_size=size)
+    files = {path.name: path.read_bytes() for path in directory.iterdir()}
+    index = files.pop("model.safetensors.index.json", None)
+    return files, None if index is None else json.loads(index)["weight_map"]
 
 
 @pytest.mark.parametrize("size", ["100GB", "20KB", "3KB", "100B", 7_000])
@@ -266,7 +287,7 @@ def test_a_block_is_large_but_bounded_however_many_ranks_there_are(pieces: int) 
     cuts = [numel * i // pieces for i in range(pieces + 1)]
     fragments = [
         Fragment(Path(f"/rank{i}"), 0, FlatRange(low, high))
-        for i, (low, high) in enumerate(zip(cuts, cuts[1:], strict=False))
+        for i, (low, high) in enumerate(itertools.pairwise(cuts))
     ]
     layout = plan({"x": Stored(FLOAT32, (numel,), fragments)})
 

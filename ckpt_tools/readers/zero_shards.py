@@ -212,6 +212,8 @@ def _read_optim(path: Path) -> OptimState:
     if not isinstance(state, dict):
         raise DamagedCheckpoint("not an optimizer file of DeepSpeed", path=path, hint=SAME_SAVE)
     groups = state.get("fp32_flat_groups", state.get("single_partition_of_fp32_groups"))
+    if groups is None:
+        groups = _sub_partitions(state.get("local_sub_partitions_of_fp32_groups"), path)
     if not isinstance(groups, list) or not all(isinstance(g, TensorRef) for g in groups):
         raise DamagedCheckpoint(
             "its fp32 groups are missing or are not tensors",
@@ -231,6 +233,19 @@ def _read_optim(path: Path) -> OptimState:
         hyperparameters=_hyperparameters(base),
         param_shapes=content.get("param_shapes"),
     )
+
+
+def _sub_partitions(groups: Any, path: Path) -> Any:
+    """The partitions of stage 1 up to DeepSpeed 0.4, where a rank has one for each interval."""
+    if not isinstance(groups, list) or not all(isinstance(group, list) for group in groups):
+        return None
+    if any(len(group) != 1 for group in groups):
+        raise UnsupportedLayout(
+            "ZeRO-1 of an old DeepSpeed, partitioned in several communication intervals",
+            path=path,
+            hint="--weights model takes the 16-bit weights, which lie in the model file.",
+        )
+    return [group[0] for group in groups]
 
 
 def _enum_value(value: Any, path: Path) -> int | None:
