@@ -45,6 +45,7 @@ class OptimState:
     rank: int
     stage: int | None
     flat_groups: Sequence[TensorRef]
+    intervals: Sequence[Sequence[TensorRef]] | None
     content: dict[str, Any]
     config: dict[str, Any]
     version: str | None

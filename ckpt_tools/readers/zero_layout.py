@@ -141,6 +141,13 @@ def _matched_masters(
 
 def _partitions(shards: ShardSet, group: int) -> FlatVector:
     refs, lengths = [], []
+    if shards.optims[0].intervals is not None:
+        # Interval by interval, the partitions of all ranks follow each other.
+        columns = zip(
+            *(optim.intervals[group] for optim in shards.optims if optim.intervals), strict=True
+        )
+        refs = [contiguous(ref, "a partition") for interval in columns for ref in interval]
+        return FlatVector(refs, [ref.numel for ref in refs])
     for optim in shards.optims:
         ref = contiguous(optim.flat_groups[group], f"flat group {group}")
         padding = 0

@@ -212,8 +212,10 @@ def _read_optim(path: Path) -> OptimState:
     if not isinstance(state, dict):
         raise DamagedCheckpoint("not an optimizer file of DeepSpeed", path=path, hint=SAME_SAVE)
     groups = state.get("fp32_flat_groups", state.get("single_partition_of_fp32_groups"))
-    if groups is None:
-        groups = _sub_partitions(state.get("local_sub_partitions_of_fp32_groups"), path)
+    # Up to DeepSpeed 0.3, stage 1: a rank has a partition in each of several intervals of a group.
+    intervals = state.get("local_sub_partitions_of_fp32_groups")
+    if groups is None and isinstance(intervals, list) and all(map(_is_tensors, intervals)):
+        groups = [partitions[0] for partitions in intervals if partitions]
     if not isinstance(groups, list) or not all(isinstance(g, TensorRef) for g in groups):
         raise DamagedCheckpoint(
             "its fp32 groups are missing or are not tensors",
@@ -226,6 +228,7 @@ def _read_optim(path: Path) -> OptimState:
         rank=int(match["dp"]),
         stage=_enum_value(state.get("zero_stage"), path),
         flat_groups=groups,
+        intervals=intervals,
         content={k: v for k, v in state.items() if v is not base},
         config=content.get("ds_config") or {},
         version=content.get("ds_version") or state.get("ds_version"),
@@ -235,17 +238,8 @@ def _read_optim(path: Path) -> OptimState:
     )
 
 
-def _sub_partitions(groups: Any, path: Path) -> Any:
-    """The partitions of stage 1 up to DeepSpeed 0.4, where a rank has one for each interval."""
-    if not isinstance(groups, list) or not all(isinstance(group, list) for group in groups):
-        return None
-    if any(len(group) != 1 for group in groups):
-        raise UnsupportedLayout(
-            "ZeRO-1 of an old DeepSpeed, partitioned in several communication intervals",
-            path=path,
-            hint="--weights model takes the 16-bit weights, which lie in the model file.",
-        )
-    return [group[0] for group in groups]
+def _is_tensors(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, TensorRef) for value in values)
 
 
 def _enum_value(value: Any, path: Path) -> int | None:
