@@ -7,8 +7,11 @@ check one against the other. This module knows no format and does no I/O.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -76,7 +79,6 @@ class Checkpoint(Mapping[str, Tensor]):
         step: optimizer steps taken, where known.
         world_size: number of ranks that wrote it, where known.
         framework: what wrote it, with its version where known.
-        training_dtype: dtype of most trained elements in the model.
         details: further facts of the format, such as ``stage``.
         remarks: what is odd but does not stop a reading.
         doubts: reasons why masters must be compared with the model copy in full.
@@ -90,7 +92,6 @@ class Checkpoint(Mapping[str, Tensor]):
     step: int | None = None
     world_size: int | None = None
     framework: str | None = None
-    training_dtype: DType | None = None
     details: Mapping[str, object] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
     doubts: tuple[str, ...] = ()
@@ -138,6 +139,15 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __repr__(self) -> str:
         return f"<{self.title} checkpoint {str(self.location.directory)!r}, {len(self)} tensors>"
+
+    @cached_property
+    def training_dtype(self) -> DType | None:
+        """The dtype that most floating elements had in the model; None where there is none."""
+        counts: Counter[DType] = Counter()
+        for weight in self.weights.values():
+            if weight.dtype.is_floating:
+                counts[weight.dtype] += math.prod(weight.shape)
+        return counts.most_common(1)[0][0] if counts else None
 
     @property
     def bytes_on_disk(self) -> int:

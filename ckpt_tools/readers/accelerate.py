@@ -22,7 +22,7 @@ from ckpt_tools.checkpoint import Checkpoint, Location, Weight
 from ckpt_tools.errors import DamagedCheckpoint
 from ckpt_tools.readers import dcp, zero
 from ckpt_tools.readers.trainer_state import is_trainer_directory, trainer_step
-from ckpt_tools.readers.weight_files import entry_points, majority_dtype, read_weight_files
+from ckpt_tools.readers.weight_files import entry_points, read_weight_files
 
 NAME = "accelerate"
 _PLAIN = re.compile(r"((?:pytorch_)?model(?:_\d+)?)\.(?:safetensors|bin)(?:\.index\.json)?")
@@ -151,7 +151,6 @@ def read(location: Location) -> Checkpoint:
         step=trainer_step(directory),
         world_size=max(ranks) + 1 if ranks else None,
         framework="accelerate",
-        training_dtype=majority_dtype(weights.values()),
         details={
             "model": location.part,
             "left_alone": dict(Counter(kind for path in files if (kind := _left_alone(path)))),

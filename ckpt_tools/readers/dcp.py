@@ -25,7 +25,6 @@ from ckpt_tools.readers.dcp_boxes import (
     Region,
     assembled,
     held_whole,
-    majority_dtype,
     sharding_info,
 )
 from ckpt_tools.readers.dcp_chunks import (
@@ -49,6 +48,7 @@ from ckpt_tools.readers.dcp_metadata import (
 from ckpt_tools.readers.dcp_names import TOP, left_alone, models, objects_of, step_in, step_names
 from ckpt_tools.readers.safetensors_file import SafetensorsFile, read_safetensors
 from ckpt_tools.readers.torch_file import TorchFile
+from ckpt_tools.readers.trainer_state import trainer_step
 
 NAME = "torch-dcp"
 # Directories of this format inside a larger one that is a checkpoint as a whole.
@@ -161,7 +161,6 @@ def read(location: Location) -> Checkpoint:
         step=saving.step(),
         world_size=saving.world_size(),
         framework=" ".join(filter(None, ("torch.distributed.checkpoint", metadata.version))),
-        training_dtype=majority_dtype(weights.values()),
         details={"model": location.part or _part(metadata), "left_alone": skipped},
         remarks=tuple(remarks),
     )
@@ -332,6 +331,8 @@ class Saving:
                 return value
         if (named := step_in(self._directory.name)) is not None:
             return named
+        if (trained := trainer_step(self._directory.parent)) is not None:
+            return trained
         for name in counted:
             if (value := self._scalar(name)) is not None:
                 return value

@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ckpt_tools.catalogue import Box, FlatRange, Fragment, Shape, Stored
-from ckpt_tools.checkpoint import Weight
 from ckpt_tools.dtypes import DType
 from ckpt_tools.errors import DamagedCheckpoint
 from ckpt_tools.readers.safetensors_file import SafetensorsFile
@@ -103,13 +101,3 @@ def _rows(shape: Shape, box: Box) -> FlatRange | None:
         return FlatRange(0, 1)
     inner = math.prod(shape[1:])
     return FlatRange(box.offsets[0] * inner, (box.offsets[0] + box.sizes[0]) * inner)
-
-
-def majority_dtype(weights: Iterable[Weight]) -> DType | None:
-    """The dtype of most floating elements."""
-    counts: Counter[DType] = Counter()
-    for weight in weights:
-        tensor = weight.model
-        if tensor is not None and tensor.dtype.is_floating:
-            counts[tensor.dtype] += tensor.numel
-    return counts.most_common(1)[0][0] if counts else None

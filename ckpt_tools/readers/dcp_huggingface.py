@@ -21,7 +21,7 @@ from ckpt_tools.catalogue import Box, Shape, Stored
 from ckpt_tools.checkpoint import Checkpoint, Kind, Location, Weight
 from ckpt_tools.dtypes import DType
 from ckpt_tools.errors import DamagedCheckpoint, UsageError
-from ckpt_tools.readers.dcp_boxes import Piece, assembled, held_whole, majority_dtype, sharding_info
+from ckpt_tools.readers.dcp_boxes import Piece, assembled, held_whole, sharding_info
 from ckpt_tools.readers.dcp_names import step_in
 from ckpt_tools.readers.safetensors_file import SafetensorsFile, read_safetensors
 
@@ -102,7 +102,6 @@ def read(location: Location) -> Checkpoint:
         step=step_in(location.name),
         world_size=max(rank for rank, _, _ in shards),
         framework=_framework(files),
-        training_dtype=majority_dtype(weights.values()),
         details={"shards": len(shards), "shapes_inferred": True},
         remarks=(*location.remarks, _REMARK, *_shapeless(boxes)),
     )

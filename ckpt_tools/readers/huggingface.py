@@ -13,7 +13,7 @@ from pathlib import Path
 from ckpt_tools.checkpoint import Checkpoint, Location, Weight
 from ckpt_tools.errors import DamagedCheckpoint
 from ckpt_tools.readers.trainer_state import trainer_step
-from ckpt_tools.readers.weight_files import entry_points, majority_dtype, read_weight_files
+from ckpt_tools.readers.weight_files import entry_points, read_weight_files
 
 NAME = "huggingface"
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
@@ -58,7 +58,6 @@ def read(location: Location) -> Checkpoint:
         ties=held.ties,
         files=held.files,
         step=trainer_step(location.directory),
-        training_dtype=majority_dtype(weights.values()),
         details={"shards": len(held.files)},
         remarks=location.remarks,
     )

@@ -29,7 +29,6 @@ from ckpt_tools.readers.rank_copies import differ
 from ckpt_tools.readers.restricted_pickle import Opaque
 from ckpt_tools.readers.torch_file import TorchFile
 from ckpt_tools.readers.trainer_state import trainer_step
-from ckpt_tools.readers.weight_files import majority_dtype
 
 NAME = "rank-files"
 # The set that a file belongs to, and who calls files so.
@@ -129,7 +128,6 @@ def read(location: Location) -> Checkpoint:
         step=_step(location.directory),
         world_size=world_size,
         framework=writer,
-        training_dtype=majority_dtype(joined.weights.values()),
         details={"kinds": sorted(kinds) or ["plain"]},
         remarks=(*location.remarks, *joined.remarks),
     )

@@ -9,14 +9,11 @@ Source: ``transformers/utils/hub.py`` (``get_checkpoint_shard_files``), ``transf
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt_tools.catalogue import Stored
-from ckpt_tools.checkpoint import Weight
-from ckpt_tools.dtypes import DType
 from ckpt_tools.errors import DamagedCheckpoint
 from ckpt_tools.readers.restricted_pickle import TensorRef
 from ckpt_tools.readers.safetensors_file import read_safetensors
@@ -73,16 +70,6 @@ def read_weight_files(entry: Path) -> WeightFiles:
         tensors = {key: tensors[key] for key in weight_map if key in tensors}
     files = {entry.parent / name: (entry.parent / name).stat().st_size for name in names}
     return WeightFiles(tensors, ties, files)
-
-
-def majority_dtype(weights: Iterable[Weight]) -> DType | None:
-    """The dtype of most floating elements in the model."""
-    counts: Counter[DType] = Counter()
-    for weight in weights:
-        tensor = weight.model
-        if tensor is not None and tensor.dtype.is_floating:
-            counts[tensor.dtype] += tensor.numel
-    return counts.most_common(1)[0][0] if counts else None
 
 
 def _read_index(path: Path) -> dict[str, str]:

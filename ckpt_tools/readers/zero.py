@@ -7,9 +7,7 @@ running code from the files. Bytes are located by :mod:`~ckpt_tools.readers.zero
 
 from __future__ import annotations
 
-import math
 import os
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -156,7 +154,6 @@ def read(location: Location) -> Checkpoint:
         step=_int(first.get("global_steps")),
         world_size=shards.world_size,
         framework=f"deepspeed {version}" if version else "deepspeed",
-        training_dtype=_majority_dtype(weights),
         details={
             "stage": shards.stage,
             "flat_groups": len(shards.optims[0].flat_groups) if shards.optims else 0,
@@ -318,14 +315,6 @@ class _Reading:
             if isinstance(section, dict) and section.get("enabled"):
                 return dtype
         return stored.dtype if stored.dtype.is_floating else FLOAT32
-
-
-def _majority_dtype(weights: Mapping[str, Weight]) -> DType | None:
-    counts: Counter[DType] = Counter()
-    for weight in weights.values():
-        if weight.dtype.is_floating:
-            counts[weight.dtype] += math.prod(weight.shape)
-    return counts.most_common(1)[0][0] if counts else None
 
 
 def _miscounted(shards: ShardSet) -> str | None:
