@@ -129,6 +129,8 @@ def open_shards(directory: Path) -> ShardSet:
         raise mixed(directory, "ZeRO stage", {o.path.name: o.stage for o in optims})
     recorded = next(iter(stages), None)
     stage = recorded if recorded is not None else (1 if is_bf16_optimizer else 0)
+    if stage == 2 and config_stage == 1:
+        stage = 1  # up to DeepSpeed 0.6 one class served both, and wrote the number of the second
     if not optims and config_stage and first.get("optimizer") is None:
         raise DamagedCheckpoint(
             f"a ZeRO-{config_stage} checkpoint without its optimizer files, which hold the weights",

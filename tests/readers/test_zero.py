@@ -42,8 +42,6 @@ class TestEveryZeroFixture(ReaderContract):
         stage = case.facts["stage"]
         if case.facts["optimizer_wrapper"] == "BF16_Optimizer":
             stage = 1
-        elif stage == 1 and case.release < (0, 6):
-            stage = 2  # one class served both stages, and wrote the number of the second
         assert checkpoint.details["stage"] == stage
         assert checkpoint.details["skipped_steps"] == case.facts["skipped_steps"]
 
