@@ -84,15 +84,10 @@ def partial_directory(target: Path, *, overwrite: bool) -> Iterator[Path]:
     """
     final = _final(target)
     partial = final.with_name(f"{final.name}.partial-{secrets.token_hex(4)}")
-    made = _make_parents(final.parent)
+    missing = [path for path in (final.parent, *final.parent.parents) if not path.exists()]
     try:
-        partial.mkdir()
-    except OSError as error:
-        _remove_empty(made)
-        raise OutputFailed(
-            f"cannot be made ({error.strerror})", path=partial, hint="Check the permissions."
-        ) from error
-    try:
+        # Within, so that nothing is left by a signal that comes as soon as it is made.
+        _make(partial)
         yield partial
         try:
             _sync_tree(partial)
@@ -102,7 +97,7 @@ def partial_directory(target: Path, *, overwrite: bool) -> Iterator[Path]:
             raise OutputFailed(f"cannot be put in place ({error.strerror})", path=target) from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
-        _remove_empty(made)
+        _remove_empty(missing)
         raise
 
 
@@ -115,20 +110,22 @@ def _escaped(name: str) -> str:
     return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
-def _make_parents(parent: Path) -> list[Path]:
-    missing = [p for p in (parent, *parent.parents) if not p.exists()]
+def _make(partial: Path) -> None:
     try:
-        parent.mkdir(parents=True, exist_ok=True)
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()
     except OSError as error:
-        _remove_empty(missing)
-        raise OutputFailed(f"cannot be made ({error.strerror})", path=parent) from error
-    return missing
+        raise OutputFailed(
+            f"cannot be made ({error.strerror})", path=partial, hint="Check the permissions."
+        ) from error
 
 
 def _remove_empty(directories: Sequence[Path]) -> None:
     for directory in directories:
         try:
             directory.rmdir()
+        except FileNotFoundError:
+            continue
         except OSError:
             return
 
@@ -146,7 +143,11 @@ def _publish(partial: Path, final: Path, *, overwrite: bool) -> None:
         # Without an exchange there is a moment with no output; the old one keeps its bytes.
         old = final.with_name(f"{final.name}.replaced-{secrets.token_hex(4)}")
         os.rename(final, old)
-        os.rename(partial, final)
+        try:
+            os.rename(partial, final)
+        except OSError:
+            os.rename(old, final)
+            raise
         partial = old
     shutil.rmtree(partial, ignore_errors=True)
 

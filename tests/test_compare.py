@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -80,7 +81,7 @@ def described(numel: int, pieces: int) -> Stored:
     cuts = [numel * i // pieces for i in range(pieces + 1)]
     fragments = [
         Fragment(Path("/nowhere"), 0, FlatRange(low, high))
-        for low, high in zip(cuts, cuts[1:], strict=False)
+        for low, high in itertools.pairwise(cuts)
     ]
     return Stored(FLOAT32, (numel,), fragments)
 
@@ -105,7 +106,7 @@ def test_a_sample_is_small_and_touches_the_ends_and_what_lies_between(
     assert windows[-1][1] == numel
     assert all(0 <= start < stop <= numel for start, stop in windows)
     assert sum(stop - start for start, stop in windows) <= 100_000
-    gaps = [after[0] - before[1] for before, after in zip(windows, windows[1:], strict=False)]
+    gaps = [after[0] - before[1] for before, after in itertools.pairwise(windows)]
     assert max(gaps, default=0) <= numel / min(pieces, 60) + 1
 
 

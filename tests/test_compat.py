@@ -21,9 +21,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 CURRENT = [case for case in CASES if case.facts["deepspeed_version"] == "0.19.8"]
 STAGE_0 = [case for case in CURRENT if case.facts["stage"] == 0]
-BF16_OPTIMIZER = [
-    case for case in CURRENT if case.facts["optimizer_wrapper"] == "BF16_Optimizer"
-]
+BF16_OPTIMIZER = [case for case in CURRENT if case.facts["optimizer_wrapper"] == "BF16_Optimizer"]
 # Frozen parameters of ZeRO-1 are in `module` alone, where DeepSpeed's function does not look.
 FROZEN_1 = [
     case
@@ -54,10 +52,12 @@ def widened(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def truth(case: Case) -> dict[str, torch.Tensor]:
-    """Every name, second names included, as fp32."""
+    """Every name as fp32, second names included where the files tell them."""
     state = case.held(case.model() | case.masters())
-    state |= {alias: state[kept] for alias, kept in case.facts["tied"].items()}
-    return widened(state)
+    ties = case.facts["tied"]
+    if case.facts["stage"] == 3 and "no record of tied names" in case.facts["note"]:
+        return widened({name: tensor for name, tensor in state.items() if name not in ties})
+    return widened(state | {alias: state[kept] for alias, kept in ties.items()})
 
 
 def test_the_signature_is_deepspeeds(theirs: Callable[..., Any]) -> None:
@@ -153,7 +153,7 @@ def test_frozen_parameters_of_zero_1_are_here_and_not_there(
 
 @every(UNLOADABLE)
 def test_what_deepspeed_cannot_load_is_read(case: Case, theirs: Callable[..., Any]) -> None:
-    with pytest.raises((RuntimeError, AttributeError), match="mmap can only|Can't get attribute"):
+    with pytest.raises((RuntimeError, AttributeError), match=r"mmap can only|Can't get attribute"):
         theirs(str(case.checkpoint))
 
     assert different(ours(case.checkpoint), truth(case)) == []

@@ -159,9 +159,16 @@ def refusals(case: Path, tmp_path: Path) -> dict[str, tuple[type[CkptError], str
         "no dtype": (UsageError, "int4", ok | {"dtype": "int4"}),
         "no size": (UsageError, "5 apples", ok | {"max_shard_size": "5 apples"}),
         "output is a file": (OutputExists, "file", ok | {"output": tmp_path / "file"}),
-        "output is the input": (UsageError, "delete the input", {
-            "checkpoint": case / "checkpoint", "output": case, "overwrite": True, "weights_only": True
-        }),
+        "output is the input": (
+            UsageError,
+            "delete the input",
+            {
+                "checkpoint": case / "checkpoint",
+                "output": case,
+                "overwrite": True,
+                "weights_only": True,
+            },
+        ),
     }
 
 
@@ -278,14 +285,15 @@ def test_an_output_may_lie_in_the_directory_of_the_checkpoint(case: Path, tmp_pa
     consolidate(tmp_path / "run", tmp_path / "run" / "model", weights_only=True)
 
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
-    assert before.items() <= {
-        path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()
-    }.items()
+    assert (
+        before.items()
+        <= {
+            path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()
+        }.items()
+    )
 
 
-def test_a_disk_that_is_too_small_is_seen_before_writing(
-    case: Path, small_disk: Path
-) -> None:
+def test_a_disk_that_is_too_small_is_seen_before_writing(case: Path, small_disk: Path) -> None:
     (small_disk / "somebody's").write_bytes(bytes(1_045_000))
 
     with pytest.raises(OutputFailed, match="the output needs") as caught:

@@ -178,7 +178,7 @@ def test_an_interrupted_run_leaves_nothing_behind(
     time.sleep(share * large.seconds)
     os.killpg(run.pid, number)
 
-    assert shell_status(run) == status
+    assert shell_status(run) == status, (tmp_path / "log").read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["log"]
     said = (tmp_path / "log").read_text()
     assert "Traceback" not in said
@@ -196,7 +196,7 @@ def test_an_interrupted_run_leaves_the_old_output(
     wait_for_partial(run, out)
     os.killpg(run.pid, number)
 
-    assert shell_status(run) == status
+    assert shell_status(run) == status, (tmp_path / "log").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "out"]
     assert [path.name for path in out.iterdir()] == ["old"]
     assert (out / "old").read_text() == "old"
@@ -221,7 +221,7 @@ def test_a_run_is_interrupted_while_transformers_describes_the_model(
     time.sleep(0.5)
     os.killpg(run.pid, number)
 
-    assert shell_status(run) == status
+    assert shell_status(run) == status, (tmp_path / "log").read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["log"]
     assert "Traceback" not in (tmp_path / "log").read_text()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ class Case:
     def hf(self) -> Path:
         return self.path / "hf"
 
-    @property
+    @cached_property
     def facts(self) -> dict[str, Any]:
         facts = json.loads((self.path / "facts.json").read_text())
         assert isinstance(facts, dict)
@@ -338,7 +339,9 @@ def test_frozen_tensors_that_were_left_out_are_named(tmp_path: Path, case: Case)
 
     assert set(caught.value.missing) == set(case.facts["frozen"])
     assert f"{len(case.facts['frozen'])} tensors" in caught.value.fact
-    assert case.facts["frozen"][0] in caught.value.fact or caught.value.missing[0] in str(caught.value)
+    assert case.facts["frozen"][0] in caught.value.fact or caught.value.missing[0] in str(
+        caught.value
+    )
     assert "--like DIR" in str(caught.value.hint)
     assert list(tmp_path.iterdir()) == []
 
@@ -424,13 +427,18 @@ def test_a_chat_model_keeps_its_tokenizer_and_stops_where_turns_end(tmp_path: Pa
     out = tmp_path / "out"
     consolidate(CHAT.checkpoint, out, config=CHAT.hf, tokenizer=CHAT.hf)
 
-    copied = [p.name for p in CHAT.hf.iterdir() if p.name not in ("config.json", "generation_config.json")]
+    copied = [
+        p.name for p in CHAT.hf.iterdir() if p.name not in ("config.json", "generation_config.json")
+    ]
     assert {"tokenizer.json", "tokenizer_config.json"} <= set(copied)
     for name in copied:
         assert (out / name).read_bytes() == (CHAT.hf / name).read_bytes()
     tokenizer = AutoTokenizer.from_pretrained(out)
     generation = GenerationConfig.from_pretrained(out)
-    assert tokenizer.convert_ids_to_tokens(generation.eos_token_id) == ["<|im_end|>", "<|endoftext|>"]
+    assert tokenizer.convert_ids_to_tokens(generation.eos_token_id) == [
+        "<|im_end|>",
+        "<|endoftext|>",
+    ]
     model = loaded(out)
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is a checkpoint?"}],

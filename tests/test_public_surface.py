@@ -23,8 +23,10 @@ PUBLIC = [
     "__version__",
     "average",
     "consolidate",
+    "extract_lora",
     "get_fp32_state_dict_from_zero_checkpoint",
     "inspect",
+    "merge_lora",
     "open_checkpoint",
 ]
 CALLABLES = [name for name in PUBLIC if callable(getattr(ckpt_tools, name))]
@@ -104,7 +106,9 @@ def test_the_readme_names_what_is_public() -> None:
     readme = (ROOT / "README.md").read_text()
 
     for name in ("open_checkpoint", "consolidate", "get_fp32_state_dict_from_zero_checkpoint"):
-        assert f"`{name}`" in readme or f"ckpt_tools.{name}(" in readme or f"import {name}" in readme
+        assert (
+            f"`{name}`" in readme or f"ckpt_tools.{name}(" in readme or f"import {name}" in readme
+        )
     assert "`ckpt_tools.CkptError`" in readme
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +31,13 @@ def publish(target: Path, *, overwrite: bool = False, text: str = "new") -> Path
         (partial / "extra").mkdir()
         (partial / "extra" / "code.py").write_text(text)
     return partial
+
+
+def fail(target: Path, error: BaseException, *, overwrite: bool = False) -> None:
+    """Make part of an output and then fail."""
+    with partial_directory(target, overwrite=overwrite) as partial:
+        (partial / "model").write_text("new")
+        raise error
 
 
 NEW = {"model": "new", "extra": None, "extra/code.py": "new"}
@@ -71,12 +81,8 @@ def test_the_output_has_the_permissions_that_a_new_directory_has(disk: Path) -> 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, OutputFailed])
 def test_an_error_leaves_nothing_behind_and_passes(disk: Path, error: type[BaseException]) -> None:
-    with (
-        pytest.raises(error, match="of the block"),
-        partial_directory(disk / "a" / "b" / "out", overwrite=False) as partial,
-    ):
-        (partial / "model").write_text("new")
-        raise error("of the block")
+    with pytest.raises(error, match="of the block"):
+        fail(disk / "a" / "b" / "out", error("of the block"))
 
     assert tree(disk) == {}
 
@@ -86,12 +92,8 @@ def test_an_error_leaves_the_old_output_as_it_was(disk: Path, overwrite: bool) -
     publish(disk / "out", text="old")
     inode = (disk / "out").stat().st_ino
 
-    with (
-        pytest.raises(ValueError, match="of the block"),
-        partial_directory(disk / "out", overwrite=overwrite) as partial,
-    ):
-        (partial / "model").write_text("new")
-        raise ValueError("of the block")
+    with pytest.raises(ValueError, match="of the block"):
+        fail(disk / "out", ValueError("of the block"), overwrite=overwrite)
 
     assert tree(disk / "out") == OLD
     assert (disk / "out").stat().st_ino == inode
@@ -105,14 +107,28 @@ def test_parents_that_were_missing_are_made(disk: Path) -> None:
 
 def test_parents_are_removed_on_failure_only_if_they_were_made_and_are_empty(disk: Path) -> None:
     (disk / "a").mkdir()
-    with (
-        pytest.raises(ValueError, match="of the block"),
-        partial_directory(disk / "a" / "b" / "c" / "out", overwrite=False),
-    ):
-        (disk / "a" / "b" / "somebody's").write_text("else's")
-        raise ValueError("of the block")
+
+    def write() -> None:
+        with partial_directory(disk / "a" / "b" / "c" / "out", overwrite=False):
+            (disk / "a" / "b" / "somebody's").write_text("else's")
+            raise ValueError("of the block")
+
+    with pytest.raises(ValueError, match="of the block"):
+        write()
 
     assert tree(disk) == {"a": None, "a/b": None, "a/b/somebody's": "else's"}
+
+
+def test_parents_that_were_made_are_removed_though_some_are_gone(disk: Path) -> None:
+    def write() -> None:
+        with partial_directory(disk / "a" / "b" / "c" / "out", overwrite=False):
+            shutil.rmtree(disk / "a" / "b")
+            raise ValueError("of the block")
+
+    with pytest.raises(ValueError, match="of the block"):
+        write()
+
+    assert tree(disk) == {}
 
 
 def test_an_empty_directory_is_no_output(disk: Path) -> None:
@@ -139,13 +155,14 @@ def test_an_output_that_exists_is_refused(disk: Path, content: str) -> None:
 
 
 def test_an_output_that_appears_meanwhile_is_not_lost(disk: Path) -> None:
-    with (
-        pytest.raises(OutputExists, match="appeared while") as caught,
-        partial_directory(disk / "out", overwrite=False) as partial,
-    ):
-        (partial / "model").write_text("new")
-        (disk / "out").mkdir()
-        (disk / "out" / "model").write_text("somebody's")
+    def write() -> None:
+        with partial_directory(disk / "out", overwrite=False) as partial:
+            (partial / "model").write_text("new")
+            (disk / "out").mkdir()
+            (disk / "out" / "model").write_text("somebody's")
+
+    with pytest.raises(OutputExists, match="appeared while") as caught:
+        write()
 
     assert caught.value.path == disk / "out"
     assert tree(disk) == {"out": None, "out/model": "somebody's"}
@@ -160,6 +177,18 @@ def test_overwriting_replaces_all_of_the_old_output(disk: Path) -> None:
     assert tree(disk) == {"out": None} | {f"out/{name}": text for name, text in NEW.items()}
 
 
+def test_where_directories_cannot_be_exchanged_the_old_output_is_moved_aside(
+    disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on file systems that do not know renameat2's RENAME_EXCHANGE."""
+    monkeypatch.setattr("ckpt_tools.publish._exchange", lambda a, b: False)
+    publish(disk / "out", text="old")
+
+    publish(disk / "out", overwrite=True)
+
+    assert tree(disk) == {"out": None} | {f"out/{name}": text for name, text in NEW.items()}
+
+
 def test_the_old_output_is_there_until_the_new_one_is(disk: Path) -> None:
     publish(disk / "out", text="old")
 
@@ -168,6 +197,31 @@ def test_the_old_output_is_there_until_the_new_one_is(disk: Path) -> None:
         assert tree(disk / "out") == OLD
 
     assert tree(disk / "out") == {"model": "new"}
+
+
+def test_there_is_no_moment_without_an_output_while_it_is_replaced(disk: Path) -> None:
+    """A process that looks all the time finds one every time."""
+    publish(disk / "out", text="old")
+    program = (
+        "import os, sys\n"
+        "print('looking', flush=True)\n"
+        "looks = missing = 0\n"
+        "while not os.path.exists(sys.argv[2]):\n"
+        "    looks += 1\n"
+        "    missing += not os.path.exists(sys.argv[1])\n"
+        "print(looks, missing)\n"
+    )
+    command = [sys.executable, "-c", program, str(disk / "out" / "model"), str(disk / "stop")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as looker:
+        assert looker.stdout is not None
+        assert looker.stdout.readline() == "looking\n"
+        for _ in range(300):
+            publish(disk / "out", overwrite=True)
+        (disk / "stop").write_text("")
+        looks, missing = map(int, looker.stdout.read().split())
+
+    assert looks > 1_000
+    assert missing == 0
 
 
 def test_a_file_in_the_place_of_the_output_is_refused_even_for_overwriting(disk: Path) -> None:
@@ -243,7 +297,9 @@ def test_an_output_that_holds_an_input_behind_a_link_is_refused(disk: Path) -> N
 def test_an_output_inside_or_beside_an_input_is_allowed(disk: Path) -> None:
     (disk / "run" / "global_step5").mkdir(parents=True)
 
-    check_target(disk / "run" / "model", [disk / "run", disk / "run" / "global_step5"], overwrite=True)
+    check_target(
+        disk / "run" / "model", [disk / "run", disk / "run" / "global_step5"], overwrite=True
+    )
     check_target(disk / "run" / "global_step5-hf", [disk / "run" / "global_step5"], overwrite=True)
 
 
