@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ckpt_tools.checkpoint import Checkpoint
     from ckpt_tools.compat import get_fp32_state_dict_from_zero_checkpoint
-    from ckpt_tools.convert import average, consolidate, open_checkpoint
+    from ckpt_tools.convert import (
+        average,
+        consolidate,
+        extract_lora,
+        merge_lora,
+        open_checkpoint,
+    )
     from ckpt_tools.errors import CkptError
     from ckpt_tools.inspection import Inspection, inspect
     from ckpt_tools.report import Report
@@ -30,8 +36,10 @@ _HOMES = {
     "Report": "ckpt_tools.report",
     "average": "ckpt_tools.convert",
     "consolidate": "ckpt_tools.convert",
+    "extract_lora": "ckpt_tools.convert",
     "get_fp32_state_dict_from_zero_checkpoint": "ckpt_tools.compat",
     "inspect": "ckpt_tools.inspection",
+    "merge_lora": "ckpt_tools.convert",
     "open_checkpoint": "ckpt_tools.convert",
 }
 
@@ -43,8 +51,10 @@ __all__ = [
     "__version__",
     "average",
     "consolidate",
+    "extract_lora",
     "get_fp32_state_dict_from_zero_checkpoint",
     "inspect",
+    "merge_lora",
     "open_checkpoint",
 ]
 

@@ -19,6 +19,7 @@ from ckpt_tools.errors import DamagedCheckpoint, UsageError
 from ckpt_tools.gather import Gatherer
 from ckpt_tools.reference import Answer, ReferenceModel, start
 from ckpt_tools.transforms.hub_layout import HubLayout, hub_layout
+from ckpt_tools.transforms.lora import is_adapted
 from ckpt_tools.transforms.ties import Settled, settle_ties
 
 _SHOWN = 6
@@ -57,7 +58,12 @@ class Fitted:
 
 
 def fit_to_model(
-    catalogue: Catalogue, config: ConfigSource, extra: Catalogue | None, dtype: DType
+    catalogue: Catalogue,
+    config: ConfigSource,
+    extra: Catalogue | None,
+    dtype: DType,
+    *,
+    trust: bool = False,
 ) -> Fitted:
     """Make the state fit the model of ``config``.
 
@@ -66,13 +72,14 @@ def fit_to_model(
         config: the model's config.
         extra: tensors to take where the state lacks them (``--like``).
         dtype: dtype of the output as a whole.
+        trust: whether custom code beside the config may be run, in a process of its own.
 
     Raises:
         UsageError: the config is of another model.
         DamagedCheckpoint: tensors of the model are missing.
     """
     like = None if extra is None else set(extra)
-    reference = _ask(catalogue, config, dtype, like, untied=False).result()
+    reference = _ask(catalogue, config, dtype, like, trust=trust, untied=False).result()
     if reference is None:
         fitted = Fitted.unchecked(catalogue)
         return Fitted(fitted.catalogue, (), fitted.notes, (_UNKNOWN,))
@@ -80,7 +87,9 @@ def fit_to_model(
     known = {**reference.saved, **reference.tied}
     settled = settle_ties(layout.catalogue, reference.hub_ties, known, _equal)
     if settled.untied:
-        reference = _ask(catalogue, config, dtype, like, untied=True).result() or reference
+        reference = (
+            _ask(catalogue, config, dtype, like, trust=trust, untied=True).result() or reference
+        )
     tensors = dict(settled.catalogue.items())
     lacking = [name for name in reference.saved if name not in tensors]
     taken = {name: extra[name] for name in lacking if name in extra} if extra is not None else {}
@@ -126,13 +135,19 @@ def _notes(layout: HubLayout, settled: Settled) -> list[str]:
 
 
 def anticipate(
-    catalogue: Catalogue, config: ConfigSource, extra: Catalogue | None, dtype: DType
+    catalogue: Catalogue,
+    config: ConfigSource,
+    extra: Catalogue | None,
+    dtype: DType,
+    *,
+    trust: bool = False,
 ) -> None:
     """Have the question that :func:`fit_to_model` will ask answered in the background.
 
     The answer takes seconds, in a process of its own; the caller has other things to do meanwhile.
     """
-    _ask(catalogue, config, dtype, None if extra is None else set(extra), untied=False)
+    like = None if extra is None else set(extra)
+    _ask(catalogue, config, dtype, like, trust=trust, untied=False)
 
 
 def _ask(
@@ -141,10 +156,16 @@ def _ask(
     dtype: DType,
     like: Collection[str] | None,
     *,
+    trust: bool,
     untied: bool,
 ) -> Answer:
     shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in catalogue.items()}
-    return start(finish(config, shapes, dtype=dtype, untied=untied).data, like_names=like)
+    return start(
+        finish(config, shapes, dtype=dtype, untied=untied).data,
+        like_names=like,
+        code_dir=config.path.parent if trust else None,
+        trust_remote_code=trust,
+    )
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
@@ -167,11 +188,12 @@ def _incomplete(
     config: ConfigSource,
 ) -> UsageError | DamagedCheckpoint:
     """Another model's config where hardly a name fits; otherwise tensors that were left out."""
-    if any(".lora_" in name for name in surplus):
+    if is_adapted(surplus):
         return UsageError(
             f"the checkpoint is of a LoRA model ({_listed([n for n in surplus if '.lora_' in n])})",
             path=config.path,
-            hint="--weights-only writes its tensors under the names that they have.",
+            hint="extract-lora writes the adapter, merge-lora the model with the adapter merged; "
+            "--weights-only writes the tensors under the names that they have.",
         )
     if len(missing) == len(reference.saved) or len(surplus) > len(tensors) // 2:
         tops = sorted({name.split(".")[0] for name in tensors})

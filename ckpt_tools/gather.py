@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # Large enough for disks and shared file systems, small enough that what is read is still in the
 # processor's cache when it is cast.
-REQUEST_BYTES = 2 << 20
+REQUEST_BYTES = 1 << 20
 # Reading a gap this long costs less than a second request.
 _GAP_BYTES = 64 << 10
 _OPEN_FILES = 64

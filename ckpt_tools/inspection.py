@@ -97,14 +97,20 @@ class Inspection:
         return {**asdict(self), "path": str(self.path)}
 
 
-def inspect(path: str | os.PathLike[str], *, tag: str | None = None) -> Inspection:
+def inspect(
+    path: str | os.PathLike[str],
+    *,
+    tag: str | None = None,
+    model: int | None = None,
+    format: str | None = None,
+) -> Inspection:
     """Look at a checkpoint without reading its tensors.
 
     Raises:
         NotACheckpoint, UsageError: there is no one checkpoint under the path. A checkpoint that is
             there but damaged is no error here: its ``problems`` say what is wrong.
     """
-    location = readers.locate(Path(path), tag)
+    location = readers.locate(Path(path), tag, model=model, format=format)
     try:
         return _facts(readers.read(location))
     except CkptError as error:

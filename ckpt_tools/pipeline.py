@@ -13,13 +13,14 @@ import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from ckpt_tools import readers
+from ckpt_tools import __version__, readers
 from ckpt_tools.assets import AssetFile, AssetOptions, Assets, ConfigSource, collect, find_config
+from ckpt_tools.assets.card import CardFacts, model_card
 from ckpt_tools.assets.config import of_attribute
 from ckpt_tools.catalogue import Catalogue, Tensor
 from ckpt_tools.checkpoint import Checkpoint, Copy
@@ -28,31 +29,89 @@ from ckpt_tools.fit import Fitted, anticipate, fit_to_model
 from ckpt_tools.masters import check_masters
 from ckpt_tools.plan import Plan, plan
 from ckpt_tools.publish import check_room, check_target, leftovers, partial_directory
+from ckpt_tools.readers.deferred import settle
 from ckpt_tools.report import Report
 from ckpt_tools.state import DTypeChoice, State, cast_state, main_dtype, model_state
-from ckpt_tools.transforms.average import average
 from ckpt_tools.write import Written, write
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
+class Writing:
+    """How an output is written.
+
+    Attributes:
+        workers: number of threads.
+        dry_run: whether nothing is written.
+        overwrite: whether an existing output is replaced.
+        progress: called with bytes done and bytes in all.
+    """
+
+    workers: int
+    dry_run: bool
+    overwrite: bool
+    progress: Progress | None
+
+
+@dataclass(frozen=True)
+class Output:
+    """One directory that is written.
+
+    Attributes:
+        folder: where it is in the output, empty for the output itself.
+        layout: its weights.
+        files: its other files.
+    """
+
+    folder: str
+    layout: Plan
+    files: tuple[AssetFile, ...]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file, by its path in the output."""
+        sizes = self.layout.sizes | {file.name: file.nbytes for file in self.files}
+        return {str(Path(self.folder, name)): nbytes for name, nbytes in sizes.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        return sum(self.sizes.values())
+
+    def listing(self) -> list[dict[str, object]]:
+        """Its weight files and their tensors, for ``--dry-run``."""
+        return [
+            file | {"file": str(Path(self.folder, str(file["file"])))}
+            for file in self.layout.listing()
+        ]
+
+
+@dataclass(frozen=True)
 class Request:
-    """What is asked of one conversion; the arguments of the public functions, made ready."""
+    """What is asked of one conversion; the arguments of the public functions, made ready.
+
+    Attributes:
+        attribute: the part of each source, and of the config, that is meant.
+        combine: makes the one state that is written of the states of all sources.
+        title: what the output is made of, for a person; that of the source where there is one.
+        beside: further directories that are read, and so must not be replaced.
+    """
 
     target: Path
     attribute: str | None
-    coefficients: Sequence[float] | None
+    combine: Callable[[Sequence[State]], State]
+    title: str | None
+    beside: tuple[Path, ...]
     dtype: DTypeChoice
     copy: Copy
     assets: AssetOptions
     max_shard_size: int | str
-    workers: int
-    dry_run: bool
-    overwrite: bool
     weights_only: bool
+    card: bool
+    trust_remote_code: bool
     check_all_masters: bool
-    progress: Progress | None
+    writing: Writing
 
 
 class Clock:
@@ -70,88 +129,116 @@ class Clock:
 
 
 def run(sources: Sequence[Checkpoint], request: Request, clock: Clock) -> Report:
-    """Carry out a conversion of one checkpoint, or of the mean of several.
+    """Carry out a conversion of one checkpoint, or of several that become one model.
 
     Raises:
         CkptError: see :mod:`ckpt_tools.errors`; nothing was written.
     """
-    if not request.dry_run:
-        check_target(request.target, _inputs(sources, request.assets), overwrite=request.overwrite)
-    state = _state(sources, request)
+    if not request.writing.dry_run:
+        check_target(request.target, _inputs(sources, request), overwrite=request.writing.overwrite)
+    states = [model_state(source, request.copy, request.attribute) for source in sources]
+    state = request.combine(states)
     catalogue = cast_state(state, request.dtype)
     config = _config(request)
     like = _like(request)
     if config is not None:
-        anticipate(catalogue, config, like, main_dtype(catalogue))
+        anticipate(catalogue, config, like, main_dtype(catalogue), trust=request.trust_remote_code)
         import_module("torch")  # needed later and slow to import: while the answer is awaited
+    for each in states:
+        settle(each.catalogue.values(), request.writing.workers)
     clock.lap("read")
     checked = 0
     if request.copy == "master":
         checked = sum(
-            check_masters(s, every_element=request.check_all_masters, workers=request.workers)
+            check_masters(
+                s, every_element=request.check_all_masters, workers=request.writing.workers
+            )
             for s in sources
         )
     clock.lap("check")
     fitted, assets = Fitted.unchecked(catalogue), Assets((), {}, (), ())
     if config is not None:
-        fitted = fit_to_model(catalogue, config, like, main_dtype(catalogue))
+        trust = request.trust_remote_code
+        fitted = fit_to_model(catalogue, config, like, main_dtype(catalogue), trust=trust)
         assets = _collect(request.assets, config, fitted)
     layout = plan(fitted.catalogue, max_shard_size=request.max_shard_size)
-    needed = layout.nbytes + sum(file.nbytes for file in assets.files)
-    if not request.dry_run:
-        check_room(request.target, needed)
+    files = assets.files
+    if request.card and config is not None:
+        files += (_card(sources, request, layout, fitted, assets),)
+    output = Output("", layout, files)
     clock.lap("plan")
-    written = None if request.dry_run else _publish(layout, assets, request)
+    written = publish(request.target, [output], request.writing)
     clock.lap("write")
-    first = sources[0]
+    return report(
+        sources[0],
+        [output],
+        written,
+        request.writing,
+        clock,
+        target=request.target,
+        title=request.title,
+        copy=request.copy,
+        checked=checked,
+        notes=(*state.notes, *fitted.notes, *assets.notes),
+        warnings=(
+            *(remark for source in sources for remark in source.remarks),
+            *state.warnings,
+            *fitted.warnings,
+            *assets.warnings,
+        ),
+    )
+
+
+def report(
+    source: Checkpoint,
+    outputs: Sequence[Output],
+    written: Written | None,
+    writing: Writing,
+    clock: Clock,
+    *,
+    target: Path,
+    title: str | None,
+    copy: Copy,
+    checked: int,
+    notes: tuple[str, ...],
+    warnings: tuple[str, ...],
+) -> Report:
+    """What was done, or would be."""
+    tensors = [tensor for output in outputs for tensor in output.layout.tensors.values()]
     return Report(
-        checkpoint=first.location.directory,
-        output=request.target,
-        source=first.title if len(sources) == 1 else f"mean of {len(sources)} checkpoints",
-        step=first.step if len(sources) == 1 else None,
-        world_size=first.world_size,
-        framework=first.framework,
-        weights=request.copy,
-        dtypes=_dtype_counts(layout.tensors),
-        tensors=len(layout.tensors),
-        parameters=sum(tensor.numel for tensor in layout.tensors.values()),
-        files=layout.sizes | {file.name: file.nbytes for file in assets.files},
+        checkpoint=source.location.directory,
+        output=target,
+        source=title or source.title,
+        step=source.step if title is None else None,
+        world_size=source.world_size,
+        framework=source.framework,
+        weights=copy,
+        dtypes=_dtype_counts(tensors),
+        tensors=len(tensors),
+        parameters=sum(tensor.numel for tensor in tensors),
+        files={name: nbytes for output in outputs for name, nbytes in output.sizes.items()},
         bytes_read=written.bytes_read if written else 0,
-        bytes_written=needed if written else 0,
+        bytes_written=sum(output.nbytes for output in outputs) if written else 0,
         checked=checked,
         seconds=clock.laps
         | {
             "move": written.move_seconds if written else 0.0,
             "sync": written.sync_seconds if written else 0.0,
         },
-        notes=(
-            *(f"stripped {where} from {n} names" for where, n in state.removed.items()),
-            *fitted.notes,
-            *assets.notes,
-        ),
-        warnings=(
-            *(remark for source in sources for remark in source.remarks),
-            *map(_leftover, leftovers(request.target)),
-            *fitted.warnings,
-            *assets.warnings,
-        ),
-        dry_run=request.dry_run,
-        plan=layout.listing() if request.dry_run else (),
+        notes=notes,
+        warnings=(*map(_leftover, leftovers(target)), *warnings),
+        dry_run=writing.dry_run,
+        plan=tuple(file for output in outputs for file in output.listing())
+        if writing.dry_run
+        else (),
     )
 
 
-def _inputs(sources: Sequence[Checkpoint], assets: AssetOptions) -> list[Path]:
+def _inputs(sources: Sequence[Checkpoint], request: Request) -> list[Path]:
     """Directories and files that are read, and so must not be replaced."""
-    named = (assets.config, assets.tokenizer, assets.like)
+    assets = request.assets
+    named = (assets.config, assets.tokenizer, assets.like, *request.beside)
     return [*(source.location.directory for source in sources), *filter(None, named)]
-
-
-def _state(sources: Sequence[Checkpoint], request: Request) -> State:
-    states = [model_state(source, request.copy, request.attribute) for source in sources]
-    if len(states) == 1:
-        return states[0]
-    mean = average([state.catalogue for state in states], request.coefficients)
-    return State(mean, states[0].dtypes, states[0].removed)
 
 
 def _config(request: Request) -> ConfigSource | None:
@@ -178,13 +265,36 @@ def _collect(options: AssetOptions, config: ConfigSource, fitted: Fitted) -> Ass
     )
 
 
+def _card(
+    sources: Sequence[Checkpoint], request: Request, layout: Plan, fitted: Fitted, assets: Assets
+) -> AssetFile:
+    first, tensors = sources[0], layout.tensors.values()
+    return model_card(
+        CardFacts(
+            source=request.title or first.title,
+            checkpoint=", ".join(source.location.name for source in sources),
+            step=first.step if request.title is None else None,
+            world_size=first.world_size,
+            framework=first.framework,
+            weights=request.copy,
+            parameters=sum(tensor.numel for tensor in tensors),
+            nbytes=layout.tensor_bytes,
+            dtypes=_dtype_counts(tensors),
+            attribute=request.attribute,
+            notes=fitted.notes,
+            version=__version__,
+        ),
+        assets.config,
+    )
+
+
 def _leftover(path: Path) -> str:
     return f"{path} was left by a run that was killed; it can be deleted"
 
 
-def _dtype_counts(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+def _dtype_counts(tensors: Iterable[Tensor]) -> dict[str, int]:
     counts: Counter[str] = Counter()
-    for tensor in tensors.values():
+    for tensor in tensors:
         counts[str(tensor.dtype)] += tensor.numel
     return dict(counts)
 
@@ -203,12 +313,38 @@ def _summed(progress: Progress | None, total: int) -> Callable[[int], None] | No
     return add
 
 
-def _publish(layout: Plan, assets: Assets, request: Request) -> Written:
-    progress = _summed(request.progress, layout.tensor_bytes)
-    with partial_directory(request.target, overwrite=request.overwrite) as partial:
-        written = write(layout, partial, workers=request.workers, progress=progress)
-        for asset in assets.files:
-            _write_asset(partial, asset)
+def publish(target: Path, outputs: Sequence[Output], writing: Writing) -> Written | None:
+    """Write the outputs and put them in place together; nothing is done in a dry run.
+
+    Raises:
+        CkptError: the target appeared meanwhile, a source is damaged, or the disk refused.
+    """
+    if writing.dry_run:
+        return None
+    check_room(target, sum(output.nbytes for output in outputs))
+    total = sum(output.layout.tensor_bytes for output in outputs)
+    progress = _summed(writing.progress, total)
+    with partial_directory(target, overwrite=writing.overwrite) as partial:
+        done = [_write(output, partial, writing.workers, progress) for output in outputs]
+    return Written(
+        sum(written.bytes_read for written in done),
+        sum(written.bytes_written for written in done),
+        sum(written.move_seconds for written in done),
+        sum(written.sync_seconds for written in done),
+    )
+
+
+def _write(
+    output: Output, partial: Path, workers: int, progress: Callable[[int], None] | None
+) -> Written:
+    directory = partial / output.folder
+    try:
+        directory.mkdir(exist_ok=True)
+    except OSError as error:
+        raise OutputFailed(f"cannot be made ({error.strerror})", path=directory) from error
+    written = write(output.layout, directory, workers=workers, progress=progress)
+    for asset in output.files:
+        _write_asset(directory, asset)
     return written
 
 

@@ -24,7 +24,7 @@ from ckpt_tools.errors import UsageError
 from ckpt_tools.gather import Slice
 
 INDEX_SUFFIX = ".index.json"
-_BLOCK_BYTES = 4 << 20
+_BLOCK_BYTES = 2 << 20
 _MAX_BLOCK_BYTES = 32 << 20
 # With many ranks a block holds a piece of each; below this size of piece disks do seeks, not reads.
 _WORTHWHILE_READ = 128 << 10

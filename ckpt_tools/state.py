@@ -8,15 +8,16 @@ output.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ckpt_tools.catalogue import Catalogue, Tensor
-from ckpt_tools.checkpoint import Checkpoint, Copy
+from ckpt_tools.checkpoint import Checkpoint, Copy, Kind
 from ckpt_tools.dtypes import BY_SHORT_NAME, DType
 from ckpt_tools.errors import UsageError
 from ckpt_tools.lazy import cast
+from ckpt_tools.transforms.average import average
 from ckpt_tools.transforms.prefixes import strip_wrappers
 from ckpt_tools.transforms.rename import rename
 from ckpt_tools.transforms.subset import take_attribute
@@ -31,12 +32,16 @@ class State:
     Attributes:
         catalogue: the tensors as they lie, under the model's own names.
         dtypes: for each name, the dtype it had in the model during training.
-        removed: wrapper prefixes that were taken off, with the number of names.
+        kinds: for each name, whether it was trained, frozen or a buffer, as far as the format tells.
+        notes: what was done to it.
+        warnings: what to look at.
     """
 
     catalogue: Catalogue
     dtypes: Mapping[str, DType]
-    removed: Mapping[str, int]
+    kinds: Mapping[str, Kind]
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def model_state(checkpoint: Checkpoint, copy: Copy, attribute: str | None = None) -> State:
@@ -60,9 +65,30 @@ def model_state(checkpoint: Checkpoint, copy: Copy, attribute: str | None = None
         # A path may be spelt with the wrappers that stand in the names, or without them.
         as_spelt = any(name.startswith(f"{attribute}.") for name in whole)
         catalogue = unwrapped(take_attribute(whole if as_spelt else unwrapped(whole), attribute))
-    trained_in = {id(whole[name]): weight.dtype for name, weight in checkpoint.weights.items()}
-    dtypes = {name: trained_in[id(tensor)] for name, tensor in catalogue.items()}
-    return State(catalogue, dtypes, removed)
+    weights = {id(whole[name]): weight for name, weight in checkpoint.weights.items()}
+    held = {name: weights[id(tensor)] for name, tensor in catalogue.items()}
+    return State(
+        catalogue,
+        {name: weight.dtype for name, weight in held.items()},
+        {name: weight.kind for name, weight in held.items()},
+        tuple(f"stripped {where} from {count} names" for where, count in removed.items()),
+    )
+
+
+def only_state(states: Sequence[State]) -> State:
+    """The state of a conversion of one checkpoint, as it is."""
+    (state,) = states
+    return state
+
+
+def mean_state(states: Sequence[State], coefficients: Sequence[float] | None) -> State:
+    """The weighted mean of states; what is not a tensor is the first one's.
+
+    Raises:
+        UsageError: names or shapes differ, or the coefficients do not fit.
+    """
+    mean = average([state.catalogue for state in states], coefficients)
+    return replace(states[0], catalogue=mean)
 
 
 def cast_state(state: State, choice: DTypeChoice) -> Catalogue:

@@ -61,6 +61,7 @@ def test_paths_may_be_text(case: Path, out: Path, spelt: Any) -> None:
     consolidate(spelt(case / "checkpoint"), spelt(out), config=spelt(case / "hf"))
 
     assert {path.name for path in out.iterdir()} == {
+        "README.md",
         "config.json",
         "generation_config.json",
         "model.safetensors",
@@ -251,6 +252,7 @@ def test_overwriting_leaves_nothing_of_the_old_output(case: Path, out: Path) -> 
     consolidate(case / "checkpoint", out, config=case / "hf", overwrite=True)
 
     assert {path.name for path in out.iterdir()} == {
+        "README.md",
         "config.json",
         "generation_config.json",
         "model.safetensors",

@@ -351,6 +351,25 @@ def test_trained_tensors_that_peft_leaves_out_are_named(fixtures: Path, tmp_path
     assert warning.count("base_layer.bias") == 2
 
 
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [("auto", torch.bfloat16), ("keep", torch.float32), ("fp16", torch.float16)],
+)
+def test_dtypes(dtype: Any, expected: torch.dtype, fixtures: Path, tmp_path: Path) -> None:
+    source = fixtures / "peft/zero2-olmo2-lora"
+    config = source / "truth/adapter"
+    extract_lora(source / "checkpoint", tmp_path / "out", adapter_config=config, dtype=dtype)
+
+    found = load_file(tmp_path / "out/adapter_model.safetensors")
+    assert {tensor.dtype for tensor in found.values()} == {expected}
+
+
+def test_an_unknown_dtype_is_refused(tmp_path: Path) -> None:
+    run = write_checkpoint(tmp_path / "run", lora_state(), adapter_config())
+    with pytest.raises(UsageError, match="'int3' is no dtype"):
+        extract_lora(run, tmp_path / "out", dtype="int3")  # type: ignore[arg-type]
+
+
 def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
     run = write_checkpoint(tmp_path / "run", lora_state(), adapter_config())
 

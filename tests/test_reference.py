@@ -22,6 +22,7 @@ from ckpt_tools.reference import (
     Strided,
     child,
     describe,
+    process,
     start,
 )
 from ckpt_tools.reference.recipes import Recipe, from_json, leaves, to_json
@@ -64,7 +65,9 @@ def no_answers() -> Iterator[None]:
 @pytest.fixture
 def in_process(no_answers: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Answer without a child: starting one takes seconds, and what it says is the same."""
-    monkeypatch.setattr(reference, "_asked", lambda question: child._answer(json.loads(question)))
+    monkeypatch.setattr(
+        reference, "ask", lambda module, question: child._answer(json.loads(question))
+    )
 
 
 def test_a_model_with_fused_experts_and_tied_embeddings(in_process: None) -> None:
@@ -180,7 +183,7 @@ def test_a_config_that_transformers_refuses(in_process: None) -> None:
 def test_a_question_is_asked_once(no_answers: None, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(
-        reference, "_asked", lambda question: asked.append(question) or {"unknown": 1}
+        reference, "ask", lambda module, question: asked.append(question) or {"unknown": 1}
     )
     answers = [start(OLMOE) for _ in range(3)]
     assert [answer.result() for answer in answers] == [None] * 3
@@ -191,7 +194,7 @@ def test_a_question_is_asked_once(no_answers: None, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_child_that_takes_too_long(no_answers: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "_TIMEOUT_SECONDS", 0.01)
+    monkeypatch.setattr(process, "_TIMEOUT_SECONDS", 0.01)
     with pytest.raises(CkptError, match=r"within 0\.01 seconds"):
         describe(OLMOE)
 

@@ -20,7 +20,6 @@ class CardFacts:
     """What a card says.
 
     Attributes:
-        title: name of the model: that of the output directory.
         source: what the checkpoint is, such as ``DeepSpeed ZeRO-3``.
         checkpoint: its name, such as ``global_step500``.
         step: optimizer step, where known.
@@ -35,7 +34,6 @@ class CardFacts:
         version: of ckpt-tools.
     """
 
-    title: str
     source: str
     checkpoint: str
     step: int | None
@@ -72,7 +70,6 @@ def _is_hub_name(name: str) -> bool:
 def _body(facts: CardFacts, config: Mapping[str, Any]) -> str:
     copy = "the optimizer's masters" if facts.weights == "master" else "the 16-bit weights"
     rows = [
-        ("Architecture", ", ".join(config.get("architectures") or ()) or "unknown"),
         ("Parameters", f"{facts.parameters:,}"),
         ("Dtype", ", ".join(f"{name} ({count:,})" for name, count in facts.dtypes.items())),
         ("Size of the weights", f"{facts.nbytes:,} bytes"),
@@ -82,8 +79,10 @@ def _body(facts: CardFacts, config: Mapping[str, Any]) -> str:
         ("Weights taken from", copy),
     ]
     if facts.attribute is not None:
-        rows.insert(1, ("Part of a composite model", f"`{facts.attribute}`"))
-    lines = [f"# {facts.title}", "", "| | |", "|---|---|"]
+        rows.insert(0, ("Part of a composite model", f"`{facts.attribute}`"))
+    model = ", ".join(config.get("architectures") or ()) or "Model"
+    # Never the output's own name: the same checkpoint gives the same files, wherever they are written.
+    lines = [f"# {model}, {facts.checkpoint}", "", "| | |", "|---|---|"]
     lines += [f"| {label} | {value} |" for label, value in rows]
     lines += ["", f"Converted from a training checkpoint by ckpt-tools {facts.version}."]
     lines += ["", *(f"- {note}" for note in facts.notes)] if facts.notes else []

@@ -17,6 +17,8 @@ _COMMANDS = {
     "inspect": "What a checkpoint is, from metadata alone.",
     "consolidate": "A checkpoint becomes a Hugging Face directory.",
     "extract-attr": "One attribute of a composite model becomes a directory of its own.",
+    "extract-lora": "A PEFT adapter becomes a directory of its own.",
+    "merge-lora": "A LoRA adapter and its base become one model.",
     "average": "The mean of several checkpoints becomes a directory.",
 }
 

@@ -24,10 +24,14 @@ _LISTED = 8
 @click.command("inspect")
 @click.argument("ckpt", type=click.Path(path_type=Path))
 @click.option("--tag", help="Which checkpoint, where the directory holds several.")
+@click.option("--model", type=click.IntRange(min=0), metavar="N", help="Which model of a state.")
+@click.option("--format", metavar="F", help="Which format, where the directory fits several.")
 @json_option
 @debug_option
 @reports_errors
-def command(ckpt: Path, tag: str | None, as_json: bool) -> None:
+def command(
+    ckpt: Path, tag: str | None, model: int | None, format: str | None, as_json: bool
+) -> None:
     """Say what the checkpoint CKPT is, from metadata alone.
 
     Format, ranks, step, parameters, sizes, frozen, tied and adapter tensors, and what is wrong with
@@ -37,7 +41,7 @@ def command(ckpt: Path, tag: str | None, as_json: bool) -> None:
     Example:
       ckpt-tools inspect run/global_step500
     """
-    found = inspect(ckpt, tag=tag)
+    found = inspect(ckpt, tag=tag, model=model, format=format)
     if as_json:
         print_json(found.to_json())
     else:

@@ -6,6 +6,7 @@ import functools
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -18,6 +19,31 @@ debug_option = click.option("--debug", is_flag=True, help="Show a traceback for 
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object on stdout."
 )
+
+
+def adapter_options(adapter_help: str) -> Callable[[F], F]:
+    """The options that name an adapter and its config."""
+
+    def add(function: F) -> F:
+        for option in (
+            click.option(
+                "--lora-alpha",
+                type=float,
+                metavar="X",
+                help="lora_alpha of the training run, where no config says it.",
+            ),
+            click.option(
+                "--adapter-config",
+                type=click.Path(path_type=Path),
+                metavar="FILE|DIR",
+                help="The adapter's adapter_config.json. Default: near the checkpoint.",
+            ),
+            click.option("--adapter", metavar="NAME", help=adapter_help),
+        ):
+            function = option(function)
+        return function
+
+    return add
 
 
 def reports_errors(function: F) -> F:

@@ -31,6 +31,10 @@ _PATH = click.Path(path_type=Path)
 _OPTIONS = (
     click.option("--tag", metavar="T", help="Which checkpoint, where CKPT holds several."),
     click.option(
+        "--model", type=click.IntRange(min=0), metavar="N", help="Which model of a state."
+    ),
+    click.option("--format", metavar="F", help="Which format, where the directory fits several."),
+    click.option(
         "--dtype",
         type=click.Choice(["auto", "keep", "fp32", "bf16", "fp16"]),
         default="auto",
@@ -83,12 +87,43 @@ _OPTIONS = (
     click.option(
         "--weights-only", is_flag=True, help="Write weights alone, under the names that they have."
     ),
+    click.option(
+        "--no-card",
+        "card",
+        flag_value=False,
+        default=True,
+        help="Write no model card (README.md).",
+    ),
+    click.option(
+        "--trust-remote-code",
+        is_flag=True,
+        help="Run custom code beside the config, in a process of its own, to learn the layout.",
+    ),
     click.option("--overwrite", is_flag=True, help="Replace OUT once the new one is complete."),
     click.option("--dry-run", is_flag=True, help="Check and plan everything, write nothing."),
     click.option("--quiet", is_flag=True, help="Print nothing but errors (and --json)."),
     json_option,
     debug_option,
 )
+
+
+_OF_MODELS = {
+    "card",
+    "generation_config",
+    "like",
+    "max_shard_size",
+    "trust_remote_code",
+    "weights_only",
+}
+
+
+def adapter_writing_options(function: F) -> F:
+    """Those of them that make sense for an adapter, which is one file without a model's config."""
+    for option in reversed(_OPTIONS):
+        function = option(function)
+    parameters = function.__click_params__  # type: ignore[attr-defined]
+    parameters[:] = [p for p in parameters if p.name not in _OF_MODELS]
+    return function
 
 
 def writing_options(function: F) -> F:

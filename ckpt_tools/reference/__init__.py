@@ -9,9 +9,6 @@ process. It must not know checkpoints, tensors' data or where a config came from
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Collection, Mapping
 from concurrent.futures import Future
@@ -20,7 +17,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from ckpt_tools.errors import CkptError, UsageError
+from ckpt_tools.errors import UsageError
+from ckpt_tools.reference.process import ask
 from ckpt_tools.reference.recipes import (
     Computed,
     Joined,
@@ -46,9 +44,6 @@ __all__ = [
     "leaves",
     "start",
 ]
-
-# Importing transformers from a cold network disk takes a minute; building the largest model less.
-_TIMEOUT_SECONDS = 600
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,52 +193,9 @@ def describe(
 
 def _find(question: str, future: Future[ReferenceModel | None]) -> None:
     try:
-        future.set_result(_parsed(_asked(question)))
+        future.set_result(_parsed(ask(f"{__name__}.child", question)))
     except BaseException as error:
         future.set_exception(error)
-
-
-def _asked(question: str) -> dict[str, Any]:
-    """The child's answer to a question."""
-    quiet = {
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    try:
-        child = subprocess.run(
-            [sys.executable, "-m", f"{__name__}.child"],
-            input=question,
-            capture_output=True,
-            encoding="utf-8",
-            # `-m` imports from the working directory first: let that be where the package lies.
-            cwd=Path(__file__).resolve().parent.parent.parent,
-            env={**os.environ, **quiet},
-            # Ctrl-C in a terminal is for this process: the child's end would look like a failure.
-            start_new_session=True,
-            timeout=_TIMEOUT_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise CkptError(
-            f"transformers did not describe the model within {_TIMEOUT_SECONDS} seconds",
-            hint="If the disk that holds the Python environment is slow, try again.",
-        ) from error
-    except OSError as error:
-        raise CkptError(
-            f"the process that asks transformers about the model cannot be started ({error})"
-        ) from error
-    if child.returncode:
-        last = (child.stderr.strip() or f"exit status {child.returncode}").splitlines()[-1]
-        raise CkptError(
-            f"transformers failed to describe the model: {last}",
-            hint="Check that `python -c 'import transformers'` works in this environment.",
-        )
-    answer = json.loads(child.stdout)
-    assert isinstance(answer, dict)
-    return answer
 
 
 def _parsed(answer: Mapping[str, Any]) -> ReferenceModel | None:

@@ -44,20 +44,20 @@ def _answer(question: Mapping[str, Any]) -> dict[str, Any]:
     # Weights that training saved are not quantized, and placement needs no quantizer either.
     config.pop("quantization_config", None)
     try:
-        found = _classes(config, question)
+        found = find_classes(config, question)
     except Exception as error:
         return {"invalid": f"{type(error).__name__}: {error}"}
     if found is None:
         return {"unknown": True}
     model_class, parsed = found
     try:
-        model = _on_meta(model_class, parsed)
+        model = build_on_meta(model_class, parsed)
     except Exception as error:
         return {"invalid": f"{type(error).__name__}: {error}"}
     return {"model": _describe(model, question["like_names"])}
 
 
-def _classes(config: dict[str, Any], question: Mapping[str, Any]) -> tuple[Any, Any] | None:
+def find_classes(config: dict[str, Any], question: Mapping[str, Any]) -> tuple[Any, Any] | None:
     """The model class and the parsed config, None where transformers has no such class."""
     import transformers
 
@@ -96,7 +96,7 @@ def _custom_classes(
     return get_class_from_dynamic_module(place, code_dir), config_class.from_dict(config)
 
 
-def _on_meta(model_class: Any, config: Any) -> Any:
+def build_on_meta(model_class: Any, config: Any) -> Any:
     """The model without weights; what it creates in fp32 under a 16-bit default stays apparent."""
     import torch
     from transformers import initialization

@@ -49,7 +49,12 @@ def test_a_checkpoint_becomes_a_directory(tmp_path: Path) -> None:
     done = run_program("consolidate", CASE / "checkpoint", out, "--config", CASE / "hf")
 
     assert done.returncode == 0, done.stderr
-    assert names(out) == {"model.safetensors", "config.json", "generation_config.json"}
+    assert names(out) == {
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    }
     truth = load_file(CASE / "truth" / "model.safetensors")
     found = load_file(out / "model.safetensors")
     assert found.keys() == truth.keys() - {"lm_head.weight"}
@@ -59,7 +64,7 @@ def test_a_checkpoint_becomes_a_directory(tmp_path: Path) -> None:
     assert lines[-2].startswith(f"{out}: {len(found)} tensors, ")
     assert lines[-2].endswith(", bfloat16")
     size = sum(path.stat().st_size for path in out.iterdir())
-    assert f"{size / 1000:.3g} kB written in 3 files" in lines[-1]
+    assert f"{size / 1000:.3g} kB written in 4 files" in lines[-1]
     assert done.stderr.splitlines() == [
         "warning: no tokenizer was found, and none was written; pass --tokenizer DIR"
     ]

@@ -1,0 +1,71 @@
+"""Runs a child process that answers one question with libraries that this process never imports.
+
+Owns how the child is started and what its failure means. A question and its answer are JSON objects;
+what they are about is known to those who ask.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from ckpt_tools.errors import CkptError
+
+# Importing transformers from a cold network disk takes a minute; building the largest model less.
+_TIMEOUT_SECONDS = 600
+
+
+def ask(module: str, question: str, library: str = "transformers") -> dict[str, Any]:
+    """The answer of ``python -m module`` to a question.
+
+    Args:
+        module: reads one JSON object on standard input and prints one on standard output.
+        question: the JSON object.
+        library: what the child needs, for messages.
+
+    Raises:
+        CkptError: the child failed.
+    """
+    quiet = {
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    try:
+        child = subprocess.run(
+            [sys.executable, "-m", module],
+            input=question,
+            capture_output=True,
+            encoding="utf-8",
+            # `-m` imports from the working directory first: let that be where the package lies.
+            cwd=Path(__file__).resolve().parent.parent.parent,
+            env={**os.environ, **quiet},
+            # Ctrl-C in a terminal is for this process: the child's end would look like a failure.
+            start_new_session=True,
+            timeout=_TIMEOUT_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise CkptError(
+            f"{library} did not describe the model within {_TIMEOUT_SECONDS} seconds",
+            hint="If the disk that holds the Python environment is slow, try again.",
+        ) from error
+    except OSError as error:
+        raise CkptError(
+            f"the process that asks {library} about the model cannot be started ({error})"
+        ) from error
+    if child.returncode:
+        last = (child.stderr.strip() or f"exit status {child.returncode}").splitlines()[-1]
+        raise CkptError(
+            f"{library} failed to describe the model: {last}",
+            hint=f"Check that `python -c 'import {library}'` works in this environment.",
+        )
+    answer = json.loads(child.stdout)
+    assert isinstance(answer, dict)
+    return answer

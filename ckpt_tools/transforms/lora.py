@@ -1,0 +1,287 @@
+"""Names of adapted models: which tensors are an adapter's, and what PEFT calls them in its files.
+
+PEFT wraps a module in place, so a training state mixes three kinds of names under ``base_model.model.``:
+adapter tensors, which carry the adapter's name behind a container (``q_proj.lora_A.default.weight``);
+tensors of wrapped modules, with a segment more (``q_proj.base_layer.weight``); and all others, as they
+always were. An adapter directory holds the first kind without the adapter's name, and a few of the
+others. These are rules over names alone: nothing here knows data, configs or formats.
+
+Sources: ``peft/utils/save_and_load.py`` (``get_peft_model_state_dict``), ``peft/tuners/tuners_utils.py``
+(``_remove_adapter_name_from_state_dict_key``), ``peft/tuners/lora/model.py`` (the magnitude vector).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+from ckpt_tools.errors import UsageError
+
+PREFIX = "base_model.model."
+# What PEFT puts between a module and its original tensors.
+_WRAPPERS = frozenset({"base_layer", "original_module", "token_adapter"})
+_LORA = frozenset(
+    {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"}
+)
+# Names of containers begin so in the tuners of PEFT 0.21 (``prefix`` of each), modules_to_save and
+# prompts besides.
+_CONTAINERS = (
+    *("adamss_", "beft_", "boft_", "c3a_", "deft_", "delora_", "fourierft_", "frod_", "glora_"),
+    *("gralora_", "hira_", "hra_", "ia3_", "lily_", "ln_tuning_", "hada_", "lokr_", "lora_"),
+    *("miss_", "oft_", "osf_", "peanut_", "poly_", "psoft_", "pvera_", "randlora_", "road_"),
+    *("shadow_", "shira_", "supertuning_", "tinylora_", "trainable_tokens_", "unilora_"),
+    *("vblora_", "vera_", "waveft_"),
+)
+_SAVED_MODULES = "modules_to_save"
+_PROMPTS = "prompt_encoder"
+# Modules that get_input_embeddings and get_output_embeddings of a language model name.
+_EMBEDDINGS = frozenset({"embed_tokens", "lm_head", "wte", "embed_in", "embed_out"})
+_SHOWN = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One tensor of an adapter.
+
+    Attributes:
+        name: its name in the state.
+        module: the wrapped module, below ``base_model.model.``.
+        container: what holds it there, such as ``lora_A``.
+        adapter: the adapter's name.
+        tail: what follows, such as ``weight``; may be empty.
+    """
+
+    name: str
+    module: str
+    container: str
+    adapter: str
+    tail: str
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether it is one of the tensors that LoRA or DoRA computes with."""
+        return self.container in _LORA
+
+    @property
+    def replaces(self) -> bool:
+        """Whether it stands in the place of a tensor of the base (``modules_to_save``)."""
+        return self.container == _SAVED_MODULES
+
+    @property
+    def saved(self) -> str:
+        """Its name in the adapter's file.
+
+        DoRA's vector became a module in PEFT 0.10; the file still has it without ``.weight``.
+        """
+        if self.container == _PROMPTS and self.tail == "embedding.weight":
+            return "prompt_embeddings"
+        kept = () if self.replaces else (self.container,)
+        tail = "" if self.container == "lora_magnitude_vector" else self.tail
+        return PREFIX + ".".join(filter(None, (self.module, *kept, tail)))
+
+
+@dataclass(frozen=True)
+class AdaptedNames:
+    """The names of a state, sorted into adapters and base.
+
+    Attributes:
+        adapters: the tensors of each adapter, by its name.
+        base: for each other name of the model, the name below ``base_model.model.``, wrappers and all.
+        outside: names that are not below the adapted model: another part of a composite.
+        live: every name that is of the adapted model, as that model has it by itself.
+    """
+
+    adapters: Mapping[str, tuple[Part, ...]]
+    base: Mapping[str, str]
+    outside: tuple[str, ...]
+    live: Mapping[str, str]
+
+    @property
+    def plain(self) -> dict[str, str]:
+        """For each base name of the state, the name in a model that was never adapted."""
+        return {name: plain_name(inner) for name, inner in self.base.items()}
+
+
+def adapted_names(names: Iterable[str]) -> AdaptedNames:
+    """Sort the names of a state, second names of tied tensors included.
+
+    What stands before ``base_model.model.`` (an attribute of a composite) is taken off, as is a second
+    ``base_model.model.`` of a model that was wrapped twice.
+
+    Raises:
+        UsageError: adapters under several prefixes.
+    """
+    names = list(names)
+    roots = {name: root for name in names if _container(name) and (root := _root(name)) is not None}
+    found = sorted(set(roots.values()))
+    if len(found) > 1:
+        raise UsageError(
+            f"adapters in {len(found)} models: {', '.join(root or 'the whole' for root in found)}",
+            hint="Only one adapted model at a time can be written.",
+        )
+    # Without adapters of its own it may still be a base whose names are wrapped.
+    root = found[0] if found else ("" if any(n.startswith(PREFIX) for n in names) else None)
+    adapters: dict[str, list[Part]] = {}
+    base: dict[str, str] = {}
+    outside: list[str] = []
+    live: dict[str, str] = {}
+    for name in names:
+        inner = _inner(name, root)
+        part = _part(name, inner or name)
+        if inner is not None or part is not None:
+            live[name] = name.removeprefix(root or "") if inner is None else PREFIX + inner
+        if part is not None:
+            adapters.setdefault(part.adapter, []).append(part)
+        elif inner is not None:
+            base[name] = inner
+        else:
+            outside.append(name)
+    sorted_parts = {adapter: tuple(parts) for adapter, parts in adapters.items()}
+    return AdaptedNames(sorted_parts, base, tuple(outside), live)
+
+
+def is_adapted(names: Iterable[str]) -> bool:
+    """Whether a state holds LoRA tensors."""
+    return any(segment in _LORA for name in names for segment in name.split("."))
+
+
+def plain_name(inner: str) -> str:
+    """The name of a base tensor without PEFT's wrappers."""
+    return ".".join(segment for segment in inner.split(".") if segment not in _WRAPPERS)
+
+
+def choose_adapter(adapted: AdaptedNames, name: str | None) -> str:
+    """The adapter that is asked for: the only one, where none is named.
+
+    Raises:
+        UsageError: there is none, none of this name, or several to choose from.
+    """
+    if not adapted.adapters:
+        raise UsageError(
+            "the checkpoint holds no adapter",
+            hint="consolidate writes a model that was trained without one.",
+        )
+    listed = ", ".join(f"{a} ({len(parts)} tensors)" for a, parts in adapted.adapters.items())
+    if name is None:
+        if len(adapted.adapters) > 1:
+            raise UsageError(
+                f"the checkpoint holds {len(adapted.adapters)} adapters",
+                hint=f"Choose one with --adapter: {listed}.",
+            )
+        return next(iter(adapted.adapters))
+    if name not in adapted.adapters:
+        raise UsageError(f"there is no adapter {name!r}", hint=f"The checkpoint holds: {listed}.")
+    return name
+
+
+def saved_names(
+    adapted: AdaptedNames,
+    adapter: str,
+    *,
+    bias: str,
+    embeddings: Collection[str],
+    aliases: Mapping[str, str],
+) -> dict[str, str]:
+    """For each tensor that PEFT writes for a LoRA adapter, the name of the tensor in the state.
+
+    Args:
+        adapted: the names of the state.
+        adapter: which adapter.
+        bias: ``none``, ``all`` or ``lora_only``, as in the adapter's config.
+        embeddings: base names of the state that are written too: embeddings that an adapter targets, or
+            that were resized or trained.
+        aliases: second names of tied tensors; PEFT leaves a tied token adapter to the other end.
+    """
+    parts = adapted.adapters[adapter]
+    names = {
+        part.saved: part.name
+        for part in parts
+        if not (part.container.startswith("trainable_tokens_") and part.name in aliases)
+    }
+    biased = {f"{part.module}.base_layer.bias" for part in parts if part.is_lora}
+    for name, inner in adapted.base.items():
+        is_bias = inner.endswith(".bias") and (bias == "all" or inner in biased)
+        if (is_bias and bias != "none") or name in embeddings:
+            names[PREFIX + inner] = name
+    return names
+
+
+def targeted_embeddings(adapted: AdaptedNames, adapter: str) -> tuple[str, ...]:
+    """Base layers of embeddings that a LoRA adapter targets: PEFT writes them with it."""
+    modules = {part.module for part in adapted.adapters[adapter] if part.is_lora}
+    return tuple(
+        name
+        for name, inner in adapted.base.items()
+        if inner.partition(".base_layer.")[0] in modules and _is_embedding(inner)
+    )
+
+
+def free_embeddings(adapted: AdaptedNames) -> tuple[str, ...]:
+    """Input and output embeddings that no adapter wraps: PEFT writes them where they were resized."""
+    return tuple(
+        name
+        for name, inner in adapted.base.items()
+        if inner == plain_name(inner) and _is_embedding(inner)
+    )
+
+
+def with_adapter_name(saved: str, adapter: str) -> str:
+    """The name that a tensor of an adapter's file has in a model: the reverse of :attr:`Part.saved`.
+
+    Names that PEFT takes over from the base (saved modules, biases) are left as they are.
+    """
+    segments = saved.split(".")
+    for index, segment in enumerate(segments):
+        if segment == "lora_magnitude_vector":
+            return ".".join((*segments[: index + 1], adapter, "weight"))
+        if segment.startswith(_CONTAINERS):
+            return ".".join((*segments[: index + 1], adapter, *segments[index + 1 :]))
+    return saved
+
+
+def _is_embedding(inner: str) -> bool:
+    path = plain_name(inner).split(".")
+    return len(path) > 1 and path[-2] in _EMBEDDINGS and path[-1] == "weight"
+
+
+def _container(name: str) -> bool:
+    return any(_is_container(segment) for segment in name.split(".")[:-1])
+
+
+def _is_container(segment: str) -> bool:
+    return segment in (_SAVED_MODULES, _PROMPTS) or segment.startswith(_CONTAINERS)
+
+
+def _root(name: str) -> str | None:
+    """What stands before ``base_model.model.``; None for names that are not of a wrapped model."""
+    before, found, _ = f".{name}".partition(f".{PREFIX}")
+    return f"{before[1:]}." if found and before else "" if found else None
+
+
+def _inner(name: str, root: str | None) -> str | None:
+    """The name below ``base_model.model.``; None for one that is outside."""
+    if root is None:
+        return name
+    prefix = root + PREFIX
+    if not name.startswith(prefix):
+        return None
+    inner = name.removeprefix(prefix)
+    while inner.startswith(PREFIX):
+        inner = inner.removeprefix(PREFIX)
+    return inner
+
+
+def _part(name: str, inner: str) -> Part | None:
+    segments = inner.split(".")
+    for index, segment in enumerate(segments[:-1]):
+        if _is_container(segment):
+            module, tail = ".".join(segments[:index]), ".".join(segments[index + 2 :])
+            return Part(name, module, segment, segments[index + 1], tail)
+    return None
+
+
+def listed(names: Collection[str]) -> str:
+    """A few of the names, and how many more there are."""
+    first = list(names)[:_SHOWN]
+    more = f" and {len(names) - len(first)} more" if len(names) > len(first) else ""
+    return ", ".join(first) + more

@@ -1,0 +1,207 @@
+"""What each pair of LoRA factors adapts: which tensor of the base, at which rank, stored which way.
+
+Read off shapes. PEFT wraps modules with a ``weight``, and single parameters of a module, fused experts
+above all; several parameters of one module are wrapped one around the other, in the order in which the
+module names them, and the names do not say which is which. Knows names and shapes only.
+
+Source: ``peft/tuners/lora/layer.py`` (``Linear``, ``Embedding``, ``ParamWrapper``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from itertools import permutations
+
+from ckpt_tools.catalogue import Shape
+from ckpt_tools.errors import DamagedCheckpoint
+from ckpt_tools.transforms.lora import Part, listed, plain_name
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The tensors that adapt one module or parameter, by their names in the state.
+
+    Attributes:
+        module: the wrapper, below ``base_model.model.``.
+        a: ``A``.
+        b: ``B``.
+        embedding: whether they adapt an embedding.
+        bias: the bias of ``B``, if it has one.
+        magnitude: DoRA's vector, if there is one.
+    """
+
+    module: str
+    a: str
+    b: str
+    embedding: bool
+    bias: str | None = None
+    magnitude: str | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All of them."""
+        return tuple(filter(None, (self.a, self.b, self.bias, self.magnitude)))
+
+
+@dataclass(frozen=True)
+class Target:
+    """What factors adapt.
+
+    Attributes:
+        weight: the tensor's name in a model that was never adapted; None where the base is not there.
+        key: the name that patterns of the config are matched with: the module's, or the parameter's.
+        rank: ``r``.
+        experts: how many matrices the tensor stacks, 1 for a single matrix.
+        transposed: whether it is stored (in, out); None where the shapes do not tell.
+    """
+
+    weight: str | None
+    key: str
+    rank: int
+    experts: int = 1
+    transposed: bool | None = False
+
+    @property
+    def is_parameter(self) -> bool:
+        """Whether a parameter is adapted, and not a module."""
+        return self.key == self.weight
+
+
+def factors(parts: Iterable[Part]) -> dict[str, Factors]:
+    """The pairs of an adapter, by wrapper.
+
+    Raises:
+        DamagedCheckpoint: a tensor has no partner, or is of a kind that nothing is known of.
+    """
+    roles: dict[str, dict[str, str]] = {}
+    for part in parts:
+        if part.is_lora:
+            role = ".".join(filter(None, (part.container, part.tail)))
+            roles.setdefault(part.module, {})[role] = part.name
+    pairs = {}
+    for module, held in roles.items():
+        embedding = "lora_embedding_A" in held or "lora_embedding_B" in held
+        wanted = (
+            ("lora_embedding_A", "lora_embedding_B")
+            if embedding
+            else ("lora_A.weight", "lora_B.weight")
+        )
+        missing = [role for role in wanted if role not in held]
+        if missing:
+            raise DamagedCheckpoint(
+                f"{module} has {listed(list(held))} and no {' and no '.join(missing)}",
+                hint="The adapter is incomplete: the run that saved it left tensors out.",
+            )
+        magnitude = held.pop(
+            "lora_magnitude_vector.weight", held.pop("lora_magnitude_vector", None)
+        )
+        found = Factors(
+            module,
+            held.pop(wanted[0]),
+            held.pop(wanted[1]),
+            embedding,
+            held.pop("lora_B.bias", None),
+            magnitude,
+        )
+        if held:
+            raise DamagedCheckpoint(
+                f"nothing is known of these LoRA tensors: {listed(list(held.values()))}"
+            )
+        pairs[module] = found
+    return pairs
+
+
+def find_targets(
+    pairs: Mapping[str, Factors], shapes: Mapping[str, Shape], base: Mapping[str, Shape]
+) -> dict[str, Target]:
+    """What each pair adapts.
+
+    Args:
+        pairs: the pairs, by wrapper.
+        shapes: shapes of the factors, by their names in the state.
+        base: shapes of the base, by plain name; empty where the base is not there.
+
+    Raises:
+        DamagedCheckpoint: factors fit no tensor of the base, or each other.
+    """
+    by_module: dict[str, list[Factors]] = {}
+    for pair in pairs.values():
+        if not _shapes_fit(pair, shapes):
+            raise DamagedCheckpoint(
+                f"its shape {shapes[pair.b]} does not fit {shapes[pair.a]} of {pair.a}",
+                tensor=pair.b,
+            )
+        by_module.setdefault(plain_name(pair.module), []).append(pair)
+    targets: dict[str, Target] = {}
+    for module, wrappers in by_module.items():
+        # The innermost wrapper has the most `base_layer` behind the module.
+        wrappers.sort(key=lambda pair: -len(pair.module))
+        targets |= _targets(module, wrappers, shapes, base)
+    return _decided(targets, pairs)
+
+
+def _targets(
+    module: str,
+    wrappers: list[Factors],
+    shapes: Mapping[str, Shape],
+    base: Mapping[str, Shape],
+) -> dict[str, Target]:
+    weight = f"{module}.weight"
+    own = [n for n, shape in base.items() if n.rpartition(".")[0] == module and len(shape) > 1]
+    if not own:
+        return {p.module: Target(None, module, shapes[p.a][0]) for p in wrappers}
+    names = [weight] if len(wrappers) == 1 and weight in own else own
+    for chosen in permutations(names, len(wrappers)):
+        fits = [
+            _target(name, base[name], pair, shapes)
+            for name, pair in zip(chosen, wrappers, strict=True)
+        ]
+        if all(fits):
+            return {p.module: t for p, t in zip(wrappers, fits, strict=True) if t is not None}
+    sizes = ", ".join(f"{name} {base[name]}" for name in names)
+    pair = wrappers[0]
+    raise DamagedCheckpoint(
+        f"its shape {shapes[pair.a]}, with {shapes[pair.b]} of {pair.b}, fits no tensor of the base "
+        f"({sizes})",
+        tensor=pair.a,
+        hint="Adapter and base are of different models.",
+    )
+
+
+def _target(name: str, base: Shape, pair: Factors, shapes: Mapping[str, Shape]) -> Target | None:
+    """The target, if the factors fit the tensor."""
+    (rows, width), height = shapes[pair.a], shapes[pair.b][0]
+    experts = base[0] if len(base) == 3 else 1
+    sides = base[-2:]
+    if len(base) > 3 or rows % experts or sides not in ((height, width), (width, height)):
+        return None
+    module = name.removesuffix(".weight")
+    transposed: bool | None = None if height == width else sides == (width, height)
+    if pair.embedding:
+        if sides != (width, height):
+            return None
+        transposed = True
+    return Target(name, module, rows // experts, experts, transposed)
+
+
+def _decided(targets: dict[str, Target], pairs: Mapping[str, Factors]) -> dict[str, Target]:
+    """The same, square matrices taken to be stored like all others that shapes tell of."""
+    for stacked in (False, True):
+        alike = [
+            module
+            for module, target in targets.items()
+            if (target.experts > 1) == stacked and not pairs[module].embedding
+        ]
+        known = {targets[m].transposed for m in alike if targets[m].weight is not None} - {None}
+        if len(known) == 1:
+            (transposed,) = known
+            for module in alike:
+                if targets[module].transposed is None:
+                    targets[module] = replace(targets[module], transposed=transposed)
+    return targets
+
+
+def _shapes_fit(pair: Factors, shapes: Mapping[str, Shape]) -> bool:
+    a, b = shapes[pair.a], shapes[pair.b]
+    return len(a) == len(b) == 2 and a[0] == b[1] and bool(a[0])
