@@ -48,9 +48,7 @@ def test_names_tied_within_stay_tied() -> None:
 
 
 def test_two_names_for_one_tensor_elsewhere_become_one_tensor_here() -> None:
-    whole = catalogue(
-        "policy.a", "value.head", ties={"value.x": "policy.a", "value.y": "policy.a"}
-    )
+    whole = catalogue("policy.a", "value.head", ties={"value.x": "policy.a", "value.y": "policy.a"})
 
     part = take_attribute(whole, "value")
 
