@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from ckpt_tools import __version__
-from ckpt_tools.cli.signals import end_on_signals
+from ckpt_tools.cli.signals import end_on_signals, leave_at_once_after_a_signal
 
 _COMMANDS = {
     "inspect": "What a checkpoint is, from metadata alone.",
@@ -68,4 +68,8 @@ def cli() -> None:
 def main(args: list[str] | None = None) -> Any:
     """Run the command line."""
     end_on_signals()
-    return cli.main(args=args, prog_name="ckpt-tools")
+    try:
+        return cli.main(args=args, prog_name="ckpt-tools")
+    except SystemExit as end:
+        leave_at_once_after_a_signal(end.code)
+        raise

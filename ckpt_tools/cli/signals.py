@@ -6,6 +6,7 @@ its C code, or break the import; such a signal waits until torch is there.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from types import FrameType
@@ -17,6 +18,18 @@ def end_on_signals() -> None:
     """Let SIGINT raise ``KeyboardInterrupt``, and SIGTERM ``SystemExit`` with status 143."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _end)
+
+
+def leave_at_once_after_a_signal(status: object) -> None:
+    """End the process where ``status`` is that of a signal, once everything was cleaned up.
+
+    The interpreter's own way out takes the threads that are still at work down with it, and one that
+    runs C++ code then may abort the process: status 134 instead of 130 or 143.
+    """
+    if status in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def _end(number: int, frame: FrameType | None) -> None:
