@@ -50,6 +50,7 @@ def test_huggingface_hub_reads_it() -> None:
 
 def test_a_base_that_was_a_directory_is_not_named() -> None:
     assert "base_model" not in text(FACTS, {**CONFIG, "_name_or_path": "/data/models/olmo"})
+    assert "base_model" not in text(FACTS, {**CONFIG, "_name_or_path": "runs/olmo/final"})
     assert "base_model" not in text(FACTS, {"architectures": ["Olmo2ForCausalLM"]})
 
 
