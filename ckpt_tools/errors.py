@@ -10,7 +10,9 @@
     ├── DamagedCheckpoint          4   missing, truncated, mixed or contradictory files
     │   └── UnsafePickle           4   reading on would need code from the checkpoint
     ├── UnsupportedLayout          5   a layout that is recognised but cannot be read
-    └── OutputFailed               6   the output could not be written: disk full, permission, I/O error
+    ├── OutputFailed               6   the output could not be written: disk full, permission, I/O error
+    ├── VerificationFailed         7   the output was written, and verify found it wrong; it never appeared
+    └── RankFailed                 8   another rank failed with no status of its own, was lost, or hangs
 
 ``except CkptError`` catches all of ours and none of anybody else's. Each error says what is wrong, in
 which file, and what to do next; the fields let a program act on them. This module knows nothing of
@@ -32,9 +34,11 @@ class CkptError(Exception):
         tensor: the tensor it concerns, if there is one.
         hint: the next step for the person who reads it.
         exit_code: exit status of the command line for this kind of error.
+        told_elsewhere: whether another process tells the user of it.
     """
 
     exit_code = 1
+    told_elsewhere = False
 
     def __init__(
         self,
@@ -140,3 +144,15 @@ class OutputFailed(CkptError):
     """The output could not be written."""
 
     exit_code = 6
+
+
+class VerificationFailed(CkptError):
+    """The output was written, verify found problems, and it was not published."""
+
+    exit_code = 7
+
+
+class RankFailed(CkptError):
+    """Another rank of the same command failed, was lost, or made no progress."""
+
+    exit_code = 8

@@ -27,6 +27,7 @@ from ckpt_tools.assets.sources import nearby
 from ckpt_tools.assets.tokenizer import find_tokenizer
 from ckpt_tools.catalogue import Catalogue
 from ckpt_tools.checkpoint import Checkpoint, Copy
+from ckpt_tools.delivery import deliver
 from ckpt_tools.errors import (
     CkptError,
     DamagedCheckpoint,
@@ -34,8 +35,10 @@ from ckpt_tools.errors import (
     UnsupportedLayout,
     UsageError,
 )
+from ckpt_tools.manifest import Provenance
 from ckpt_tools.masters import check_masters
-from ckpt_tools.pipeline import Clock, Output, Writing, publish, report
+from ckpt_tools.output import Output, Writing
+from ckpt_tools.pipeline import Clock, report
 from ckpt_tools.plan import plan
 from ckpt_tools.publish import check_target
 from ckpt_tools.reference.adapters import AdapterAnswer, AdapterQuestion, describe_adapters
@@ -112,13 +115,15 @@ def run_extraction(source: Checkpoint, request: Extraction, clock: Clock) -> Rep
     clock.lap("check")
     outputs = [_output(one, request) for one in found]
     clock.lap("plan")
-    written = publish(request.target, outputs, request.writing)
+    options_read = {"weights": request.copy, "dtype": request.dtype, "adapter": request.adapter}
+    provenance = Provenance("extract-lora", (source,), options_read)
+    delivered = deliver(request.target, outputs, request.writing, provenance)
     clock.lap("write")
     others = [name for name in names.adapters if name not in chosen]
     return report(
         source,
         outputs,
-        written,
+        delivered,
         request.writing,
         clock,
         target=request.target,

@@ -9,11 +9,9 @@ format, no byte layout and no command line.
 
 from __future__ import annotations
 
-import shutil
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -24,67 +22,17 @@ from ckpt_tools.assets.card import CardFacts, model_card
 from ckpt_tools.assets.config import of_attribute
 from ckpt_tools.catalogue import Catalogue, Tensor
 from ckpt_tools.checkpoint import Checkpoint, Copy
-from ckpt_tools.errors import OutputFailed
+from ckpt_tools.delivery import Delivered, deliver
 from ckpt_tools.fit import Fitted, anticipate, fit_to_model
+from ckpt_tools.manifest import Provenance
 from ckpt_tools.masters import check_masters
+from ckpt_tools.output import Output, Writing
 from ckpt_tools.plan import Plan, plan
-from ckpt_tools.publish import check_room, check_target, leftovers, partial_directory
+from ckpt_tools.publish import check_target, leftovers
 from ckpt_tools.readers.deferred import settle
 from ckpt_tools.report import Report
 from ckpt_tools.state import DTypeChoice, State, cast_state, main_dtype, model_state
-from ckpt_tools.write import Written, write
-
-Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Writing:
-    """How an output is written.
-
-    Attributes:
-        workers: number of threads.
-        dry_run: whether nothing is written.
-        overwrite: whether an existing output is replaced.
-        progress: called with bytes done and bytes in all.
-    """
-
-    workers: int
-    dry_run: bool
-    overwrite: bool
-    progress: Progress | None
-
-
-@dataclass(frozen=True)
-class Output:
-    """One directory that is written.
-
-    Attributes:
-        folder: where it is in the output, empty for the output itself.
-        layout: its weights.
-        files: its other files.
-    """
-
-    folder: str
-    layout: Plan
-    files: tuple[AssetFile, ...]
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Bytes of each file, by its path in the output."""
-        sizes = self.layout.sizes | {file.name: file.nbytes for file in self.files}
-        return {str(Path(self.folder, name)): nbytes for name, nbytes in sizes.items()}
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all files."""
-        return sum(self.sizes.values())
-
-    def listing(self) -> list[dict[str, object]]:
-        """Its weight files and their tensors, for ``--dry-run``."""
-        return [
-            file | {"file": str(Path(self.folder, str(file["file"])))}
-            for file in self.layout.listing()
-        ]
+from ckpt_tools.write import Written
 
 
 @dataclass(frozen=True)
@@ -96,6 +44,8 @@ class Request:
         combine: makes the one state that is written of the states of all sources.
         title: what the output is made of, for a person; that of the source where there is one.
         beside: further directories that are read, and so must not be replaced.
+        command: the command, as it is typed.
+        beside_tensors: those of them whose tensors are written too.
     """
 
     target: Path
@@ -112,6 +62,8 @@ class Request:
     trust_remote_code: bool
     check_all_masters: bool
     writing: Writing
+    command: str
+    beside_tensors: Mapping[Path, Catalogue]
 
 
 class Clock:
@@ -140,7 +92,8 @@ def run(sources: Sequence[Checkpoint], request: Request, clock: Clock) -> Report
     state = request.combine(states)
     catalogue = cast_state(state, request.dtype)
     config = _config(request)
-    like = _like(request)
+    finished = _like(request)
+    like = None if finished is None else _like_catalogue(finished, request)
     if config is not None:
         anticipate(catalogue, config, like, main_dtype(catalogue), trust=request.trust_remote_code)
         import_module("torch")  # needed later and slow to import: while the answer is awaited
@@ -167,12 +120,12 @@ def run(sources: Sequence[Checkpoint], request: Request, clock: Clock) -> Report
         files += (_card(sources, request, layout, fitted, assets),)
     output = Output("", layout, files)
     clock.lap("plan")
-    written = publish(request.target, [output], request.writing)
+    delivered = deliver(request.target, [output], request.writing, _provenance(sources, request, finished))
     clock.lap("write")
     return report(
         sources[0],
         [output],
-        written,
+        delivered,
         request.writing,
         clock,
         target=request.target,
@@ -192,7 +145,7 @@ def run(sources: Sequence[Checkpoint], request: Request, clock: Clock) -> Report
 def report(
     source: Checkpoint,
     outputs: Sequence[Output],
-    written: Written | None,
+    delivered: Delivered | None,
     writing: Writing,
     clock: Clock,
     *,
@@ -205,6 +158,9 @@ def report(
 ) -> Report:
     """What was done, or would be."""
     tensors = [tensor for output in outputs for tensor in output.layout.tensors.values()]
+    planned = {name: nbytes for output in outputs for name, nbytes in output.sizes.items()}
+    files = planned if delivered is None else delivered.files
+    written = Written() if delivered is None else delivered.written
     return Report(
         checkpoint=source.location.directory,
         output=target,
@@ -216,16 +172,13 @@ def report(
         dtypes=_dtype_counts(tensors),
         tensors=len(tensors),
         parameters=sum(tensor.numel for tensor in tensors),
-        files={name: nbytes for output in outputs for name, nbytes in output.sizes.items()},
-        bytes_read=written.bytes_read if written else 0,
-        bytes_written=sum(output.nbytes for output in outputs) if written else 0,
+        files=files,
+        bytes_read=written.bytes_read,
+        bytes_written=0 if delivered is None else sum(files.values()),
         checked=checked,
         seconds=clock.laps
-        | {
-            "move": written.move_seconds if written else 0.0,
-            "sync": written.sync_seconds if written else 0.0,
-        },
-        notes=notes,
+        | {"move": written.move_seconds, "sync": written.sync_seconds},
+        notes=notes if delivered is None else (*notes, *delivered.notes),
         warnings=(*map(_leftover, leftovers(target)), *warnings),
         dry_run=writing.dry_run,
         plan=tuple(file for output in outputs for file in output.listing())
@@ -249,13 +202,24 @@ def _config(request: Request) -> ConfigSource | None:
     return config if request.attribute is None else of_attribute(config, request.attribute)
 
 
-def _like(request: Request) -> Catalogue | None:
-    """The tensors of ``--like``, in the dtypes of the output."""
-    if request.assets.like is None:
-        return None
-    finished = readers.read(readers.locate(request.assets.like))
+def _like(request: Request) -> Checkpoint | None:
+    """The directory of ``--like``."""
+    path = request.assets.like
+    return None if path is None else readers.read(readers.locate(path))
+
+
+def _like_catalogue(finished: Checkpoint, request: Request) -> Catalogue:
+    """Its tensors, in the dtypes of the output."""
     dtype = "keep" if request.dtype == "auto" else request.dtype
     return cast_state(model_state(finished, "model"), dtype)
+
+
+def _provenance(
+    sources: Sequence[Checkpoint], request: Request, like: Checkpoint | None
+) -> Provenance:
+    options = {"weights": request.copy, "dtype": request.dtype, "attribute": request.attribute}
+    every = (*sources, *([] if like is None else [like]))
+    return Provenance(request.command, every, options, request.beside_tensors)
 
 
 def _collect(options: AssetOptions, config: ConfigSource, fitted: Fitted) -> Assets:
@@ -289,7 +253,7 @@ def _card(
 
 
 def _leftover(path: Path) -> str:
-    return f"{path} was left by a run that was killed; it can be deleted"
+    return f"{path} was left by a run that was killed; --resume goes on with it, or it can be deleted"
 
 
 def _dtype_counts(tensors: Iterable[Tensor]) -> dict[str, int]:
@@ -297,64 +261,3 @@ def _dtype_counts(tensors: Iterable[Tensor]) -> dict[str, int]:
     for tensor in tensors:
         counts[str(tensor.dtype)] += tensor.numel
     return dict(counts)
-
-
-def _summed(progress: Progress | None, total: int) -> Callable[[int], None] | None:
-    if progress is None:
-        return None
-    lock, done = threading.Lock(), 0
-
-    def add(nbytes: int) -> None:
-        nonlocal done
-        with lock:
-            done += nbytes
-            progress(done, total)
-
-    return add
-
-
-def publish(target: Path, outputs: Sequence[Output], writing: Writing) -> Written | None:
-    """Write the outputs and put them in place together; nothing is done in a dry run.
-
-    Raises:
-        CkptError: the target appeared meanwhile, a source is damaged, or the disk refused.
-    """
-    if writing.dry_run:
-        return None
-    check_room(target, sum(output.nbytes for output in outputs))
-    total = sum(output.layout.tensor_bytes for output in outputs)
-    progress = _summed(writing.progress, total)
-    with partial_directory(target, overwrite=writing.overwrite) as partial:
-        done = [_write(output, partial, writing.workers, progress) for output in outputs]
-    return Written(
-        sum(written.bytes_read for written in done),
-        sum(written.bytes_written for written in done),
-        sum(written.move_seconds for written in done),
-        sum(written.sync_seconds for written in done),
-    )
-
-
-def _write(
-    output: Output, partial: Path, workers: int, progress: Callable[[int], None] | None
-) -> Written:
-    directory = partial / output.folder
-    try:
-        directory.mkdir(exist_ok=True)
-    except OSError as error:
-        raise OutputFailed(f"cannot be made ({error.strerror})", path=directory) from error
-    written = write(output.layout, directory, workers=workers, progress=progress)
-    for asset in output.files:
-        _write_asset(directory, asset)
-    return written
-
-
-def _write_asset(directory: Path, asset: AssetFile) -> None:
-    path = directory / asset.name
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if asset.content is not None:
-            path.write_bytes(asset.content)
-        elif asset.source is not None:
-            shutil.copyfile(asset.source, path)
-    except OSError as error:
-        raise OutputFailed(f"cannot be written ({error.strerror})", path=path) from error

@@ -1,9 +1,7 @@
-"""Lays out the output: tensors to files, files to bytes, bytes to blocks of work. Pure arithmetic, no I/O.
+"""Lays out the output: tensors to files, files to bytes. Pure arithmetic, no I/O.
 
 The files are exactly those that ``save_pretrained`` and ``safetensors.torch.save_file`` write for the same
-tensors: the same shards, names, order within a file, header and index. A block is a run of consecutive
-bytes of one file, so blocks can be written by anyone in any order; their borders depend on the plan
-alone, never on the number of workers.
+tensors: the same shards, names, order within a file, header and index.
 
 Sources: ``huggingface_hub.serialization`` (shards), ``safetensors/src/tensor.rs`` (order, header),
 ``transformers/modeling_utils.py`` (index).
@@ -12,7 +10,7 @@ Sources: ``huggingface_hub.serialization`` (shards), ``safetensors/src/tensor.rs
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,7 +19,6 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from ckpt_tools.catalogue import Tensor
 from ckpt_tools.dtypes import DType
 from ckpt_tools.errors import UsageError
-from ckpt_tools.gather import Slice
 
 INDEX_SUFFIX = ".index.json"
 _BLOCK_BYTES = 2 << 20
@@ -70,16 +67,6 @@ class PlannedFile:
         return self.slots[-1].end if self.slots else len(self.header)
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
-    """A run of consecutive bytes of one file, and the slices of tensors that fill it."""
-
-    file: int
-    offset: int
-    nbytes: int
-    slices: tuple[Slice, ...]
-
-
 @dataclass(frozen=True)
 class Plan:
     """Everything that will be written, byte for byte placed.
@@ -119,14 +106,9 @@ class Plan:
 
     @cached_property
     def block_bytes(self) -> int:
-        """Upper bound of a block's bytes; larger where tensors come from many ranks."""
+        """Bytes that are worth writing at once; more where tensors come from many ranks."""
         pieces = max((tensor.pieces for tensor in self.tensors.values()), default=1)
         return min(max(_BLOCK_BYTES, pieces * _WORTHWHILE_READ), _MAX_BLOCK_BYTES)
-
-    def blocks(self) -> Iterator[Block]:
-        """The work, in the order in which the bytes lie."""
-        for index, file in enumerate(self.files):
-            yield from _file_blocks(index, file, self.block_bytes)
 
 
 def plan(
@@ -211,23 +193,3 @@ def _listed(file: PlannedFile) -> list[dict[str, object]]:
 
 def _code(dtype: DType) -> str:
     return dtype.safetensors
-
-
-def _file_blocks(index: int, file: PlannedFile, limit: int) -> Iterator[Block]:
-    start = len(file.header)
-    slices: list[Slice] = []
-    room = limit
-    for slot in file.slots:
-        itemsize, done = slot.tensor.dtype.itemsize, 0
-        while done < slot.tensor.numel:
-            count = min(slot.tensor.numel - done, room // itemsize)
-            if count:
-                at = slot.offset + done * itemsize - start
-                slices.append(Slice(slot.tensor, done, done + count, at))
-                done += count
-                room -= count * itemsize
-            if done < slot.tensor.numel or room < itemsize:
-                yield Block(index, start, limit - room, tuple(slices))
-                start, slices, room = start + limit - room, [], limit
-    if slices:
-        yield Block(index, start, limit - room, tuple(slices))

@@ -2,7 +2,8 @@
 
 Owns the partial directory beside the output, the syncing of what is not tensor data, and the one rename
 that publishes. An existing output is exchanged with the new one in a single step where the file system
-can do that, and only then removed. Knows nothing of what the files are.
+can do that, and only then removed. A partial directory that holds proven work outlives a failure, so
+that another run can go on with it. Knows nothing of what the files are.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-from ckpt_tools.errors import OutputExists, OutputFailed, UsageError
+from ckpt_tools.errors import CkptError, OutputExists, OutputFailed, UsageError
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
@@ -71,34 +73,73 @@ def check_room(target: Path, nbytes: int) -> None:
         )
 
 
-@contextmanager
-def partial_directory(target: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A new sibling directory that becomes ``target`` when the block ends without an error.
+@dataclass
+class Partial:
+    """A directory on its way to its final name.
 
-    When it ends with one, what was made is removed, and nothing else. Everything in the directory,
-    and the directory, is on disk before the rename.
+    Attributes:
+        home: a directory beside the final one, which holds it and whatever else the run needs.
+        path: the directory itself, within.
+        keep: whether it stays when the run fails, for another run to go on with.
+    """
+
+    home: Path
+    keep: bool = False
+
+    @property
+    def path(self) -> Path:
+        """The directory that will be published."""
+        return self.home / "output"
+
+
+@contextmanager
+def partial_directory(
+    target: Path, *, overwrite: bool, resume: Path | None = None
+) -> Iterator[Partial]:
+    """A directory that becomes ``target`` when the block ends without an error.
+
+    When it ends with one, what was made is removed, and nothing else; or it is kept, where the block
+    asked for it, and the error's hint says how to go on. Everything in the directory, and the directory,
+    is on disk before the rename.
+
+    Args:
+        target: the directory to make.
+        overwrite: whether an existing one is replaced.
+        resume: the home of an earlier run's directory, to go on with.
 
     Raises:
         OutputFailed: it cannot be made, synced or renamed.
         OutputExists: ``target`` appeared in the meantime and ``overwrite`` was not given.
     """
     final = _final(target)
-    partial = final.with_name(f"{final.name}.partial-{secrets.token_hex(4)}")
+    home = resume or final.with_name(f"{final.name}.partial-{secrets.token_hex(4)}")
+    partial = Partial(home, keep=resume is not None)
     missing = [path for path in (final.parent, *final.parent.parents) if not path.exists()]
     try:
         # Within, so that nothing is left by a signal that comes as soon as it is made.
-        _make(partial)
+        if resume is None:
+            _make(partial)
         yield partial
         try:
-            _sync_tree(partial)
-            _publish(partial, final, overwrite=overwrite)
+            _sync_tree(partial.path)
+            _publish(partial.path, final, overwrite=overwrite)
             _sync_directory(final.parent)
         except OSError as error:
             raise OutputFailed(f"cannot be put in place ({error.strerror})", path=target) from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(home, ignore_errors=True)
+    except BaseException as error:
+        if partial.keep and partial.path.exists():
+            if isinstance(error, CkptError):
+                error.hint = " ".join(filter(None, (error.hint, how_to_go_on(home))))
+            raise
+        shutil.rmtree(home, ignore_errors=True)
         _remove_empty(missing)
         raise
+
+
+def how_to_go_on(partial: Path) -> str:
+    """What to do about a partial directory that was kept, for a person."""
+    return f"What was done is kept: the same command with --resume goes on; or delete {partial}."
 
 
 def _final(target: Path) -> Path:
@@ -110,13 +151,14 @@ def _escaped(name: str) -> str:
     return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
-def _make(partial: Path) -> None:
+def _make(partial: Partial) -> None:
     try:
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir()
+        partial.home.parent.mkdir(parents=True, exist_ok=True)
+        partial.home.mkdir()
+        partial.path.mkdir()
     except OSError as error:
         raise OutputFailed(
-            f"cannot be made ({error.strerror})", path=partial, hint="Check the permissions."
+            f"cannot be made ({error.strerror})", path=partial.home, hint="Check the permissions."
         ) from error
 
 

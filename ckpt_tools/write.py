@@ -1,10 +1,10 @@
 """Writes planned files: the only module that writes tensor bytes.
 
 Each worker is a thread with one block buffer and one :class:`~ckpt_tools.gather.Gatherer`: it takes the
-next block, fills the buffer, and writes it where the plan says. Reading, casting and writing release the
-interpreter lock, so threads suffice within a machine; each casts on one core, because the cores are taken
-by the other workers. Knows plans and file descriptors; knows nothing of names, formats or directories'
-final places.
+next block, fills the buffer, digests it, and writes it where the plan says. Reading, casting, digesting
+and writing release the interpreter lock, so threads suffice within a machine; each casts on one core,
+because the cores are taken by the other workers. Knows units and file descriptors; knows nothing of
+names, formats, ranks or directories' final places.
 """
 
 from __future__ import annotations
@@ -13,17 +13,20 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 
 from ckpt_tools.errors import OutputFailed
 from ckpt_tools.gather import Gatherer
-from ckpt_tools.plan import Block, Plan
+from ckpt_tools.plan import Plan
+from ckpt_tools.units import Block, Units
 
 Progress = Callable[[int], None]
+Record = Callable[[Block, Sequence[bytes]], None]
 _MAX_WORKERS = 16
 
 
@@ -33,15 +36,15 @@ class Written:
 
     Attributes:
         bytes_read: bytes read from the sources.
-        bytes_written: bytes of the files written.
+        bytes_written: bytes of tensor data written.
         move_seconds: time in which the bytes were moved.
         sync_seconds: time in which the disk was waited for afterwards.
     """
 
-    bytes_read: int
-    bytes_written: int
-    move_seconds: float
-    sync_seconds: float
+    bytes_read: int = 0
+    bytes_written: int = 0
+    move_seconds: float = 0.0
+    sync_seconds: float = 0.0
 
 
 def default_workers() -> int:
@@ -49,75 +52,160 @@ def default_workers() -> int:
     return min(len(os.sched_getaffinity(0)), _MAX_WORKERS)
 
 
+def lay_out(plan: Plan, directory: Path) -> list[str]:
+    """Make every file of ``plan`` in ``directory``: of its size, with its header; and the index.
+
+    A file that is there already, of this size and with this header, is left as it is.
+
+    Args:
+        plan: the layout.
+        directory: an existing directory.
+
+    Returns:
+        The names of the files that were made.
+
+    Raises:
+        OutputFailed: the disk is full or refused a write.
+    """
+    made = []
+    for file in plan.files:
+        if not _is_laid_out(directory / file.name, file.header, file.size):
+            _make(directory / file.name, file.header, file.size)
+            made.append(file.name)
+    if plan.index is not None:
+        name, content = plan.index
+        _make(directory / name, content, len(content))
+    return made
+
+
+def _is_laid_out(path: Path, header: bytes, size: int) -> bool:
+    try:
+        with path.open("rb") as stream:
+            return os.fstat(stream.fileno()).st_size == size and stream.read(len(header)) == header
+    except OSError:
+        return False
+
+
+def _make(path: Path, start: bytes, size: int) -> None:
+    try:
+        path.unlink(missing_ok=True)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            os.ftruncate(fd, size)
+            _write_all(fd, start, 0, path)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise refused(error, path) from error
+
+
+class Outputs:
+    """The files of one plan, open for writing. Close it after use."""
+
+    def __init__(self, plan: Plan, directory: Path) -> None:
+        self._directory = directory
+        self._stack = ExitStack()
+        self._fds: list[int] = []
+        try:
+            for file in plan.files:
+                fd = os.open(directory / file.name, os.O_RDWR | os.O_CLOEXEC)
+                self._stack.callback(os.close, fd)
+                self._fds.append(fd)
+        except OSError as error:
+            self._stack.close()
+            raise refused(error, directory) from error
+
+    def __enter__(self) -> Outputs:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    def write(self, file: int, data: memoryview, offset: int) -> None:
+        """Write ``data`` at byte ``offset`` of file number ``file``."""
+        _write_all(self._fds[file], data, offset, self._directory)
+
+    def sync(self, files: Iterable[int]) -> None:
+        """Wait until the bytes of these files are on disk.
+
+        Raises:
+            OutputFailed: the disk refused.
+        """
+        fds = [self._fds[file] for file in files]
+        try:
+            with ThreadPoolExecutor(min(len(fds), 8) or 1) as pool:
+                list(pool.map(os.fsync, fds))
+        except OSError as error:
+            raise refused(error, self._directory) from error
+
+
 def write(
-    plan: Plan,
-    directory: Path,
+    units: Units,
+    outputs: Outputs,
+    todo: Sequence[range],
     *,
     workers: int | None = None,
     progress: Progress | None = None,
+    record: Record | None = None,
+    ended: threading.Event | None = None,
 ) -> Written:
-    """Write every file of ``plan`` into ``directory`` and wait until they are on disk.
+    """Write units of a plan, and wait until they are on disk.
 
     Args:
-        plan: the layout; its tensors are read from wherever they lie.
-        directory: an existing directory without these files.
+        units: the plan's units; its tensors are read from wherever they lie.
+        outputs: its files.
+        todo: the units to write.
         workers: number of threads; the files do not depend on it.
         progress: called with the number of bytes after each block, from any worker's thread.
+        record: called with each block and its digests once it is written, from any worker's thread.
+        ended: once it is set no further block is begun; not all was written then.
 
     Raises:
         DamagedCheckpoint: a source file ended early or cannot be read.
         OutputFailed: the disk is full or refused a write.
     """
     started = time.monotonic()
-    with ExitStack() as stack:
-        outputs = [_create(directory, file.name, file.size, stack) for file in plan.files]
-        for fd, file in zip(outputs, plan.files, strict=True):
-            _write_all(fd, file.header, 0, directory)
-        bytes_read = _move_blocks(plan, outputs, directory, workers or default_workers(), progress)
-        if plan.index is not None:
-            name, content = plan.index
-            fd = _create(directory, name, len(content), stack)
-            _write_all(fd, content, 0, directory)
-            outputs.append(fd)
-        moved = time.monotonic()
-        _sync(outputs, directory)
-    return Written(bytes_read, plan.nbytes, moved - started, time.monotonic() - moved)
-
-
-def _create(directory: Path, name: str, size: int, stack: ExitStack) -> int:
-    try:
-        fd = os.open(directory / name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        stack.callback(os.close, fd)
-        os.ftruncate(fd, size)
-    except OSError as error:
-        raise _refused(error, directory / name) from error
-    return fd
-
-
-def _move_blocks(
-    plan: Plan, outputs: list[int], directory: Path, workers: int, progress: Progress | None
-) -> int:
-    blocks = _Shared(plan.blocks())
+    blocks = _Shared(block for part in todo for block in units.blocks(part))
     stop = threading.Event()
+    touched: set[int] = set()
 
-    def work() -> int:
-        buffer = bytearray(plan.block_bytes)
+    def work() -> tuple[int, int]:
+        buffer = bytearray(units.block_bytes)
+        done = 0
         with Gatherer() as gatherer:
             while not stop.is_set() and (block := blocks.take()) is not None:
+                if ended is not None and ended.is_set():
+                    break
                 gatherer.fill(buffer, block.slices)
                 view = memoryview(buffer)[: block.nbytes]
-                _write_all(outputs[block.file], view, block.offset, directory)
+                digests = units.digests(block, view) if record is not None else ()
+                outputs.write(block.file, view, block.offset)
+                touched.add(block.file)
+                done += block.nbytes
+                if record is not None:
+                    record(block, digests)
                 if progress is not None:
                     progress(block.nbytes)
-            return gatherer.bytes_read
+            return gatherer.bytes_read, done
 
-    with _one_intra_op_thread(), ThreadPoolExecutor(workers) as pool:
-        jobs = [pool.submit(work) for _ in range(workers)]
+    count = workers or default_workers()
+    with _one_intra_op_thread(), ThreadPoolExecutor(count) as pool:
+        jobs = [pool.submit(work) for _ in range(count)]
         try:
             wait(jobs, return_when=FIRST_EXCEPTION)
         finally:
             stop.set()
-        return sum(job.result() for job in jobs)
+        done = [job.result() for job in jobs]
+    moved = time.monotonic()
+    outputs.sync(touched)
+    bytes_read, bytes_written = map(sum, zip(*done, strict=True))
+    return Written(bytes_read, bytes_written, moved - started, time.monotonic() - moved)
 
 
 class _Shared:
@@ -144,26 +232,19 @@ def _one_intra_op_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _write_all(fd: int, data: bytes | memoryview, offset: int, directory: Path) -> None:
+def _write_all(fd: int, data: bytes | memoryview, offset: int, path: Path) -> None:
     view = memoryview(data)
     while view:
         try:
             count = os.pwrite(fd, view, offset)
         except OSError as error:
-            raise _refused(error, directory) from error
+            raise refused(error, path) from error
         view, offset = view[count:], offset + count
 
 
-def _sync(outputs: list[int], directory: Path) -> None:
-    try:
-        with ThreadPoolExecutor(min(len(outputs), 8) or 1) as pool:
-            list(pool.map(os.fsync, outputs))
-    except OSError as error:
-        raise _refused(error, directory) from error
-
-
-def _refused(error: OSError, path: Path) -> OutputFailed:
+def refused(error: OSError, path: Path) -> OutputFailed:
+    """What a disk's refusal means."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        hint = "Free some room, or name an output on another disk; nothing was left behind."
+        hint = "Free some room, or name an output on another disk."
         return OutputFailed("no space left on the output's disk", path=path, hint=hint)
     return OutputFailed(f"cannot be written ({error.strerror})", path=path)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from ckpt_tools.errors import CkptError
+
+if TYPE_CHECKING:
+    from ckpt_tools.ranks import Ranks
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -56,12 +60,14 @@ def reports_errors(function: F) -> F:
         except CkptError as error:
             if debug:
                 raise
-            if kwargs.get("as_json"):
-                print_json({"error": _as_json(error)})
-            _print_error(error)
+            if not error.told_elsewhere:
+                if kwargs.get("as_json"):
+                    print_json({"error": _as_json(error)})
+                _print_error(error)
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
-            click.echo("Interrupted; nothing was left behind.", err=True)
+            if os.environ.get("RANK", "0") == "0":
+                click.echo(_interrupted(kwargs.get("out")), err=True)
             sys.exit(130)
         except BrokenPipeError:
             # The reader of our output is gone (`ckpt-tools inspect | head`).
@@ -69,6 +75,25 @@ def reports_errors(function: F) -> F:
             sys.exit(141)
 
     return run  # type: ignore[return-value]
+
+
+def _interrupted(out: Path | None) -> str:
+    """What an interruption leaves, in a sentence."""
+    from ckpt_tools.publish import how_to_go_on, leftovers
+
+    left = leftovers(out) if isinstance(out, Path) else []
+    return " ".join(("Interrupted.", *map(how_to_go_on, left))) if left else (
+        "Interrupted; nothing was left behind."
+    )
+
+
+def joined_ranks(timeout: float) -> Ranks | None:
+    """The ranks of the torchrun that started this process, if one did."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    from ckpt_tools.ranks import from_environment
+
+    return from_environment(timeout)
 
 
 def _print_error(error: CkptError) -> None:

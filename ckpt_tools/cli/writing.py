@@ -15,6 +15,7 @@ from ckpt_tools.cli.progress import shown_progress
 from ckpt_tools.cli.shared import (
     count_text,
     debug_option,
+    joined_ranks,
     json_option,
     nbytes_text,
     print_json,
@@ -100,6 +101,19 @@ _OPTIONS = (
         help="Run custom code beside the config, in a process of its own, to learn the layout.",
     ),
     click.option("--overwrite", is_flag=True, help="Replace OUT once the new one is complete."),
+    click.option("--resume", is_flag=True, help="Go on with what a run that failed has left."),
+    click.option("--sha256", is_flag=True, help="Write SHA256SUMS, for sha256sum -c."),
+    click.option(
+        "--verify", is_flag=True, help="Verify every byte of the output before it appears."
+    ),
+    click.option(
+        "--timeout",
+        type=click.FloatRange(min=1),
+        default=1800,
+        show_default=True,
+        metavar="SECONDS",
+        help="Under torchrun: how long ranks wait for one that makes no progress.",
+    ),
     click.option("--dry-run", is_flag=True, help="Check and plan everything, write nothing."),
     click.option("--quiet", is_flag=True, help="Print nothing but errors (and --json)."),
     json_option,
@@ -139,11 +153,16 @@ def write_directory(
     check_masters: bool,
     quiet: bool,
     as_json: bool,
+    timeout: float,
     **options: Any,
 ) -> None:
     """Carry out ``convert``, and say what was done."""
-    with shown_progress(quiet or as_json) as progress:
-        report = convert(check_all_masters=check_masters, progress=progress, **options)
+    ranks = joined_ranks(timeout)
+    leads = ranks is None or ranks.leads
+    with shown_progress(quiet or as_json or not leads) as progress:
+        report = convert(check_all_masters=check_masters, progress=progress, ranks=ranks, **options)
+    if not leads:
+        return
     if as_json:
         print_json(report.to_json())
     elif not quiet:

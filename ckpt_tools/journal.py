@@ -1,0 +1,249 @@
+"""The journal of a run: which units of its output are on disk, and their digests, for ``--resume``.
+
+Lies beside the partial directory and goes with it. Each process that writes has a log of its own, to which a
+thread appends: every half a second it takes the blocks that were written meanwhile, waits until the files
+are on disk, and only then notes them. So a line in a log is a proof, whatever was killed whenever; a line
+that was cut off, or damaged by a lost node, fails its checksum and is as if it had not been written. Knows
+units and their digests; knows no tensors, ranks or formats.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+
+import xxhash
+
+from ckpt_tools.errors import OutputFailed, UsageError
+from ckpt_tools.units import Block
+from ckpt_tools.write import Outputs, refused
+
+_DIRECTORY = "journal"
+_RUN = "run.json"
+_INTERVAL_SECONDS = 0.5
+
+Proven = Mapping[int, Mapping[int, bytes]]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What makes two runs the same run: only then may one go on with what the other left.
+
+    Attributes:
+        tool: version of ckpt-tools.
+        sources: digest of names, sizes and times of the files that are read.
+        plan: digest of the layout of the output and of how each of its tensors is derived.
+    """
+
+    tool: str
+    sources: str
+    plan: str
+
+
+def begin(home: Path, identity: Identity) -> None:
+    """Start the journal of a new partial directory.
+
+    Raises:
+        OutputFailed: the disk refused.
+    """
+    directory = home / _DIRECTORY
+    try:
+        directory.mkdir(exist_ok=True)
+        with (directory / _RUN).open("w", encoding="utf-8") as stream:
+            json.dump(asdict(identity), stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        for path in (directory, home):
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+    except OSError as error:
+        raise refused(error, directory) from error
+
+
+def identity_of(home: Path) -> Identity | None:
+    """Of which run a partial directory is; None where nothing tells."""
+    try:
+        return Identity(**json.loads((home / _DIRECTORY / _RUN).read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def find(homes: Sequence[Path], identity: Identity) -> Path | None:
+    """The partial directory that a run can go on with; None where there is none at all.
+
+    Raises:
+        UsageError: there are such directories, but of another run.
+    """
+    others = []
+    for home in homes:
+        found = identity_of(home)
+        if found == identity:
+            return home
+        if found is not None:
+            others.append((home, found))
+    if not others:
+        return None
+    home, found = others[0]
+    if found.tool != identity.tool:
+        why = f"it was begun by ckpt-tools {found.tool}, and this is {identity.tool}"
+    elif found.sources != identity.sources:
+        why = "it was begun from another checkpoint, or the checkpoint changed since"
+    else:
+        why = "it was begun with other options, so its layout is another"
+    raise UsageError(
+        f"the run cannot go on with what is there: {why}",
+        path=home,
+        hint=f"Repeat the command as it was, or begin anew: delete {home}, or leave out --resume.",
+    )
+
+
+class Lock:
+    """Keeps two runs from going on with one partial directory; held until the process ends or closes it."""
+
+    def __init__(self, home: Path) -> None:
+        try:
+            self._fd = os.open(home / _DIRECTORY / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+        except OSError as error:
+            raise refused(error, home) from error
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(self._fd)
+            raise UsageError(
+                "another run is writing there", path=home, hint="Wait for it, or end it first."
+            ) from error
+        except OSError:
+            return  # a file system without locks
+
+    def close(self) -> None:
+        """Let others have it."""
+        os.close(self._fd)
+
+
+def proven(home: Path, whole: Mapping[int, set[str]]) -> dict[int, dict[int, bytes]]:
+    """What the logs prove: for each output, the digests of its finished units.
+
+    Args:
+        home: where the partial directory and the journal lie.
+        whole: for each output, the names of its files that have been there since they were noted.
+    """
+    done: dict[int, dict[int, bytes]] = {}
+    for path in sorted((home / _DIRECTORY).glob("*.log")):
+        for line in path.read_bytes().split(b"\n"):
+            text, _, checksum = line.rpartition(b"\t")
+            if not text or xxhash.xxh64_hexdigest(text).encode() != checksum:
+                continue
+            entry = json.loads(text)
+            if entry["file"] in whole.get(entry["output"], ()):
+                digests = map(bytes.fromhex, entry["digests"])
+                done.setdefault(entry["output"], {}).update(enumerate(digests, entry["first"]))
+    return done
+
+
+def has_proof(home: Path) -> bool:
+    """Whether anything at all is proven."""
+    return any((home / _DIRECTORY).glob("*.log"))
+
+
+def gaps(units: range, done: Mapping[int, object]) -> list[range]:
+    """The units that are not done, in runs."""
+    return list(_gaps(units, done))
+
+
+def _gaps(units: range, done: Mapping[int, object]) -> Iterator[range]:
+    first = None
+    for unit in units:
+        if unit in done and first is not None:
+            yield range(first, unit)
+            first = None
+        elif unit not in done and first is None:
+            first = unit
+    if first is not None:
+        yield range(first, units.stop)
+
+
+class Log:
+    """One process's log of one output, and the digests that it noted. Close it after use.
+
+    Attributes:
+        digests: of every unit that was recorded.
+        noted: how many blocks are proven.
+    """
+
+    def __init__(self, home: Path, number: int, outputs: Outputs, names: Sequence[str]) -> None:
+        self.digests: dict[int, bytes] = {}
+        self.noted = 0
+        self._path = home / _DIRECTORY / f"{secrets.token_hex(6)}.log"
+        self._number, self._outputs, self._names = number, outputs, names
+        self._fresh: list[tuple[Block, Sequence[bytes]]] = []
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._error: OutputFailed | None = None
+        self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def record(self, block: Block, digests: Sequence[bytes]) -> None:
+        """Note that a block was written; it is proven some time later.
+
+        Raises:
+            OutputFailed: what was recorded before could not be noted.
+        """
+        with self._lock:
+            self.digests.update(enumerate(digests, block.first))
+            self._fresh.append((block, digests))
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        while not self._ended.wait(_INTERVAL_SECONDS):
+            with self._lock:
+                fresh, self._fresh = self._fresh, []
+            if fresh:
+                try:
+                    self._outputs.sync({block.file for block, _ in fresh})
+                    self._append(fresh)
+                except OutputFailed as error:
+                    self._error = error
+                    return
+
+    def _append(self, fresh: Sequence[tuple[Block, Sequence[bytes]]]) -> None:
+        lines = []
+        for block, digests in fresh:
+            entry = {
+                "output": self._number,
+                "file": self._names[block.file],
+                "first": block.first,
+                "digests": [digest.hex() for digest in digests],
+            }
+            text = json.dumps(entry).encode()
+            lines.append(text + b"\t" + xxhash.xxh64_hexdigest(text).encode() + b"\n")
+        try:
+            with self._path.open("ab") as stream:
+                stream.write(b"".join(lines))
+                stream.flush()
+                os.fsync(stream.fileno())
+        except OSError as error:
+            raise refused(error, self._path) from error
+        self.noted += len(fresh)

@@ -1,0 +1,13 @@
+"""Several processes that carry out one command together: who they are, and what they tell each other.
+
+The only room that knows torch.distributed. :class:`Ranks` passes small messages through the store of the
+launcher (torchrun): nothing waits in a collective, so a rank that writes for an hour makes no other rank
+time out, and a rank that fails or is killed ends the others within seconds. :mod:`.exchange` moves bytes
+of files that only one machine has. Knows nothing of checkpoints, plans or outputs: messages are values.
+"""
+
+from __future__ import annotations
+
+from ckpt_tools.ranks.session import Ranks, from_environment
+
+__all__ = ["Ranks", "from_environment"]
