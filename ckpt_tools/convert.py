@@ -6,9 +6,10 @@ Owns the arguments and what they mean; :mod:`ckpt_tools.pipeline` carries them o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 from ckpt_tools import readers
 from ckpt_tools.adapters import Adapter, read_adapter_directory
@@ -21,6 +22,7 @@ from ckpt_tools.checkpoint import Checkpoint
 from ckpt_tools.delivery import follow
 from ckpt_tools.errors import UsageError
 from ckpt_tools.extraction import Extraction, run_extraction
+from ckpt_tools.folders import read_as_one
 from ckpt_tools.merging import merged_state
 from ckpt_tools.options import (
     AdapterOptions,
@@ -31,6 +33,7 @@ from ckpt_tools.options import (
     writing_of,
 )
 from ckpt_tools.pipeline import Clock, Request, run
+from ckpt_tools.ranks import pooled_machines
 from ckpt_tools.report import Report
 from ckpt_tools.state import State, mean_state, only_state
 
@@ -39,7 +42,12 @@ if TYPE_CHECKING:
 
 
 def open_checkpoint(
-    path: PathLike, *, tag: str | None = None, model: int | None = None, format: str | None = None
+    path: PathLike,
+    *,
+    tag: str | None = None,
+    model: int | None = None,
+    format: str | None = None,
+    also: Sequence[PathLike] = (),
 ) -> Checkpoint:
     """Open a training checkpoint; reads metadata only.
 
@@ -49,6 +57,7 @@ def open_checkpoint(
         tag: which of several checkpoints, by name.
         model: which of several models of one state, by number.
         format: name of the format, where the directory fits several.
+        also: further directories with files of the same checkpoint: copies of what other machines hold.
 
     Returns:
         A read-only mapping from tensor name to a lazy tensor with ``dtype``, ``shape`` and
@@ -57,7 +66,8 @@ def open_checkpoint(
     Raises:
         CkptError: see :mod:`ckpt_tools.errors`.
     """
-    return readers.read(readers.locate(Path(path), tag, model=model, format=format))
+    place = read_as_one(_path(path), also)
+    return readers.read(readers.locate(place, tag, model=model, format=format))
 
 
 def consolidate(
@@ -82,11 +92,11 @@ def consolidate(
         CkptError: see :mod:`ckpt_tools.errors`; nothing was written.
     """
 
-    def work() -> Report:
+    def work(found: PathLike | Checkpoint) -> Report:
         command = "consolidate" if attribute is None else "extract-attr"
-        return _convert(command, [checkpoint], output, attribute=attribute, **options)
+        return _convert(command, [found], output, attribute=attribute, **options)
 
-    return _together(work, options)
+    return _together(work, checkpoint, options)
 
 
 def average(
@@ -116,13 +126,19 @@ def average(
     """
     if len(checkpoints) < 2:
         raise UsageError("a mean takes two checkpoints or more", hint="Name more checkpoints.")
+    if options.get("also"):
+        raise UsageError(
+            "of several checkpoints it cannot be told which one the further folders belong to",
+            hint="Open each with open_checkpoint(path, also=...) and pass the opened ones.",
+        )
 
-    def work() -> Report:
+    def work(first: PathLike | Checkpoint) -> Report:
         combine = partial(mean_state, coefficients=coefficients)
         title = f"mean of {len(checkpoints)} checkpoints"
-        return _convert("average", checkpoints, output, combine=combine, title=title, **options)
+        every = [first, *checkpoints[1:]]
+        return _convert("average", every, output, combine=combine, title=title, **options)
 
-    return _together(work, options)
+    return _together(work, checkpoints[0], options)
 
 
 def extract_lora(
@@ -158,9 +174,9 @@ def extract_lora(
         CkptError: see :mod:`ckpt_tools.errors`; nothing was written.
     """
 
-    def work() -> Report:
+    def work(found: PathLike | Checkpoint) -> Report:
         clock = Clock()
-        source = _opened(checkpoint, options)
+        source = _opened(found, options)
         config, tokenizer = _path(options.get("config")), _path(options.get("tokenizer"))
         request = Extraction(
             target=Path(output),
@@ -176,7 +192,7 @@ def extract_lora(
         )
         return run_extraction(source, request, clock)
 
-    return _together(work, options)
+    return _together(work, checkpoint, options)
 
 
 def merge_lora(
@@ -212,8 +228,8 @@ def merge_lora(
         CkptError: see :mod:`ckpt_tools.errors`; nothing was written.
     """
 
-    def work() -> Report:
-        source = _opened(checkpoint, options)
+    def work(found: PathLike | Checkpoint) -> Report:
+        source = _opened(found, options)
         sources = [source] if base is None else [source, open_checkpoint(base)]
         near = source.location.near
         adapter_state, config = None, None
@@ -250,17 +266,24 @@ def merge_lora(
             **options,
         )
 
-    return _together(work, options)
+    return _together(work, checkpoint, options)
 
 
-def _together(work: Callable[[], Report], options: DeliveryOptions) -> Report:
+def _together(
+    work: Callable[[PathLike | Checkpoint], Report],
+    checkpoint: PathLike | Checkpoint,
+    options: DeliveryOptions,
+) -> Report:
     """Carry out a call; of several ranks the leader does, and the others help it to write."""
     ranks = options.get("ranks")
     if ranks is None:
-        return work()
-    with ranks.session():
+        return work(checkpoint)
+    with ExitStack() as stack:
+        stack.enter_context(ranks.session())
+        if options.get("node_local", False) and not isinstance(checkpoint, Checkpoint):
+            checkpoint = stack.enter_context(pooled_machines(ranks, Path(checkpoint)))
         if ranks.leads:
-            report = work()
+            report = work(checkpoint)
             ranks.put("report", report)
             return report
         done: Report = follow(ranks, writing_of(options).workers)
@@ -317,8 +340,14 @@ def _opened(checkpoint: PathLike | Checkpoint, options: ReadingOptions) -> Check
         tag=options.get("tag"),
         model=options.get("model"),
         format=options.get("format"),
+        also=options.get("also", ()),
     )
 
 
+@overload
+def _path(value: PathLike) -> Path: ...
+@overload
+def _path(value: PathLike | None) -> Path | None: ...
 def _path(value: PathLike | None) -> Path | None:
-    return None if value is None else Path(value)
+    # A path of a pool stays one.
+    return value if value is None or isinstance(value, Path) else Path(value)

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from ckpt_tools import __version__
-from ckpt_tools.cli.signals import end_on_signals, leave_at_once_after_a_signal
+from ckpt_tools.cli.signals import end_on_signals, leave_at_once
 
 _COMMANDS = {
     "inspect": "What a checkpoint is, from metadata alone.",
@@ -20,6 +20,8 @@ _COMMANDS = {
     "extract-lora": "A PEFT adapter becomes a directory of its own.",
     "merge-lora": "A LoRA adapter and its base become one model.",
     "average": "The mean of several checkpoints becomes a directory.",
+    "diff": "What is different between two checkpoints.",
+    "interval": "How often to checkpoint, and what it costs.",
 }
 
 _EPILOG = """\b
@@ -32,7 +34,9 @@ Exit status:
   4  the checkpoint is damaged: files missing, truncated or of several saves
   5  a layout that is recognised but cannot be read
   6  the output cannot be written: disk full, permission
-  130, 143  interrupted; nothing is left behind
+  7  --verify found the output wrong; it never appeared
+  8  another rank failed, was lost, or made no progress
+  130, 143  interrupted; OUT was not touched
 """
 
 
@@ -71,5 +75,5 @@ def main(args: list[str] | None = None) -> Any:
     try:
         return cli.main(args=args, prog_name="ckpt-tools")
     except SystemExit as end:
-        leave_at_once_after_a_signal(end.code)
+        leave_at_once(end.code)
         raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,14 @@ F = TypeVar("F", bound=Callable[..., Any])
 debug_option = click.option("--debug", is_flag=True, help="Show a traceback for every error.")
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object on stdout."
+)
+
+also_option = click.option(
+    "--also",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    metavar="DIR",
+    help="A further folder with files of CKPT, such as another machine's; repeatable.",
 )
 
 
@@ -66,9 +75,12 @@ def reports_errors(function: F) -> F:
                 _print_error(error)
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
-            if os.environ.get("RANK", "0") == "0":
-                click.echo(_interrupted(kwargs.get("out")), err=True)
+            _say_what_is_left(kwargs.get("out"))
             sys.exit(130)
+        except SystemExit as end:
+            if end.code == 128 + signal.SIGTERM:
+                _say_what_is_left(kwargs.get("out"))
+            raise
         except BrokenPipeError:
             # The reader of our output is gone (`ckpt-tools inspect | head`).
             sys.stderr.close()
@@ -77,14 +89,14 @@ def reports_errors(function: F) -> F:
     return run  # type: ignore[return-value]
 
 
-def _interrupted(out: Path | None) -> str:
-    """What an interruption leaves, in a sentence."""
+def _say_what_is_left(out: Path | None) -> None:
+    """After an interruption; of several ranks the first speaks."""
     from ckpt_tools.publish import how_to_go_on, leftovers
 
-    left = leftovers(out) if isinstance(out, Path) else []
-    return " ".join(("Interrupted.", *map(how_to_go_on, left))) if left else (
-        "Interrupted; nothing was left behind."
-    )
+    left = leftovers(out) if out is not None else []
+    kept = "".join(f". {how_to_go_on(path)}" for path in left) or "; nothing was left behind."
+    if os.environ.get("RANK", "0") == "0":
+        click.echo(f"Interrupted{kept}", err=True)
 
 
 def joined_ranks(timeout: float) -> Ranks | None:

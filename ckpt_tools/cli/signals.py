@@ -20,16 +20,17 @@ def end_on_signals() -> None:
         signal.signal(number, _end)
 
 
-def leave_at_once_after_a_signal(status: object) -> None:
-    """End the process where ``status`` is that of a signal, once everything was cleaned up.
+def leave_at_once(status: object) -> None:
+    """End the process where ``status`` is that of a signal, or where it is a rank of several.
 
-    The interpreter's own way out takes the threads that are still at work down with it, and one that
-    runs C++ code then may abort the process: status 134 instead of 130 or 143.
+    Everything was cleaned up. The interpreter's own way out takes the threads that are still at work, or
+    still wait for other ranks, down with it, and one that runs C++ code then may abort the process: status
+    134 instead of its own.
     """
-    if status in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+    if status in (128 + signal.SIGINT, 128 + signal.SIGTERM) or "TORCHELASTIC_RUN_ID" in os.environ:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(status)
+        os._exit(status if isinstance(status, int) else int(bool(status)))
 
 
 def _end(number: int, frame: FrameType | None) -> None:

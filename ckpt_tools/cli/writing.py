@@ -13,6 +13,7 @@ import click
 
 from ckpt_tools.cli.progress import shown_progress
 from ckpt_tools.cli.shared import (
+    also_option,
     count_text,
     debug_option,
     joined_ranks,
@@ -35,6 +36,7 @@ _OPTIONS = (
         "--model", type=click.IntRange(min=0), metavar="N", help="Which model of a state."
     ),
     click.option("--format", metavar="F", help="Which format, where the directory fits several."),
+    also_option,
     click.option(
         "--dtype",
         type=click.Choice(["auto", "keep", "fp32", "bf16", "fp16"]),
@@ -107,6 +109,11 @@ _OPTIONS = (
         "--verify", is_flag=True, help="Verify every byte of the output before it appears."
     ),
     click.option(
+        "--node-local",
+        is_flag=True,
+        help="Under torchrun: each machine sees only its own files of CKPT; the ranks pool them.",
+    ),
+    click.option(
         "--timeout",
         type=click.FloatRange(min=1),
         default=1800,
@@ -133,10 +140,17 @@ _OF_MODELS = {
 
 def adapter_writing_options(function: F) -> F:
     """Those of them that make sense for an adapter, which is one file without a model's config."""
-    for option in reversed(_OPTIONS):
-        function = option(function)
+    return _without(_OF_MODELS, writing_options(function))
+
+
+def mean_writing_options(function: F) -> F:
+    """Those of them that make sense for several checkpoints; ``--also`` would not tell whose folder it is."""
+    return _without({"also"}, writing_options(function))
+
+
+def _without(names: set[str], function: F) -> F:
     parameters = function.__click_params__  # type: ignore[attr-defined]
-    parameters[:] = [p for p in parameters if p.name not in _OF_MODELS]
+    parameters[:] = [p for p in parameters if p.name not in names]
     return function
 
 

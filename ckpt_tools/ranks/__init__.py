@@ -3,11 +3,12 @@
 The only room that knows torch.distributed. :class:`Ranks` passes small messages through the store of the
 launcher (torchrun): nothing waits in a collective, so a rank that writes for an hour makes no other rank
 time out, and a rank that fails or is killed ends the others within seconds. :mod:`.exchange` moves bytes
-of files that only one machine has. Knows nothing of checkpoints, plans or outputs: messages are values.
+that only one process can reach, and :mod:`.pooling` makes one checkpoint of what each machine has. Knows nothing of checkpoints, plans or outputs: messages are values.
 """
 
 from __future__ import annotations
 
+from ckpt_tools.ranks.pooling import pooled_machines
 from ckpt_tools.ranks.session import Ranks, from_environment
 
-__all__ = ["Ranks", "from_environment"]
+__all__ = ["Ranks", "from_environment", "pooled_machines"]

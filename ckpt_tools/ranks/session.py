@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 _BEAT_SECONDS = 0.5
 # A thread beats this often even in a busy process; a machine that is silent for so long is gone.
 _DEAD_SECONDS = 20.0
-_HEARD_SECONDS = 5.0
+_HEARD_SECONDS = 2.0
+_LAST_WORDS_SECONDS = 0.3
 _LONGEST_NAP = 0.2
 _CHUNK_BYTES = 4 << 20
 _FAILED = "failed"
@@ -75,12 +76,15 @@ class Ranks:
 
     Attributes:
         failed: set once any rank has failed.
+        names: name of the machine of each rank, known in a session.
+        machines: the same as numbers from 0.
+        session_number: how many sessions there have been, this one included.
     """
 
     def __init__(self, store: Store, rank: int, size: int, machine: str, timeout: float) -> None:
         self.store, self.rank, self.size, self.timeout = store, rank, size, timeout
         self.failed = threading.Event()
-        self._session = 0
+        self.session_number = 0
         self._activity = 0
         self._nbytes = 0
         self._beats = 0
@@ -88,6 +92,7 @@ class Ranks:
         self._answered = False
         self._reported = False
         self.machine = machine
+        self.names: tuple[str, ...] = ()
         self.machines: tuple[int, ...] = ()
 
     @property
@@ -102,7 +107,7 @@ class Ranks:
         Raises:
             RankFailed: another rank failed, was lost, or made no progress.
         """
-        self._session += 1
+        self.session_number += 1
         self.failed.clear()
         self._seen.clear()
         self._answered = self._reported = False
@@ -111,9 +116,9 @@ class Ranks:
         self._beat()
         pulse.start()
         try:
-            names = self.all_gather("machine", self.machine)
-            order = list(dict.fromkeys(names))
-            self.machines = tuple(order.index(name) for name in names)
+            self.names = tuple(self.all_gather("machine", self.machine))
+            order = list(dict.fromkeys(self.names))
+            self.machines = tuple(order.index(name) for name in self.names)
             yield
             self.all_gather("end", None)
         except BaseException as error:
@@ -122,6 +127,8 @@ class Ranks:
         finally:
             ended.set()
             pulse.join()
+            if self.failed.is_set():
+                self._part()
 
     def put(self, key: str, value: object) -> None:
         """Give a value to whoever asks for ``key``."""
@@ -239,6 +246,14 @@ class Ranks:
                     error.told_elsewhere = True
         self.failed.set()
 
+    def _part(self) -> None:
+        """After a failure the leader leaves first: a launcher ends all as soon as one has left."""
+        with suppress(Exception):
+            if self.leads:
+                self.store.set(self._key("over"), "1")
+            elif self._until(lambda: self.store.check([self._key("over")])):
+                time.sleep(_LAST_WORDS_SECONDS)
+
     def _stopped(self, rank: int) -> bool:
         return self.store.check([self._key(f"stopped/{rank}")]) or self._silent(rank) is not None
 
@@ -251,7 +266,7 @@ class Ranks:
         return False
 
     def _key(self, key: str) -> str:
-        return f"ckpt-tools/{self._session}/{key}"
+        return f"ckpt-tools/{self.session_number}/{key}"
 
     def _silent(self, rank: int) -> str | None:
         """Why a rank is not waited for any longer; None while it lives and makes progress."""
