@@ -205,20 +205,21 @@ def _listed(place: Place) -> dict[str, FileFacts]:
         return {}  # this rank has nothing: what is missing is for the reader to say
 
 
-def _gloo_group(ranks: Ranks) -> tuple[ProcessGroup, bool]:
-    """A gloo group of all ranks, and whether it is this module's to destroy."""
+def _gloo_group(ranks: Ranks) -> tuple[ProcessGroup | None, bool]:
+    """A gloo group of all ranks, None for the default one; and whether it is this module's to destroy."""
     import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
 
     try:
         if not dist.is_initialized():
             dist.init_process_group(
                 "gloo",
-                store=dist.PrefixStore("ckpt-tools-gloo", ranks.store),
+                store=PrefixStore("ckpt-tools-gloo", ranks.store),
                 rank=ranks.rank,
                 world_size=ranks.size,
                 timeout=_FOREVER,
             )
-            return dist.group.WORLD, False
+            return None, False
         return dist.new_group(backend="gloo", timeout=_FOREVER), True
     except (RuntimeError, ValueError) as error:
         raise RankFailed(
