@@ -9,7 +9,7 @@ is known. Knows no format; a reader's subclass does the looking.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -46,6 +46,10 @@ class DeferredFragment(Fragment, ABC):
             object.__setattr__(self, "_place", self.find_place())
         assert self._place is not None
         return self._place
+
+    def __reduce__(self) -> tuple[Callable[..., Fragment], tuple[object, ...]]:
+        """To another process it goes with its place, so that nothing is looked for twice."""
+        return Fragment, (self.file, self.offset, self.region)
 
     @property
     def file(self) -> Path:

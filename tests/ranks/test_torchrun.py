@@ -1,0 +1,211 @@
+"""Any number of ranks and machines writes the same bytes, whatever the checkpoint's format."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ckpt_tools
+from tests.conftest import FIXTURES
+from tests.ranks.launching import (
+    DRIVER,
+    contents,
+    ended,
+    free_port,
+    launch,
+    needs_namespaces,
+    start,
+)
+
+CHAT = FIXTURES / "zero" / "zero3-bf16-olmo2-chat-2ranks"
+LIMIT = "8KB"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint, and which machine of two holds which of its files."""
+
+    name: str
+    checkpoint: Path
+    config: Path | None
+    second: Callable[[str], bool]
+
+    def options(self) -> dict[str, Any]:
+        config = {"config": str(self.config)} if self.config else {"weights_only": True}
+        return {"max_shard_size": LIMIT, "workers": 2, **config}
+
+
+def fixture(kind: str, name: str, second: Callable[[str], bool], *, config: bool = True) -> Source:
+    path = FIXTURES / kind / name
+    return Source(name, path / "checkpoint", path / "hf" if config else None, second)
+
+
+ZERO = [
+    fixture("zero", "zero1-bf16-llama-2ranks", lambda name: "pp_rank_1" in name),
+    fixture("zero", "zero2-bf16-llama-3ranks", lambda name: "pp_rank_0" not in name),
+    fixture("zero", CHAT.name, lambda name: "pp_rank_1" in name),
+]
+DCP = [
+    fixture("dcp", "fsdp2-model-3ranks", lambda name: name.startswith("__1"), config=False),
+    fixture("dcp", "fsdp-tp-4ranks", lambda name: name == ".metadata", config=False),
+    # Compressed: every rank unpacks what it needs.
+    fixture("dcp", "zstd-2ranks", lambda name: name.startswith("__1"), config=False),
+]
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Source]:
+    """ZeRO 1, 2, 3, DCP, and a directory of safetensors shards."""
+    shards = tmp_path_factory.mktemp("shards") / "model"
+    ckpt_tools.consolidate(
+        CHAT / "checkpoint", shards, config=CHAT / "hf", max_shard_size="20KB", card=False
+    )
+    last = "model-00002"
+    return [*ZERO, *DCP, Source("safetensors", shards, None, lambda name: name.startswith(last))]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, sources: list[Source]) -> Path:
+    """What one process writes of each."""
+    out = tmp_path_factory.mktemp("alone")
+    for source in sources:
+        ckpt_tools.consolidate(source.checkpoint, out / source.name, **source.options())
+    return out
+
+
+def cases(sources: list[Source], out: Path, path: Path, **options: object) -> Path:
+    """The conversions as the driver reads them."""
+    listed = [
+        {
+            "function": "consolidate",
+            "arguments": [str(source.checkpoint), str(out / source.name)],
+            "options": {**source.options(), **options},
+        }
+        for source in sources
+    ]
+    path.write_text(json.dumps(listed))
+    return path
+
+
+def assert_same(out: Path, alone: Path, sources: list[Source]) -> None:
+    assert sorted(path.name for path in out.iterdir()) == sorted(s.name for s in sources)
+    for source in sources:
+        assert contents(out / source.name) == contents(alone / source.name), source.name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+def test_the_bytes_do_not_depend_on_the_number_of_ranks(
+    ranks: int, sources: list[Source], alone: Path, tmp_path: Path
+) -> None:
+    script = cases(sources, tmp_path / "out", tmp_path / "cases.json")
+
+    done = launch([DRIVER, script], ranks=ranks)
+
+    assert done.status == 0, done.stdout + done.stderr
+    assert "error" not in done.stdout, done.stdout
+    assert_same(tmp_path / "out", alone, sources)
+    reports = [line.split(": ", 1)[1] for line in done.stdout.splitlines() if "rank " in line]
+    assert len(reports) == ranks * len(sources)
+    assert len(set(reports)) == len(sources), "every rank returns the same report"
+
+
+@pytest.fixture(scope="module", params=["shared", "node-local"])
+def two_machines(
+    request: pytest.FixtureRequest,
+    sources: list[Source],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[Path, str]]:
+    """What two machines of two ranks write, from one file system or each from its own."""
+    base = tmp_path_factory.mktemp("machines")
+    out, port = base / "out", free_port()
+    if request.param == "shared":
+        script = cases(sources, out, base / "cases.json")
+        nodes = [
+            start([DRIVER, script], ranks=2, nodes=2, node=node, port=port) for node in range(2)
+        ]
+    else:
+        # Every checkpoint at one path, where each machine has its own files only.
+        seen = base / "seen"
+        seen.mkdir()
+        for node in range(2):
+            for source in sources:
+                copy = base / f"disk{node}" / source.name
+                shutil.copytree(source.checkpoint, copy)
+                for path in copy.rglob("*"):
+                    if path.is_file() and source.second(path.name) != bool(node):
+                        path.unlink()
+        moved = [Source(s.name, seen / s.name, s.config, s.second) for s in sources]
+        script = cases(moved, out, base / "cases.json", node_local=True)
+        nodes = [
+            start(
+                [DRIVER, script],
+                ranks=2,
+                nodes=2,
+                node=node,
+                port=port,
+                binds={base / f"disk{node}": seen},
+            )
+            for node in range(2)
+        ]
+    for done in map(ended, nodes):
+        assert done.status == 0, done.stdout + done.stderr
+        assert "error" not in done.stdout, done.stdout
+    yield out, request.param
+
+
+@pytest.mark.slow
+@needs_namespaces
+def test_two_machines_write_the_same_bytes(
+    two_machines: tuple[Path, str], sources: list[Source], alone: Path
+) -> None:
+    out, kind = two_machines
+    if kind == "shared":
+        assert_same(out, alone, sources)
+        return
+    # Read under another path, which manifest, card and tokenizer search know; the weights are the same.
+    for source in sources:
+        ours, theirs = contents(out / source.name), contents(alone / source.name)
+        weights = {name for name in theirs if name.startswith("model") or name == "config.json"}
+        assert {name: ours[name] for name in weights} == {name: theirs[name] for name in weights}
+        tensors = [json.loads(c["ckpt_tools_manifest.json"])["tensors"] for c in (ours, theirs)]
+        assert tensors[0] == tensors[1]
+
+
+def test_the_command_line_under_torchrun_prints_once(tmp_path: Path) -> None:
+    command = ["-m", "ckpt_tools", "consolidate", CHAT / "checkpoint", tmp_path / "out", "--json"]
+    done = launch([*command, "--config", CHAT / "hf"], ranks=2)
+
+    assert done.status == 0, done.stderr
+    assert json.loads(done.stdout)["tensors"] == 25
+    ckpt_tools.consolidate(CHAT / "checkpoint", tmp_path / "alone", config=CHAT / "hf")
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+
+
+@pytest.mark.slow
+def test_adapters_merges_and_means_are_shared_too(tmp_path: Path) -> None:
+    lora = FIXTURES / "zero" / "zero2-bf16-olmo2-lora-2ranks"
+    pair = [CHAT / "checkpoint", CHAT / "checkpoint"]
+    calls: list[tuple[str, list[Any], dict[str, Any]]] = [
+        ("extract_lora", [lora / "checkpoint"], {"base_model": "base", "lora_alpha": 16}),
+        ("merge_lora", [lora / "checkpoint"], {"lora_alpha": 16, "weights_only": True}),
+        ("average", [pair], {"config": CHAT / "hf"}),
+    ]
+    listed = []
+    for name, arguments, options in calls:
+        getattr(ckpt_tools, name)(*arguments, tmp_path / "alone" / name, **options)
+        texts = json.loads(json.dumps([arguments, options], default=str))
+        out = str(tmp_path / "out" / name)
+        listed.append({"function": name, "arguments": [*texts[0], out], "options": texts[1]})
+    (tmp_path / "cases.json").write_text(json.dumps(listed))
+
+    done = launch([DRIVER, tmp_path / "cases.json"], ranks=3)
+
+    assert done.status == 0, done.stdout + done.stderr
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
