@@ -9,7 +9,6 @@ Knows moves and buffers; knows nothing of names, formats or output files.
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from ckpt_tools.catalogue import Computed, Move, Tensor, row_major_strides, window_slabs
 from ckpt_tools.errors import DamagedCheckpoint
+from ckpt_tools.files import Readable, open_for_reading
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +56,7 @@ class Gatherer:
         import torch
 
         self._torch = torch
-        self._files: OrderedDict[Path, int] = OrderedDict()
+        self._files: OrderedDict[Path, Readable] = OrderedDict()
         self._kept: OrderedDict[int, tuple[Tensor, torch.Tensor]] = OrderedDict()
         self._scratch = bytearray(REQUEST_BYTES)
         self.bytes_read = 0
@@ -75,7 +75,7 @@ class Gatherer:
     def close(self) -> None:
         """Close the files that are kept open."""
         while self._files:
-            os.close(self._files.popitem()[1])
+            self._files.popitem()[1].close()
 
     def fill(self, buffer: bytearray, slices: Iterable[Slice]) -> None:
         """Put every slice in its place in ``buffer``.
@@ -158,11 +158,11 @@ class Gatherer:
         return loaded
 
     def _read(self, path: Path, offset: int, into: memoryview) -> None:
-        fd = self._open(path)
+        file = self._open(path)
         done = 0
         while done < len(into):
             try:
-                count = os.preadv(fd, [into[done:]], offset + done)
+                count = file.read_into(into[done:], offset + done)
             except OSError as error:
                 raise DamagedCheckpoint(
                     f"cannot be read at byte {offset + done:,} ({error.strerror})", path=path
@@ -176,20 +176,20 @@ class Gatherer:
             done += count
         self.bytes_read += done
 
-    def _open(self, path: Path) -> int:
-        fd = self._files.get(path)
-        if fd is None:
+    def _open(self, path: Path) -> Readable:
+        file = self._files.get(path)
+        if file is None:
             if len(self._files) >= _OPEN_FILES:
-                os.close(self._files.popitem(last=False)[1])
+                self._files.popitem(last=False)[1].close()
             try:
-                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                file = open_for_reading(path)
             except OSError as error:
                 raise DamagedCheckpoint(
                     f"cannot be opened ({error.strerror})", path=path
                 ) from error
-        self._files[path] = fd
+        self._files[path] = file
         self._files.move_to_end(path)
-        return fd
+        return file
 
 
 def load(tensor: Tensor) -> torch.Tensor:

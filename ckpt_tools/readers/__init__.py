@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import pkgutil
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
@@ -15,6 +18,7 @@ from typing import Protocol, cast
 
 from ckpt_tools.checkpoint import Checkpoint, Location
 from ckpt_tools.errors import AmbiguousCheckpoint, DamagedCheckpoint, NotACheckpoint, UsageError
+from ckpt_tools.files import local_paths, searched
 
 # Formats that training state may be exported to, into the same directory.
 FINISHED = ("huggingface",)
@@ -57,6 +61,13 @@ def locate(
         UsageError: ``tag``, ``model`` or ``format`` is not there.
         DamagedCheckpoint: a pointer such as ``latest`` leads nowhere.
     """
+    with _folders_named(path):
+        location = _locate(path, tag, model, format)
+    near = dict.fromkeys(local for place in location.near for local in local_paths(place))
+    return replace(location, near=tuple(near))
+
+
+def _locate(path: Path, tag: str | None, model: int | None, format: str | None) -> Location:
     if not path.exists():
         raise NotACheckpoint("no such file or directory", path=path)
     found = _find(path, tag, format)
@@ -139,6 +150,11 @@ def read(location: Location) -> Checkpoint:
         reader = readers()[location.format]
     except KeyError:
         raise UsageError(f"no reader is called {location.format!r}") from None
+    with _folders_named(location.directory):
+        return _read(reader, location)
+
+
+def _read(reader: Reader, location: Location) -> Checkpoint:
     try:
         return reader.read(location)
     except (
@@ -156,6 +172,19 @@ def read(location: Location) -> Checkpoint:
             path=location.directory,
             hint="The files were changed or damaged after they were saved; copy them anew.",
         ) from error
+
+
+@contextmanager
+def _folders_named(path: Path) -> Iterator[None]:
+    """Where several folders are read as one, say which, unless the error is about a file in one of them."""
+    try:
+        yield
+    except (DamagedCheckpoint, NotACheckpoint) as error:
+        folders = searched(path)
+        if folders and not (error.path is not None and error.path.is_file()):
+            note = f"Read as one checkpoint: {', '.join(folders)}."
+            error.hint = f"{error.hint} {note}" if error.hint else note
+        raise
 
 
 def _ambiguous(path: Path, choices: list[str], advice: str) -> AmbiguousCheckpoint:

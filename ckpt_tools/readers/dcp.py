@@ -59,7 +59,7 @@ _SCALARS = {"float32": "<f", "float64": "<d", "int32": "<i", "int64": "<q"}
 _SHOWN = 6
 _OTHER_NODES = (
     "Each node may have written to a disk of its own: copy the .distcp files of every node into this "
-    "directory."
+    "directory, or name its folder with --also DIR."
 )
 
 
@@ -78,7 +78,7 @@ def find(path: Path, tag: str | None = None) -> list[Location]:
         UsageError: ``tag`` is not there.
     """
     if path.is_file():
-        if not _is_of_format(path.name):
+        if not is_own_file(path):
             return []
         path = path.parent
     if is_dcp_directory(path):
@@ -120,8 +120,10 @@ def _inside(directory: Path, tag: str | None) -> list[Location]:
     return [location_of(NAME, directory, part) for part in names if tag in (None, part)]
 
 
-def _is_of_format(name: str) -> bool:
-    return name == GLOBAL_FILE or any(p.fullmatch(name) for p in (RANK_FILE, DATA_FILE))
+def is_own_file(path: Path) -> bool:
+    """Whether this is a file of the format, by its name."""
+    named = any(pattern.fullmatch(path.name) for pattern in (RANK_FILE, DATA_FILE))
+    return path.is_file() and (named or path.name == GLOBAL_FILE)
 
 
 def _natural(path: Path) -> tuple[int, str]:
@@ -181,10 +183,13 @@ def model_names(metadata: Metadata, location: Location) -> dict[str, str]:
     found = models(metadata)
     if not found:
         keys = left_alone(metadata, ())
+        beside = sorted(p.name for p in location.directory.parent.glob("pytorch_model_fsdp_*"))
         raise UnsupportedLayout(
             f"it holds no model: its entries are {_listed(list(keys)) or 'none'}",
             path=location.directory,
-            hint="The weights may be in a directory beside it.",
+            hint=f"The weights are in {_listed(beside)} beside it."
+            if beside
+            else "The weights may be in a directory beside it.",
         )
     part = location.part or next(iter(found))
     if part not in found or (location.part is None and len(found) > 1):
@@ -280,7 +285,7 @@ class Saving:
             pieces,
             source if source.is_file() else self._directory,
             "The metadata is damaged, or that of a rank is missing; copy it anew from where it was "
-            "written.",
+            "written, or name the folder that holds the rest with --also DIR.",
         )
 
     def _piece(self, flat: str, chunk: Chunk, dtype: DType) -> Piece:

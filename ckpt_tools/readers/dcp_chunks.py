@@ -14,21 +14,23 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-import os
+import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from ckpt_tools.catalogue import Box, FlatRange, Shape
+from ckpt_tools.catalogue import Box, FlatRange, Fragment, Shape
 from ckpt_tools.dtypes import DType
 from ckpt_tools.errors import DamagedCheckpoint, OutputFailed, UnsafePickle, UnsupportedLayout
+from ckpt_tools.files import local_paths, open_for_reading, read_at
+from ckpt_tools.places import Region
 from ckpt_tools.readers.dcp_metadata import Chunk
 from ckpt_tools.readers.deferred import DeferredFragment
 from ckpt_tools.readers.restricted_pickle import TensorRef
-from ckpt_tools.readers.torch_file import Region, TorchFile
+from ckpt_tools.readers.torch_file import TorchFile
 
 _ZSTD = "stream.zstd/1"
 _BLOCK = 1 << 20
@@ -68,6 +70,10 @@ class ChunkStore:
         self.heads: dict[tuple[DType, Shape, int], _Head] = {}
         self._lock = threading.Lock()
         self._directory: tempfile.TemporaryDirectory[str] | None = None
+
+    def __reduce__(self) -> tuple[Callable[..., ChunkStore], tuple[()]]:
+        """To another process it goes empty: its temporary directory is of this machine."""
+        return ChunkStore, ()
 
     @contextlib.contextmanager
     def new_file(self, source: Path) -> Iterator[tuple[Path, IO[bytes]]]:
@@ -116,6 +122,13 @@ class ChunkFragment(DeferredFragment):
         object.__setattr__(self, "_dtype", dtype)
         object.__setattr__(self, "_store", store)
 
+    def __reduce__(self) -> tuple[Callable[..., Fragment], tuple[object, ...]]:
+        """To another process; what was unpacked on this machine is unpacked there anew."""
+        if self._chunk.extent.transforms:
+            parts = (self.region, self._source, self._chunk, self._dtype, self._store)
+            return ChunkFragment, parts
+        return super().__reduce__()
+
     def find_place(self) -> tuple[Path, int]:
         """Where the elements lie, checked against the metadata.
 
@@ -162,8 +175,7 @@ class ChunkFragment(DeferredFragment):
     def _first(self, count: int) -> bytes:
         """The first bytes of the chunk."""
         try:
-            with io.FileIO(self._source) as stream:
-                return os.pread(stream.fileno(), count, self._chunk.extent.start)
+            return read_at(self._source, self._chunk.extent.start, count)
         except OSError as error:
             raise self._wrong(self._source, f"cannot be read ({error.strerror})") from error
 
@@ -190,7 +202,7 @@ class ChunkFragment(DeferredFragment):
         with self._store.new_file(path) as (copy, stream):
             try:
                 with (
-                    io.BufferedReader(Region(path, extent.start, extent.length)) as packed,
+                    _run(path, extent.start, extent.length) as packed,
                     zstandard.ZstdDecompressor().stream_reader(packed) as plain,
                 ):
                     while block := plain.read(_BLOCK):
@@ -206,11 +218,10 @@ class ChunkFragment(DeferredFragment):
         """The elements of a permuted tensor in row-major order."""
         import numpy
 
-        itemsize, start = ref.dtype.itemsize, ref.byte_offset
+        itemsize = ref.dtype.itemsize
         last = sum((n - 1) * stride for n, stride in zip(ref.shape, ref.stride, strict=True))
-        held = numpy.memmap(
-            ref.storage.path, dtype=f"V{itemsize}", mode="r", offset=start, shape=(last + 1,)
-        )
+        place, start = self._on_this_machine(ref, (last + 1) * itemsize)
+        held = numpy.memmap(place, dtype=f"V{itemsize}", mode="r", offset=start, shape=(last + 1,))
         whole = numpy.lib.stride_tricks.as_strided(
             held, ref.shape, tuple(stride * itemsize for stride in ref.stride), writeable=False
         )
@@ -219,6 +230,23 @@ class ChunkFragment(DeferredFragment):
             for row in range(0, ref.shape[0], rows):
                 stream.write(whole[row : row + rows].tobytes())
         return copy
+
+    def _on_this_machine(self, ref: TensorRef, length: int) -> tuple[Path, int]:
+        """A file that can be mapped, and where in it the elements begin."""
+        path = ref.storage.path
+        if here := local_paths(path):
+            return here[0], ref.byte_offset
+        with (
+            self._store.new_file(path) as (copy, stream),
+            _run(path, ref.byte_offset, length) as elements,
+        ):
+            shutil.copyfileobj(elements, stream, _BLOCK)
+        return copy, 0
+
+
+def _run(path: Path, offset: int, length: int) -> io.BufferedReader:
+    """A run of a file's bytes as a stream."""
+    return io.BufferedReader(Region(open_for_reading(path), offset, length))
 
 
 def check_transforms(chunk: Chunk, path: Path) -> None:

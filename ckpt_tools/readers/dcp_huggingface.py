@@ -88,7 +88,7 @@ def read(location: Location) -> Checkpoint:
     shards = _shards(directory)
     gaps = _gaps(shards, directory)
     files = [read_safetensors(path) for path in shards.values()]
-    hint = "Copy the shards of every rank into one directory."
+    hint = "Copy the shards of every rank into one directory, or name the others' with --also DIR."
     if gaps:
         hint += f" By their numbers these are missing: {', '.join(gaps[:_SHOWN])}."
     boxes = _boxes(files)

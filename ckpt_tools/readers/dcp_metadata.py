@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import io
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -156,7 +157,7 @@ def _metadata_files(directory: Path) -> list[Path]:
                 path=directory,
                 missing=lost,
                 hint="It was saved without collectives, one file a rank. Copy the files of every node "
-                "into one directory.",
+                "into one directory, or name the other nodes' folders with --also DIR.",
             )
         return [by_rank[rank] for rank in sorted(by_rank)]
     if not whole.is_file():
@@ -164,7 +165,8 @@ def _metadata_files(directory: Path) -> list[Path]:
             f"there are data files, but no {GLOBAL_FILE}",
             path=directory,
             missing=[GLOBAL_FILE],
-            hint="It is written last, by one rank: the save did not finish, or it lies on another node.",
+            hint="It is written last, by one rank: the save did not finish, or it lies on another node, "
+            "whose folder can be named with --also DIR.",
         )
     return [whole]
 
@@ -180,7 +182,7 @@ def _read_files(stamps: tuple[tuple[Path, int, int], ...]) -> Metadata:
 def _read_file(path: Path) -> Metadata:
     try:
         with path.open("rb") as stream, _garbage_kept():
-            return _parse(unpickle(stream, str(path)), path)
+            return _parse(unpickle(io.BytesIO(stream.read()), str(path)), path)
     except CkptError:
         raise
     except OSError as error:

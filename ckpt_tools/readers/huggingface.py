@@ -8,11 +8,12 @@ Source: ``transformers/utils/__init__.py`` (``SAFE_WEIGHTS_NAME`` and its neighb
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from ckpt_tools.checkpoint import Checkpoint, Location, Weight
 from ckpt_tools.errors import DamagedCheckpoint
-from ckpt_tools.readers.trainer_state import trainer_step
+from ckpt_tools.readers.trainer_state import trainer_step, trainer_world_size
 from ckpt_tools.readers.weight_files import entry_points, read_weight_files
 
 NAME = "huggingface"
@@ -58,6 +59,17 @@ def read(location: Location) -> Checkpoint:
         ties=held.ties,
         files=held.files,
         step=trainer_step(location.directory),
+        world_size=trainer_world_size(location.directory),
+        framework=_framework(location.directory),
         details={"shards": len(held.files)},
         remarks=location.remarks,
     )
+
+
+def _framework(directory: Path) -> str | None:
+    """The version of transformers that wrote the config beside the weights; a fact for the report alone."""
+    try:
+        version = json.loads((directory / "config.json").read_text("utf-8"))["transformers_version"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return f"transformers {version}" if isinstance(version, str) else None

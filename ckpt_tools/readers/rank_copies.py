@@ -8,11 +8,12 @@ done about copies that differ is the reader's business.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
-from pathlib import Path
+from contextlib import closing
 
 from ckpt_tools.errors import DamagedCheckpoint
+from ckpt_tools.files import open_for_reading
+from ckpt_tools.places import read_fully
 from ckpt_tools.readers.dtensor import Run
 from ckpt_tools.readers.torch_file import ZipStorage
 
@@ -36,13 +37,15 @@ def differ(one: Run, other: Run) -> bool:
 
 def _blocks(run: Run) -> Iterator[bytes]:
     itemsize = run.ref.dtype.itemsize
-    path = Path(run.ref.storage.path)
+    path = run.ref.storage.path
     at = run.ref.byte_offset + run.start * itemsize
     end = at + math.prod(run.box.sizes) * itemsize
-    with path.open("rb") as stream:
+    block = memoryview(bytearray(min(_BLOCK, end - at)))
+    with closing(open_for_reading(path)) as file:
         while at < end:
-            block = os.pread(stream.fileno(), min(_BLOCK, end - at), at)
-            if not block:
-                raise DamagedCheckpoint(f"the file ends at byte {at:,}", path=path)
-            at += len(block)
-            yield block
+            wanted = block[: end - at]
+            count = read_fully(file, wanted, at)
+            if count < len(wanted):
+                raise DamagedCheckpoint(f"the file ends at byte {at + count:,}", path=path)
+            at += count
+            yield bytes(wanted)

@@ -46,7 +46,7 @@ _SHOWN = 6
 _NAMED = 1000
 _OTHER_NODES = (
     "Each node may have written to a disk of its own: copy the rank files of every node into this "
-    "directory."
+    "directory, or name its folder with --also DIR."
 )
 _OTHER_SAVE = "A file of another save lies among them; take all files from one save."
 
@@ -253,7 +253,7 @@ class _PartFragment(DeferredFragment):
     def find_place(self) -> tuple[Path, int]:
         """See the base class."""
         ref = self._run.ref
-        return Path(ref.storage.path), ref.byte_offset + self._run.start * ref.dtype.itemsize
+        return ref.storage.path, ref.byte_offset + self._run.start * ref.dtype.itemsize
 
 
 class _Joined:

@@ -12,7 +12,8 @@ through a *global*, and here a global is one of three things:
 
 A pickle can set attributes on whatever it was handed (the BUILD opcode). So callables are made anew for
 every load, and what names a file or a place in one (:class:`StorageRef`, :class:`TensorRef`) refuses: it
-would let a pickle point at another file of the machine, whose bytes would end up in the output. This
+would let a pickle point at another file of the machine, whose bytes would end up in the output. A pickle
+can also kill the process by what it builds; see :mod:`~ckpt_tools.readers.pickle_nesting`. This
 module knows nothing of zip files or layouts: where a storage lies is the business of the container.
 
 Source of the allow-list: ``torch/_utils.py`` and ``torch/_weights_only_unpickler.py``.
@@ -25,13 +26,18 @@ import io
 import math
 import pickle
 from abc import ABC, abstractmethod
-from collections import Counter, OrderedDict, defaultdict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ckpt_tools.dtypes import BY_NAME, BY_STORAGE_CLASS, DType
 from ckpt_tools.errors import CkptError, DamagedCheckpoint, UnsafePickle
+from ckpt_tools.readers.pickle_nesting import refuse_deep_nesting
+
+# Classes in classes, each named after all around it, would take the square of the pickle's length.
+_LONGEST_NAME = 10_000
 
 
 class Opaque:
@@ -105,7 +111,7 @@ class StorageRef(Sealed, ABC):
 
     @property
     @abstractmethod
-    def path(self) -> str:
+    def path(self) -> Path:
         """The file that holds it."""
 
     @property
@@ -185,6 +191,20 @@ def _rebuild_tensor(
     return TensorRef(storage, dtype, storage_offset, shape, strides)
 
 
+def _size(items: Any = ()) -> tuple[int, ...]:
+    """``torch.Size``: numbers, lest it be a way to nest tuples that nobody counts."""
+    sizes = tuple(items)
+    if not all(isinstance(n, int) for n in sizes):
+        raise pickle.UnpicklingError("a torch.Size of what is no number")
+    return sizes
+
+
+def _rebuild_parameter(data: Any, *_: Any) -> Any:
+    if not isinstance(data, TensorRef | Opaque):
+        raise pickle.UnpicklingError("a parameter that is no tensor")
+    return data
+
+
 def _rebuild_from_type(func: Callable[..., Any], _type: Any, args: Any, state: Any) -> Any:
     """A tensor with attributes is the tensor; a subclass such as DTensor keeps its parts as state."""
     rebuilt = func(*args)
@@ -196,6 +216,8 @@ def _rebuild_from_type(func: Callable[..., Any], _type: Any, args: Any, state: A
 def _nested_class(owner: Any, name: Any) -> Any:
     """What ``getattr(Class, "Inner")`` is in a pickle: another inert class. Nothing is looked up."""
     if isinstance(owner, type) and issubclass(owner, Opaque) and isinstance(name, str):
+        if len(owner.global_name) + len(name) > _LONGEST_NAME:
+            raise pickle.UnpicklingError("a class with too long a name")
         return _opaque_class(f"{owner.global_name}.{name}")
     return Opaque(owner, name)
 
@@ -213,7 +235,8 @@ def _allowed() -> dict[tuple[str, str], Any]:
     """The allow-list, its functions made anew so that no pickle can leave a mark on ours."""
     table: dict[tuple[str, str], Any] = {
         ("collections", "OrderedDict"): OrderedDict,
-        ("collections", "defaultdict"): lambda *_: defaultdict(),
+        # A plain one: to free defaultdicts within defaultdicts, C recurses without a limit.
+        ("collections", "defaultdict"): lambda *_: {},
         ("collections", "Counter"): lambda *a: Counter(*a),
         ("builtins", "set"): set,
         ("builtins", "frozenset"): frozenset,
@@ -221,15 +244,15 @@ def _allowed() -> dict[tuple[str, str], Any]:
         ("builtins", "bytearray"): lambda *a: bytearray(*a[:1]) if a and _is_bytes(a[0]) else b"",
         ("builtins", "getattr"): lambda *a: _nested_class(*a[:2]),
         ("_codecs", "encode"): lambda *a: _encode(*a),
-        ("torch", "Size"): lambda *a: tuple(*a),
+        ("torch", "Size"): lambda *a: _size(*a),
         ("torch", "device"): lambda *a: ":".join(map(str, a)),
         ("torch._utils", "_rebuild_tensor"): lambda *a: _rebuild_tensor(*a[:4]),
         ("torch._utils", "_rebuild_tensor_v2"): lambda *a: _rebuild_tensor(*a[:4]),
         ("torch._utils", "_rebuild_tensor_v3"): lambda *a: _rebuild_tensor(
             a[0], a[1], a[2], a[3], a[6]
         ),
-        ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
-        ("torch._utils", "_rebuild_parameter_with_state"): lambda data, *_: data,
+        ("torch._utils", "_rebuild_parameter"): lambda *a: _rebuild_parameter(*a),
+        ("torch._utils", "_rebuild_parameter_with_state"): lambda *a: _rebuild_parameter(*a),
         ("torch._tensor", "_rebuild_from_type_v2"): lambda *a: _rebuild_from_type(*a),
     }
     for name, dtype in BY_STORAGE_CLASS.items():
@@ -291,6 +314,7 @@ def unpickle(
     # pickle a function that somebody registered, nor keep our stand-in for it.
     copyreg.clear_extension_cache()
     try:
+        refuse_deep_nesting(file)
         return RestrictedUnpickler(file, persistent_load).load()
     except CkptError:
         raise

@@ -9,7 +9,6 @@ Source: ``torch/serialization.py`` (``_save``, ``_legacy_save``) and ``caffe2/se
 
 from __future__ import annotations
 
-import errno
 import io
 import math
 import os
@@ -17,15 +16,14 @@ import struct
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ckpt_tools.catalogue import FlatRange, Fragment, Shape, Stored
 from ckpt_tools.dtypes import DType
 from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout
+from ckpt_tools.files import open_for_reading
+from ckpt_tools.places import Region
 from ckpt_tools.readers.restricted_pickle import Opaque, StorageRef, TensorRef, unpickle
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
 
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -43,9 +41,9 @@ class ZipStorage(StorageRef):
     _offset: int = -1
 
     @property
-    def path(self) -> str:
+    def path(self) -> Path:
         """The file that holds it."""
-        return str(self.file.path)
+        return self.file.path
 
     @property
     def data_offset(self) -> int:
@@ -86,59 +84,14 @@ class StreamStorage(StorageRef):
     start: int = -1
 
     @property
-    def path(self) -> str:
+    def path(self) -> Path:
         """The file that holds it."""
-        return str(self.file.path)
+        return self.file.path
 
     @property
     def data_offset(self) -> int:
         """First byte of its data."""
         return self.start
-
-
-class Region(io.RawIOBase):
-    """A run of a file's bytes as a file of its own.
-
-    Args:
-        path: the file.
-        offset: its first byte of the run.
-        size: bytes of the run.
-    """
-
-    def __init__(self, path: Path, offset: int, size: int) -> None:
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self._start = offset
-        self._size = size
-        self._at = 0
-
-    def readable(self) -> bool:
-        """Always."""
-        return True
-
-    def seekable(self) -> bool:
-        """Always."""
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        """Move to a byte of the run."""
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
-        if base + offset < 0:
-            raise OSError(errno.EINVAL, "before the start of the region")
-        self._at = base + offset
-        return self._at
-
-    def readinto(self, into: Buffer, /) -> int:
-        """Read up to the end of the run."""
-        view = memoryview(into).cast("B")[: max(self._size - self._at, 0)]
-        count = os.preadv(self._fd, [view], self._start + self._at)
-        self._at += count
-        return count
-
-    def close(self) -> None:
-        """Close the file."""
-        if not self.closed:
-            os.close(self._fd)
-        super().close()
 
 
 class TorchFile:
@@ -178,7 +131,7 @@ class TorchFile:
 
     def open(self) -> io.BufferedReader:
         """A stream of the region."""
-        return io.BufferedReader(Region(self.path, self.offset, self.size))
+        return io.BufferedReader(Region(open_for_reading(self.path), self.offset, self.size))
 
     def load(self) -> Any:
         """The object that was saved, tensors as :class:`TensorRef`.
@@ -323,8 +276,6 @@ def stored(ref: TensorRef, shape: Shape | None = None) -> Stored:
             path=ref.storage.path,
         )
     fragments = (
-        [Fragment(Path(ref.storage.path), ref.byte_offset, FlatRange(0, ref.numel))]
-        if ref.numel
-        else []
+        [Fragment(ref.storage.path, ref.byte_offset, FlatRange(0, ref.numel))] if ref.numel else []
     )
     return Stored(ref.dtype, shape, fragments)

@@ -7,7 +7,6 @@ running code from the files. Bytes are located by :mod:`~ckpt_tools.readers.zero
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -108,8 +107,7 @@ def _follow_latest(root: Path, latest: Path, names: list[str]) -> Location:
         raise DamagedCheckpoint(
             f"it names {tag!r}, which is not a directory beside it", path=latest, hint=hint
         )
-    # os.path, because Path.is_dir raises for names that are too long: `latest` may hold anything.
-    if not os.path.isdir(root / tag):
+    if not _is_directory(root / tag):
         raise DamagedCheckpoint(f"it names {tag!r}, which is not there", path=latest, hint=hint)
     if not any(
         MODEL_FILE.fullmatch(e.name) or OPTIM_FILE.fullmatch(e.name) for e in _entries(root / tag)
@@ -120,6 +118,13 @@ def _follow_latest(root: Path, latest: Path, names: list[str]) -> Location:
     newer = [name for name in names if _natural(root / name) > _natural(root / tag)]
     remarks = (f"newer than the one that `latest` names: {', '.join(newer)}",) if newer else ()
     return _location(root / tag, root, remarks)
+
+
+def _is_directory(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a name that is too long: `latest` may hold anything
+        return False
 
 
 def read(location: Location) -> Checkpoint:

@@ -19,7 +19,7 @@ from ckpt_tools.readers.restricted_pickle import TensorRef
 
 NODE_LOCAL = (
     "If the run saved to node-local storage, they lie on the other machines: copy every machine's "
-    "folder here."
+    "folder here, or name it with --also DIR."
 )
 SAME_SAVE = "Keep the files of one save in a directory of their own; move the others away."
 

@@ -13,12 +13,12 @@ import struct
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 from ckpt_tools.catalogue import FlatRange, Fragment, Shape, Stored
 from ckpt_tools.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
 from ckpt_tools.errors import DamagedCheckpoint
+from ckpt_tools.files import read_at
 from ckpt_tools.readers.restricted_pickle import TensorRef
 
 _SAMPLE = 64
@@ -38,7 +38,7 @@ class FlatVector:
 
     def __init__(self, refs: Sequence[TensorRef], lengths: Sequence[int]) -> None:
         self.dtype = next((r.dtype for r in refs if r.numel), refs[0].dtype)
-        self._files = [Path(ref.storage.path) for ref in refs]
+        self._files = [ref.storage.path for ref in refs]
         self._offsets = [ref.byte_offset if ref.numel else 0 for ref in refs]
         self.starts = [0, *accumulate(lengths)]
         if any(ref.dtype != self.dtype for ref in refs if ref.numel):
@@ -99,9 +99,7 @@ class FlatVector:
         return list(struct.unpack(f"<{count}{_CODES[dtype.itemsize]}", data))
 
     def _bytes_of(self, fragment: Fragment) -> bytes:
-        with fragment.file.open("rb", buffering=0) as stream:
-            stream.seek(fragment.offset)
-            return stream.read(fragment.region.numel * self.dtype.itemsize)
+        return read_at(fragment.file, fragment.offset, fragment.region.numel * self.dtype.itemsize)
 
 
 def named_weights(content: Mapping[str, Any]) -> dict[str, TensorRef]:

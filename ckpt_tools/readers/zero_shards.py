@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout
+from ckpt_tools.files import read_at
 from ckpt_tools.readers.restricted_pickle import Opaque, TensorRef
 from ckpt_tools.readers.torch_file import TorchFile
 from ckpt_tools.readers.zero_agreement import (
@@ -119,7 +120,12 @@ def open_shards(directory: Path) -> ShardSet:
     models = _in_parallel(_read_model, [directory / model_names[r] for r in sorted(model_names)])
     optims = _in_parallel(_read_optim, [directory / optim_names[r] for r in sorted(optim_names)])
     if not models:
-        raise DamagedCheckpoint("no *_model_states.pt file", path=directory, hint=NODE_LOCAL)
+        raise DamagedCheckpoint(
+            "no *_model_states.pt file",
+            path=directory,
+            missing=["*_model_states.pt"],
+            hint=NODE_LOCAL,
+        )
 
     first = models[0]
     config_stage = _config_stage(first)
@@ -279,9 +285,7 @@ def _scalar(ref: TensorRef) -> float:
     kind = kinds.get(ref.dtype.name)
     if kind is None:
         return -1.0
-    with Path(ref.storage.path).open("rb", buffering=0) as stream:
-        stream.seek(ref.byte_offset)
-        data = stream.read(ref.dtype.itemsize)
+    data = read_at(ref.storage.path, ref.byte_offset, ref.dtype.itemsize)
     return float(struct.unpack(kind, data)[0])
 
 
