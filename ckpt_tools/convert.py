@@ -22,11 +22,10 @@ from ckpt_tools.checkpoint import Checkpoint
 from ckpt_tools.delivery import follow
 from ckpt_tools.errors import UsageError
 from ckpt_tools.extraction import Extraction, run_extraction
-from ckpt_tools.folders import read_as_one
+from ckpt_tools.folders import places_of, read_as_one
 from ckpt_tools.merging import merged_state
 from ckpt_tools.options import (
     AdapterOptions,
-    DeliveryOptions,
     PathLike,
     ReadingOptions,
     WritingOptions,
@@ -272,16 +271,23 @@ def merge_lora(
 def _together(
     work: Callable[[PathLike | Checkpoint], Report],
     checkpoint: PathLike | Checkpoint,
-    options: DeliveryOptions,
+    options: AdapterOptions,
 ) -> Report:
     """Carry out a call; of several ranks the leader does, and the others help it to write."""
     ranks = options.get("ranks")
     if ranks is None:
         return work(checkpoint)
+    node_local = options.get("node_local", False)
     with ExitStack() as stack:
-        stack.enter_context(ranks.session())
-        if options.get("node_local", False) and not isinstance(checkpoint, Checkpoint):
-            checkpoint = stack.enter_context(pooled_machines(ranks, Path(checkpoint)))
+        stack.enter_context(ranks.session("--node-local" if node_local else "no --node-local"))
+        if not isinstance(checkpoint, Checkpoint):
+            path, also = _path(checkpoint), options.get("also", ())
+            # Every rank, because the leader's plan names files by their pool.
+            checkpoint = (
+                stack.enter_context(pooled_machines(ranks, path, places_of(path, also)))
+                if node_local
+                else read_as_one(path, also)
+            )
         if ranks.leads:
             report = work(checkpoint)
             ranks.put("report", report)

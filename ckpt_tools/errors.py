@@ -49,7 +49,8 @@ class CkptError(Exception):
         hint: str | None = None,
     ) -> None:
         self.fact = fact
-        self.path = Path(path) if path is not None else None
+        # By its text: a path in a tree of several places says with it where the file really is.
+        self.path = Path(str(path)) if path is not None else None
         self.tensor = tensor
         self.hint = hint
         super().__init__(fact)

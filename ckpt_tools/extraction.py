@@ -35,6 +35,7 @@ from ckpt_tools.errors import (
     UnsupportedLayout,
     UsageError,
 )
+from ckpt_tools.files import folders_of
 from ckpt_tools.manifest import Provenance
 from ckpt_tools.masters import check_masters
 from ckpt_tools.output import Output, Writing
@@ -58,7 +59,11 @@ _DEFAULT = "default"
 
 @dataclass(frozen=True)
 class Extraction:
-    """What is asked of one extraction; the arguments of :func:`ckpt_tools.extract_lora`, made ready."""
+    """What is asked of one extraction; the arguments of :func:`ckpt_tools.extract_lora`, made ready.
+
+    Attributes:
+        needs_base: whether the base model's name must be known; PEFT itself leaves it empty where it is not.
+    """
 
     target: Path
     adapter: str | None
@@ -70,6 +75,7 @@ class Extraction:
     copy: Copy
     check_all_masters: bool
     writing: Writing
+    needs_base: bool = True
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,7 @@ def run_extraction(source: Checkpoint, request: Extraction, clock: Clock) -> Rep
     options = request.assets
     named = (options.config, options.tokenizer, request.adapter_config)
     if not request.writing.dry_run:
-        inputs = [source.location.directory, *filter(None, named)]
+        inputs = [*folders_of(source.location.directory), *filter(None, named)]
         check_target(request.target, inputs, overwrite=request.writing.overwrite)
     state = model_state(source, request.copy)
     names = state_names(state)
@@ -110,8 +116,12 @@ def run_extraction(source: Checkpoint, request: Extraction, clock: Clock) -> Rep
     clock.lap("read")
     checked = 0
     if request.copy == "master":
-        workers = request.writing.workers
-        checked = check_masters(source, every_element=request.check_all_masters, workers=workers)
+        checked = check_masters(
+            source,
+            every_element=request.check_all_masters,
+            workers=request.writing.workers,
+            progress=request.writing.active,
+        )
     clock.lap("check")
     outputs = [_output(one, request) for one in found]
     clock.lap("plan")
@@ -161,7 +171,10 @@ def _described(adapter: Adapter, request: Extraction, base: ConfigSource | None)
         data.get("_name_or_path") or None,
     )
     config = with_given(
-        config, lora_alpha=request.lora_alpha, base_model=request.base_model, for_file=True
+        config,
+        lora_alpha=request.lora_alpha,
+        base_model=request.base_model,
+        for_file=request.needs_base,
     )
     embeddings, notes = _embeddings(adapter, config, request, base)
     names = saved_names(

@@ -33,7 +33,7 @@ def read_as_one(path: Path, also: Sequence[str | os.PathLike[str]]) -> Path:
 
     Returns:
         ``path`` in a :class:`~ckpt_tools.files.Pool`; ``path`` itself where there is nothing else, or where
-        it is in a pool already.
+        it is in a pool already. Processes that ask for the same folders get pools of one key.
 
     Raises:
         UsageError: one of ``also`` is no directory, cannot be read, or is not a copy of any of these.
@@ -41,8 +41,10 @@ def read_as_one(path: Path, also: Sequence[str | os.PathLike[str]]) -> Path:
     if not also or isinstance(path, PooledPath) or not path.exists():
         return path
     root = path.parent if path.is_file() else path
+    places = [DirectoryPlace(root), *places_of(root, also)]
+    key = "\0".join(f"{os.path.abspath(place.root)}\0{place.under}" for place in places)
     with _unreadable_is_told(root):
-        pool = Pool(root, [DirectoryPlace(root), *places_of(root, also)])
+        pool = Pool(root, places, key=key)
     return pool.path(path.name) if path.is_file() else pool.path()
 
 
@@ -146,7 +148,7 @@ def _kinds(directory: Path) -> set[str]:
 
 
 def _holds_data(directory: Path) -> bool:
-    return any(_DATA.fullmatch(entry.name) for entry in directory.iterdir())
+    return any(_DATA.fullmatch(name) for name in _kinds(directory))
 
 
 def _not_alike(root: Path, folder: Path) -> UsageError:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from ckpt_tools import readers
 from ckpt_tools.checkpoint import Checkpoint, Weight
 from ckpt_tools.dtypes import BY_SHORT_NAME, DType
 from ckpt_tools.errors import CkptError
+from ckpt_tools.folders import read_as_one
 from ckpt_tools.transforms.prefixes import strip_wrappers
 
 _ADAPTER_MARKS = (
@@ -103,6 +105,7 @@ def inspect(
     tag: str | None = None,
     model: int | None = None,
     format: str | None = None,
+    also: Sequence[str | os.PathLike[str]] = (),
 ) -> Inspection:
     """Look at a checkpoint without reading its tensors.
 
@@ -110,13 +113,14 @@ def inspect(
         NotACheckpoint, UsageError: there is no one checkpoint under the path. A checkpoint that is
             there but damaged is no error here: its ``problems`` say what is wrong.
     """
-    location = readers.locate(Path(path), tag, model=model, format=format)
+    place = read_as_one(Path(path), also)
+    location = readers.locate(place, tag, model=model, format=format)
     try:
         return _facts(readers.read(location))
     except CkptError as error:
-        sizes = [entry.stat().st_size for entry in location.directory.iterdir() if entry.is_file()]
+        sizes = list(_sizes(location.directory))
         return Inspection(
-            path=location.directory,
+            path=Path(str(location.directory)),
             format=location.format,
             title=f"{location.format} checkpoint",
             name=location.name,
@@ -127,13 +131,21 @@ def inspect(
         )
 
 
+def _sizes(directory: Path) -> Iterator[int]:
+    """Bytes of each file of a checkpoint that something is wrong with."""
+    for entry in directory.iterdir():
+        if entry.is_file():
+            with suppress(CkptError):  # copies that differ have no one size
+                yield entry.stat().st_size
+
+
 def _facts(checkpoint: Checkpoint) -> Inspection:
     weights = checkpoint.weights
     stripped = strip_wrappers([*weights, *checkpoint.ties])
     named = {stripped.names[name]: weight for name, weight in weights.items()}
     parameters = {name: w for name, w in named.items() if w.kind != "buffer"}
     return Inspection(
-        path=checkpoint.location.directory,
+        path=Path(str(checkpoint.location.directory)),
         format=checkpoint.location.format,
         title=checkpoint.title,
         name=checkpoint.location.name,

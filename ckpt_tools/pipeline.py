@@ -23,6 +23,7 @@ from ckpt_tools.assets.config import of_attribute
 from ckpt_tools.catalogue import Catalogue, Tensor
 from ckpt_tools.checkpoint import Checkpoint, Copy
 from ckpt_tools.delivery import Delivered, deliver
+from ckpt_tools.files import folders_of
 from ckpt_tools.fit import Fitted, anticipate, fit_to_model
 from ckpt_tools.manifest import Provenance
 from ckpt_tools.masters import check_masters
@@ -104,7 +105,10 @@ def run(sources: Sequence[Checkpoint], request: Request, clock: Clock) -> Report
     if request.copy == "master":
         checked = sum(
             check_masters(
-                s, every_element=request.check_all_masters, workers=request.writing.workers
+                s,
+                every_element=request.check_all_masters,
+                workers=request.writing.workers,
+                progress=request.writing.active,
             )
             for s in sources
         )
@@ -191,7 +195,8 @@ def _inputs(sources: Sequence[Checkpoint], request: Request) -> list[Path]:
     """Directories and files that are read, and so must not be replaced."""
     assets = request.assets
     named = (assets.config, assets.tokenizer, assets.like, *request.beside)
-    return [*(source.location.directory for source in sources), *filter(None, named)]
+    folders = (folder for s in sources for folder in folders_of(s.location.directory))
+    return [*folders, *filter(None, named)]
 
 
 def _config(request: Request) -> ConfigSource | None:

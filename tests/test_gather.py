@@ -45,7 +45,7 @@ class Reads:
             self.requests.append((offset, sum(map(len, buffers))))
             return preadv(fd, buffers, offset)
 
-        monkeypatch.setattr(gather.os, "preadv", noted)
+        monkeypatch.setattr(os, "preadv", noted)
 
 
 @pytest.fixture

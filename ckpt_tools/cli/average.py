@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ckpt_tools.cli.shared import reports_errors
-from ckpt_tools.cli.writing import write_directory, writing_options
+from ckpt_tools.cli.writing import mean_writing_options, write_directory
 
 
 def _numbers(ctx: click.Context, option: click.Parameter, value: str | None) -> list[float] | None:
@@ -30,7 +30,7 @@ def _numbers(ctx: click.Context, option: click.Parameter, value: str | None) -> 
     callback=_numbers,
     help="One for each CKPT, adding up to 1. Default: all equal.",
 )
-@writing_options
+@mean_writing_options
 @reports_errors
 def command(
     ckpts: tuple[Path, ...], out: Path, coefficients: list[float] | None, **options: Any

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from ckpt_tools.cli.shared import (
+    also_option,
     count_text,
     debug_option,
     json_option,
@@ -26,11 +27,17 @@ _LISTED = 8
 @click.option("--tag", help="Which checkpoint, where the directory holds several.")
 @click.option("--model", type=click.IntRange(min=0), metavar="N", help="Which model of a state.")
 @click.option("--format", metavar="F", help="Which format, where the directory fits several.")
+@also_option
 @json_option
 @debug_option
 @reports_errors
 def command(
-    ckpt: Path, tag: str | None, model: int | None, format: str | None, as_json: bool
+    ckpt: Path,
+    tag: str | None,
+    model: int | None,
+    format: str | None,
+    also: tuple[Path, ...],
+    as_json: bool,
 ) -> None:
     """Say what the checkpoint CKPT is, from metadata alone.
 
@@ -41,7 +48,7 @@ def command(
     Example:
       ckpt-tools inspect run/global_step500
     """
-    found = inspect(ckpt, tag=tag, model=model, format=format)
+    found = inspect(ckpt, tag=tag, model=model, format=format, also=also)
     if as_json:
         print_json(found.to_json())
     else:

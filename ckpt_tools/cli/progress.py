@@ -15,19 +15,21 @@ _LINE_SECONDS = 10.0
 
 
 @contextmanager
-def shown_progress(quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
+def shown_progress(
+    quiet: bool, doing: str = "writing"
+) -> Iterator[Callable[[int, int], None] | None]:
     """A function that is told bytes done and bytes in all, or None under ``quiet``."""
     if quiet:
         yield None
     elif sys.stderr.isatty():
-        with _bar() as update:
+        with _bar(doing) as update:
             yield update
     else:
         yield _lines()
 
 
 @contextmanager
-def _bar() -> Iterator[Callable[[int, int], None]]:
+def _bar(doing: str) -> Iterator[Callable[[int, int], None]]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -39,14 +41,14 @@ def _bar() -> Iterator[Callable[[int, int], None]]:
     )
 
     columns = (
-        TextColumn("writing"),
+        TextColumn(doing),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("writing", total=None)
+        task = progress.add_task(doing, total=None)
 
         def update(done: int, total: int) -> None:
             progress.update(task, completed=done, total=total)
@@ -57,16 +59,19 @@ def _bar() -> Iterator[Callable[[int, int], None]]:
 def _lines() -> Callable[[int, int], None]:
     """A line every ten seconds: what a log file or a batch system can show."""
     started = last = 0.0
+    before = latest = 0  # what an earlier run had done, and what was told last
 
     def update(done: int, total: int) -> None:
-        nonlocal started, last
+        nonlocal started, last, before, latest
         now = time.monotonic()
-        if not started:
-            started = last = now
+        if not started or done < latest:
+            # The first of a task; one command may have several.
+            started, last, before = now, now, done
+        latest = done
         if now - last < _LINE_SECONDS:
             return
         last = now
-        rate = done / (now - started)
+        rate = (done - before) / (now - started)
         left = seconds_text((total - done) / rate) if rate else "unknown"
         click.echo(
             f"{done / total:.0%}: {nbytes_text(done)} of {nbytes_text(total)}, "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import signal
 import sys
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from ckpt_tools.cli.signals import is_later_rank, is_rank, speak_undisturbed
 from ckpt_tools.errors import CkptError
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ def reports_errors(function: F) -> F:
         try:
             return function(*args, **kwargs)
         except CkptError as error:
+            speak_undisturbed()
             if debug:
                 raise
             if not error.told_elsewhere:
@@ -74,12 +75,12 @@ def reports_errors(function: F) -> F:
                     print_json({"error": _as_json(error)})
                 _print_error(error)
             sys.exit(error.exit_code)
-        except KeyboardInterrupt:
-            _say_what_is_left(kwargs.get("out"))
+        except KeyboardInterrupt as end:
+            _say_what_is_left(kwargs.get("out"), end)
             sys.exit(130)
         except SystemExit as end:
             if end.code == 128 + signal.SIGTERM:
-                _say_what_is_left(kwargs.get("out"))
+                _say_what_is_left(kwargs.get("out"), end)
             raise
         except BrokenPipeError:
             # The reader of our output is gone (`ckpt-tools inspect | head`).
@@ -89,19 +90,20 @@ def reports_errors(function: F) -> F:
     return run  # type: ignore[return-value]
 
 
-def _say_what_is_left(out: Path | None) -> None:
-    """After an interruption; of several ranks the first speaks."""
+def _say_what_is_left(out: Path | None, end: BaseException) -> None:
+    """After an interruption; of several ranks one speaks."""
     from ckpt_tools.publish import how_to_go_on, leftovers
 
+    if getattr(end, "told_elsewhere", is_later_rank()):
+        return
     left = leftovers(out) if out is not None else []
     kept = "".join(f". {how_to_go_on(path)}" for path in left) or "; nothing was left behind."
-    if os.environ.get("RANK", "0") == "0":
-        click.echo(f"Interrupted{kept}", err=True)
+    click.echo(f"Interrupted{kept}", err=True)
 
 
 def joined_ranks(timeout: float) -> Ranks | None:
     """The ranks of the torchrun that started this process, if one did."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    if not is_rank():
         return None
     from ckpt_tools.ranks import from_environment
 

@@ -22,6 +22,8 @@ from ckpt_tools.files import local_paths, searched
 
 # Formats that training state may be exported to, into the same directory.
 FINISHED = ("huggingface",)
+# No format: an adapter is nothing to convert, but people name it, and are told what to do with it.
+_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _MODEL_NUMBER = re.compile(r"model(?:_fsdp)?(?:_(\d+))?$")
 
 
@@ -84,6 +86,13 @@ def _locate(path: Path, tag: str | None, model: int | None, format: str | None) 
             path=path,
             hint=f"Found: {', '.join(location.name for location in others)}.",
         )
+    if not found and (adapters := _adapters(path)):
+        raise NotACheckpoint(
+            "an adapter that PEFT saved, and no model",
+            path=adapters[0] if len(adapters) == 1 else path,
+            hint=f"To merge it into its base: ckpt-tools merge-lora BASE OUT --adapter-dir {adapters[-1]}. "
+            "PEFT loads it as it is.",
+        )
     if not found:
         raise NotACheckpoint(
             "nothing here is a checkpoint that can be read",
@@ -97,6 +106,14 @@ def _locate(path: Path, tag: str | None, model: int | None, format: str | None) 
         names = [location.name for location in found]
         raise _ambiguous(path, names, "Pass --tag with one of them")
     return found[0]
+
+
+def _adapters(path: Path) -> list[Path]:
+    """Directories of adapters here or below, such as the Trainer's ``checkpoint-N``, the newest last."""
+    places = [path.parent]
+    if path.is_dir():
+        places = [path, *sorted(path.iterdir(), key=lambda entry: (len(entry.name), entry.name))]
+    return [place for place in places if any((place / name).is_file() for name in _ADAPTER_WEIGHTS)]
 
 
 def _numbered(path: Path, found: list[Location], model: int) -> list[Location]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,38 @@ def test_its_facts_are_those_of_the_files(directory: Path) -> None:
     assert checkpoint.details == {"shards": len(shards)}
     assert checkpoint.training_dtype == torch.bfloat16
     assert (checkpoint.step, checkpoint.world_size) == (None, None)
+    assert checkpoint.framework == f"transformers {version('transformers')}"
     assert {weight.kind for weight in checkpoint.weights.values()} == {"parameter"}
+
+
+@pytest.mark.parametrize("config", [None, "{", "[]", '{"transformers_version": 5}', "[" * 100_000])
+def test_a_version_that_is_not_recorded_is_none(config: str | None, tmp_path: Path) -> None:
+    save_file({"x": torch.zeros(2)}, tmp_path / "model.safetensors")
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+
+    assert open_checkpoint(tmp_path).framework is None
+
+
+@pytest.mark.parametrize(
+    ("names", "ranks"),
+    [
+        (["rng_state.pth"], 1),
+        (["rng_state_0.pth", "rng_state_2.pth", "rng_state_10.pth"], 11),
+        (["rng_state_best.pth"], None),
+    ],
+)
+def test_the_trainers_ranks_each_left_a_random_state(
+    names: list[str], ranks: int | None, tmp_path: Path
+) -> None:
+    save_file({"x": torch.zeros(2)}, tmp_path / "model.safetensors")
+    for name in names:
+        (tmp_path / name).touch()
+    assert open_checkpoint(tmp_path).world_size is None
+
+    (tmp_path / "trainer_state.json").write_text('{"global_step": 3}')
+
+    assert (open_checkpoint(tmp_path).step, open_checkpoint(tmp_path).world_size) == (3, ranks)
 
 
 def test_both_copies_are_the_one_that_there_is(directory: Path) -> None:

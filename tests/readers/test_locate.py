@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
-from ckpt_tools import open_checkpoint, readers
+from ckpt_tools import merge_lora, open_checkpoint, readers
 from ckpt_tools.errors import (
     AmbiguousCheckpoint,
     CkptError,
@@ -17,6 +21,7 @@ from ckpt_tools.errors import (
     UsageError,
 )
 from tests import damage
+from tests.conftest import FIXTURES
 
 TWO_SAVES = "zero2-bf16-llama-two-saves-2ranks"
 PLAIN = "zero2-bf16-llama-3ranks"
@@ -252,6 +257,57 @@ def test_what_is_no_checkpoint_is_said_to_be_none(kind: str, tmp_path: Path) -> 
     assert error.hint is not None
     assert error.hint.startswith("It holds: ")
     assert "checkpoint-N directory" in error.hint
+
+
+ADAPTER = FIXTURES / "accelerate" / "trainer-lora" / "checkpoint" / "checkpoint-2"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [ADAPTER, ADAPTER.parent, ADAPTER / "adapter_model.safetensors", ADAPTER / "optimizer.pt"],
+)
+def test_an_adapter_alone_is_said_to_be_one_and_what_to_do_with_it(path: Path) -> None:
+    """As the Trainer saves it of a LoRA model."""
+    error = refusal(path)
+    assert isinstance(error, NotACheckpoint)
+    assert (error.path, error.fact) == (ADAPTER, "an adapter that PEFT saved, and no model")
+    assert error.hint is not None
+    assert f"ckpt-tools merge-lora BASE OUT --adapter-dir {ADAPTER}. " in error.hint
+
+
+def test_the_newest_of_several_adapters_is_named(tmp_path: Path) -> None:
+    for number in (2, 10, 9):
+        (tmp_path / f"checkpoint-{number}").mkdir()
+        (tmp_path / f"checkpoint-{number}" / "adapter_model.bin").touch()
+    (tmp_path / "notes.txt").touch()
+    error = refusal(tmp_path)
+    assert error.path == tmp_path
+    assert f"--adapter-dir {tmp_path / 'checkpoint-10'}. " in str(error.hint)
+    assert refusal(tmp_path / "notes.txt").fact == "nothing here is a checkpoint that can be read"
+
+
+def test_what_is_said_of_an_adapter_alone_works(tmp_path: Path) -> None:
+    """BASE being the model that it was trained on, the two become what PEFT computes with."""
+    live = load_file(ADAPTER.parents[1] / "truth" / "model.safetensors")
+    plain = {name.removeprefix("base_model.model."): tensor for name, tensor in live.items()}
+    base = {name.replace(".base_layer", ""): t for name, t in plain.items() if "lora_" not in name}
+    (tmp_path / "base").mkdir()
+    save_file(base, tmp_path / "base" / "model.safetensors")
+    named = re.search(r"--adapter-dir (.*)\. PEFT", str(refusal(ADAPTER).hint))
+    assert named is not None
+
+    merge_lora(tmp_path / "base", tmp_path / "out", adapter_dir=named[1], weights_only=True)
+
+    config = json.loads((ADAPTER / "adapter_config.json").read_text())
+    merged, changed = load_file(tmp_path / "out" / "model.safetensors"), 0
+    assert merged.keys() == base.keys()
+    for name, tensor in base.items():
+        a, b = (plain.get(name.replace("weight", f"lora_{x}.default.weight")) for x in "AB")
+        if a is not None and b is not None:
+            update = config["lora_alpha"] / config["r"] * (b.float() @ a.float())
+            tensor, changed = (tensor.float() + update).bfloat16(), changed + 1
+        assert torch.equal(merged[name], tensor), name
+    assert changed
 
 
 def test_a_long_listing_is_cut_short(tmp_path: Path) -> None:

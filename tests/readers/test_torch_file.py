@@ -74,7 +74,7 @@ def save(path: Path, content: Any, *, container: str = "zip") -> Path:
 
 def at_offsets(path: Path, ref: TensorRef) -> torch.Tensor:
     """The bytes at the place that was found, as torch sees them; no reader of ours takes part."""
-    assert Path(ref.storage.path) == path
+    assert ref.storage.path == path
     if not ref.numel:
         return torch.empty(ref.shape, dtype=ref.dtype.torch)
     data = path.read_bytes()[ref.byte_offset :][: ref.numel * ref.dtype.itemsize]

@@ -22,7 +22,7 @@ MODEL = "mp_rank_00_model_states.pt"
 APART = "Keep the files of one save in a directory of their own; move the others away."
 ELSEWHERE = (
     "If the run saved to node-local storage, they lie on the other machines: copy every machine's "
-    "folder here."
+    "folder here, or name it with --also DIR."
 )
 
 
