@@ -11,11 +11,14 @@ Names are imported when they are first used, so that ``import ckpt_tools`` costs
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ckpt_tools import training as training
     from ckpt_tools.checkpoint import Checkpoint
-    from ckpt_tools.compat import get_fp32_state_dict_from_zero_checkpoint
+    from ckpt_tools.compat import get_fp32_state_dict_from_zero_checkpoint, merge_fsdp_weights
     from ckpt_tools.convert import (
         average,
         consolidate,
@@ -23,45 +26,79 @@ if TYPE_CHECKING:
         merge_lora,
         open_checkpoint,
     )
+    from ckpt_tools.difference import Difference, TensorDifference, diff
     from ckpt_tools.errors import CkptError
     from ckpt_tools.inspection import Inspection, inspect
+    from ckpt_tools.interval import CheckpointInterval, checkpoint_interval
     from ckpt_tools.report import Report
+    from ckpt_tools.verify import Problem, Verdict, verify
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Checkpoint": "ckpt_tools.checkpoint",
+    "CheckpointInterval": "ckpt_tools.interval",
     "CkptError": "ckpt_tools.errors",
+    "Difference": "ckpt_tools.difference",
     "Inspection": "ckpt_tools.inspection",
+    "Problem": "ckpt_tools.verify",
     "Report": "ckpt_tools.report",
+    "TensorDifference": "ckpt_tools.difference",
+    "Verdict": "ckpt_tools.verify",
     "average": "ckpt_tools.convert",
+    "checkpoint_interval": "ckpt_tools.interval",
     "consolidate": "ckpt_tools.convert",
+    "diff": "ckpt_tools.difference",
     "extract_lora": "ckpt_tools.convert",
     "get_fp32_state_dict_from_zero_checkpoint": "ckpt_tools.compat",
     "inspect": "ckpt_tools.inspection",
+    "merge_fsdp_weights": "ckpt_tools.compat",
     "merge_lora": "ckpt_tools.convert",
     "open_checkpoint": "ckpt_tools.convert",
+    "verify": "ckpt_tools.verify",
 }
 
 __all__ = [
     "Checkpoint",
+    "CheckpointInterval",
     "CkptError",
+    "Difference",
     "Inspection",
+    "Problem",
     "Report",
+    "TensorDifference",
+    "Verdict",
     "__version__",
     "average",
+    "checkpoint_interval",
     "consolidate",
+    "diff",
     "extract_lora",
     "get_fp32_state_dict_from_zero_checkpoint",
     "inspect",
+    "merge_fsdp_weights",
     "merge_lora",
     "open_checkpoint",
+    "verify",
 ]
+
+
+class _Package(ModuleType):
+    """This package. Importing a module puts it there as an attribute; a public name stands above it."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:
     from importlib import import_module
 
+    if name == "training":
+        return import_module("ckpt_tools.training")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

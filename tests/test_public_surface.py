@@ -17,17 +17,26 @@ from ckpt_tools import errors
 ROOT = Path(__file__).resolve().parent.parent
 PUBLIC = [
     "Checkpoint",
+    "CheckpointInterval",
     "CkptError",
+    "Difference",
     "Inspection",
+    "Problem",
     "Report",
+    "TensorDifference",
+    "Verdict",
     "__version__",
     "average",
+    "checkpoint_interval",
     "consolidate",
+    "diff",
     "extract_lora",
     "get_fp32_state_dict_from_zero_checkpoint",
     "inspect",
+    "merge_fsdp_weights",
     "merge_lora",
     "open_checkpoint",
+    "verify",
 ]
 CALLABLES = [name for name in PUBLIC if callable(getattr(ckpt_tools, name))]
 ERRORS = [
@@ -41,6 +50,15 @@ def test_all_is_this_list() -> None:
     assert ckpt_tools.__all__ == PUBLIC
     assert set(PUBLIC) <= set(dir(ckpt_tools))
     assert len(CALLABLES) == len(PUBLIC) - 1
+
+
+def test_verify_is_the_function_and_not_the_package_of_its_name() -> None:
+    from ckpt_tools import verify
+    from ckpt_tools.verify import problem
+    from ckpt_tools.verify import verify as its_own
+
+    assert verify is its_own is ckpt_tools.verify
+    assert problem.Verdict is ckpt_tools.Verdict
 
 
 def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
@@ -70,7 +88,7 @@ def test_a_public_function_documents_each_argument_and_its_errors(name: str) -> 
     assert function.__annotations__.keys() == {*inspect.signature(function).parameters, "return"}
 
 
-@pytest.mark.parametrize("name", ["Checkpoint", "Inspection", "Report"])
+@pytest.mark.parametrize("name", [n for n in CALLABLES if n[0].isupper() and n != "CkptError"])
 def test_a_public_value_documents_each_field(name: str) -> None:
     value = getattr(ckpt_tools, name)
     text = inspect.getdoc(value) or ""
@@ -105,7 +123,12 @@ def test_the_exit_statuses_are_those_of_the_readme() -> None:
 def test_the_readme_names_what_is_public() -> None:
     readme = (ROOT / "README.md").read_text()
 
-    for name in ("open_checkpoint", "consolidate", "get_fp32_state_dict_from_zero_checkpoint"):
+    for name in (
+        "open_checkpoint",
+        "consolidate",
+        "get_fp32_state_dict_from_zero_checkpoint",
+        "merge_fsdp_weights",
+    ):
         assert (
             f"`{name}`" in readme or f"ckpt_tools.{name}(" in readme or f"import {name}" in readme
         )

@@ -6,12 +6,14 @@ One module a command; each is imported when it is called, so that ``--help`` sta
 from __future__ import annotations
 
 import importlib
-from typing import Any
+import sys
+import time
+from typing import Any, NoReturn
 
 import click
 
 from ckpt_tools import __version__
-from ckpt_tools.cli.signals import end_on_signals, leave_at_once
+from ckpt_tools.cli.signals import end_on_signals, is_later_rank, leave_at_once
 
 _COMMANDS = {
     "inspect": "What a checkpoint is, from metadata alone.",
@@ -20,6 +22,7 @@ _COMMANDS = {
     "extract-lora": "A PEFT adapter becomes a directory of its own.",
     "merge-lora": "A LoRA adapter and its base become one model.",
     "average": "The mean of several checkpoints becomes a directory.",
+    "verify": "Everything that is wrong with a finished directory.",
     "diff": "What is different between two checkpoints.",
     "interval": "How often to checkpoint, and what it costs.",
 }
@@ -27,7 +30,7 @@ _COMMANDS = {
 _EPILOG = """\b
 Exit status:
   0  done
-  1  unforeseen failure
+  1  unforeseen failure; of verify and diff: something was found
   2  the command cannot be carried out as typed: wrong option, several
      checkpoints to choose from, output exists, config or token missing
   3  nothing under the path is a checkpoint
@@ -38,6 +41,10 @@ Exit status:
   8  another rank failed, was lost, or made no progress
   130, 143  interrupted; OUT was not touched
 """
+
+
+# A rank that leaves takes the others along; by then the first has said what is wrong.
+_LISTEN_SECONDS = 10.0
 
 
 class _Lazy(click.Group):
@@ -69,10 +76,22 @@ def cli() -> None:
     """
 
 
+def _main_of_later_rank(args: list[str] | None) -> NoReturn:
+    """What is wrong with a command that all ranks were given is said by the first."""
+    try:
+        cli.main(args=args, prog_name="ckpt-tools", standalone_mode=False)
+    except click.ClickException as error:
+        time.sleep(_LISTEN_SECONDS)
+        sys.exit(error.exit_code)
+    sys.exit(0)
+
+
 def main(args: list[str] | None = None) -> Any:
     """Run the command line."""
     end_on_signals()
     try:
+        if is_later_rank():
+            _main_of_later_rank(args)
         return cli.main(args=args, prog_name="ckpt-tools")
     except SystemExit as end:
         leave_at_once(end.code)

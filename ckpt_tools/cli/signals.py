@@ -27,10 +27,26 @@ def leave_at_once(status: object) -> None:
     still wait for other ranks, down with it, and one that runs C++ code then may abort the process: status
     134 instead of its own.
     """
-    if status in (128 + signal.SIGINT, 128 + signal.SIGTERM) or "TORCHELASTIC_RUN_ID" in os.environ:
+    if status in (128 + signal.SIGINT, 128 + signal.SIGTERM) or is_rank():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status if isinstance(status, int) else int(bool(status)))
+
+
+def is_rank() -> bool:
+    """Whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def is_later_rank() -> bool:
+    """Whether it is one of those that leave speaking to the first."""
+    return is_rank() and os.environ.get("RANK", "0") != "0"
+
+
+def speak_undisturbed() -> None:
+    """Let a rank of several say why it ends: torchrun sends SIGTERM as soon as another one has left."""
+    if is_rank():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _end(number: int, frame: FrameType | None) -> None:

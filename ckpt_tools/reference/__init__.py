@@ -84,6 +84,9 @@ class ReferenceModel:
         float32_under_bfloat16: live and hub names of what a model loaded in bf16 holds in fp32:
             ``_keep_in_fp32_modules_strict``, and what its constructor makes in fp32.
         float32_under_float16: the same for fp16, where ``_keep_in_fp32_modules`` counts too.
+        dispensable: live names that a directory may lack (``_keys_to_ignore_on_load_missing``).
+        passed_over: of ``like_names``, those that loading passes over in silence where the model has no
+            such tensor (``_keys_to_ignore_on_load_unexpected``).
     """
 
     architecture: str
@@ -96,6 +99,8 @@ class ReferenceModel:
     ignored: frozenset[str]
     float32_under_bfloat16: frozenset[str]
     float32_under_float16: frozenset[str]
+    dispensable: frozenset[str] = frozenset()
+    passed_over: frozenset[str] = frozenset()
 
     @cached_property
     def hub_names(self) -> Mapping[str, str]:
@@ -229,6 +234,8 @@ def _parsed(answer: Mapping[str, Any]) -> ReferenceModel | None:
         ignored=frozenset(model["ignored"]),
         float32_under_bfloat16=_both_names(model["float32_under_bfloat16"], {**saved, **tied}),
         float32_under_float16=_both_names(model["float32_under_float16"], {**saved, **tied}),
+        dispensable=frozenset(model["dispensable"]),
+        passed_over=frozenset(model["passed_over"]),
     )
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -150,6 +151,8 @@ def _describe(model: Any, like_names: Collection[str] | None) -> dict[str, Any]:
         "aliases": aliases,
         "ties": ties,
         "ignored": ignored,
+        "dispensable": sorted(_matching_loads(model, "missing", state)),
+        "passed_over": sorted(_matching_loads(model, "unexpected", like_names or ())),
         "float32_under_bfloat16": sorted(float32["bfloat16"]),
         "float32_under_float16": sorted(float32["float16"]),
     }
@@ -207,6 +210,15 @@ def _kept_in_float32(model: Any, state: Mapping[str, Any]) -> dict[str, set[str]
         str(dtype).removeprefix("torch."): created | _matching(model._get_dtype_plan(dtype), state)
         for dtype in (torch.bfloat16, torch.float16)
     }
+
+
+def _matching_loads(model: Any, kind: str, names: Iterable[str]) -> set[str]:
+    """Names that loading does not report as missing, or as unexpected."""
+    patterns = set(getattr(model, f"_keys_to_ignore_on_load_{kind}") or ())
+    if kind == "unexpected":
+        # Once saved with every model (`PreTrainedModel._adjust_missing_and_unexpected_keys`).
+        patterns |= {r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"}
+    return {name for name in names if any(re.search(pattern, name) for pattern in patterns)}
 
 
 def _matching(patterns: Iterable[str], names: Iterable[str]) -> set[str]:

@@ -18,6 +18,44 @@ from ckpt_tools.errors import CkptError
 # Importing transformers from a cold network disk takes a minute; building the largest model less.
 _TIMEOUT_SECONDS = 600
 
+_QUIET = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "CUDA_VISIBLE_DEVICES": "",
+}
+
+
+def run_child(
+    module: str, question: str, *, timeout: float | None, threads: int = 1
+) -> subprocess.CompletedProcess[str]:
+    """``python -m module``, with a question on standard input; however it ends.
+
+    Args:
+        module: the module; whatever it imports stays out of this process.
+        question: what it reads.
+        timeout: seconds after which it is killed; None for never.
+        threads: of torch's arithmetic in it.
+
+    Raises:
+        subprocess.TimeoutExpired: it was killed.
+        OSError: it cannot be started.
+    """
+    return subprocess.run(
+        [sys.executable, "-m", module],
+        input=question,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        # `-m` imports from the working directory first: let that be where the package lies.
+        cwd=Path(__file__).resolve().parent.parent.parent,
+        env={**os.environ, **_QUIET, "OMP_NUM_THREADS": str(threads)},
+        # Ctrl-C in a terminal is for this process: the child's end would look like a failure.
+        start_new_session=True,
+        timeout=timeout,
+        check=False,
+    )
+
 
 def ask(module: str, question: str, library: str = "transformers") -> dict[str, Any]:
     """The answer of ``python -m module`` to a question.
@@ -30,27 +68,8 @@ def ask(module: str, question: str, library: str = "transformers") -> dict[str, 
     Raises:
         CkptError: the child failed.
     """
-    quiet = {
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
     try:
-        child = subprocess.run(
-            [sys.executable, "-m", module],
-            input=question,
-            capture_output=True,
-            encoding="utf-8",
-            # `-m` imports from the working directory first: let that be where the package lies.
-            cwd=Path(__file__).resolve().parent.parent.parent,
-            env={**os.environ, **quiet},
-            # Ctrl-C in a terminal is for this process: the child's end would look like a failure.
-            start_new_session=True,
-            timeout=_TIMEOUT_SECONDS,
-            check=False,
-        )
+        child = run_child(module, question, timeout=_TIMEOUT_SECONDS)
     except subprocess.TimeoutExpired as error:
         raise CkptError(
             f"{library} did not describe the model within {_TIMEOUT_SECONDS} seconds",

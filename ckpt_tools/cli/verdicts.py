@@ -1,0 +1,134 @@
+"""What ``verify`` found, for people: a table, what to do next, and a line for each directory.
+
+Owns the outcome of one directory, the exit status of a run, and text in which names from a checkpoint can
+do no harm. Documents for programs are made in ``cli/documents.py``.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ckpt_tools.cli.shared import nbytes_text
+from ckpt_tools.errors import CkptError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ckpt_tools.verify import Problem, Verdict
+
+CLEAN, PROBLEMS, UNCHECKED = 0, 1, 2
+
+_LISTED = 20
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one directory.
+
+    Attributes:
+        directory: as it was named.
+        verdict: what was found; None where it could not be checked.
+        error: why it could not be checked; None where it was.
+    """
+
+    directory: Path
+    verdict: Verdict | None
+    error: CkptError | None = None
+
+    def is_clean(self, strict: bool) -> bool:
+        """Whether it was checked and nothing is wrong."""
+        return self.verdict is not None and self.verdict.clean(strict)
+
+
+def status_of(outcomes: Iterable[Outcome], strict: bool) -> int:
+    """The exit status: 2 if a directory could not be checked, 1 if one has problems, else 0."""
+    statuses = (
+        UNCHECKED if one.verdict is None else CLEAN if one.is_clean(strict) else PROBLEMS
+        for one in outcomes
+    )
+    return max(statuses, default=CLEAN)
+
+
+def printable(text: str) -> str:
+    """Text with what a terminal, a log or XML would obey or refuse written as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def place_of(outcome: Outcome, problem: Problem) -> str:
+    """The path of the file that a problem is in, or of the directory."""
+    return printable(str(outcome.directory / problem.file if problem.file else outcome.directory))
+
+
+def summary(outcome: Outcome, strict: bool) -> str:
+    """The line that says how one directory is."""
+    name = printable(str(outcome.directory))
+    verdict = outcome.verdict
+    if verdict is None:
+        return f"{name}: could not be checked: {printable(outcome.error.fact if outcome.error else '')}"
+    size = f"{verdict.tensors:,} tensors, {nbytes_text(verdict.nbytes)}"
+    counts = ((len(verdict.errors), "error"), (len(verdict.warnings), "warning"))
+    told = [f"{count:,} {noun}{'' if count == 1 else 's'}" for count, noun in counts if count]
+    state = "clean" if verdict.clean(strict) else "not clean"
+    checked = f"; checked: {', '.join(verdict.checked)}" if verdict.checked else ""
+    skipped = f"; not checked: {', '.join(verdict.skipped)}" if verdict.skipped else ""
+    return printable(f"{name}: {', '.join([state, *told])} ({size}{checked}{skipped})")
+
+
+def show(console: Console, outcomes: Sequence[Outcome], strict: bool) -> None:
+    """Print a table of the problems, the next steps, and a line, for each directory."""
+    for outcome in outcomes:
+        if outcome.verdict is not None and outcome.verdict.problems:
+            _show_problems(console, outcome.verdict.problems)
+        for hint in next_steps(outcome):
+            console.print(f"next: {hint}", soft_wrap=True, markup=False)
+        style = "green" if outcome.is_clean(strict) else "red"
+        console.print(summary(outcome, strict), style=style, soft_wrap=True, markup=False)
+
+
+def next_steps(outcome: Outcome) -> list[str]:
+    """What to do about it, each step once."""
+    if outcome.verdict is None:
+        hints = [outcome.error.hint] if outcome.error is not None else []
+    else:
+        hints = [problem.hint for problem in outcome.verdict.problems]
+    return [printable(hint) for hint in dict.fromkeys(hints) if hint]
+
+
+def _show_problems(console: Console, problems: Sequence[Problem]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    rows = list(_rows(problems))
+    # Most problems have no tensor, or no file.
+    used = [number for number in range(4) if any(row[number] for row, _ in rows)]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for number in used:
+        name = ("kind", "file", "tensor", "detail")[number]
+        table.add_column(
+            name, no_wrap=number == 0, overflow="fold", ratio=1 if number == 3 else None
+        )
+    for row, style in rows:
+        kind, *others = (Text(printable(row[number])) for number in used)
+        kind.stylize(style)
+        table.add_row(kind, *others)
+    console.print(table)
+
+
+def _rows(problems: Sequence[Problem]) -> Iterator[tuple[tuple[str, str, str, str], str]]:
+    """The cells of each problem; of many problems of a kind the first, and how many there are."""
+    counts = Counter((problem.severity, problem.kind) for problem in problems)
+    listed: Counter[tuple[str, str]] = Counter()
+    for problem in problems:
+        key = problem.severity, problem.kind
+        listed[key] += 1
+        style = "red" if problem.severity == "error" else "yellow"
+        name = problem.kind if problem.severity == "error" else f"{problem.kind} (warning)"
+        if listed[key] <= _LISTED:
+            yield (name, problem.file or "", problem.tensor or "", problem.detail), style
+        elif listed[key] == counts[key]:
+            more = f"and {counts[key] - _LISTED:,} more of this kind; --format json lists all"
+            yield (name, "", "", more), style

@@ -1,0 +1,284 @@
+"""What a check can say: a problem of a known kind, what was checked and what could not be.
+
+Owns the list of every kind of problem (``KINDS``), the collector that checks write to (``Findings``) and
+the answer of a whole run (``Verdict``). It must not know how anything is checked or shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+Severity = Literal["error", "warning"]
+
+SCHEMA_VERSION = 1
+
+
+class Kind(NamedTuple):
+    """A kind of problem.
+
+    Attributes:
+        severity: an error makes the directory bad; a warning is to be looked at.
+        meaning: one line that explains it.
+    """
+
+    severity: Severity
+    meaning: str
+
+
+# Every kind there is, by the module that finds it.
+KINDS: dict[str, Kind] = {
+    # directory.py: what lies there
+    "file-unreadable": Kind("error", "a file cannot be read"),
+    "leftover": Kind("error", "a file of a save, download or conversion that did not finish"),
+    "duplicate-key": Kind("error", "a header, index or config has the same key twice"),
+    # layout.py: weight files, the index and the shards
+    "no-weights": Kind("error", "there are no weights that a loader would find"),
+    "index-missing": Kind("error", "weight files that no loader looks for without an index"),
+    "index-invalid": Kind("error", "the index of the shards is not what an index is"),
+    "index-missing-shard": Kind("error", "the index names a file that is not there"),
+    "index-tensor-missing": Kind("error", "a tensor of the index is not in the shard it names"),
+    "index-tensor-unlisted": Kind("error", "a tensor of a shard is not in the index"),
+    "index-total-size": Kind("error", "the total size in the index is not that of the tensors"),
+    "shard-stray": Kind("error", "a weight file that is not of the model"),
+    "shard-numbering": Kind("error", "the numbers in the shards' names do not fit together"),
+    "single-and-sharded": Kind("error", "one whole weight file and an index of shards"),
+    "tensor-duplicate": Kind("error", "a tensor is in more than one weight file"),
+    "pickled-weights": Kind("warning", "the weights are pickles, which can run code"),
+    "pickled-weights-beside": Kind("warning", "pickled weights beside safetensors"),
+    "pickled-invalid": Kind("error", "a pickled weight file cannot be read"),
+    # container.py: one safetensors file
+    "lfs-pointer": Kind("error", "a pointer of Git LFS in the place of the file"),
+    "shard-truncated": Kind("error", "the file ends before its last tensor does"),
+    "trailing-bytes": Kind("error", "bytes after the last tensor"),
+    "header-invalid": Kind("error", "the header of a safetensors file is damaged"),
+    "header-unaligned": Kind("warning", "the data of a safetensors file does not start aligned"),
+    "format-missing": Kind("warning", "the header does not say format: pt"),
+    "dtype-unknown": Kind("error", "a dtype that safetensors does not define"),
+    "tensor-size": Kind("error", "shape times dtype is not the number of bytes"),
+    "data-hole": Kind("error", "bytes between tensors that belong to none"),
+    "data-overlap": Kind("error", "two tensors share bytes"),
+    # config.py: config.json
+    "config-missing": Kind("error", "there is no config.json"),
+    "config-invalid": Kind("error", "config.json is not the config of a model"),
+    "config-architecture": Kind("error", "the class in the config is not that of the tensors"),
+    "config-dtype": Kind("error", "the dtype in the config is not that of the tensors"),
+    "config-vocabulary": Kind("error", "vocab_size in the config is not that of the embedding"),
+    # names.py: names that a finished model does not have
+    "name-wrapped": Kind("error", "names with the prefix of a wrapper of training"),
+    "name-peft": Kind("error", "names of a model that PEFT wraps"),
+    "name-lora": Kind("error", "tensors of an adapter in a full model"),
+    # model.py: tensors against the model that the config describes
+    "name-foreign": Kind("error", "the tensors are of another model than the config's"),
+    "name-headless": Kind("warning", "names as of a model that was saved without its head"),
+    "name-in-memory": Kind("error", "a name of the model in memory, not of the hub layout"),
+    "tensor-missing": Kind("error", "a tensor of the model is not there"),
+    "tensor-unexpected": Kind("error", "a tensor that the model does not have"),
+    "shape-mismatch": Kind("error", "a tensor's shape is not the model's"),
+    "dtype-integer": Kind("error", "a weight of whole numbers in a model that is not quantized"),
+    "tie-missing": Kind("error", "no name of a tied tensor is written"),
+    "tie-other-name": Kind("warning", "a tied tensor is written under its second name"),
+    "tie-written-twice": Kind("warning", "both names of a tied tensor are written"),
+    # precision.py: one dtype
+    "dtype-mixed": Kind("warning", "floating tensors are of several dtypes"),
+    # adapter.py: adapters as PEFT writes them
+    "adapter-config-invalid": Kind("error", "adapter_config.json is not the config of an adapter"),
+    "adapter-type-unknown": Kind("error", "a peft_type that PEFT does not know"),
+    "adapter-base-unnamed": Kind("warning", "the adapter does not say what it adapts"),
+    "adapter-alpha": Kind("error", "lora_alpha is absent or not positive"),
+    "adapter-rank": Kind("error", "r is absent, or a tensor has another rank"),
+    "adapter-shape": Kind("error", "a factor is no matrix: a shard that was not gathered"),
+    "adapter-pair": Kind("error", "a LoRA A without its B, or B without its A"),
+    "adapter-target": Kind("error", "targets of the config and of the tensors differ"),
+    "adapter-name": Kind("error", "a name that PEFT does not read"),
+    "adapter-empty": Kind("error", "an adapter without a tensor of its kind"),
+    "adapter-base-tensor": Kind("warning", "a tensor of the base model in an adapter"),
+    "adapter-module-missing": Kind("error", "a module that is saved whole is not there"),
+    # tokenizer.py: what turns text into ids, and ids into rows of the embedding
+    "tokenizer-unreadable": Kind("error", "transformers cannot load the tokenizer"),
+    "token-id-conflict": Kind("error", "two files of the tokenizer give a token different ids"),
+    "token-id-outside-embedding": Kind("error", "a token's id is no row of the embedding"),
+    "special-token-missing": Kind("error", "a special token that is not in the vocabulary"),
+    "chat-template-invalid": Kind("error", "the chat template cannot be rendered"),
+    # generation.py: when a text ends
+    "generation-config-invalid": Kind("error", "transformers refuses generation_config.json"),
+    "eos-unknown": Kind("error", "an id that ends a text is no token of the model"),
+    "bos-unknown": Kind("error", "the id that begins a text is no token of the model"),
+    "pad-unknown": Kind("error", "the padding id is no token of the model"),
+    "decoder-start-unknown": Kind("error", "the decoder starts with an id that is no token"),
+    "eos-not-closing-turn": Kind("error", "what closes an assistant's turn does not end a text"),
+    "olmo-eos-incomplete": Kind("error", "an OLMo chat model lacks one of its two ends"),
+    # loading.py: transformers or PEFT at work
+    "load-failed": Kind("error", "the directory cannot be loaded"),
+    "load-missing-keys": Kind("error", "weights were made up that the files lack"),
+    "load-unexpected-keys": Kind("error", "weights of the files were left aside"),
+    "load-mismatched": Kind("error", "weights of the files do not fit the model"),
+    "forward-failed": Kind("error", "the loaded model cannot be called"),
+    "forward-not-finite": Kind("error", "the loaded model answers with NaN or infinity"),
+    "generation-failed": Kind("error", "the loaded model cannot generate"),
+    # manifest.py: what was recorded when the directory was written
+    "manifest-invalid": Kind("error", "the manifest is not one, or was changed"),
+    "manifest-file-missing": Kind("error", "a file of the manifest is not there"),
+    "manifest-file-size": Kind("error", "a file's size is not the manifest's"),
+    "manifest-file-unlisted": Kind("warning", "a file that the manifest does not list"),
+    "manifest-tensor": Kind("error", "tensors of the manifest and of the files differ"),
+    "sha256-invalid": Kind("error", "SHA256SUMS is not what sha256sum prints"),
+    "sha256-file-missing": Kind("error", "a file of SHA256SUMS is not there"),
+    # data.py: every byte
+    "nan": Kind("error", "weights that are not a number"),
+    "inf": Kind("error", "infinite weights"),
+    "all-zero": Kind("error", "a weight that is zero throughout"),
+    "constant": Kind("error", "a weight that has one value throughout"),
+    "zero-block": Kind("warning", "a long run of zeros in a weight"),
+    "tie-differs": Kind("error", "two names that the config ties hold different values"),
+    "adapter-untrained": Kind("warning", "every LoRA B is zero: the adapter does nothing"),
+    "digest-mismatch": Kind("error", "bytes are not those that were written"),
+    "sha256-mismatch": Kind("error", "a file is not the one that SHA256SUMS was made of"),
+    "crc-mismatch": Kind("error", "a record of a pickled weight file is damaged"),
+    # against.py: the checkpoint that it was made of
+    "tensor-differs": Kind("error", "a tensor is not what the checkpoint makes of it"),
+    "tensor-extra": Kind("error", "a tensor that the checkpoint does not have"),
+    "checkpoint-other": Kind("error", "the checkpoint is of another model"),
+    "cannot-replay": Kind("error", "a recipe of the manifest cannot be followed"),
+    "against-unread": Kind("error", "a tensor that cannot be read to its end"),
+    "against-unchecked": Kind("warning", "another source of the tensors is not there"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong.
+
+    Attributes:
+        kind: a key of ``KINDS``.
+        detail: the fact, one sentence without a full stop.
+        file: the file it concerns, relative to the directory, with forward slashes.
+        tensor: the tensor it concerns.
+        severity: an error, or a warning.
+        hint: the next step, where there is one.
+    """
+
+    kind: str
+    detail: str
+    file: str | None
+    tensor: str | None
+    severity: Severity
+    hint: str | None
+
+    @property
+    def order(self) -> tuple[object, ...]:
+        """Sorts problems: errors first, then by file, tensor, kind and detail."""
+        where = (self.file or "", self.tensor or "")
+        return (self.severity != "error", *where, self.kind, self.detail)
+
+    def to_json(self) -> dict[str, str | None]:
+        """As one object of the report."""
+        return {
+            "kind": self.kind,
+            "severity": self.severity,
+            "file": self.file,
+            "tensor": self.tensor,
+            "detail": self.detail,
+            "hint": self.hint,
+        }
+
+
+@dataclass
+class Findings:
+    """What the checks of one directory have found so far.
+
+    Attributes:
+        problems: in the order in which they were found.
+        checked: what was checked, short phrases.
+        skipped: what could not be checked, each with the reason.
+    """
+
+    problems: list[Problem] = field(default_factory=list)
+    checked: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+    def add(
+        self,
+        kind: str,
+        detail: str,
+        *,
+        file: str | None = None,
+        tensor: str | None = None,
+        hint: str | None = None,
+        severity: Severity | None = None,
+    ) -> None:
+        """Note a problem; its severity is that of its kind unless it is given."""
+        usual = KINDS[kind].severity
+        self.problems.append(Problem(kind, detail, file, tensor, severity or usual, hint))
+
+    def include(self, others: Findings) -> None:
+        """Take in what another check found."""
+        self.problems += others.problems
+        self.checked += others.checked
+        self.skipped += others.skipped
+
+
+@dataclass
+class Verdict:
+    """The answer of a whole run.
+
+    Attributes:
+        directory: what was verified.
+        problems: everything that is wrong, errors first, in an order that does not change.
+        checked: what was checked.
+        skipped: what could not be checked, each with the reason.
+        tensors: number of tensors.
+        nbytes: bytes of tensor data.
+        seconds: wall-clock time.
+    """
+
+    directory: Path
+    problems: tuple[Problem, ...]
+    checked: tuple[str, ...]
+    skipped: tuple[str, ...]
+    tensors: int
+    nbytes: int
+    seconds: float
+
+    @property
+    def errors(self) -> tuple[Problem, ...]:
+        """The problems that make the directory bad."""
+        return tuple(p for p in self.problems if p.severity == "error")
+
+    @property
+    def warnings(self) -> tuple[Problem, ...]:
+        """The problems that are to be looked at."""
+        return tuple(p for p in self.problems if p.severity == "warning")
+
+    def clean(self, strict: bool = False) -> bool:
+        """Whether nothing is wrong; warnings count where ``strict``."""
+        return not (self.problems if strict else self.errors)
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as JSON data; ``version`` changes when a key changes its meaning or goes."""
+        return {
+            "version": SCHEMA_VERSION,
+            "directory": str(self.directory),
+            "clean": self.clean(),
+            "errors": len(self.errors),
+            "warnings": len(self.warnings),
+            "problems": [problem.to_json() for problem in self.problems],
+            "checked": list(self.checked),
+            "skipped": list(self.skipped),
+            "tensors": self.tensors,
+            "nbytes": self.nbytes,
+            "seconds": round(self.seconds, 3),
+        }
+
+
+def listed(names: Sequence[str], shown: int = 4) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
+
+
+def ordered(problems: Iterable[Problem]) -> tuple[Problem, ...]:
+    """The problems without repetitions, errors first."""
+    return tuple(sorted(set(problems), key=lambda problem: problem.order))

@@ -1,0 +1,199 @@
+"""The recipes of a manifest, followed again: what each recorded tensor is, made of another checkpoint.
+
+Owns the reading of what the manifest says of sources and recipes, and the search for the tensors that recipes
+begin with: in the checkpoint that is asked about, which stands in the place of one source, and in the other
+sources, where they still lie. A manifest that cannot be read has been reported by others; here it is none.
+It must not know what is done with the tensors.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ckpt_tools import readers
+from ckpt_tools.catalogue import Tensor
+from ckpt_tools.checkpoint import Checkpoint, Copy
+from ckpt_tools.errors import CkptError, DamagedCheckpoint
+from ckpt_tools.lazy import cast
+from ckpt_tools.opening import open_weights
+from ckpt_tools.recipe import Json, Leaf, is_computed, leaves_of, rebuilt, recipe_leaves
+from ckpt_tools.transforms.lora import adapted_names, with_adapter_name
+from ckpt_tools.transforms.prefixes import strip_wrappers
+
+Leaves = dict[Leaf, Tensor]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a manifest says of the making of a directory.
+
+    Attributes:
+        recipes: for each tensor, what it was made of.
+        sources: what is recorded of each source.
+        weights: which copy was taken.
+        versions: of the packages that computed.
+    """
+
+    recipes: Mapping[str, Json]
+    sources: tuple[Mapping[str, Any], ...]
+    weights: Copy
+    versions: Mapping[str, str]
+
+    @property
+    def step(self) -> int | None:
+        """Steps of the first source, where known."""
+        step = self.sources[0].get("step")
+        return step if isinstance(step, int) else None
+
+
+def read_record(path: Path) -> Record | None:
+    """What a manifest says; None where there is none, or none that says this."""
+    try:
+        data = json.loads(path.read_bytes())
+        sources = tuple(dict(source) for source in data["sources"])
+        weights: Copy = "model" if data["options"].get("weights") == "model" else "master"
+        recipes = {name: entry.get("from", name) for name, entry in data["tensors"].items()}
+        versions = {str(k): str(v) for k, v in data["versions"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return Record(recipes, sources, weights, versions) if sources else None
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """The tensors that the recipes make.
+
+    Attributes:
+        tensors: those that can be made.
+        elsewhere: those that begin with a tensor that the checkpoint has not, with the reason.
+        broken: those whose recipe cannot be followed, with the reason.
+        absent: those that need a source that is not there, by the reason.
+        computed: those in which numbers were added or multiplied.
+    """
+
+    tensors: Mapping[str, Tensor]
+    elsewhere: Mapping[str, str]
+    broken: Mapping[str, str]
+    absent: Mapping[str, tuple[str, ...]]
+    computed: frozenset[str]
+
+
+def replay(record: Record, checkpoint: Checkpoint, names: Iterable[str]) -> Replayed:
+    """Follow the recipes of some tensors again.
+
+    Args:
+        record: the manifest.
+        checkpoint: stands in the place of the source that it is, by its directory; else of the first.
+        names: which tensors; those that the manifest does not have are left out.
+    """
+    recipes = {name: record.recipes[name] for name in names if name in record.recipes}
+    begun: dict[str, tuple[Leaf, ...]] = {}
+    broken: dict[str, str] = {}
+    for name, recipe in recipes.items():
+        try:
+            leaves = tuple(recipe_leaves(recipe))
+            if not all(0 <= leaf.source < len(record.sources) for leaf in leaves):
+                raise DamagedCheckpoint("it names a source that is not listed")
+            begun[name] = leaves
+        except (DamagedCheckpoint, RecursionError) as error:
+            broken[name] = str(error)
+    place = _place(record, checkpoint)
+    needed = {leaf for each in begun.values() for leaf in each}
+    held, unread = _leaves(record, checkpoint, place, needed)
+    tensors: dict[str, Tensor] = {}
+    elsewhere: dict[str, str] = {}
+    absent: dict[str, tuple[str, ...]] = {}
+    for name, leaves in begun.items():
+        gone = next((unread[leaf.source] for leaf in leaves if leaf.source in unread), None)
+        lacking = next((leaf for leaf in leaves if leaf not in held), None)
+        if gone is not None:
+            absent[gone] = (*absent.get(gone, ()), name)
+        elif lacking is not None and lacking.source == place:
+            elsewhere[name] = f"it was made of {lacking.name}, which the checkpoint does not hold"
+        else:
+            try:
+                tensors[name] = rebuilt(recipes[name], held)
+            except DamagedCheckpoint as error:
+                broken[name] = str(error)
+    computed = frozenset(name for name in begun if is_computed(recipes[name]))
+    return Replayed(tensors, elsewhere, broken, absent, computed)
+
+
+def _place(record: Record, checkpoint: Checkpoint) -> int:
+    """Which source the checkpoint stands for."""
+    location = checkpoint.location
+    here = (location.directory.resolve(), location.part)
+    paths = [(str(source.get("path", "")), source.get("part")) for source in record.sources]
+    places = ((Path(path).resolve(), part) if path else None for path, part in paths)
+    return next((index for index, place in enumerate(places) if place == here), 0)
+
+
+def _leaves(
+    record: Record, checkpoint: Checkpoint, place: int, needed: set[Leaf]
+) -> tuple[Leaves, dict[int, str]]:
+    """What recipes can begin with, and why sources cannot be had."""
+    found = _of_checkpoint(place, checkpoint, record.weights, needed)
+    unread: dict[int, str] = {}
+    for index in sorted({leaf.source for leaf in needed} - {place}):
+        try:
+            source = _reopened(record.sources[index])
+            found |= _of_checkpoint(index, source, record.weights, needed)
+        except CkptError as error:
+            unread[index] = f"{record.sources[index].get('path')}: {error.fact}"
+    return found, unread
+
+
+def _reopened(source: Mapping[str, Any]) -> Checkpoint:
+    """A source where it was recorded to lie."""
+    path, format = Path(str(source.get("path", ""))), source.get("format")
+    if format not in readers.readers():
+        return open_weights(path)
+    found = readers.readers()[format].find(path, None)
+    location = next((each for each in found if each.part == source.get("part")), None)
+    if location is None:
+        raise DamagedCheckpoint("it is not there any more", path=path)
+    return readers.read(location)
+
+
+def _of_checkpoint(index: int, checkpoint: Checkpoint, weights: Copy, needed: set[Leaf]) -> Leaves:
+    """The tensors of a source under the names that recipes have for them."""
+    leaves: Leaves = dict(leaves_of(index, checkpoint, weights))
+    for name, weight in checkpoint.weights.items() if weights == "model" else ():
+        if weight.model is None and weight.master is not None:
+            # Its weights are its masters rounded: the engine made them so.
+            leaves[Leaf(index, name)] = cast(weight.master, weight.dtype)
+    for alias, kept in checkpoint.ties.items():
+        leaves[Leaf(index, alias)] = leaves[Leaf(index, kept)]
+    wanted = {leaf.name for leaf in needed if leaf.source == index}
+    held = [*checkpoint.weights, *checkpoint.ties]
+    for name, other in _other_names(wanted - set(held), wanted, held).items():
+        for copy in (None, "master", "model"):
+            tensor = leaves.get(Leaf(index, other, copy))
+            if tensor is not None:
+                leaves[Leaf(index, name, copy)] = tensor
+    return leaves
+
+
+def _other_names(lacking: set[str], wanted: set[str], held: list[str]) -> dict[str, str]:
+    """For recorded names that the checkpoint does not have, those that it has instead.
+
+    Wrappers may stand on either side; and the tensors of an adapter's directory were recorded with the
+    adapter's name in theirs.
+    """
+    if not lacking:
+        return {}
+    found: dict[str, str] = {}
+    try:
+        plain = {new: old for old, new in strip_wrappers(held).names.items()}
+        recorded = strip_wrappers(wanted).names
+        found |= {name: plain[recorded[name]] for name in lacking if recorded[name] in plain}
+        found |= {name: plain[name] for name in lacking if name in plain}
+        for adapter in adapted_names(lacking).adapters:
+            found |= {with_adapter_name(name, adapter): name for name in held}
+    except CkptError:
+        return {}
+    return {name: other for name, other in found.items() if name in lacking}
