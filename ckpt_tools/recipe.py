@@ -65,7 +65,7 @@ def leaves_of(source: int, checkpoint: Checkpoint, weights: Copy) -> dict[Leaf, 
         held = {copy: tensor for copy in copies if (tensor := getattr(weight, copy)) is not None}
         first, *others = held
         found[Leaf(source, name)] = held[first]
-        found |= {Leaf(source, name, c): held[c] for c in others if held[c] is not held[first]}
+        found |= {Leaf(source, name, copy): held[copy] for copy in others}
     for alias, kept in checkpoint.ties.items():
         found |= {
             Leaf(source, alias, copy): tensor
