@@ -29,7 +29,7 @@ REST = (
     ),
     *("LlavaForConditionalGeneration", "Gemma3ForConditionalGeneration"),
     *("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"),
-    "Qwen3VLForConditionalGeneration",
+    *("Qwen3VLForConditionalGeneration", "PaliGemmaForConditionalGeneration"),
 )
 
 

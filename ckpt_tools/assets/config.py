@@ -259,8 +259,12 @@ def _set_vocabulary(config: dict[str, Any], tensors: Shapes, notes: list[str]) -
     if rows is None:
         return
     texts = list(text_configs(config))
-    places = [place for place in (config, *texts) if "vocab_size" in place]
-    for place in places or (texts[:1] or [config]):
+    # As `resize_token_embeddings` does: beside a language model's own, the outer value means little
+    # (PaliGemma's stays what it was) and is left as it is.
+    places = [place for place in texts if "vocab_size" in place]
+    if not places:
+        places = [config] if "vocab_size" in config or not texts else texts[:1]
+    for place in places:
         before = place.get("vocab_size")
         if before != rows:
             place["vocab_size"] = rows

@@ -201,6 +201,25 @@ class TestFinish:
         assert data["text_config"]["vocab_size"] == 400
         assert "vocab_size" not in data
 
+    @pytest.mark.parametrize("nested", [400, 399])
+    def test_a_vocabulary_above_that_of_the_language_model_stays(self, nested: int) -> None:
+        """So does `resize_token_embeddings` with PaliGemma's, whose two differ from the start."""
+        config = {
+            "model_type": "paligemma",
+            "architectures": ["X"],
+            "vocab_size": 999,
+            "text_config": {"vocab_size": nested},
+        }
+        result = finished(config)
+        assert result.data["text_config"]["vocab_size"] == 400
+        assert result.data["vocab_size"] == 999
+        assert bool([note for note in result.notes if "vocab_size" in note]) == (nested != 400)
+
+    def test_the_outer_vocabulary_follows_where_no_other_is_stated(self) -> None:
+        config = LLAMA | {"vocab_size": 1, "text_config": {"hidden_size": 8}}
+        data = finished(config).data
+        assert (data["vocab_size"], data["text_config"]) == (400, {"hidden_size": 8})
+
     def test_untied_weights_are_said_to_be_untied_on_every_level(self) -> None:
         config = LLAMA | {
             "tie_word_embeddings": True,

@@ -49,7 +49,13 @@ NESTS = {
         + b"j"
         + FOUR_BYTES[-1]
     ),
-    "by copies of the top": as_key(b"N" + b"2\x86" * DEEP),
+    "by a memo that is numbered and counts": as_key(
+        b"Nq\x070N\x94"
+        + b"".join(b"j" + i + b"\x85\x940" for i in FOUR_BYTES[1:-1])
+        + b"j"
+        + FOUR_BYTES[-1]
+    ),
+    "by copies of the top": b"(N" + b"2\x85" * DEEP + b"\x91",
     "among marks that are popped": as_key(b"N" + b"\x85(0" * DEEP),
     "behind names that look like opcodes": value("(((t)R}s.")
     + b"0"
@@ -278,6 +284,25 @@ def test_it_counts_as_deep_as_it_is(protocol: int, monkeypatch: pytest.MonkeyPat
                 refuse_deep_nesting(io.BytesIO(data))
         seen.add(depth)
     assert seen >= {1, 2, 3, 4}
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize(
+    "odd",
+    [
+        b"(K\x01K\x020t.",
+        b"K\x01(0.",
+        b"K\x01(K\x02K\x031.",
+        b"(K\x01(0K\x02t.",
+        b"K\x01q\xff0K\x02\x940h\xffh\x01\x86.",
+        b"I01\nL7L\nF1.5\nS'a'\nVb\n\x87\x86\x86.",
+        b"(I1\nI2\nl(dp3\n0g3\n\x86.",
+    ],
+)
+def test_what_no_pickler_writes_and_python_reads_passes(odd: bytes) -> None:
+    plain = pickle.loads(b"\x80\x02" + odd)
+
+    assert unpickle(io.BytesIO(b"\x80\x02" + odd), "some/file") == plain
 
 
 @pytest.mark.usefixtures("always")
