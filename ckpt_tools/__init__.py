@@ -11,8 +11,6 @@ Names are imported when they are first used, so that ``import ckpt_tools`` costs
 
 from __future__ import annotations
 
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,7 +29,7 @@ if TYPE_CHECKING:
     from ckpt_tools.inspection import Inspection, inspect
     from ckpt_tools.interval import CheckpointInterval, checkpoint_interval
     from ckpt_tools.report import Report
-    from ckpt_tools.verify import Problem, Verdict, verify
+    from ckpt_tools.verification import Problem, Verdict, verify
 
 __version__ = "0.1.0"
 
@@ -41,10 +39,10 @@ _HOMES = {
     "CkptError": "ckpt_tools.errors",
     "Difference": "ckpt_tools.difference",
     "Inspection": "ckpt_tools.inspection",
-    "Problem": "ckpt_tools.verify",
+    "Problem": "ckpt_tools.verification",
     "Report": "ckpt_tools.report",
     "TensorDifference": "ckpt_tools.difference",
-    "Verdict": "ckpt_tools.verify",
+    "Verdict": "ckpt_tools.verification",
     "average": "ckpt_tools.convert",
     "checkpoint_interval": "ckpt_tools.interval",
     "consolidate": "ckpt_tools.convert",
@@ -55,7 +53,7 @@ _HOMES = {
     "merge_fsdp_weights": "ckpt_tools.compat",
     "merge_lora": "ckpt_tools.convert",
     "open_checkpoint": "ckpt_tools.convert",
-    "verify": "ckpt_tools.verify",
+    "verify": "ckpt_tools.verification",
 }
 
 __all__ = [
@@ -81,17 +79,6 @@ __all__ = [
     "open_checkpoint",
     "verify",
 ]
-
-
-class _Package(ModuleType):
-    """This package. Importing a module puts it there as an attribute; a public name stands above it."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _HOMES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

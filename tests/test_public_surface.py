@@ -52,15 +52,6 @@ def test_all_is_this_list() -> None:
     assert len(CALLABLES) == len(PUBLIC) - 1
 
 
-def test_verify_is_the_function_and_not_the_package_of_its_name() -> None:
-    from ckpt_tools import verify
-    from ckpt_tools.verify import problem
-    from ckpt_tools.verify import verify as its_own
-
-    assert verify is its_own is ckpt_tools.verify
-    assert problem.Verdict is ckpt_tools.Verdict
-
-
 def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="'ckpt_tools' has no attribute 'consolidated'"):
         ckpt_tools.consolidated  # noqa: B018

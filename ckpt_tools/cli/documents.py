@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 
 from ckpt_tools import __version__
 from ckpt_tools.cli.verdicts import Outcome, next_steps, place_of, printable, status_of, summary
-from ckpt_tools.verify.problem import SCHEMA_VERSION, Problem, Verdict
+from ckpt_tools.verification.problem import SCHEMA_VERSION, Problem, Verdict
 
 _IN_ONE_ANNOTATION = 10
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -105,6 +106,8 @@ def joined_ranks(timeout: float) -> Ranks | None:
     """The ranks of the torchrun that started this process, if one did."""
     if not is_rank():
         return None
+    # Of a connection that breaks torch tells each stack frame; what it means is told by our error.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from ckpt_tools.ranks import from_environment
 
     return from_environment(timeout)

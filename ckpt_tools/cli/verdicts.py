@@ -18,7 +18,7 @@ from ckpt_tools.errors import CkptError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ckpt_tools.verify import Problem, Verdict
+    from ckpt_tools.verification import Problem, Verdict
 
 CLEAN, PROBLEMS, UNCHECKED = 0, 1, 2
 

@@ -140,7 +140,7 @@ def _format_of(output: Path | None, form: str) -> str:
 
 def _look_at(path: Path, *, progress: Callable[[int, int], None] | None, **options: Any) -> Outcome:
     """What came of one directory; the next ones are looked at whatever it was."""
-    from ckpt_tools.verify import verify
+    from ckpt_tools.verification import verify
 
     try:
         return Outcome(path, verify(path, progress=progress, **options))

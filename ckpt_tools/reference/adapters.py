@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from ckpt_tools.reference.process import ask
@@ -68,12 +69,18 @@ def describe_adapters(
             for q in questions
         ],
     }
-    answer = ask(f"{__package__}.peft_child", json.dumps(question), "peft")
     return [
         AdapterAnswer(
             found.get("names", {}),
             {name: tuple(shape) for name, shape in found.get("shapes", {}).items()},
             found.get("failure"),
         )
-        for found in answer["adapters"]
+        for found in _answers(json.dumps(question))
     ]
+
+
+@lru_cache(maxsize=8)  # a training saves the same adapter many times
+def _answers(question: str) -> list[dict[str, Any]]:
+    answers = ask(f"{__package__}.peft_child", question, "peft")["adapters"]
+    assert isinstance(answers, list)
+    return answers

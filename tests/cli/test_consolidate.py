@@ -51,6 +51,7 @@ def test_a_checkpoint_becomes_a_directory(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert names(out) == {
         "README.md",
+        "ckpt_tools_manifest.json",
         "config.json",
         "generation_config.json",
         "model.safetensors",
@@ -64,7 +65,7 @@ def test_a_checkpoint_becomes_a_directory(tmp_path: Path) -> None:
     assert lines[-2].startswith(f"{out}: {len(found)} tensors, ")
     assert lines[-2].endswith(", bfloat16")
     size = sum(path.stat().st_size for path in out.iterdir())
-    assert f"{size / 1000:.3g} kB written in 4 files" in lines[-1]
+    assert f"{size / 1000:.3g} kB written in 5 files" in lines[-1]
     assert done.stderr.splitlines() == [
         "warning: no tokenizer was found, and none was written; pass --tokenizer DIR"
     ]
@@ -212,7 +213,7 @@ def test_an_existing_output_is_replaced_only_when_asked(tmp_path: Path) -> None:
     assert "--overwrite" in refused.stderr
 
     assert run(*arguments, "--overwrite").exit_code == 0
-    assert names(out) == {"model.safetensors"}
+    assert names(out) == {"ckpt_tools_manifest.json", "model.safetensors"}
 
 
 def test_plain_lines_show_progress_where_there_is_no_terminal(
@@ -339,7 +340,7 @@ def test_the_checkpoint_is_what_one_has_at_hand(tmp_path: Path, spelling: str) -
     done = run("consolidate", at_hand, tmp_path / "out", "--weights-only")
 
     assert done.exit_code == 0, done.output
-    assert names(tmp_path / "out") == {"model.safetensors"}
+    assert names(tmp_path / "out") == {"ckpt_tools_manifest.json", "model.safetensors"}
 
 
 def test_a_reader_that_stops_reading_is_no_failure_to_talk_about(tmp_path: Path) -> None:

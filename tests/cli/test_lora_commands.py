@@ -30,7 +30,11 @@ def test_extract_lora_says_what_it_read(
     report = json.loads(capsys.readouterr().out)
     assert report["tensors"] == 2
     assert report["files"] == {n: len(b) for n, b in files(tmp_path / "out").items()}
-    assert set(report["files"]) == {"adapter_config.json", "adapter_model.safetensors"}
+    assert set(report["files"]) == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "ckpt_tools_manifest.json",
+    }
 
 
 def test_extract_lora_names_the_option_that_is_missing(
@@ -58,7 +62,7 @@ def test_merge_lora_writes_a_model(
     assert _run("merge-lora", run, tmp_path / "out", "--weights-only") == 0
 
     assert "merged adapter 'default': 1 of 1 LoRA pairs" in capsys.readouterr().out
-    assert set(files(tmp_path / "out")) == {"model.safetensors"}
+    assert set(files(tmp_path / "out")) == {"ckpt_tools_manifest.json", "model.safetensors"}
 
 
 def test_merge_lora_of_no_adapter_ends_with_status_2(

@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 import pytest
 
 from ckpt_tools.errors import UsageError
-from ckpt_tools.verify.problem import KINDS, Findings, Problem, Verdict, ordered
+from ckpt_tools.verification.problem import KINDS, Findings, Problem, Verdict, ordered
 from tests.cli.test_consolidate import CHAT, run, run_program
 from tests.cli.test_help import README, options
 
@@ -58,7 +58,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> dict[str, Answer]:
             raise answer
         return answer
 
-    monkeypatch.setattr(sys.modules["ckpt_tools.verify"], "verify", verify)
+    monkeypatch.setattr(sys.modules["ckpt_tools.verification"], "verify", verify)
     return held
 
 
@@ -135,7 +135,7 @@ class TestExitStatus:
         def interrupted(*_: Any, **__: Any) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(sys.modules["ckpt_tools.verify"], "verify", interrupted)
+        monkeypatch.setattr(sys.modules["ckpt_tools.verification"], "verify", interrupted)
         assert run("verify", "out").exit_code == 130
 
 

@@ -1,0 +1,389 @@
+"""Adapters as PEFT writes them: the config, the tensors, and whether each is of the other.
+
+Owns what can be said of an adapter without its base model. LoRA and its variants are checked tensor by
+tensor; of other kinds the config and the names. It must not know data.
+
+Sources: ``peft/utils/save_and_load.py`` (names), ``peft/utils/other.py`` (``get_pattern_key``),
+``peft/tuners/tuners_utils.py`` (``check_target_module_exists``), ``peft/utils/peft_types.py`` (types).
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ckpt_tools.verification.container import Entry
+from ckpt_tools.verification.directory import ADAPTER_CONFIG, Directory, read_object
+from ckpt_tools.verification.problem import Findings, listed
+
+_PREFIX = "base_model.model."
+# Of what several modules share, such as the projections of VeRA.
+_SHARED_PREFIX = "base_model."
+_LORA = re.compile(
+    r"(?P<module>.+)\.lora_(?P<part>A|B|embedding_A|embedding_B|magnitude_vector)(?:\.(?P<tail>.+))?"
+)
+_TAILS = {
+    "A": ("weight",),
+    "B": ("weight", "bias"),
+    "embedding_A": (None,),
+    "embedding_B": (None,),
+    "magnitude_vector": (None, "weight"),
+}
+_PARTNERS = {"A": "B", "B": "A", "embedding_A": "embedding_B", "embedding_B": "embedding_A"}
+_EMBEDDINGS = {
+    "embed_tokens",
+    "lm_head",
+    "wte",
+    "word_embeddings",
+    "embed_in",
+    "embed_out",
+    "shared",
+}
+# PEFT names both in the config of a classifier, and a model has one of them.
+_HEADS = {"classifier", "score"}
+# These hold their tensors by other names, or without a prefix.
+_PROMPTS = {
+    "ADAPTION_PROMPT",
+    "CARTRIDGE",
+    "CPT",
+    "MULTITASK_PROMPT_TUNING",
+    "P_TUNING",
+    "PREFIX_TUNING",
+    "PROMPT_TUNING",
+}
+_ASK = "Take the config that the adapter was trained with."
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A tensor of a LoRA adapter.
+
+    Attributes:
+        entry: the tensor.
+        module: the module that it adapts, below PEFT's prefix and without ``base_layer``.
+        wrapper: the same with ``base_layer``: several adapt one module where parameters are targeted.
+        part: ``A``, ``B``, ``embedding_A``, ``embedding_B`` or ``magnitude_vector``.
+        tail: what follows.
+    """
+
+    entry: Entry
+    module: str
+    wrapper: str
+    part: str
+    tail: str | None
+
+
+def check_adapters(directory: Directory, findings: Findings) -> None:
+    """Check every adapter of a directory."""
+    for folder, tensors in directory.adapters.items():
+        file = f"{folder}/{ADAPTER_CONFIG}" if folder else ADAPTER_CONFIG
+        if file not in directory.files:
+            findings.add(
+                "adapter-config-invalid", "there is no config beside the tensors", file=file
+            )
+            continue
+        config = read_object(directory, file, "adapter-config-invalid", findings)
+        if config is None:
+            continue
+        config = _of_right_types(config, file, findings)
+        kind = config.get("peft_type")
+        if not isinstance(kind, str):
+            findings.add("adapter-config-invalid", "it has no peft_type", file=file, hint=_ASK)
+            continue
+        if kind not in (known := _known_types()) and known:
+            findings.add("adapter-type-unknown", f"the installed PEFT knows no {kind}", file=file)
+        if not config.get("base_model_name_or_path"):
+            findings.add(
+                "adapter-base-unnamed",
+                "base_model_name_or_path is empty: loaders that start from the adapter find no base",
+                file=file,
+                hint="Write the Hub name or the directory of the base model there.",
+            )
+        names = _check_names(tensors, kind, findings)
+        if kind == "LORA":
+            _Lora(file, config, names, findings).check()
+        elif tensors:
+            findings.skipped.append(f"ranks and targets of the adapter: it is {kind}, not LORA")
+        findings.checked.append(f"{kind} adapter of {len(tensors)} tensors, names and config")
+
+
+def _of_right_types(config: dict[str, Any], file: str, findings: Findings) -> dict[str, Any]:
+    """The config without values that PEFT cannot mean; those are noted."""
+    wrong = {key for key, is_right in _TYPES.items() if not is_right(config.get(key))}
+    for key in sorted(wrong):
+        findings.add(
+            "adapter-config-invalid", f"its {key} is {config[key]!r}", file=file, hint=_ASK
+        )
+    return {key: value for key, value in config.items() if key not in wrong}
+
+
+def _is_names(value: object) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(v, str) for v in value))
+
+
+def _is_numbers_by_name(value: object) -> bool:
+    return value is None or isinstance(value, dict)
+
+
+_TYPES: dict[str, Callable[[object], bool]] = {
+    "target_modules": lambda value: isinstance(value, str) or _is_names(value),
+    "target_parameters": _is_names,
+    "modules_to_save": _is_names,
+    "rank_pattern": _is_numbers_by_name,
+    "alpha_pattern": _is_numbers_by_name,
+}
+
+
+@cache
+def _known_types() -> frozenset[str]:
+    """PEFT's types, from the source: importing peft takes seconds. Empty where there is no peft."""
+    spec = importlib.util.find_spec("peft")
+    if spec is None or spec.origin is None:
+        return frozenset()
+    source = Path(spec.origin).parent / "utils" / "peft_types.py"
+    for node in ast.parse(source.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef) and node.name == "PeftType":
+            values = (item.value for item in node.body if isinstance(item, ast.Assign))
+            return frozenset(v.value for v in values if isinstance(v, ast.Constant))  # type: ignore[misc]
+    return frozenset()
+
+
+def _check_names(tensors: Mapping[str, Entry], kind: str, findings: Findings) -> dict[str, Entry]:
+    """The tensors by their names below PEFT's prefix; notes names that PEFT does not read."""
+    prefix = "" if kind in _PROMPTS else _PREFIX if kind == "LORA" else _SHARED_PREFIX
+    plain: dict[str, Entry] = {}
+    wrapped: list[str] = []
+    for name, entry in tensors.items():
+        bare = re.sub(
+            r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|module(?=\.base_model))\.", "", name
+        )
+        if bare != name or not bare.startswith(prefix):
+            wrapped.append(name)
+        plain[bare.removeprefix(_PREFIX)] = entry
+    if wrapped:
+        findings.add(
+            "adapter-name",
+            f"{len(wrapped)} names are not as PEFT writes them, which start with {prefix}",
+            file=tensors[wrapped[0]].file,
+            tensor=wrapped[0],
+            hint="PEFT passes over such tensors in silence; ckpt-tools extract-lora writes its names.",
+        )
+    return plain
+
+
+class _Lora:
+    """A LoRA adapter: its config and its tensors, by their names below PEFT's prefix."""
+
+    def __init__(
+        self,
+        file: str,
+        config: Mapping[str, Any],
+        tensors: Mapping[str, Entry],
+        findings: Findings,
+    ) -> None:
+        self._file = file
+        self._config = config
+        self._tensors = tensors
+        self._findings = findings
+
+    def check(self) -> None:
+        """Check everything."""
+        self._check_numbers()
+        if not self._tensors:
+            return
+        parts = self._parts()
+        if not parts:
+            self._add("adapter-empty", "none of its tensors is a LoRA factor")
+        self._check_pairs(parts)
+        self._check_ranks(parts)
+        self._check_targets({part.module for part in parts})
+        self._check_whole_modules()
+        self._check_base(parts)
+
+    def _add(self, kind: str, detail: str, entry: Entry | None = None, **more: Any) -> None:
+        """Note a problem of a tensor, or of the config where none is named."""
+        self._findings.add(
+            kind,
+            detail,
+            file=entry.file if entry else self._file,
+            tensor=entry.name if entry else None,
+            **more,
+        )
+
+    def _check_numbers(self) -> None:
+        for key, patterns, kind in (
+            ("r", "rank_pattern", "adapter-rank"),
+            ("lora_alpha", "alpha_pattern", "adapter-alpha"),
+        ):
+            values = {key: self._config.get(key)} | {
+                f"{patterns}[{name}]": v for name, v in (self._config.get(patterns) or {}).items()
+            }
+            for name, value in values.items():
+                if not _is_positive(value, whole=key == "r"):
+                    self._add(kind, f"{name} is {value!r}, not a positive number", hint=_ASK)
+
+    def _parts(self) -> list[_Part]:
+        parts, odd = [], []
+        for name, entry in self._tensors.items():
+            match = _LORA.fullmatch(name)
+            if match is None:
+                continue
+            if match["tail"] not in _TAILS[match["part"]]:
+                odd.append(entry)
+                continue
+            wrapper = match["module"]
+            module = re.sub(r"(\.base_layer)+$", "", wrapper)
+            parts.append(_Part(entry, module, wrapper, match["part"], match["tail"]))
+        if odd:
+            self._add(
+                "adapter-name",
+                f"{len(odd)} names still have the adapter's own name in them, or an unknown part",
+                odd[0],
+                hint="PEFT passes over such tensors in silence; it writes `lora_A.weight`.",
+            )
+        return parts
+
+    def _check_pairs(self, parts: Iterable[_Part]) -> None:
+        held = {(p.wrapper, p.part): p for p in parts if p.tail != "bias"}
+        for (wrapper, name), part in held.items():
+            partner = held.get((wrapper, _PARTNERS.get(name, name)))
+            if partner is None:
+                self._add("adapter-pair", f"there is no lora_{_PARTNERS[name]} for it", part.entry)
+
+    def _check_ranks(self, parts: Iterable[_Part]) -> None:
+        parameters = self._config.get("target_parameters") or ()
+        for part in parts:
+            shape = part.entry.shape
+            if part.part == "magnitude_vector" or part.tail == "bias":
+                continue
+            if len(shape) < 2 or 0 in shape:
+                self._add(
+                    "adapter-shape",
+                    f"its shape is {list(shape)}: shards of ZeRO-3 or FSDP that were not gathered?",
+                    part.entry,
+                    hint="ckpt-tools extract-lora takes the whole tensors from the checkpoint.",
+                )
+                continue
+            found = shape[0] if part.part.endswith("A") else shape[1]
+            wanted = self._rank(part.module, parameters)
+            stacked = any(_ends(part.module, p.rpartition(".")[0]) for p in parameters)
+            if not _is_positive(wanted, whole=True):
+                continue
+            if found != wanted and not (stacked and found % wanted == 0):
+                self._add(
+                    "adapter-rank",
+                    f"its rank is {found} (shape {list(shape)}), the config says {wanted}",
+                    part.entry,
+                    hint=_ASK,
+                )
+
+    def _rank(self, module: str, parameters: Iterable[str]) -> Any:
+        patterns = self._config.get("rank_pattern") or {}
+        keys = [module, *(f"{module}.{p.rpartition('.')[2]}" for p in parameters)]
+        for key in keys:
+            for pattern, rank in patterns.items():
+                if _matches(rf"(.*\.)?({pattern})$", key):
+                    return rank
+        return self._config.get("r")
+
+    def _check_targets(self, modules: Collection[str]) -> None:
+        targets = self._config.get("target_modules") or ()
+        parameters = self._config.get("target_parameters") or ()
+        if not targets and not parameters:
+            self._add("adapter-target", "the config names no target_modules", hint=_ASK)
+            return
+        parents = [p.rpartition(".")[0] for p in parameters]
+        for module in sorted(modules):
+            if not _is_targeted(module, targets) and not any(_ends(module, p) for p in parents):
+                self._add(
+                    "adapter-target",
+                    f"{module} has tensors, and the config does not target it: PEFT passes over them",
+                    hint=_ASK,
+                )
+        if isinstance(targets, str):
+            if targets != "all-linear" and not any(_is_targeted(m, targets) for m in modules):
+                self._add("adapter-target", f"no tensor is of target_modules {targets!r}")
+            return
+        bare = [t for t in targets if not any(_ends(m, t) for m in modules)]
+        bare += [
+            p
+            for p, parent in zip(parameters, parents, strict=True)
+            if not any(_ends(m, parent) for m in modules)
+        ]
+        if bare:
+            self._add(
+                "adapter-target",
+                f"the config targets {listed(sorted(bare))}, and no tensor is of it",
+                severity="warning",
+                hint="Harmless where the base has no such module; otherwise tensors were lost.",
+            )
+
+    def _check_whole_modules(self) -> None:
+        """Modules that are saved whole are there."""
+        named = list(self._config.get("modules_to_save") or ())
+        absent = [n for n in named if not any(_holds(n, tensor) for tensor in self._tensors)]
+        if set(named) == _HEADS and len(absent) < 2:
+            return
+        if absent:
+            self._add(
+                "adapter-module-missing",
+                f"modules_to_save names {listed(absent)}, and no tensor is of it",
+                hint="PEFT cannot load the adapter without them.",
+            )
+
+    def _check_base(self, parts: Iterable[_Part]) -> None:
+        """Tensors that are neither factors nor what PEFT saves beside them."""
+        factors = {part.entry.name for part in parts}
+        named = self._config.get("modules_to_save") or ()
+        biases = str(self._config.get("bias") or "none") != "none"
+        others = [
+            entry
+            for name, entry in self._tensors.items()
+            if entry.name not in factors
+            and not _LORA.fullmatch(name)
+            and not any(_holds(module, name) for module in named)
+            and not (biases and name.endswith(".bias"))
+            and not _EMBEDDINGS & set(name.split("."))
+            and "token_adapter" not in name
+        ]
+        if others:
+            self._add(
+                "adapter-base-tensor",
+                f"{len(others)} tensors of the base model are in the adapter",
+                others[0],
+                hint="PEFT passes over them; the base model brings its own.",
+            )
+
+
+def _is_positive(value: object, *, whole: bool) -> bool:
+    kinds = int if whole else (int, float)
+    return isinstance(value, kinds) and not isinstance(value, bool) and value > 0
+
+
+def _ends(name: str, end: str) -> bool:
+    """Whether ``end`` is the last segments of ``name``."""
+    return f".{name}".endswith(f".{end}")
+
+
+def _holds(module: str, name: str) -> bool:
+    """Whether a tensor is of a module, by its name."""
+    return f".{module}." in f".{name}"
+
+
+def _is_targeted(module: str, targets: object) -> bool:
+    if isinstance(targets, str):
+        return targets == "all-linear" or _matches(rf"(?:{targets})$", module)
+    return isinstance(targets, list | tuple) and any(_ends(module, str(t)) for t in targets)
+
+
+def _matches(pattern: str, name: str) -> bool:
+    try:
+        return re.match(pattern, name) is not None
+    except re.error:
+        return False

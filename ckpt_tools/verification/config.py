@@ -1,0 +1,151 @@
+"""``config.json``: that it is a model's, and that what it says of dtype, vocabulary and class is so.
+
+Owns the questions that the config and the tensors' names, dtypes and shapes answer by themselves; what the
+model as a whole should have is the business of :mod:`~ckpt_tools.verification.model`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ckpt_tools.assets.architectures import contradiction
+from ckpt_tools.assets.config import embedding_rows, text_value
+from ckpt_tools.dtypes import BY_NAME, DType
+from ckpt_tools.reference import ReferenceModel
+from ckpt_tools.verification.container import Entry
+from ckpt_tools.verification.directory import CONFIG, Directory, read_object
+from ckpt_tools.verification.problem import Findings, listed
+
+
+def read_config(directory: Directory, findings: Findings, *, weights_alone: bool = False) -> None:
+    """Read the model's config and keep it in ``directory``.
+
+    Args:
+        directory: the directory.
+        findings: takes the problems.
+        weights_alone: whether the directory was written without a config, as was asked for.
+    """
+    if CONFIG not in directory.files:
+        if directory.tensors:
+            findings.add(
+                "config-missing",
+                "nothing says what model the tensors are of",
+                file=CONFIG,
+                hint="Copy the config.json that the model was trained with.",
+                severity="warning" if weights_alone else None,
+            )
+        return
+    data = read_object(directory, CONFIG, "config-invalid", findings)
+    if data is None:
+        return
+    if not isinstance(data.get("model_type"), str):
+        findings.add(
+            "config-invalid",
+            "it has no model_type, and no loader knows what it describes",
+            file=CONFIG,
+            hint="Copy the config.json that the model was trained with.",
+        )
+        return
+    names = data.get("architectures")
+    if names is not None and not (
+        isinstance(names, list) and all(isinstance(name, str) for name in names)
+    ):
+        findings.add("config-invalid", "its architectures are no list of names", file=CONFIG)
+        data["architectures"] = None
+    directory.config = data
+
+
+def is_quantized(directory: Directory) -> bool:
+    """Whether tensors are stored in a quantized form, whose names and shapes are a quantizer's."""
+    config = directory.config or {}
+    return any(config.get(key) for key in ("quantization_config", "compression_config"))
+
+
+def check_config(
+    directory: Directory, reference: ReferenceModel | None, findings: Findings
+) -> None:
+    """Compare the config with the tensors."""
+    config, tensors = directory.config, directory.tensors
+    if config is None or not tensors:
+        return
+    _check_architecture(config, tensors, findings)
+    if is_quantized(directory):
+        findings.skipped.append("dtype and vocabulary of the config: the weights are quantized")
+        return
+    _check_dtype(config, tensors, findings)
+    if reference is None:
+        _check_vocabulary(config, tensors, findings)
+    findings.checked.append("config.json: dtype, vocabulary and class against the tensors")
+
+
+def _check_architecture(
+    config: Mapping[str, Any], tensors: Mapping[str, Entry], findings: Findings
+) -> None:
+    names = config.get("architectures")
+    if not names:
+        findings.add(
+            "config-architecture",
+            "it names no architecture: some loaders do not know what class to build",
+            file=CONFIG,
+            severity="warning",
+            hint='Add "architectures": ["<the class of the model>"].',
+        )
+        return
+    odd = contradiction(names[0], tensors)
+    if odd is not None:
+        findings.add(
+            "config-architecture",
+            f"it names {names[0]}, and the tensors hold {odd}, which that class does not have",
+            file=CONFIG,
+        )
+
+
+def _check_dtype(
+    config: Mapping[str, Any], tensors: Mapping[str, Entry], findings: Findings
+) -> None:
+    said = config.get("dtype") or config.get("torch_dtype")
+    found = dominant_dtype(tensors)
+    if not isinstance(said, str) or said == "auto" or found is None:
+        return
+    name = said.removeprefix("torch.")
+    if name not in BY_NAME:
+        findings.add("config-invalid", f"its dtype {said!r} is none that torch has", file=CONFIG)
+    elif BY_NAME[name] != found:
+        findings.add(
+            "config-dtype",
+            f"it says {name}, the tensors are {found}; loaders that follow it cast every tensor",
+            file=CONFIG,
+            hint=f'Set "dtype": "{found}".',
+        )
+
+
+def dominant_dtype(tensors: Mapping[str, Entry]) -> DType | None:
+    """The floating dtype that most bytes are of; None where nothing is floating."""
+    counts: dict[DType, int] = {}
+    for entry in tensors.values():
+        if entry.dtype is not None and entry.dtype.is_floating:
+            counts[entry.dtype] = counts.get(entry.dtype, 0) + entry.nbytes
+    return max(counts, key=lambda dtype: counts[dtype], default=None)
+
+
+def _check_vocabulary(
+    config: Mapping[str, Any], tensors: Mapping[str, Entry], findings: Findings
+) -> None:
+    """Without the model's own shapes: custom code may pad the embedding, but not cut it short."""
+    known = {n: (e.dtype, e.shape) for n, e in tensors.items() if e.dtype is not None}
+    rows, size = embedding_rows(known), text_value(config, "vocab_size")
+    if rows is not None and isinstance(size, int) and rows < size:
+        note_vocabulary(size, rows, [], findings)
+
+
+def note_vocabulary(size: int, rows: int, names: list[str], findings: Findings) -> None:
+    """Say that the vocabulary of the config is not that of the tensors."""
+    where = f" ({listed(names)})" if names else ""
+    findings.add(
+        "config-vocabulary",
+        f"vocab_size is {size}, the embedding has {rows} rows{where}",
+        file=CONFIG,
+        tensor=names[0] if names else None,
+        hint=f'Set "vocab_size": {rows}, if the tensors are right.',
+    )

@@ -1,0 +1,251 @@
+"""The header of one safetensors file, read strictly: everything that it says must be so.
+
+Owns the reading of headers for checks. It is written apart from the reader and the writer of the rest
+of the package, so that none of them vouches for itself. It goes on after each problem and returns what
+can be believed. Knows one file at a time; reads no tensor data.
+
+Sources: https://github.com/huggingface/safetensors#format, ``safetensors/src/tensor.rs`` (``validate``).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ckpt_tools.dtypes import BY_SAFETENSORS_NAME, DType
+from ckpt_tools.verification.problem import Findings
+
+_MAX_HEADER = 100_000_000
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_ANEW = "Copy or download the file anew."
+
+# Bits of an element. Those that the table of dtypes lacks have no type in torch, or less than a byte.
+_BITS = {dtype.safetensors: 8 * dtype.itemsize for dtype in BY_SAFETENSORS_NAME.values()} | {
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A tensor, and where it lies.
+
+    Attributes:
+        name: its name.
+        code: its dtype in the words of safetensors, such as ``BF16``.
+        shape: sizes.
+        file: the file, relative to the directory.
+        start: its first byte in the file.
+        stop: the byte after its last.
+    """
+
+    name: str
+    code: str
+    shape: tuple[int, ...]
+    file: str
+    start: int
+    stop: int
+
+    @property
+    def dtype(self) -> DType | None:
+        """The dtype; None for one that torch does not have."""
+        return BY_SAFETENSORS_NAME.get(self.code)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Container:
+    """One safetensors file.
+
+    Attributes:
+        file: its name, relative to the directory.
+        size: its bytes.
+        header_size: bytes before the data, length prefix included.
+        entries: its tensors in the order in which they lie.
+    """
+
+    file: str
+    size: int
+    header_size: int
+    entries: Mapping[str, Entry]
+
+
+def read_container(directory: Path, file: str, findings: Findings) -> Container | None:
+    """Read a header and note everything that is wrong with it.
+
+    Args:
+        directory: where the file lies.
+        file: its name relative to ``directory``, with forward slashes.
+        findings: takes the problems.
+
+    Returns:
+        What the header says, tensors that cannot be believed left out; None where there is no header.
+    """
+    try:
+        with (directory / file).open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            start = stream.read(64)
+            length = int.from_bytes(start[:8], "little")
+            stream.seek(8)
+            text = stream.read(length) if length <= min(_MAX_HEADER, size) else b""
+    except OSError as error:
+        findings.add("file-unreadable", f"cannot be read ({error.strerror})", file=file)
+        return None
+    header = _header(file, size, start, length, text, findings)
+    if header is None:
+        return None
+    data = 8 + length
+    if data % 8:
+        findings.add(
+            "header-unaligned",
+            f"tensor data starts at byte {data:,}, which is no multiple of 8",
+            file=file,
+            hint="Save the file again with a recent safetensors.",
+        )
+    _check_metadata(header.pop("__metadata__", None), file, findings)
+    found = [_entry(name, value, file, data, findings) for name, value in header.items()]
+    entries = sorted(filter(None, found), key=lambda entry: (entry.start, entry.stop))
+    if len(entries) == len(header):
+        _check_tiling(entries, file, data, size, findings)
+    return Container(file, size, data, {entry.name: entry for entry in entries})
+
+
+def _header(
+    file: str, size: int, start: bytes, length: int, text: bytes, findings: Findings
+) -> dict[str, Any] | None:
+    if start.startswith(_LFS_POINTER):
+        findings.add(
+            "lfs-pointer",
+            "it is the pointer that Git LFS leaves in the place of a file",
+            file=file,
+            hint="Fetch the file itself: git lfs pull",
+        )
+        return None
+    if size < 8 or (length <= _MAX_HEADER and start[8:9] in (b"{", b"") and length > size - 8):
+        wanted = f", its header alone has {8 + length:,}" if size >= 8 else ""
+        findings.add("shard-truncated", f"it has {size:,} bytes{wanted}", file=file, hint=_ANEW)
+        return None
+    try:
+        if not text.startswith(b"{"):
+            raise ValueError(f"a header of {length:,} bytes that does not start with a brace")
+        header, repeated = parse_json(text.decode())
+    except (ValueError, RecursionError) as error:
+        findings.add("header-invalid", f"its header is damaged: {error}", file=file, hint=_ANEW)
+        return None
+    for key in repeated:
+        findings.add("duplicate-key", f"its header has {key!r} twice", file=file)
+    assert isinstance(header, dict)
+    return header
+
+
+def parse_json(text: str) -> tuple[Any, list[str]]:
+    """The value of a JSON text, and the keys that an object of it has twice.
+
+    Raises:
+        ValueError: it is not JSON.
+    """
+    repeated: list[str] = []
+
+    def collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            counts = Counter(key for key, _ in pairs)
+            repeated.extend(key for key, count in counts.items() if count > 1)
+        return value
+
+    return json.loads(text, object_pairs_hook=collect), repeated
+
+
+def _check_metadata(metadata: object, file: str, findings: Findings) -> None:
+    if metadata is None:
+        metadata = {}
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        findings.add("header-invalid", "its __metadata__ is not a map of strings", file=file)
+    elif metadata.get("format") != "pt":
+        said = f"says format: {metadata['format']}" if "format" in metadata else "has no format"
+        findings.add(
+            "format-missing",
+            f"its metadata {said}",
+            file=file,
+            hint='transformers 4 refuses such files; save with metadata={"format": "pt"}.',
+        )
+
+
+def _entry(name: str, value: object, file: str, data: int, findings: Findings) -> Entry | None:
+    shape = _sizes(value.get("shape")) if isinstance(value, dict) else None
+    offsets = _sizes(value.get("data_offsets")) if isinstance(value, dict) else None
+    code = value.get("dtype") if isinstance(value, dict) else None
+    if shape is None or offsets is None or len(offsets) != 2 or not isinstance(code, str):
+        findings.add("header-invalid", "its entry is malformed", file=file, tensor=name, hint=_ANEW)
+        return None
+    start, stop = offsets
+    bits = _BITS.get(code)
+    if bits is None:
+        findings.add("dtype-unknown", f"its dtype is {code}", file=file, tensor=name)
+    elif stop - start != math.prod(shape) * bits / 8:
+        findings.add(
+            "tensor-size",
+            f"{code} of shape {list(shape)} takes {math.prod(shape) * bits // 8:,} bytes,"
+            f" and it has {stop - start:,}",
+            file=file,
+            tensor=name,
+            hint=_ANEW,
+        )
+    return Entry(name, code, shape, file, data + start, data + stop)
+
+
+def _sizes(value: object) -> tuple[int, ...] | None:
+    """A list of sizes; None for anything else."""
+    if not isinstance(value, list):
+        return None
+    right = all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in value)
+    return tuple(value) if right else None
+
+
+def _check_tiling(
+    entries: list[Entry], file: str, data: int, size: int, findings: Findings
+) -> None:
+    """The tensors lie one behind the other, from the header to the end of the file."""
+    end = data
+    for entry in entries:
+        if entry.start > end:
+            findings.add(
+                "data-hole",
+                f"{entry.start - end:,} bytes before it belong to no tensor",
+                file=file,
+                tensor=entry.name,
+            )
+        elif entry.start < end:
+            findings.add(
+                "data-overlap",
+                f"its first {end - entry.start:,} bytes are another tensor's, too",
+                file=file,
+                tensor=entry.name,
+            )
+        end = max(end, entry.stop)
+    if size > end:
+        findings.add(
+            "trailing-bytes", f"{size - end:,} bytes follow the last tensor", file=file, hint=_ANEW
+        )
+    elif size < end:
+        cut = [entry.name for entry in entries if entry.stop > size]
+        findings.add(
+            "shard-truncated",
+            f"it has {size:,} bytes, its header describes {end:,}; {len(cut)} tensors are cut or lost",
+            file=file,
+            tensor=cut[0],
+            hint=_ANEW,
+        )

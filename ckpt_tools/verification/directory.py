@@ -1,0 +1,136 @@
+"""The directory as it lies on disk: its files, and the JSON in them.
+
+Owns the listing that every check starts from, and the strict reading of a JSON file. Git's own folder is
+passed over; links are followed, as in a cache of downloads. It must not know which files are weights.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ckpt_tools.errors import UsageError
+from ckpt_tools.verification.container import Container, Entry, parse_json
+from ckpt_tools.verification.problem import Findings
+
+CONFIG = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"
+MANIFEST = "ckpt_tools_manifest.json"
+SHA256SUMS = "SHA256SUMS"
+
+_PASSED_OVER = {".git"}
+# What savers, downloaders and this package leave when they are stopped.
+_LEFTOVER = re.compile(
+    r"(\.partial([-.].*)?|\.incomplete|\.tmp|\.part|\.aria2|\.crdownload|\.download)$"
+)
+
+
+@dataclass
+class Directory:
+    """What the checks look at.
+
+    Attributes:
+        path: where it lies.
+        files: every file, as a relative path with forward slashes, and its bytes.
+        containers: the safetensors files whose headers could be read.
+        tensors: the model's tensors, from whichever files hold them; empty for an adapter.
+        lost: tensors that an index names and that are not there, a problem of its own.
+        unread: weight files that cannot be read, so that nobody knows what is in them.
+        config: the content of ``config.json``; None where there is no model's config.
+        adapters: for each folder that holds an adapter (``""`` for the directory itself), its
+            tensors.
+        trust_remote_code: whether custom code beside the config may be run.
+    """
+
+    path: Path
+    files: Mapping[str, int]
+    containers: dict[str, Container] = field(default_factory=dict)
+    tensors: dict[str, Entry] = field(default_factory=dict)
+    lost: set[str] = field(default_factory=set)
+    unread: list[str] = field(default_factory=list)
+    config: Mapping[str, Any] | None = None
+    adapters: dict[str, dict[str, Entry]] = field(default_factory=dict)
+    trust_remote_code: bool = False
+
+    @cached_property
+    def root_files(self) -> list[str]:
+        """The files of the directory itself, by name."""
+        return [file for file in self.files if "/" not in file]
+
+    @property
+    def every_tensor(self) -> list[Entry]:
+        """The model's tensors and those of every adapter."""
+        return [
+            *self.tensors.values(),
+            *(e for held in self.adapters.values() for e in held.values()),
+        ]
+
+
+def list_directory(path: Path, findings: Findings) -> Directory:
+    """List a directory, and note what should not be in one that is finished.
+
+    Raises:
+        UsageError: there is no such directory, or it cannot be listed.
+    """
+    if not path.is_dir():
+        fact = "it is not a directory" if path.exists() else "there is no such directory"
+        raise UsageError(fact, path=path, hint="Name the directory that holds config.json.")
+    files: dict[str, int] = {}
+    try:
+        for folder, folders, names in os.walk(path, onerror=_refuse):
+            folders[:] = sorted(set(folders) - _PASSED_OVER)
+            for name in sorted(names):
+                file = (Path(folder) / name).relative_to(path).as_posix()
+                try:
+                    found = os.stat(path / file)
+                except OSError as error:
+                    why = f"cannot be read ({error.strerror}); a link that leads nowhere?"
+                    findings.add("file-unreadable", why, file=file)
+                    continue
+                if stat.S_ISREG(found.st_mode):
+                    files[file] = found.st_size
+                else:
+                    # Opening a pipe would wait for ever.
+                    findings.add("file-unreadable", "it is no regular file", file=file)
+    except OSError as error:
+        raise UsageError(f"it cannot be listed ({error.strerror})", path=path) from error
+    for file in files:
+        if any(_LEFTOVER.search(part) for part in file.split("/")):
+            findings.add(
+                "leftover",
+                "it was left by a save, a download or a conversion that did not finish",
+                file=file,
+                hint="Repeat what was interrupted, or delete the file if it is not needed.",
+            )
+    findings.checked.append(f"{len(files)} files listed")
+    return Directory(path, dict(sorted(files.items())))
+
+
+def _refuse(error: OSError) -> None:
+    raise error
+
+
+def read_object(
+    directory: Directory, file: str, kind: str, findings: Findings
+) -> dict[str, Any] | None:
+    """The object in a JSON file; None, and a problem of ``kind``, where there is none."""
+    try:
+        value, repeated = parse_json((directory.path / file).read_bytes().decode())
+    except OSError as error:
+        findings.add("file-unreadable", f"cannot be read ({error.strerror})", file=file)
+        return None
+    except (ValueError, RecursionError) as error:
+        findings.add(kind, f"it is not JSON ({error})", file=file)
+        return None
+    if not isinstance(value, dict):
+        findings.add(kind, f"it holds a JSON {type(value).__name__}, not an object", file=file)
+        return None
+    for key in repeated:
+        findings.add("duplicate-key", f"it has {key!r} twice", file=file)
+    return value

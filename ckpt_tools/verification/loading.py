@@ -1,0 +1,207 @@
+"""The directory at work: what happens when transformers or PEFT load it.
+
+Owns what is asked of the child process (``loading_child.py``) and what its answers, or its death, mean.
+An adapter is loaded onto its base, where that is on this machine. It must not know how a model is built.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ckpt_tools.reference.process import run_child
+from ckpt_tools.verification.container import Entry
+from ckpt_tools.verification.directory import ADAPTER_CONFIG, CONFIG, Directory
+from ckpt_tools.verification.problem import Findings
+
+_STEPS = {
+    "load": ("load-failed", "loading"),
+    "forward": ("forward-failed", "a forward pass"),
+    "generation": ("generation-failed", "a short generation"),
+}
+
+
+def check_loading(directory: Directory, findings: Findings, base: Path | None = None) -> None:
+    """Load what the directory holds, call it with a few tokens, and let it write some.
+
+    It takes the memory of the model and runs on the CPU.
+
+    Args:
+        directory: the directory, its weights and configs read.
+        findings: takes the problems.
+        base: the model that the adapters of the directory belong to; found by its name in
+            ``adapter_config.json`` where it is None.
+    """
+    if directory.tensors or directory.config is not None:
+        _load_model(directory, findings)
+    for folder, tensors in directory.adapters.items():
+        _load_adapter(directory, folder, tensors, base, findings)
+    if not (directory.tensors or directory.config is not None or directory.adapters):
+        findings.skipped.append("loading (there is nothing to load)")
+
+
+def _load_model(directory: Directory, findings: Findings) -> None:
+    config = directory.config
+    if config is None:
+        findings.skipped.append("loading (there is no config that can be read)")
+        return
+    question = {
+        "directory": str(directory.path.resolve()),
+        "base": None,
+        "trust_remote_code": directory.trust_remote_code,
+    }
+    custom = "auto_map" in config and not directory.trust_remote_code
+    _judge(question, "transformers", CONFIG, custom, findings)
+
+
+def _load_adapter(
+    directory: Directory,
+    folder: str,
+    tensors: Mapping[str, Entry],
+    base: Path | None,
+    findings: Findings,
+) -> None:
+    path = directory.path / folder
+    file = f"{folder}/{ADAPTER_CONFIG}".lstrip("/")
+    try:
+        named = json.loads((path / ADAPTER_CONFIG).read_bytes()).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        findings.skipped.append(f"loading ({file} cannot be read)")
+        return
+    places = [base] if base is not None else [Path(str(named)), path / str(named)]
+    found = next((place for place in places if (place / CONFIG).is_file()), None)
+    if found is None:
+        findings.skipped.append(
+            f"loading (the base {base or named} is no directory of a model on this machine)"
+        )
+        return
+    question = {
+        "directory": str(path.resolve()),
+        "base": str(found.resolve()),
+        "trust_remote_code": directory.trust_remote_code,
+        "rows": _rows(
+            tensors, r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|shared)\.weight$"
+        ),
+        "labels": _rows(tensors, r"(^|\.)(score|classifier)\.weight$"),
+    }
+    _judge(question, "peft", file, False, findings)
+
+
+def _rows(tensors: Mapping[str, Entry], pattern: str) -> int | None:
+    """Rows of the first tensor of an adapter whose name fits."""
+    fitting = (entry.shape for name, entry in tensors.items() if re.search(pattern, name))
+    return next((shape[0] for shape in fitting if len(shape) == 2), None)
+
+
+def _judge(
+    question: Mapping[str, Any], library: str, file: str, is_custom: bool, findings: Findings
+) -> None:
+    """Ask the child, and note what each step says."""
+    try:
+        child = run_child(
+            "ckpt_tools.verification.loading_child",
+            json.dumps(question),
+            timeout=None,
+            threads=os.cpu_count() or 1,
+        )
+    except OSError as error:
+        findings.skipped.append(f"loading (no process can be started: {error})")
+        return
+    steps = [json.loads(line) for line in child.stdout.splitlines()]
+    done = [
+        _STEPS[step["step"]][1] for step in steps if _went_well(step, file, is_custom, findings)
+    ]
+    if child.returncode:
+        _judge_death(child, steps, file, findings)
+    if done:
+        findings.checked.append(f"{', '.join(done)} with {library}")
+
+
+def _went_well(step: Mapping[str, Any], file: str, is_custom: bool, findings: Findings) -> bool:
+    """Note what a step says; whether it was carried out."""
+    kind, title = _STEPS[step["step"]]
+    if "skipped" in step:
+        findings.skipped.append(f"{title} ({_first_line(step['skipped'])})")
+    elif "unknown" in step and is_custom:
+        findings.skipped.append(f"{title} (it is custom code: --trust-remote-code)")
+    elif "unknown" in step:
+        findings.add(kind, step["unknown"], file=file)
+    elif "failure" in step:
+        mismatched = "size mismatch" in step["failure"]
+        findings.add(
+            "load-mismatched" if mismatched else kind,
+            f"{title} fails: {_failure(step['failure'])}",
+            file=file,
+        )
+    elif step["step"] == "load":
+        _judge_keys(step, findings)
+        return True
+    elif step["step"] == "forward":
+        for name in step["not_finite"]:
+            findings.add(
+                "forward-not-finite",
+                f"{name} of a forward pass on a few tokens has NaN or infinity ({step['tensors'][name]})",
+                hint="ckpt-tools verify --read-data says which weights are not finite, if any are.",
+            )
+        return True
+    elif step["tokens"] < 1:
+        findings.add(kind, "a generation of a few tokens gave none", file=file)
+    else:
+        return True
+    return False
+
+
+def _judge_keys(step: Mapping[str, Any], findings: Findings) -> None:
+    for name in step["missing"]:
+        findings.add(
+            "load-missing-keys", "it is in no file: loading made up random values", tensor=name
+        )
+    for name in step["unexpected"]:
+        findings.add("load-unexpected-keys", "the loaded model has no place for it", tensor=name)
+    for name, held, wanted in step["mismatched"]:
+        findings.add(
+            "load-mismatched",
+            f"the file has shape {held}, the model {wanted}: loading made up random values",
+            tensor=name,
+        )
+
+
+def _judge_death(
+    child: subprocess.CompletedProcess[str],
+    steps: Iterable[Mapping[str, Any]],
+    file: str,
+    findings: Findings,
+) -> None:
+    over = {step["step"] for step in steps}
+    left = [text for name, text in _STEPS.items() if name not in over]
+    if not left:
+        return
+    kind, title = left[0]
+    if child.returncode > 0:
+        last = (child.stderr.strip() or f"exit status {child.returncode}").splitlines()[-1]
+        findings.skipped.append(f"{title} ({last})")
+        return
+    killed = child.returncode == -signal.SIGKILL
+    findings.add(
+        kind,
+        f"{title} ends the process with {signal.Signals(-child.returncode).name}"
+        + (", as where memory runs out" if killed else ""),
+        file=file,
+        hint="Try it on a machine with more memory." if killed else None,
+    )
+
+
+def _failure(text: str) -> str:
+    """The first line of a library's complaint; the next one too, where that is but a title."""
+    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
+def _first_line(text: str) -> str:
+    return next(iter(text.strip().splitlines()), "no reason is given")

@@ -1,0 +1,218 @@
+"""The manifest and the checksums: what was recorded when the directory was written.
+
+Owns the reading of ``ckpt_tools_manifest.json`` and ``SHA256SUMS``, which must be, to the byte, what they are
+when nobody touched them, and their comparison with what is there, without reading data. Written apart
+from the code that writes them. docs/verify.md has the schema.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import xxhash
+
+from ckpt_tools.verification.directory import CONFIG, MANIFEST, SHA256SUMS, Directory
+from ckpt_tools.verification.problem import Findings, listed
+
+VERSION = 1
+_KEYS = (
+    *("version", "tool", "command", "sources", "options", "versions"),
+    *("unit_bytes", "tensors", "files", "xxh3_128"),
+)
+_DIGEST = re.compile(r"[0-9a-f]{32}")
+_SUM = re.compile(r"([0-9a-f]{64})  (.+)")
+_WRITE_ANEW = "Write the directory anew, or compare it with the checkpoint: --against CKPT"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is recorded of one folder.
+
+    Attributes:
+        folder: where it lies, with a slash at the end; empty for the directory itself.
+        unit_bytes: where tensors are cut for their digests.
+        tensors: for each tensor, its file and its digest.
+        sizes: bytes of each file.
+        digests: the digest of each file that has one; of weight files, that of the header.
+        headers: the files whose digest is of the header alone.
+    """
+
+    folder: str
+    unit_bytes: int
+    tensors: Mapping[str, tuple[str, str]]
+    sizes: Mapping[str, int]
+    digests: Mapping[str, str]
+    headers: frozenset[str]
+
+
+def read_manifests(directory: Directory, findings: Findings) -> list[Manifest]:
+    """Every manifest there is: adapters in folders have their own."""
+    found = [
+        _read(directory, file, findings)
+        for file in directory.files
+        if file.rpartition("/")[2] == MANIFEST
+    ]
+    if MANIFEST not in directory.files:
+        findings.skipped.append(f"what was written (there is no {MANIFEST})")
+    return [manifest for manifest in found if manifest is not None]
+
+
+def _read(directory: Directory, file: str, findings: Findings) -> Manifest | None:
+    try:
+        content = (directory.path / file).read_bytes()
+    except OSError as error:
+        findings.add("file-unreadable", f"cannot be read ({error.strerror})", file=file)
+        return None
+    try:
+        data = json.loads(content)
+        if not isinstance(data, dict):
+            raise ValueError("it is no object")
+        if data.get("version") != VERSION and content == _text(data):
+            raise ValueError(f"version {data.get('version')}, and {VERSION} is known here")
+        folder = file.removesuffix(MANIFEST)
+        manifest = _parsed(data, folder)
+        if content != _text(data):
+            raise _Touched("its text is not as ckpt-tools writes it")
+        if data["xxh3_128"] != xxhash.xxh3_128_hexdigest(_text({**data, "xxh3_128": ""})):
+            raise _Touched("its digest of itself is another")
+    except _Touched as error:
+        findings.add("manifest-invalid", f"it was changed: {error}", file=file, hint=_WRITE_ANEW)
+        return manifest
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        said = f"no {error}" if isinstance(error, KeyError) else str(error)
+        findings.add("manifest-invalid", f"it is damaged: {said}", file=file, hint=_WRITE_ANEW)
+        return None
+    findings.checked.append(f"{file}: intact, {data['command']} of {data['tool']}")
+    return manifest
+
+
+class _Touched(Exception):
+    """The manifest can be read, and is not what was written."""
+
+
+def _text(data: Mapping[str, Any]) -> bytes:
+    return (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _parsed(data: dict[str, Any], folder: str) -> Manifest:
+    if tuple(data) != _KEYS:
+        raise ValueError(f"its keys are {listed([*data])}")
+    unit = data["unit_bytes"]
+    if not isinstance(unit, int) or unit < 1:
+        raise ValueError(f"unit_bytes is {unit}")
+    sizes, digests, headers = {}, {}, set()
+    for name, record in data["files"].items():
+        file = folder + name
+        sizes[file] = record["bytes"]
+        if "header_xxh3_128" in record:
+            headers.add(file)
+        digests[file] = record["header_xxh3_128" if file in headers else "xxh3_128"]
+    tensors = {n: (folder + r["file"], r["xxh3_128"]) for n, r in data["tensors"].items()}
+    everything = [*digests.values(), *(digest for _, digest in tensors.values())]
+    if not all(isinstance(d, str) and _DIGEST.fullmatch(d) for d in everything):
+        raise ValueError("a digest is none")
+    return Manifest(folder, unit, tensors, sizes, digests, frozenset(headers))
+
+
+def is_of_weights_alone(manifests: Sequence[Manifest]) -> bool:
+    """Whether the directory was written without a config."""
+    return any(not m.folder and CONFIG not in m.sizes for m in manifests)
+
+
+def check_manifests(directory: Directory, manifests: list[Manifest], findings: Findings) -> None:
+    """Compare files and tensors with the manifests, by names and sizes."""
+    scopes = [manifest.folder for manifest in manifests]
+    for manifest in manifests:
+        _check_files(directory, manifest, scopes, findings)
+        _check_tensors(directory, manifest, findings)
+
+
+def _check_files(
+    directory: Directory, manifest: Manifest, scopes: list[str], findings: Findings
+) -> None:
+    for file, nbytes in manifest.sizes.items():
+        if file not in directory.files:
+            findings.add("manifest-file-missing", f"it had {nbytes} bytes", file=file)
+        elif directory.files[file] != nbytes:
+            findings.add(
+                "manifest-file-size",
+                f"it has {directory.files[file]:,} bytes, and had {nbytes} when it was written",
+                file=file,
+                hint=_WRITE_ANEW,
+            )
+    inner = [
+        scope for scope in scopes if scope != manifest.folder and scope.startswith(manifest.folder)
+    ]
+    for file in directory.files:
+        name = file.removeprefix(manifest.folder)
+        if not file.startswith(manifest.folder) or file in manifest.sizes:
+            continue
+        if any(file.startswith(scope) for scope in inner) or name == MANIFEST:
+            continue
+        # Programs keep notes in hidden files; they were there before or came later.
+        if name.rpartition("/")[2] == SHA256SUMS or any(p.startswith(".") for p in name.split("/")):
+            continue
+        findings.add(
+            "manifest-file-unlisted", "it was not there when the directory was written", file=file
+        )
+
+
+def _check_tensors(directory: Directory, manifest: Manifest, findings: Findings) -> None:
+    for name, (file, _) in manifest.tensors.items():
+        container = directory.containers.get(file)
+        if container is not None and name not in container.entries:
+            findings.add(
+                "manifest-tensor", "it was in this file and is not", file=file, tensor=name
+            )
+    for file in sorted(manifest.headers & directory.containers.keys()):
+        for name in directory.containers[file].entries:
+            if manifest.tensors.get(name, ("", ""))[0] != file:
+                findings.add(
+                    "manifest-tensor",
+                    "it was not in this file when it was written",
+                    file=file,
+                    tensor=name,
+                )
+
+
+def read_sums(directory: Directory, findings: Findings) -> list[tuple[str, str]]:
+    """Each file that a ``SHA256SUMS`` names, with its SHA-256 in hexadecimal; several may name one."""
+    sums: list[tuple[str, str]] = []
+    for file in directory.files:
+        if file.rpartition("/")[2] != SHA256SUMS:
+            continue
+        folder = file.removesuffix(SHA256SUMS)
+        for line, digest in _lines(directory, file, findings):
+            name = line.removeprefix("./")
+            if folder + name not in directory.files:
+                findings.add("sha256-file-missing", f"{file} names it", file=folder + name)
+            else:
+                sums.append((folder + name, digest))
+    return sums
+
+
+def _lines(directory: Directory, file: str, findings: Findings) -> Iterator[tuple[str, str]]:
+    try:
+        text = (directory.path / file).read_bytes().decode()
+    except OSError as error:
+        findings.add("file-unreadable", f"cannot be read ({error.strerror})", file=file)
+        return
+    except UnicodeDecodeError as error:
+        findings.add("sha256-invalid", f"it is no text ({error})", file=file)
+        return
+    *lines, rest = text.split("\n")
+    if rest or not lines:
+        findings.add("sha256-invalid", "its last line does not end", file=file)
+    seen: set[str] = set()
+    for number, line in enumerate(lines, 1):
+        match = _SUM.fullmatch(line)
+        if match is None or match[2] in seen:
+            why = "names a file twice" if match else "is not a digest, two spaces and a name"
+            findings.add("sha256-invalid", f"line {number} {why}", file=file)
+            continue
+        seen.add(match[2])
+        yield match[2], match[1]

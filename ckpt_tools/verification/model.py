@@ -1,0 +1,314 @@
+"""The tensors against the model that the config describes: missing, unexpected, misshapen, tied.
+
+Owns the comparison of what lies in the files with what transformers itself would have written, which
+:mod:`ckpt_tools.reference` finds without weights. Where a directory is laid out as another version of
+transformers did it, that layout is taken. It must not know files or data.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+
+from ckpt_tools.assets.config import text_value
+from ckpt_tools.errors import CkptError, UsageError
+from ckpt_tools.reference import Live, ReferenceModel, SavedTensor, describe, leaves
+from ckpt_tools.verification.config import is_quantized, note_vocabulary
+from ckpt_tools.verification.container import Entry
+from ckpt_tools.verification.directory import CONFIG, Directory
+from ckpt_tools.verification.names import common_prefix, plain_names
+from ckpt_tools.verification.problem import Findings, listed
+
+_WHOSE = "tensors against the model"
+
+# Asks for the model in the layout of a directory with these names.
+_Ask = Callable[[Collection[str]], ReferenceModel | None]
+
+
+def check_model(directory: Directory, findings: Findings) -> ReferenceModel | None:
+    """Compare the tensors with the model of the config.
+
+    Returns:
+        The model; None where it is not known, which is then among what was skipped.
+    """
+    config, tensors = directory.config, directory.tensors
+    if config is None or not tensors:
+        if tensors:
+            findings.skipped.append(f"{_WHOSE}: there is no config of a model")
+        elif directory.unread:
+            findings.skipped.append(f"{_WHOSE}: {listed(directory.unread)} cannot be read")
+        plain_names(tensors, (), findings)
+        return None
+    reference = _asked(directory, None, findings)
+    if reference is None or is_quantized(directory):
+        if reference is not None:
+            findings.skipped.append(f"{_WHOSE}: quantizers have names and shapes of their own")
+        plain_names(tensors, (), findings)
+        return None
+    known = {**reference.live, **reference.saved, **reference.tied}.keys()
+    names = _with_known_prefix(plain_names(tensors, known, findings), reference, findings)
+    if names is None:
+        return reference
+    _Comparison(directory, reference, names, findings).run(
+        lambda like: _asked(directory, like, findings)
+    )
+    findings.checked.append(
+        f"names and shapes of {reference.architecture} ({len(reference.saved)} tensors)"
+    )
+    return reference
+
+
+def _asked(
+    directory: Directory, like: Collection[str] | None, findings: Findings
+) -> ReferenceModel | None:
+    config = directory.config or {}
+    trust = directory.trust_remote_code
+    if not config.get("architectures"):
+        findings.skipped.append(f"{_WHOSE}: config.json names no architecture")
+        return None
+    try:
+        found = describe(
+            config,
+            like_names=like,
+            code_dir=directory.path if trust else None,
+            trust_remote_code=trust,
+        )
+    except UsageError as error:
+        findings.add("config-invalid", error.fact, file=CONFIG)
+        findings.skipped.append(f"{_WHOSE}: the config describes none")
+        return None
+    except CkptError as error:
+        findings.skipped.append(f"{_WHOSE}: {error.fact}")
+        return None
+    if found is None:
+        name = config["architectures"][0]
+        why = f"the installed transformers has no {name}"
+        if "auto_map" in config and not trust:
+            why = f"{name} is custom code, and --trust-remote-code was not given"
+        findings.skipped.append(f"{_WHOSE}: {why}")
+    return found
+
+
+def _with_known_prefix(
+    names: Mapping[str, str], reference: ReferenceModel, findings: Findings
+) -> Mapping[str, str] | None:
+    """The names as the model has them, where all differ from them in the same prefix.
+
+    Returns:
+        Plain name to name in the files; None where the tensors are of another model altogether.
+    """
+    known = {**reference.live, **reference.saved, **reference.tied}.keys()
+    if not names or not known or names.keys() & known:
+        return names
+    surplus = common_prefix(names)
+    while surplus:
+        if any(name.removeprefix(surplus) in known for name in names):
+            first = next(iter(names.values()))
+            findings.add(
+                "name-wrapped",
+                f"all names start with {surplus!r}, which those of {reference.architecture} do not",
+                tensor=first,
+                hint="Take the part by itself: ckpt-tools extract-attr CKPT ATTRIBUTE OUT",
+            )
+            return {name.removeprefix(surplus): old for name, old in names.items()}
+        surplus = surplus[: surplus[:-1].rfind(".") + 1]
+    for prefix in sorted({name.split(".")[0] + "." for name in known}):
+        if any(prefix + name in known for name in names):
+            findings.add(
+                "name-headless",
+                f"the names lack the {prefix!r} of {reference.architecture}: the model was saved "
+                "without its head; transformers puts up with it, not every loader does",
+                tensor=next(iter(names.values())),
+            )
+            return {name if name in known else prefix + name: old for name, old in names.items()}
+    findings.add(
+        "name-foreign",
+        f"tensors of {reference.architecture} are called {listed(sorted(known), 2)}; "
+        f"those here are called {listed(sorted(names), 2)}",
+        file=CONFIG,
+        tensor=next(iter(names.values())),
+        hint="Put the config.json of the model that was trained in its place.",
+    )
+    return None
+
+
+@dataclass
+class _Comparison:
+    """The comparison of one directory with one model.
+
+    Attributes:
+        directory: the directory.
+        model: the model as transformers would write it.
+        names: plain name to name in the files.
+        findings: takes the problems.
+    """
+
+    directory: Directory
+    model: ReferenceModel
+    names: Mapping[str, str]
+    findings: Findings
+
+    def run(self, ask: _Ask) -> None:
+        """Compare everything."""
+        explained = self._in_memory_names()
+        rest = self.names.keys() - explained
+        passed_over: Collection[str] = ()
+        if not self._fits(self.model, rest, explained):
+            other = ask(rest)
+            if other is not None:
+                passed_over = other.passed_over
+                if self._distance(other, rest) < self._distance(self.model, rest):
+                    self.model = other
+        self._compare_names(rest, explained, passed_over)
+        self._compare_shapes(rest)
+
+    def _in_memory_names(self) -> set[str]:
+        """Names of the model in memory that the hub's layout does not have; what they stand for, too."""
+        model, explained = self.model, set[str]()
+        hub = {**model.saved, **model.tied}
+        made: dict[str, list[str]] = {}
+        for name, tensor in hub.items():
+            for leaf in leaves(tensor.recipe):
+                if isinstance(leaf, Live):
+                    made.setdefault(leaf.name, []).append(name)
+        found = {
+            name: made[name]
+            for name in sorted(self.names.keys() & (model.live.keys() - hub.keys() - model.ignored))
+            if name in made
+        }
+        fused = {n for n, written in found.items() if not isinstance(hub[written[0]].recipe, Live)}
+        for name, written in found.items():
+            self._add(
+                "name-in-memory",
+                f"the model in memory holds it so; a directory has {listed(written, 2)}"
+                if name in fused
+                else f"the model in memory calls it so; in a directory it is {written[0]}",
+                name,
+                # Prefixes alone are put up with by most who read directories.
+                warn=not fused,
+                hint="vLLM and other versions of transformers do not read it; ckpt-tools consolidate "
+                "writes the layout of the Hub.",
+            )
+            explained |= {name, *written}
+        return explained
+
+    def _fits(self, model: ReferenceModel, names: Collection[str], explained: set[str]) -> bool:
+        wanted = model.saved.keys() - explained
+        return wanted <= set(names) <= {**model.saved, **model.tied}.keys()
+
+    def _distance(self, model: ReferenceModel, names: Collection[str]) -> int:
+        """How many names are missing, and how many too many."""
+        both = {**model.saved, **model.tied}.keys()
+        return len(model.saved.keys() - set(names)) + len(set(names) - both)
+
+    def _compare_names(
+        self, names: Collection[str], explained: set[str], passed_over: Collection[str]
+    ) -> None:
+        model, ties = self.model, self.model.hub_ties
+        kept_by = {kept: [a for a, k in ties.items() if k == kept] for kept in ties.values()}
+        absent = model.saved.keys() - set(names) - explained - self.directory.lost
+        if self.directory.unread:
+            unread = listed(self.directory.unread)
+            self.findings.skipped.append(f"whether tensors are missing: {unread} cannot be read")
+            absent = set()
+        for name in absent:
+            if _is_dispensable(model.saved[name], model):
+                continue
+            written = [alias for alias in kept_by.get(name, ()) if alias in names]
+            if written:
+                self._add(
+                    "tie-other-name",
+                    f"it is written as {written[0]}, which is tied to it; not every loader looks there",
+                    name,
+                    warn=True,
+                )
+            elif name in kept_by:
+                self._add("tie-missing", f"neither it nor {listed(kept_by[name])} is there", name)
+            else:
+                self._add(
+                    "tensor-missing", f"{model.architecture} has it", name, hint=_advice(name)
+                )
+        for name in set(names) - {**model.saved, **model.tied}.keys():
+            known = name in passed_over or name in model.ignored
+            self._add(
+                "tensor-unexpected",
+                f"{model.architecture} has no such tensor"
+                + (", and transformers passes over it" if known else ""),
+                name,
+                warn=known,
+            )
+        for name in model.tied.keys() & set(names):
+            if ties[name] in names:
+                self._add(
+                    "tie-written-twice",
+                    f"the config ties it to {ties[name]}, and both are written",
+                    name,
+                    hint="Delete the second, or set tie_word_embeddings to false if they differ.",
+                )
+
+    def _compare_shapes(self, names: Collection[str]) -> None:
+        hub = {**self.model.saved, **self.model.tied}
+        size = text_value(self.directory.config or {}, "vocab_size")
+        resized: dict[int, list[str]] = {}
+        for name in sorted(set(names) & hub.keys()):
+            entry, wanted = self._entry(name), hub[name].shape
+            found = entry.shape
+            if found != wanted:
+                if wanted and found[:1] != wanted[:1] == (size,) and found[1:] == wanted[1:]:
+                    resized.setdefault(found[0], []).append(name)
+                    continue
+                self._add(
+                    "shape-mismatch",
+                    f"its shape is {list(found)}, the config describes {list(wanted)}",
+                    name,
+                )
+            if (
+                entry.dtype is not None
+                and self._should_be_floating(name)
+                and not entry.dtype.is_floating
+            ):
+                self._add(
+                    "dtype-integer", f"it is {entry.dtype}, and no quantizer is in the config", name
+                )
+        for rows, resized_names in resized.items():
+            assert isinstance(size, int)
+            note_vocabulary(size, rows, resized_names, self.findings)
+
+    def _should_be_floating(self, name: str) -> bool:
+        recipe = {**self.model.saved, **self.model.tied}[name].recipe
+        live = [self.model.live.get(leaf.name) for leaf in leaves(recipe) if isinstance(leaf, Live)]
+        return any(tensor is not None and tensor.kind == "parameter" for tensor in live)
+
+    def _entry(self, name: str) -> Entry:
+        return self.directory.tensors[self.names[name]]
+
+    def _add(
+        self, kind: str, detail: str, name: str, *, warn: bool = False, hint: str | None = None
+    ) -> None:
+        entry = self.directory.tensors.get(self.names.get(name, name))
+        self.findings.add(
+            kind,
+            detail,
+            file=entry.file if entry is not None else None,
+            tensor=self.names.get(name, name),
+            hint=hint,
+            severity="warning" if warn else None,
+        )
+
+
+def _advice(name: str) -> str | None:
+    if re.search(r"(^|\.)(lm_head|embed_out)\.weight$", name):
+        return "If the model ties its embeddings, set tie_word_embeddings to true."
+    return None
+
+
+def _is_dispensable(tensor: SavedTensor, model: ReferenceModel) -> bool:
+    made_of = [leaf for leaf in leaves(tensor.recipe) if isinstance(leaf, Live)]
+    return bool(made_of) and all(leaf.name in model.dispensable for leaf in made_of)
+
+
+def written_ties(directory: Directory, model: ReferenceModel | None) -> Mapping[str, str]:
+    """Second names that are written although the config ties them, each with the first name."""
+    ties = {} if model is None else model.hub_ties
+    return {alias: kept for alias, kept in ties.items() if alias in directory.tensors}
