@@ -22,6 +22,9 @@ from ckpt_tools.errors import UsageError
 Kind = Literal["parameter", "frozen", "buffer"]
 Copy = Literal["master", "model"]
 
+# `Location.format` of a model in training, which lies in no directory.
+LIVE = "live"
+
 
 @dataclass(frozen=True, slots=True)
 class Weight:

@@ -1,32 +1,32 @@
 """Delivers planned outputs: every rank writes its share, and the directory appears when all is proven.
 
 Owns the order of things from a plan to a published directory: agree on the plan, lay out the files, write
-the shares, then the files that are not tensors, manifest, checksums, verification, and the one rename. One
-process delivers alone; of several the leader does, and the others :func:`follow`. Knows plans, units and
-ranks; knows no formats and nothing of how a plan came about.
+the shares, finish each output, and the one rename. One process delivers alone; of several the leader does,
+and the others :func:`follow`. Knows plans, units and ranks; knows no formats and nothing of how a plan came
+about.
 """
 
 from __future__ import annotations
 
-import shutil
+import json
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from ckpt_tools import __version__, journal, manifest
-from ckpt_tools.assets.files import AssetFile
-from ckpt_tools.errors import OutputFailed, RankFailed, VerificationFailed
+from ckpt_tools import __version__, journal
+from ckpt_tools.errors import OutputFailed, RankFailed
+from ckpt_tools.finishing import finish
 from ckpt_tools.manifest import Provenance
 from ckpt_tools.output import Output, Writing
-from ckpt_tools.publish import check_room, leftovers, partial_directory
+from ckpt_tools.publish import Partial, check_room, leftovers, partial_directory
 from ckpt_tools.ranks import Ranks
 from ckpt_tools.units import Units
-from ckpt_tools.write import Outputs, Written, lay_out, write
+from ckpt_tools.write import Outputs, Written, laid_out, lay_out, write
 
 _SHOW_SECONDS = 0.2
 _COUNTS = ("bytes_read", "bytes_written")
@@ -88,35 +88,41 @@ def deliver(
     identity = journal.Identity(
         __version__, provenance.identity(), _plan_digest(outputs, units, provenance)
     )
-    found = journal.find(leftovers(target), identity) if writing.resume else None
-    if found is None:
-        check_room(target, sum(output.nbytes for output in outputs))
-    if writing.ranks is not None:
-        _agree(units, writing.ranks)
-    with partial_directory(target, overwrite=writing.overwrite, resume=found) as partial:
+    with ExitStack() as locked:
+        found = _found(target, identity, locked) if writing.resume else None
         if found is None:
-            journal.begin(partial.home, identity)
-        lock = journal.Lock(partial.home)
-        try:
-            directories = tuple(partial.path / output.folder for output in outputs)
-            job = _Job(partial.home, directories, units, _laid_out(partial.home, directories, units))
-            with _told(writing.ranks):
-                if writing.ranks is not None:
-                    writing.ranks.put("job", job)
-                with _shown(job, writing) as progress:
-                    shares = _write_shares(job, writing, progress)
-                for number, output in enumerate(outputs):
-                    digests = dict(job.done.get(number, {}))
-                    for share in shares:
-                        digests |= share.digests.get(number, {})
-                    _finish(directories[number], output, units[number], digests, provenance, writing)
-                files = _sizes(partial.path)
-        except BaseException:
-            partial.keep = found is not None or journal.has_proof(partial.home)
-            raise
-        finally:
-            lock.close()
+            check_room(target, sum(output.nbytes for output in outputs))
+        if writing.ranks is not None:
+            _agree(units, writing.ranks)
+        with partial_directory(target, overwrite=writing.overwrite, resume=found) as partial:
+            if found is None:
+                locked.callback(journal.Lock(partial.home).close)
+                journal.begin(partial.home, identity)
+            try:
+                directories = tuple(partial.path / output.folder for output in outputs)
+                done = _laid_out(partial, directories, units)
+                job = _Job(partial.home, directories, units, done)
+                with writing.ranks.ending_all() if writing.ranks is not None else nullcontext():
+                    if writing.ranks is not None:
+                        writing.ranks.put("job", job)
+                    with _shown(job, writing) as progress:
+                        shares = _write_shares(job, writing, progress)
+                    _finish_all(job, outputs, shares, provenance, writing)
+                    files = _sizes(partial.path)
+            finally:
+                proven = found is not None or journal.has_proof(partial.home)
+                partial.keep = writing.resumable and proven
     return Delivered(_together([share.written for share in shares]), files, _notes(job))
+
+
+def _found(target: Path, identity: journal.Identity, locked: ExitStack) -> Path | None:
+    """The home of an earlier run to go on with; nobody else writes there until ``locked`` is closed."""
+    home = journal.find(leftovers(target), identity)
+    if home is None:
+        return None
+    locked.callback(journal.Lock(home).close)
+    # The run that wrote there may have ended in the meantime, and taken it along.
+    return home if journal.identity_of(home) == identity else None
 
 
 def follow(ranks: Ranks, workers: int) -> Any:
@@ -130,7 +136,14 @@ def follow(ranks: Ranks, workers: int) -> Any:
     """
     if ranks.first(("plan", "report")) == "plan":
         _agree(ranks.get("plan"), ranks)
-        _write_shares(ranks.get("job"), Writing(workers, ranks=ranks), None)
+        job = ranks.get("job")
+        if not job.home.is_dir():
+            raise OutputFailed(
+                f"machine {ranks.names[ranks.rank]} does not see it",
+                path=job.home,
+                hint="OUT must lie on a file system that all machines see, under the same path.",
+            )
+        _write_shares(job, Writing(workers, ranks=ranks), None)
     return ranks.get("report")
 
 
@@ -156,15 +169,12 @@ def _layout_digest(units: tuple[Units, ...], machines: Sequence[int]) -> str:
         digest.update(str([each.share(rank, machines) for rank in range(len(machines))]).encode())
         for name, tensor in each.plan.tensors.items():
             for move in tensor.moves(0, min(tensor.numel, 1)):
-                where = getattr(move.source, "name", type(move.source).__name__)
-                digest.update(f"{name} {where} {move.offset} {move.dtype}".encode())
+                digest.update(f"{name} {move.offset} {move.dtype}".encode())
     return digest.hexdigest()
 
 
-def _plan_digest(
-    outputs: Sequence[Output], units: Sequence[Units], provenance: Provenance
-) -> str:
-    digest = xxhash.xxh3_128()
+def _plan_digest(outputs: Sequence[Output], units: Sequence[Units], provenance: Provenance) -> str:
+    digest = xxhash.xxh3_128(json.dumps(dict(provenance.options)).encode())
     for output, each in zip(outputs, units, strict=True):
         digest.update(f"{output.folder} {each.nbytes}".encode())
         for file in output.layout.files:
@@ -175,18 +185,34 @@ def _plan_digest(
 
 
 def _laid_out(
-    home: Path, directories: Sequence[Path], units: Sequence[Units]
+    partial: Partial, directories: Sequence[Path], units: Sequence[Units]
 ) -> dict[int, dict[int, bytes]]:
     """Make every weight file that is not there yet; what is proven of the others."""
-    whole = {}
-    for number, (directory, each) in enumerate(zip(directories, units, strict=True)):
+    plans = [each.plan for each in units]
+    placed = list(zip(directories, plans, strict=True))
+    _clear(partial.path, {folder / file.name for folder, plan in placed for file in plan.files})
+    whole = {number: laid_out(plan, folder) for number, (folder, plan) in enumerate(placed)}
+    journal.keep(partial.home, whole)
+    for folder, plan in placed:
         try:
-            directory.mkdir(exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise OutputFailed(f"cannot be made ({error.strerror})", path=directory) from error
-        made = lay_out(each.plan, directory)
-        whole[number] = {file.name for file in each.plan.files} - set(made)
-    return journal.proven(home, whole)
+            raise OutputFailed(f"cannot be made ({error.strerror})", path=folder) from error
+        lay_out(plan, folder)
+    return journal.proven(partial.home, whole)
+
+
+def _clear(directory: Path, weights: set[Path]) -> None:
+    """Remove what an earlier run wrote after its weights; this one may be asked for other files."""
+    try:
+        for path in sorted(directory.rglob("*"), reverse=True):
+            if not path.is_dir():
+                if path not in weights:
+                    path.unlink()
+            elif not any(path.iterdir()):
+                path.rmdir()
+    except OSError as error:
+        raise OutputFailed(f"cannot be cleared ({error.strerror})", path=directory) from error
 
 
 def _write_shares(
@@ -230,17 +256,6 @@ def _write_shares(
 
 
 @contextmanager
-def _told(ranks: Ranks | None) -> Iterator[None]:
-    """Have the other ranks stop before the directory that they write into is removed."""
-    try:
-        yield
-    except BaseException as error:
-        if ranks is not None:
-            ranks.fail(error)
-        raise
-
-
-@contextmanager
 def _shown(job: _Job, writing: Writing) -> Iterator[Callable[[int], None] | None]:
     """Tell how far all ranks together are; of one process, how far it is."""
     progress, ranks = writing.progress, writing.ranks
@@ -277,59 +292,21 @@ def _shown(job: _Job, writing: Writing) -> Iterator[Callable[[int], None] | None
     progress(total, total)
 
 
-def _finish(
-    directory: Path,
-    output: Output,
-    units: Units,
-    digests: Mapping[int, bytes],
+def _finish_all(
+    job: _Job,
+    outputs: Sequence[Output],
+    shares: Sequence[_Share],
     provenance: Provenance,
     writing: Writing,
 ) -> None:
-    """Everything of an output but its weights, and the last look at it."""
-    for asset in output.files:
-        _write_asset(directory, asset)
-    text = manifest.manifest_text(
-        directory,
-        output.layout,
-        provenance,
-        unit_bytes=units.nbytes,
-        digests=units.tensor_digests(digests),
-    )
-    _write_asset(directory, AssetFile(manifest.NAME, text.encode()))
-    if writing.sha256:
-        sums = manifest.sums_text(directory, writing.workers)
-        _write_asset(directory, AssetFile(manifest.SUMS_NAME, sums.encode()))
-    if writing.verify:
-        _verify(directory, writing.workers)
-
-
-def _verify(directory: Path, workers: int) -> None:
-    from ckpt_tools.verify import verify
-
-    verdict = verify(directory, read_data=True, workers=workers)
-    errors = [problem for problem in verdict.problems if problem.severity == "error"]
-    if errors:
-        first = errors[0]
-        more = f", and {len(errors) - 1} more problems" if len(errors) > 1 else ""
-        raise VerificationFailed(
-            f"verify found the output wrong: {first.kind}: {first.detail}{more}",
-            path=first.file,
-            tensor=first.tensor,
-            hint="Nothing was published. Write it without --verify, then run ckpt-tools verify on it "
-            "for the whole list.",
-        )
-
-
-def _write_asset(directory: Path, asset: AssetFile) -> None:
-    path = directory / asset.name
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if asset.content is not None:
-            path.write_bytes(asset.content)
-        elif asset.source is not None:
-            shutil.copyfile(asset.source, path)
-    except OSError as error:
-        raise OutputFailed(f"cannot be written ({error.strerror})", path=path) from error
+    # Folders before what they lie in: the manifest of a directory is of all that is below it.
+    inward = sorted(enumerate(outputs), key=lambda pair: pair[1].folder, reverse=True)
+    for number, output in inward:
+        digests = dict(job.done.get(number, {}))
+        for share in shares:
+            digests |= share.digests.get(number, {})
+        directory, units = job.directories[number], job.units[number]
+        finish(directory, output, units.tensor_digests(digests), units.nbytes, provenance, writing)
 
 
 def _sizes(directory: Path) -> dict[str, int]:

@@ -13,11 +13,13 @@ import fcntl
 import json
 import os
 import secrets
+import shutil
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import xxhash
 
@@ -56,16 +58,9 @@ def begin(home: Path, identity: Identity) -> None:
     directory = home / _DIRECTORY
     try:
         directory.mkdir(exist_ok=True)
-        with (directory / _RUN).open("w", encoding="utf-8") as stream:
-            json.dump(asdict(identity), stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        for path in (directory, home):
-            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+        _put(directory / _RUN, json.dumps(asdict(identity)).encode())
+        _sync_directory(directory)
+        _sync_directory(home)
     except OSError as error:
         raise refused(error, directory) from error
 
@@ -108,10 +103,16 @@ def find(homes: Sequence[Path], identity: Identity) -> Path | None:
 
 
 class Lock:
-    """Keeps two runs from going on with one partial directory; held until the process ends or closes it."""
+    """Keeps two runs from writing into one partial directory; held until the process ends or closes it.
+
+    Taken before the journal begins, and closed after the directory was published or removed: whoever has
+    it and finds the journal may go on.
+    """
 
     def __init__(self, home: Path) -> None:
+        self.home = home
         try:
+            (home / _DIRECTORY).mkdir(exist_ok=True)
             self._fd = os.open(home / _DIRECTORY / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
         except OSError as error:
             raise refused(error, home) from error
@@ -128,6 +129,9 @@ class Lock:
     def close(self) -> None:
         """Let others have it."""
         os.close(self._fd)
+        if not (self.home / _DIRECTORY / _RUN).exists():
+            # Removed while it was held: NFS keeps a name for a file, and so its directory, until then.
+            shutil.rmtree(self.home, ignore_errors=True)
 
 
 def proven(home: Path, whole: Mapping[int, set[str]]) -> dict[int, dict[int, bytes]]:
@@ -138,21 +142,68 @@ def proven(home: Path, whole: Mapping[int, set[str]]) -> dict[int, dict[int, byt
         whole: for each output, the names of its files that have been there since they were noted.
     """
     done: dict[int, dict[int, bytes]] = {}
-    for path in sorted((home / _DIRECTORY).glob("*.log")):
-        for line in path.read_bytes().split(b"\n"):
-            text, _, checksum = line.rpartition(b"\t")
-            if not text or xxhash.xxh64_hexdigest(text).encode() != checksum:
-                continue
-            entry = json.loads(text)
+    for path in _logs(home):
+        for _, entry in _entries(path):
             if entry["file"] in whole.get(entry["output"], ()):
                 digests = map(bytes.fromhex, entry["digests"])
                 done.setdefault(entry["output"], {}).update(enumerate(digests, entry["first"]))
     return done
 
 
+def keep(home: Path, whole: Mapping[int, set[str]]) -> None:
+    """Strike out what the logs say of files that are gone, before those are made anew.
+
+    Args:
+        home: where the partial directory and the journal lie.
+        whole: for each output, the names of its files that are there.
+
+    Raises:
+        OutputFailed: the disk refused.
+    """
+    for path in _logs(home):
+        lines = list(_entries(path))
+        kept = [line for line, entry in lines if entry["file"] in whole.get(entry["output"], ())]
+        if len(kept) == len(lines):
+            continue
+        fresh = path.with_suffix(".new")
+        try:
+            _put(fresh, b"".join(line + b"\n" for line in kept))
+            fresh.replace(path)
+            _sync_directory(path.parent)
+        except OSError as error:
+            raise refused(error, path) from error
+
+
 def has_proof(home: Path) -> bool:
     """Whether anything at all is proven."""
-    return any((home / _DIRECTORY).glob("*.log"))
+    return any(True for path in _logs(home) for _ in _entries(path))
+
+
+def _logs(home: Path) -> list[Path]:
+    return sorted((home / _DIRECTORY).glob("*.log"))
+
+
+def _entries(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """The lines of a log that were written to their end, and what each says."""
+    for line in path.read_bytes().split(b"\n"):
+        text, _, checksum = line.rpartition(b"\t")
+        if text and xxhash.xxh64_hexdigest(text).encode() == checksum:
+            yield line, json.loads(text)
+
+
+def _put(path: Path, content: bytes) -> None:
+    with path.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def gaps(units: range, done: Mapping[int, object]) -> list[range]:
@@ -203,6 +254,9 @@ class Log:
     ) -> None:
         self._ended.set()
         self._thread.join()
+        # A failure to sync is told once for each open file: it would not be met again.
+        if self._error is not None and error is None:
+            raise self._error
 
     def record(self, block: Block, digests: Sequence[bytes]) -> None:
         """Note that a block was written; it is proven some time later.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,7 +22,7 @@ import xxhash
 
 from ckpt_tools import __version__
 from ckpt_tools.catalogue import Catalogue, Tensor
-from ckpt_tools.checkpoint import Checkpoint, Copy
+from ckpt_tools.checkpoint import LIVE, Checkpoint, Copy, Location
 from ckpt_tools.errors import OutputFailed
 from ckpt_tools.plan import Plan
 from ckpt_tools.recipe import Json, Leaf, described, leaf_names, leaves_of
@@ -69,21 +69,21 @@ class Provenance:
 
     def identity(self) -> str:
         """Digest of the names, sizes and times of the files that are read."""
-        facts = []
-        for source in self.sources:
-            for path, nbytes in sorted(source.files.items()):
-                try:
-                    stamp = path.stat().st_mtime_ns
-                except OSError:
-                    stamp = 0
-                facts.append((path.name, nbytes, stamp))
+        facts: list[tuple[str, int, int]] = []
+        beside = [file for catalogue in self.beside.values() for file in _files_of(catalogue)]
+        for path in (*(path for source in self.sources for path in sorted(source.files)), *beside):
+            try:
+                found = path.stat()
+                facts.append((path.name, found.st_size, found.st_mtime_ns))
+            except OSError:
+                facts.append((path.name, 0, 0))
         return xxhash.xxh3_128_hexdigest(json.dumps(facts).encode())
 
     def to_json(self) -> list[dict[str, Any]]:
         """The sources, as the manifest lists them."""
         listed = [
             {
-                "path": str(source.location.directory.absolute()),
+                "path": _where(source.location),
                 "format": source.location.format,
                 "name": source.location.name,
                 "title": source.title,
@@ -96,6 +96,15 @@ class Provenance:
         ]
         listed += [{"path": str(path.absolute()), "name": path.name} for path in self.beside]
         return listed
+
+
+def _where(location: Location) -> str | None:
+    return None if location.format == LIVE else str(location.directory.absolute())
+
+
+def _files_of(catalogue: Catalogue) -> list[Path]:
+    moves = (move for tensor in catalogue.values() for move in tensor.moves(0, tensor.numel))
+    return sorted({move.source for move in moves if isinstance(move.source, Path)})
 
 
 def manifest_text(
@@ -120,7 +129,7 @@ def manifest_text(
     """
     headers = {file.name: file.header for file in plan.files}
     files: dict[str, dict[str, object]] = {}
-    for name in _names(directory):
+    for name in _names(directory, NAME):
         if name in headers:
             found = {"header_xxh3_128": xxhash.xxh3_128_hexdigest(headers[name])}
         else:
@@ -150,34 +159,45 @@ def manifest_text(
     return _dumped(content)
 
 
-def sums_text(directory: Path, workers: int) -> str:
+def sums_text(directory: Path, workers: int, progress: Callable[[int], None] | None = None) -> str:
     """What ``sha256sum`` prints of all files of a directory, in the order of their names.
+
+    Args:
+        directory: the directory.
+        workers: number of threads.
+        progress: called with the number of bytes after each read, from any worker's thread.
 
     Raises:
         OutputFailed: a file cannot be read back.
     """
-    names = _names(directory)
+    names = _names(directory, SUMS_NAME)
+
+    def digest(name: str) -> str:
+        return _digest(directory / name, hashlib.sha256(), progress)
+
     with ThreadPoolExecutor(workers) as pool:
-        sums = list(pool.map(lambda name: _digest(directory / name, hashlib.sha256()), names))
+        sums = list(pool.map(digest, names))
     return "".join(f"{digest}  {name}\n" for digest, name in zip(sums, names, strict=True))
 
 
-def _names(directory: Path) -> Sequence[str]:
-    """Every file but the two of this module and what is hidden, as paths with forward slashes."""
+def _names(directory: Path, own: str) -> Sequence[str]:
+    """Every file but ``own`` and what is hidden, as paths with forward slashes."""
     paths = (path.relative_to(directory) for path in directory.rglob("*") if path.is_file())
     return sorted(
         path.as_posix()
         for path in paths
-        if path.name != SUMS_NAME and not any(part.startswith(".") for part in path.parts)
+        if path.as_posix() != own and not any(part.startswith(".") for part in path.parts)
     )
 
 
-def _digest(path: Path, hasher: Any) -> str:
+def _digest(path: Path, hasher: Any, progress: Callable[[int], None] | None = None) -> str:
     buffer = bytearray(_READ_BYTES)
     try:
         with path.open("rb", buffering=0) as stream:
             while count := stream.readinto(buffer):
                 hasher.update(memoryview(buffer)[:count])
+                if progress is not None:
+                    progress(count)
     except OSError as error:
         raise OutputFailed(f"cannot be read back ({error.strerror})", path=path) from error
     return str(hasher.hexdigest())

@@ -7,7 +7,7 @@ and comparison; knows no format.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from ckpt_tools.checkpoint import Checkpoint, Weight
@@ -17,7 +17,13 @@ from ckpt_tools.gather import Gatherer
 from ckpt_tools.lazy import cast
 
 
-def check_masters(checkpoint: Checkpoint, *, every_element: bool, workers: int) -> int:
+def check_masters(
+    checkpoint: Checkpoint,
+    *,
+    every_element: bool,
+    workers: int,
+    progress: Callable[[], None] | None = None,
+) -> int:
     """Compare a sample of each parameter, or all of it.
 
     Args:
@@ -25,6 +31,7 @@ def check_masters(checkpoint: Checkpoint, *, every_element: bool, workers: int) 
         every_element: compare all elements, not only some of each run. A checkpoint with doubts
             about its own layout is always compared in full.
         workers: number of threads.
+        progress: called after each parameter, from any worker's thread.
 
     Returns:
         The number of parameters compared; 0 where the checkpoint holds one copy only.
@@ -46,6 +53,8 @@ def check_masters(checkpoint: Checkpoint, *, every_element: bool, workers: int) 
                 at = first_difference(gatherer, master, weight.model, windows)
                 if at is not None:
                     raise _differs(checkpoint, name, weight, at)
+                if progress is not None:
+                    progress()
 
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(check, [pairs[i::workers] for i in range(workers)]))

@@ -29,6 +29,7 @@ class Writing:
         sha256: whether to write ``SHA256SUMS``.
         verify: whether to verify every byte before the output appears.
         ranks: who else writes.
+        resumable: whether what a failed run leaves can be of use to another.
     """
 
     workers: int
@@ -39,6 +40,12 @@ class Writing:
     sha256: bool = False
     verify: bool = False
     ranks: Ranks | None = None
+    resumable: bool = True
+
+    def active(self, *_: object) -> None:
+        """Let the other ranks know, who wait, that this one makes progress."""
+        if self.ranks is not None:
+            self.ranks.active()
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -124,7 +124,9 @@ def run(sources: Sequence[Checkpoint], request: Request, clock: Clock) -> Report
         files += (_card(sources, request, layout, fitted, assets),)
     output = Output("", layout, files)
     clock.lap("plan")
-    delivered = deliver(request.target, [output], request.writing, _provenance(sources, request, finished))
+    delivered = deliver(
+        request.target, [output], request.writing, _provenance(sources, request, finished)
+    )
     clock.lap("write")
     return report(
         sources[0],
@@ -139,6 +141,7 @@ def run(sources: Sequence[Checkpoint], request: Request, clock: Clock) -> Report
         notes=(*state.notes, *fitted.notes, *assets.notes),
         warnings=(
             *(remark for source in sources for remark in source.remarks),
+            *_unused(request),
             *state.warnings,
             *fitted.warnings,
             *assets.warnings,
@@ -180,8 +183,7 @@ def report(
         bytes_read=written.bytes_read,
         bytes_written=0 if delivered is None else sum(files.values()),
         checked=checked,
-        seconds=clock.laps
-        | {"move": written.move_seconds, "sync": written.sync_seconds},
+        seconds=clock.laps | {"move": written.move_seconds, "sync": written.sync_seconds},
         notes=notes if delivered is None else (*notes, *delivered.notes),
         warnings=(*map(_leftover, leftovers(target)), *warnings),
         dry_run=writing.dry_run,
@@ -257,8 +259,22 @@ def _card(
     )
 
 
+def _unused(request: Request) -> Iterator[str]:
+    """What was named and is not used, because weights alone are written."""
+    assets = request.assets
+    named = {"--config": assets.config, "--tokenizer": assets.tokenizer, "--like": assets.like}
+    unused = [option for option, path in named.items() if path is not None]
+    if request.weights_only and unused:
+        yield (
+            f"{', '.join(unused)} had no use: --weights-only writes the tensors that the checkpoint "
+            "holds, under the names that it has them by"
+        )
+
+
 def _leftover(path: Path) -> str:
-    return f"{path} was left by a run that was killed; --resume goes on with it, or it can be deleted"
+    return (
+        f"{path} was left by a run that was killed; --resume goes on with it, or it can be deleted"
+    )
 
 
 def _dtype_counts(tensors: Iterable[Tensor]) -> dict[str, int]:

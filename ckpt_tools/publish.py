@@ -181,17 +181,30 @@ def _publish(partial: Path, final: Path, *, overwrite: bool) -> None:
             raise
     if not overwrite:
         raise OutputExists("it appeared while the output was written", path=final)
-    if not _exchange(partial, final):
-        # Without an exchange there is a moment with no output; the old one keeps its bytes.
-        old = final.with_name(f"{final.name}.replaced-{secrets.token_hex(4)}")
-        os.rename(final, old)
-        try:
-            os.rename(partial, final)
-        except OSError:
-            os.rename(old, final)
-            raise
-        partial = old
-    shutil.rmtree(partial, ignore_errors=True)
+    # Under another name: what an exchange brings back must never be taken for this run's work.
+    complete = partial.with_name(f"complete-{secrets.token_hex(4)}")
+    os.rename(partial, complete)
+    try:
+        old = _replace(complete, final)
+    except OSError:
+        os.rename(complete, partial)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _replace(complete: Path, final: Path) -> Path:
+    """Put a directory in the place of another; gives where the other is now."""
+    if _exchange(complete, final):
+        return complete
+    # Without an exchange there is a moment with no output; the old one keeps its bytes.
+    old = final.with_name(f"{final.name}.replaced-{secrets.token_hex(4)}")
+    os.rename(final, old)
+    try:
+        os.rename(complete, final)
+    except OSError:
+        os.rename(old, final)
+        raise
+    return old
 
 
 def _exchange(a: Path, b: Path) -> bool:

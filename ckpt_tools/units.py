@@ -66,6 +66,7 @@ class Units:
         self.nbytes = nbytes
         counts = [_units_of(file, nbytes) for file in plan.files]
         self._bases = [0, *accumulate(counts)]
+        self._data = [0, *accumulate(file.size - len(file.header) for file in plan.files)]
         self._offsets = [[slot.offset for slot in file.slots] for file in plan.files]
 
     def __len__(self) -> int:
@@ -82,17 +83,36 @@ class Units:
     def share(self, rank: int, machines: Sequence[int]) -> range:
         """The units that one of several ranks writes: consecutive, and as many bytes as any other's.
 
+        The borders of even shares lie within a unit, and are moved to its start; those between ranks of
+        two machines on to the next multiple of 1 MiB of the file, or to the next file.
+
         Args:
             rank: whose share.
-            machines: number of the machine that each rank runs on. Between ranks of two machines the
-                border lies on a multiple of 1 MiB of its file.
+            machines: number of the machine that each rank runs on.
         """
         return range(self._border(rank, machines), self._border(rank + 1, machines))
 
     def _border(self, rank: int, machines: Sequence[int]) -> int:
-        unit = len(self) * rank // len(machines)
-        if not 0 < rank < len(machines) or machines[rank - 1] == machines[rank]:
-            return unit
+        if rank == len(machines):
+            return len(self)
+        first = rank
+        while first and machines[first - 1] == machines[rank]:
+            first -= 1
+        # In a small plan the machine's own border may have moved beyond an even share of its first ranks.
+        even = self._unit_at(self._data[-1] * rank // len(machines))
+        return max(even, self._on_a_page(self._unit_at(self._data[-1] * first // len(machines))))
+
+    def _unit_at(self, byte: int) -> int:
+        """The unit with this byte of all tensor data."""
+        if byte == self._data[-1]:
+            return len(self)
+        index = bisect_right(self._data, byte) - 1
+        header = len(self.plan.files[index].header)
+        offset = header + byte - self._data[index]
+        return self._bases[index] + offset // self.nbytes - header // self.nbytes
+
+    def _on_a_page(self, unit: int) -> int:
+        """The first unit from this one on that begins a page, or a file."""
         while unit < len(self):
             index, start, _ = self.span(unit)
             if start % PAGES == 0 or unit == self._bases[index]:
@@ -100,9 +120,7 @@ class Units:
             # The next page's first unit; that of the next file where this one ends before.
             number = -(-start // PAGES) * PAGES // self.nbytes
             header = len(self.plan.files[index].header)
-            unit = min(
-                self._bases[index] + number - header // self.nbytes, self._bases[index + 1]
-            )
+            unit = min(self._bases[index] + number - header // self.nbytes, self._bases[index + 1])
         return unit
 
     def blocks(self, units: range) -> Iterator[Block]:
@@ -111,7 +129,6 @@ class Units:
         first = units.start
         while first < units.stop:
             index, start, _ = self.span(first)
-            # Blocks end at multiples of their size, so that neighbours' reads are of whole runs too.
             last = min(first + step, units.stop, self._bases[index + 1])
             stop = self.span(last - 1)[2]
             yield Block(index, start, stop - start, self._slices(index, start, stop), first, last)
@@ -142,14 +159,21 @@ class Units:
             if low < high:
                 yield slot, low, high
 
+    def _pieces(self, index: int, start: int, stop: int) -> Iterator[tuple[Slot, int, int]]:
+        """The same, cut at the borders of units."""
+        for slot, low, high in self._parts(index, start, stop):
+            while low < high:
+                border = min(low - low % self.nbytes + self.nbytes, high)
+                yield slot, low, border
+                low = border
+
     def digests(self, block: Block, data: memoryview) -> list[bytes]:
         """For each unit of a block, the digests of its pieces, one after the other."""
-        found = []
-        for unit in range(block.first, block.last):
-            index, start, stop = self.span(unit)
-            parts = self._parts(index, start, stop)
-            spans = ((low - block.offset, high - block.offset) for _, low, high in parts)
-            found.append(b"".join(xxhash.xxh3_128_digest(data[a:b]) for a, b in spans))
+        found = [b""] * (block.last - block.first)
+        start = block.offset
+        for _, low, high in self._pieces(block.file, start, start + block.nbytes):
+            number = low // self.nbytes - start // self.nbytes
+            found[number] += xxhash.xxh3_128_digest(data[low - start : high - start])
         return found
 
     def tensor_digests(self, digests: Mapping[int, bytes]) -> dict[str, str]:
@@ -161,10 +185,13 @@ class Units:
             digests: of every unit, what :meth:`digests` gave.
         """
         pieces: dict[str, bytearray] = {name: bytearray() for name in self.plan.tensors}
-        for unit in range(len(self)):
-            index, start, stop = self.span(unit)
-            for number, (slot, _, _) in enumerate(self._parts(index, start, stop)):
-                at = number * DIGEST_BYTES
+        for index, file in enumerate(self.plan.files):
+            header = len(file.header)
+            shift = self._bases[index] - header // self.nbytes
+            before, at = -1, 0
+            for slot, low, _ in self._pieces(index, header, file.size):
+                unit = low // self.nbytes + shift
+                before, at = unit, at + DIGEST_BYTES if unit == before else 0
                 pieces[slot.name] += digests[unit][at : at + DIGEST_BYTES]
         return {name: _joined(found).hex() for name, found in pieces.items()}
 

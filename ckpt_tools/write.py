@@ -52,30 +52,34 @@ def default_workers() -> int:
     return min(len(os.sched_getaffinity(0)), _MAX_WORKERS)
 
 
-def lay_out(plan: Plan, directory: Path) -> list[str]:
+def laid_out(plan: Plan, directory: Path) -> set[str]:
+    """The names of those files of ``plan`` that are in ``directory``: of its size, with its header."""
+    return {
+        file.name
+        for file in plan.files
+        if _is_laid_out(directory / file.name, file.header, file.size)
+    }
+
+
+def lay_out(plan: Plan, directory: Path) -> None:
     """Make every file of ``plan`` in ``directory``: of its size, with its header; and the index.
 
-    A file that is there already, of this size and with this header, is left as it is.
+    What :func:`laid_out` finds there is left as it is.
 
     Args:
         plan: the layout.
         directory: an existing directory.
 
-    Returns:
-        The names of the files that were made.
-
     Raises:
         OutputFailed: the disk is full or refused a write.
     """
-    made = []
+    there = laid_out(plan, directory)
     for file in plan.files:
-        if not _is_laid_out(directory / file.name, file.header, file.size):
+        if file.name not in there:
             _make(directory / file.name, file.header, file.size)
-            made.append(file.name)
     if plan.index is not None:
         name, content = plan.index
         _make(directory / name, content, len(content))
-    return made
 
 
 def _is_laid_out(path: Path, header: bytes, size: int) -> bool:
@@ -196,8 +200,8 @@ def write(
 
     count = workers or default_workers()
     with _one_intra_op_thread(), ThreadPoolExecutor(count) as pool:
-        jobs = [pool.submit(work) for _ in range(count)]
         try:
+            jobs = [pool.submit(work) for _ in range(count)]
             wait(jobs, return_when=FIRST_EXCEPTION)
         finally:
             stop.set()

@@ -31,6 +31,15 @@ def files(directory: Path) -> dict[str, bytes]:
     }
 
 
+def files_but_manifests(directory: Path) -> dict[str, bytes]:
+    """Every file but the manifests, of which there is one beside each file of weights."""
+    found = files(directory)
+    manifests = {path for path in found if Path(path).name == "ckpt_tools_manifest.json"}
+    weights = {path for path in found if path.endswith(".safetensors")}
+    assert sorted(Path(p).parent for p in manifests) == sorted(Path(p).parent for p in weights)
+    return {path: content for path, content in found.items() if path not in manifests}
+
+
 @contextmanager
 def base_in_place(case: str, scratch: Path) -> Iterator[None]:
     """Work where the base that the adapter's config names is a directory, as when PEFT saved it."""

@@ -62,6 +62,7 @@ def test_paths_may_be_text(case: Path, out: Path, spelt: Any) -> None:
 
     assert {path.name for path in out.iterdir()} == {
         "README.md",
+        "ckpt_tools_manifest.json",
         "config.json",
         "generation_config.json",
         "model.safetensors",
@@ -109,7 +110,9 @@ def test_a_dry_run_plans_everything_and_writes_nothing(case: Path, tmp_path: Pat
 
     done = consolidate(case / "checkpoint", tmp_path / "out", **options)
 
-    assert planned.files == done.files
+    written = dict(done.files)
+    assert written.pop("ckpt_tools_manifest.json") > 0, "which nobody knows before it is written"
+    assert planned.files == written
     listed = json.loads(json.dumps(planned.to_json()))["plan"]
     assert {f["file"]: f["bytes"] for f in listed} == {
         name: size for name, size in done.files.items() if name.endswith(".safetensors")
@@ -253,6 +256,7 @@ def test_overwriting_leaves_nothing_of_the_old_output(case: Path, out: Path) -> 
 
     assert {path.name for path in out.iterdir()} == {
         "README.md",
+        "ckpt_tools_manifest.json",
         "config.json",
         "generation_config.json",
         "model.safetensors",
@@ -261,7 +265,7 @@ def test_overwriting_leaves_nothing_of_the_old_output(case: Path, out: Path) -> 
 
 def test_an_output_that_fails_half_way_leaves_the_old_one(case: Path, out: Path) -> None:
     consolidate(case / "checkpoint", out, weights_only=True)
-    before = (out / "model.safetensors").read_bytes()
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
 
     def fail(done: int, total: int) -> None:
         raise RuntimeError("half-way")
@@ -276,8 +280,7 @@ def test_an_output_that_fails_half_way_leaves_the_old_one(case: Path, out: Path)
             progress=fail,
         )
 
-    assert [path.name for path in out.iterdir()] == ["model.safetensors"]
-    assert (out / "model.safetensors").read_bytes() == before
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
 def test_an_output_may_lie_in_the_directory_of_the_checkpoint(case: Path, tmp_path: Path) -> None:
@@ -364,7 +367,7 @@ def test_weights_alone_need_no_transformers(case: Path, out: Path) -> None:
 
     consolidate(out.parent / "run", out, weights_only=True)
 
-    assert [path.name for path in out.iterdir()] == ["model.safetensors"]
+    assert {p.name for p in out.iterdir()} == {"ckpt_tools_manifest.json", "model.safetensors"}
 
 
 def test_the_config_beside_the_checkpoint_is_found(case: Path, out: Path) -> None:

@@ -25,6 +25,7 @@ from tests.adapted import (
     base_in_place,
     facts,
     files,
+    files_but_manifests,
     logits,
     lora_state,
     write_checkpoint,
@@ -51,7 +52,7 @@ def test_rules_alone_give_pefts_directory(case: str, fixtures: Path, tmp_path: P
             adapter_config=source / "truth/adapter",
         )
 
-    assert files(tmp_path / "out") == files(source / "truth/adapter")
+    assert files_but_manifests(tmp_path / "out") == files(source / "truth/adapter")
     assert not report.warnings
     assert report.files == {n: len(b) for n, b in files(tmp_path / "out").items()}
 
@@ -68,7 +69,7 @@ def test_peft_itself_gives_the_same_names(case: str, fixtures: Path, tmp_path: P
             config=source / "hf",
         )
 
-    assert files(tmp_path / "out") == files(source / "truth/adapter")
+    assert files_but_manifests(tmp_path / "out") == files(source / "truth/adapter")
     assert not [note for note in (*report.notes, *report.warnings) if "PEFT" in note]
 
 
@@ -123,7 +124,7 @@ def test_one_of_several_is_written_where_it_is_asked_for(fixtures: Path, tmp_pat
             adapter_config=source / "truth/adapter",
         )
 
-    assert files(tmp_path / "out") == files(source / "truth/adapter/second")
+    assert files_but_manifests(tmp_path / "out") == files(source / "truth/adapter/second")
     assert "left out: adapters default" in report.notes
 
 
@@ -144,6 +145,7 @@ def test_config_and_tokenizer_are_found_near_the_checkpoint(tmp_path: Path) -> N
     assert set(files(tmp_path / "out")) == {
         "adapter_config.json",
         "adapter_model.safetensors",
+        "ckpt_tools_manifest.json",
         "tokenizer.json",
     }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import random
@@ -12,14 +11,12 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from ckpt_tools.catalogue import FlatRange, Fragment, Stored
 from ckpt_tools.dtypes import ALL, BY_NAME, FLOAT32, DType
 from ckpt_tools.errors import UsageError
-from ckpt_tools.plan import Block, Plan, PlannedFile, plan
+from ckpt_tools.plan import Plan, PlannedFile, plan
 
 FORMAT = {"format": "pt"}
 SHAPES = ((), (0,), (3, 0, 2), (1,), (7,), (3, 5), (2, 3, 4, 1))
@@ -133,7 +130,6 @@ def test_no_tensors_are_what_save_file_writes(tmp_path: Path) -> None:
 
     assert [file.name for file in layout.files] == ["model.safetensors"]
     assert laid_out(layout.files[0], {}) == (tmp_path / "theirs").read_bytes()
-    assert list(layout.blocks()) == []
 
 
 @pytest.mark.parametrize("size", [1, 10, 47, 64, 200, 1_000, "1KB", "2KB", 10**6])
@@ -241,64 +237,6 @@ def test_a_size_that_is_none_is_refused(size: int | str) -> None:
     assert "5GB" in caught.value.hint
 
 
-dtypes = st.sampled_from(ALL)
-shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
-states = st.lists(st.tuples(dtypes, shapes), max_size=8)
-
-
-@settings(deadline=None, max_examples=60)
-@given(states, st.integers(8, 400), st.integers(1, 500))
-def test_blocks_carry_every_byte_exactly_once(
-    state: list[tuple[DType, tuple[int, ...]]], block_bytes: int, shard_bytes: int
-) -> None:
-    tensors = {f"t{i}": counted(dtype, shape, i) for i, (dtype, shape) in enumerate(state)}
-    layout = with_blocks_of(plan(described(tensors), max_shard_size=shard_bytes), block_bytes)
-    data = {id(tensor): raw(tensors[name]) for name, tensor in layout.tensors.items()}
-    contents = [bytearray(file.header.ljust(file.size, b"\xee")) for file in layout.files]
-    times = [[0] * file.size for file in layout.files]
-    for block in layout.blocks():
-        assert 0 < block.nbytes <= block_bytes
-        for start, stop, values in filled(block, data):
-            contents[block.file][start:stop] = values
-            for byte in range(start, stop):
-                times[block.file][byte] += 1
-    for file, content, written in zip(layout.files, contents, times, strict=True):
-        assert written == [0] * len(file.header) + [1] * (file.size - len(file.header))
-        assert bytes(content) == laid_out(file, tensors)
-
-
-def filled(block: Block, data: Mapping[int, bytes]) -> list[tuple[int, int, bytes]]:
-    """Which bytes of its file the block's slices fill, and with what."""
-    parts = []
-    for part in block.slices:
-        itemsize = part.tensor.dtype.itemsize
-        values = data[id(part.tensor)][part.start * itemsize : part.stop * itemsize]
-        assert len(values) == (part.stop - part.start) * itemsize > 0
-        assert 0 <= part.at <= block.nbytes - len(values)
-        start = block.offset + part.at
-        parts.append((start, start + len(values), values))
-    assert sum(stop - start for start, stop, _ in parts) == block.nbytes
-    return parts
-
-
-@pytest.mark.parametrize("pieces", [1, 8, 64, 1024, 8192])
-def test_a_block_is_large_but_bounded_however_many_ranks_there_are(pieces: int) -> None:
-    numel = 100_000_000
-    cuts = [numel * i // pieces for i in range(pieces + 1)]
-    fragments = [
-        Fragment(Path(f"/rank{i}"), 0, FlatRange(low, high))
-        for i, (low, high) in enumerate(itertools.pairwise(cuts))
-    ]
-    layout = plan({"x": Stored(FLOAT32, (numel,), fragments)})
-
-    blocks = list(layout.blocks())
-
-    assert sum(block.nbytes for block in blocks) == 4 * numel
-    sizes = {block.nbytes for block in blocks[:-1]}
-    assert sizes == {layout.block_bytes}
-    assert 1 << 20 <= layout.block_bytes <= 64 << 20
-
-
 def test_planning_terabytes_reads_nothing_and_is_done_at_once() -> None:
     shape = (1 << 20, 1 << 17)
     fragment = Fragment(Path("/nowhere"), 0, FlatRange(0, math.prod(shape)))
@@ -308,5 +246,3 @@ def test_planning_terabytes_reads_nothing_and_is_done_at_once() -> None:
 
     assert len(layout.files) == 20
     assert layout.files[0].size == len(layout.files[0].header) + 4 * math.prod(shape)
-    first = next(iter(layout.blocks()))
-    assert (first.file, first.offset) == (0, len(layout.files[0].header))

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ckpt_tools.errors import OutputExists, OutputFailed, UsageError
-from ckpt_tools.publish import check_room, check_target, leftovers, partial_directory
+from ckpt_tools.publish import Partial, check_room, check_target, leftovers, partial_directory
 
 
 def tree(directory: Path) -> dict[str, str | None]:
@@ -24,19 +24,30 @@ def tree(directory: Path) -> dict[str, str | None]:
     }
 
 
-def publish(target: Path, *, overwrite: bool = False, text: str = "new") -> Path:
+def publish(
+    target: Path, *, overwrite: bool = False, text: str = "new", resume: Path | None = None
+) -> Partial:
     """Make an output of a file and a file in a directory; gives where it was made."""
-    with partial_directory(target, overwrite=overwrite) as partial:
-        (partial / "model").write_text(text)
-        (partial / "extra").mkdir()
-        (partial / "extra" / "code.py").write_text(text)
+    with partial_directory(target, overwrite=overwrite, resume=resume) as partial:
+        (partial.path / "model").write_text(text)
+        (partial.path / "extra").mkdir()
+        (partial.path / "extra" / "code.py").write_text(text)
     return partial
 
 
-def fail(target: Path, error: BaseException, *, overwrite: bool = False) -> None:
-    """Make part of an output and then fail."""
-    with partial_directory(target, overwrite=overwrite) as partial:
-        (partial / "model").write_text("new")
+def fail(
+    target: Path,
+    error: BaseException,
+    *,
+    overwrite: bool = False,
+    keep: bool = False,
+    resume: Path | None = None,
+) -> None:
+    """Make part of an output and then fail, with work that is worth keeping or without."""
+    with partial_directory(target, overwrite=overwrite, resume=resume) as partial:
+        (partial.path / "model").write_text("new")
+        (partial.home / "journal").write_text("begun")
+        partial.keep = keep or partial.keep
         raise error
 
 
@@ -54,9 +65,11 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_the_output_appears_under_its_name_when_the_block_ends(disk: Path) -> None:
     with partial_directory(disk / "out", overwrite=False) as partial:
-        (partial / "model").write_text("new")
-        assert partial.parent == disk
-        assert partial.name.startswith("out.partial-")
+        (partial.path / "model").write_text("new")
+        (partial.home / "journal").write_text("of no concern to the output")
+        assert partial.home.parent == disk
+        assert partial.home.name.startswith("out.partial-")
+        assert partial.path.parent == partial.home
         assert not (disk / "out").exists()
 
     assert tree(disk) == {"out": None, "out/model": "new"}
@@ -67,7 +80,7 @@ def test_two_runs_never_share_a_partial_directory(disk: Path) -> None:
         partial_directory(disk / "out", overwrite=True) as one,
         partial_directory(disk / "out", overwrite=True) as two,
     ):
-        assert one != two
+        assert one.home != two.home
 
 
 def test_the_output_has_the_permissions_that_a_new_directory_has(disk: Path) -> None:
@@ -97,6 +110,154 @@ def test_an_error_leaves_the_old_output_as_it_was(disk: Path, overwrite: bool) -
 
     assert tree(disk / "out") == OLD
     assert (disk / "out").stat().st_ino == inode
+
+
+def kept(disk: Path, error: BaseException | None = None, *, overwrite: bool = False) -> Path:
+    """The directory that a failed run left, whose work is worth keeping."""
+    error = error or ValueError("of the block")
+    with pytest.raises(type(error), match="of the block"):
+        fail(disk / "out", error, keep=True, overwrite=overwrite)
+    (left,) = leftovers(disk / "out")
+    return left
+
+
+def test_work_that_is_worth_keeping_outlives_an_error(tmp_path: Path) -> None:
+    error = OutputFailed("of the block", hint="Free some room.")
+
+    left = kept(tmp_path, error)
+
+    assert tree(tmp_path) == {
+        left.name: None,
+        f"{left.name}/journal": "begun",
+        f"{left.name}/output": None,
+        f"{left.name}/output/model": "new",
+    }
+    assert error.hint is not None
+    assert error.hint.startswith("Free some room. ")
+    assert "--resume" in error.hint
+    assert str(left) in error.hint
+    shutil.rmtree(left)
+
+
+def test_an_error_without_a_next_step_gets_one_where_work_was_kept(tmp_path: Path) -> None:
+    error = OutputFailed("of the block")
+
+    left = kept(tmp_path, error)
+
+    assert error.hint is not None
+    assert error.hint.startswith("What was done is kept")
+    assert str(left) in error.hint
+
+
+def test_an_error_that_leaves_nothing_has_no_other_next_step(disk: Path) -> None:
+    error = OutputFailed("of the block", hint="Free some room.")
+
+    with pytest.raises(OutputFailed):
+        fail(disk / "out", error)
+
+    assert error.hint == "Free some room."
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_kept_work_is_gone_on_with_and_published(disk: Path, overwrite: bool) -> None:
+    if overwrite:
+        publish(disk / "out", text="old")
+    left = kept(disk, overwrite=overwrite)
+
+    with partial_directory(disk / "out", overwrite=overwrite, resume=left) as partial:
+        assert partial.home == left
+        assert (partial.path / "model").read_text() == "new"
+        (partial.path / "config").write_text("newer")
+        assert overwrite == (disk / "out").exists()
+
+    assert tree(disk) == {"out": None, "out/model": "new", "out/config": "newer"}
+
+
+def test_kept_work_is_kept_again_when_going_on_with_it_fails(tmp_path: Path) -> None:
+    left = kept(tmp_path)
+
+    with pytest.raises(KeyboardInterrupt):
+        fail(tmp_path / "out", KeyboardInterrupt(), resume=left)
+
+    assert leftovers(tmp_path / "out") == [left]
+    assert (left / "output" / "model").read_text() == "new"
+
+
+def test_parents_of_what_is_kept_stay(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="of the block"):
+        fail(tmp_path / "a" / "b" / "out", ValueError("of the block"), keep=True)
+
+    (left,) = leftovers(tmp_path / "a" / "b" / "out")
+    assert (left / "output" / "model").read_text() == "new"
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_work_is_kept_where_an_output_appears_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool
+) -> None:
+    def write() -> None:
+        with partial_directory(tmp_path / "out", overwrite=False) as partial:
+            (partial.path / "model").write_text("new")
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "model").write_text("somebody's")
+            partial.keep = True
+
+    if not exchange:
+        monkeypatch.setattr("ckpt_tools.publish._exchange", lambda a, b: False)
+    with pytest.raises(OutputExists, match="appeared while") as caught:
+        write()
+
+    (left,) = leftovers(tmp_path / "out")
+    assert str(left) in str(caught.value.hint)
+    assert tree(left) == {"output": None, "output/model": "new"}
+    with partial_directory(tmp_path / "out", overwrite=True, resume=left):
+        pass
+    assert tree(tmp_path) == {"out": None, "out/model": "new"}
+
+
+def test_work_is_kept_where_it_cannot_be_put_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(tmp_path / "out", text="old")
+
+    def refuse(a: Path, b: Path) -> bool:
+        raise OSError(5, "Input/output error", str(b))
+
+    def write() -> None:
+        with partial_directory(tmp_path / "out", overwrite=True) as partial:
+            (partial.path / "model").write_text("new")
+            partial.keep = True
+
+    monkeypatch.setattr("ckpt_tools.publish._exchange", refuse)
+    with pytest.raises(OutputFailed, match="Input/output error"):
+        write()
+
+    assert tree(tmp_path / "out") == OLD
+    (left,) = leftovers(tmp_path / "out")
+    assert tree(left) == {"output": None, "output/model": "new"}
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_the_old_output_is_never_taken_for_kept_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resumed: bool
+) -> None:
+    """A run that is killed while it removes the old output has exchanged the two already."""
+    publish(tmp_path / "out", text="old")
+    left = kept(tmp_path, overwrite=True) if resumed else None
+    seen: list[dict[str, str | None]] = []
+
+    def killed(path: Path, ignore_errors: bool = False) -> None:
+        (home,) = leftovers(tmp_path / "out")
+        seen.append(tree(home))
+
+    monkeypatch.setattr("ckpt_tools.publish.shutil.rmtree", killed)
+    with partial_directory(tmp_path / "out", overwrite=True, resume=left) as partial:
+        (partial.path / "model").write_text("newest")
+        partial.keep = True
+
+    assert tree(tmp_path / "out") == {"model": "newest"}
+    assert "old" in seen[0].values(), "the old output is not removed yet"
+    assert not any(name.startswith("output") for name in seen[0])
 
 
 def test_parents_that_were_missing_are_made(disk: Path) -> None:
@@ -157,7 +318,7 @@ def test_an_output_that_exists_is_refused(disk: Path, content: str) -> None:
 def test_an_output_that_appears_meanwhile_is_not_lost(disk: Path) -> None:
     def write() -> None:
         with partial_directory(disk / "out", overwrite=False) as partial:
-            (partial / "model").write_text("new")
+            (partial.path / "model").write_text("new")
             (disk / "out").mkdir()
             (disk / "out" / "model").write_text("somebody's")
 
@@ -193,7 +354,7 @@ def test_the_old_output_is_there_until_the_new_one_is(disk: Path) -> None:
     publish(disk / "out", text="old")
 
     with partial_directory(disk / "out", overwrite=True) as partial:
-        (partial / "model").write_text("new")
+        (partial.path / "model").write_text("new")
         assert tree(disk / "out") == OLD
 
     assert tree(disk / "out") == {"model": "new"}
@@ -243,7 +404,7 @@ def test_a_link_stays_one_and_the_output_lies_where_it_leads(disk: Path) -> None
 
     partial = publish(disk / "out")
 
-    assert partial.parent == disk / "other"
+    assert partial.home.parent == disk / "other"
     assert (disk / "out").is_symlink()
     assert tree(disk / "other" / "real") == NEW
     publish(disk / "out", overwrite=True, text="old")
@@ -323,6 +484,15 @@ def test_a_directory_without_write_permission_is_named(disk: Path) -> None:
         publish(disk / "locked" / "out")
 
     assert caught.value.hint == "Check the permissions."
+
+
+def test_what_is_published_holds_nothing_of_what_the_run_kept_for_itself(disk: Path) -> None:
+    with partial_directory(disk / "out", overwrite=False) as partial:
+        (partial.path / "model").write_text("new")
+        (partial.home / "journal").mkdir()
+        (partial.home / "journal" / "log").write_text("done")
+
+    assert tree(disk) == {"out": None, "out/model": "new"}
 
 
 def test_leftovers_are_those_of_the_same_output(tmp_path: Path) -> None:

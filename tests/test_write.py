@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import subprocess
 import sys
 import textwrap
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,9 +23,10 @@ from ckpt_tools.catalogue import FlatRange, Fragment, Stored, Tensor
 from ckpt_tools.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
 from ckpt_tools.errors import DamagedCheckpoint, OutputFailed
 from ckpt_tools.lazy import cast
-from ckpt_tools.plan import plan
+from ckpt_tools.plan import Plan, plan
 from ckpt_tools.publish import partial_directory
-from ckpt_tools.write import Written, default_workers, write
+from ckpt_tools.units import Block, Units
+from ckpt_tools.write import Outputs, Written, default_workers, laid_out, lay_out, write
 from tests.test_plan import FORMAT, our_dtype, raw, with_blocks_of, zoo
 
 
@@ -55,9 +59,17 @@ def one_run(path: Path, tensor: torch.Tensor) -> Stored:
     return Stored(our_dtype(tensor), tuple(tensor.shape), [fragment])
 
 
+def write_all(layout: Plan, directory: Path, **options: Any) -> Written:
+    """All of a plan, as one process writes it."""
+    lay_out(layout, directory)
+    units = Units(layout)
+    with Outputs(layout, directory) as outputs:
+        return write(units, outputs, [range(len(units))], **options)
+
+
 def written(directory: Path, tensors: Mapping[str, Tensor], **options: int) -> Path:
     directory.mkdir()
-    write(plan(tensors), directory, **options)
+    write_all(plan(tensors), directory, **options)
     return directory
 
 
@@ -71,12 +83,12 @@ def test_the_bytes_do_not_depend_on_workers_or_blocks(
     layout = with_blocks_of(plan(on_disk(tmp_path / "source", tensors)), block_bytes)
     (tmp_path / "out").mkdir()
 
-    done = write(layout, tmp_path / "out", workers=workers)
+    done = write_all(layout, tmp_path / "out", workers=workers)
 
     expected = (tmp_path / "theirs").read_bytes()
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.safetensors"]
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == expected
-    assert done.bytes_written == len(expected)
+    assert done.bytes_written == sum(tensor.nbytes for tensor in tensors.values())
     assert done.bytes_read >= layout.tensor_bytes
 
 
@@ -92,7 +104,7 @@ def test_shards_index_and_casts_do_not_depend_on_workers(tmp_path: Path, workers
     )
     (tmp_path / "out").mkdir()
 
-    write(with_blocks_of(layout, 1_111), tmp_path / "out", workers=workers)
+    write_all(with_blocks_of(layout, 1_111), tmp_path / "out", workers=workers)
 
     assert layout.index is not None
     files = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
@@ -109,7 +121,7 @@ def test_progress_counts_every_byte_once(tmp_path: Path) -> None:
     layout = with_blocks_of(plan(on_disk(tmp_path / "source", tensors)), 100)
     told: list[int] = []
 
-    write(layout, tmp_path, workers=3, progress=told.append)
+    write_all(layout, tmp_path, workers=3, progress=told.append)
 
     assert sum(told) == layout.tensor_bytes
     assert len(told) > 10
@@ -119,10 +131,10 @@ def test_progress_counts_every_byte_once(tmp_path: Path) -> None:
 def test_what_was_read_is_counted(tmp_path: Path) -> None:
     tensor = one_run(tmp_path / "source", torch.arange(100_000, dtype=torch.float32))
 
-    done = write(plan({"x": cast(tensor, BFLOAT16)}), tmp_path)
+    done = write_all(plan({"x": cast(tensor, BFLOAT16)}), tmp_path)
 
     assert done.bytes_read == 400_000
-    assert done.bytes_written == (tmp_path / "model.safetensors").stat().st_size
+    assert done.bytes_written == 200_000
     assert isinstance(done, Written)
     assert done.move_seconds > 0
     assert done.sync_seconds > 0
@@ -147,7 +159,7 @@ def test_torch_keeps_its_own_number_of_threads(tmp_path: Path) -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        write(plan(on_disk(tmp_path / "source", zoo())), tmp_path)
+        write_all(plan(on_disk(tmp_path / "source", zoo())), tmp_path)
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
@@ -229,7 +241,7 @@ def test_a_source_that_was_cut_off_meanwhile_is_named(tmp_path: Path, workers: i
         pytest.raises(DamagedCheckpoint, match="ends at byte 1,000") as caught,
         partial_directory(tmp_path / "out", overwrite=False) as partial,
     ):
-        write(layout, partial, workers=workers)
+        write_all(layout, partial.path, workers=workers)
 
     assert caught.value.path == tmp_path / "source" / "rank1"
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
@@ -248,10 +260,12 @@ def test_a_source_that_is_cut_off_between_two_blocks_is_named(tmp_path: Path) ->
         pytest.raises(DamagedCheckpoint, match="ends at byte 2,000,000") as caught,
         partial_directory(tmp_path / "out", overwrite=False) as partial,
     ):
-        write(layout, partial, workers=1, progress=cut_off)
+        write_all(layout, partial.path, workers=1, progress=cut_off)
 
     assert caught.value.path == path
-    assert told == [400_000] * 5
+    # Blocks end on units, and the first unit is in part the header's.
+    rest = len(layout.files[0].header) % Units(layout).nbytes
+    assert told == [400_000 - rest, *[400_000] * 4]
     assert [entry.name for entry in tmp_path.iterdir()] == ["source"]
 
 
@@ -260,7 +274,7 @@ def test_a_source_that_is_gone_is_named(tmp_path: Path) -> None:
     (tmp_path / "source" / "rank2").unlink()
 
     with pytest.raises(DamagedCheckpoint, match="cannot be opened") as caught:
-        write(layout, tmp_path)
+        write_all(layout, tmp_path)
 
     assert caught.value.path == tmp_path / "source" / "rank2"
 
@@ -276,18 +290,172 @@ def test_a_failure_of_one_worker_stops_the_others(tmp_path: Path) -> None:
         time.sleep(0.001)
 
     with pytest.raises(RuntimeError, match="of the caller"):
-        write(layout, tmp_path, workers=2, progress=fail_once)
+        write_all(layout, tmp_path, workers=2, progress=fail_once)
 
     assert len(told) < 2_000, "of 10,000 blocks"
 
 
-def test_an_existing_file_is_not_written_over(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").write_text("somebody's")
+def test_a_file_that_is_laid_out_already_keeps_its_bytes(tmp_path: Path) -> None:
+    """What an earlier run wrote is in it."""
+    layout = plan(on_disk(tmp_path / "source", zoo()), max_shard_size=500)
+    write_all(layout, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.safetensors")}
+    assert len(before) > 2
 
-    with pytest.raises(OutputFailed, match="File exists"):
-        write(plan(on_disk(tmp_path / "source", zoo())), tmp_path)
+    lay_out(layout, tmp_path)
 
-    assert (tmp_path / "model.safetensors").read_text() == "somebody's"
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.safetensors")} == before
+    assert laid_out(layout, tmp_path) == before.keys()
+
+
+def gone(path: Path) -> None:
+    path.unlink()
+
+
+def cut_short(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def longer(path: Path) -> None:
+    os.truncate(path, path.stat().st_size + 1)
+
+
+def another_header(path: Path) -> None:
+    with path.open("r+b") as stream:
+        stream.seek(20)
+        stream.write(b"?")
+
+
+def no_file(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("nowhere")
+
+
+@pytest.mark.parametrize("damage", [gone, cut_short, longer, another_header, no_file])
+def test_a_file_that_is_not_of_this_plan_is_made_anew(tmp_path: Path, damage: Any) -> None:
+    layout = plan(on_disk(tmp_path / "source", zoo()), max_shard_size=500)
+    write_all(layout, tmp_path)
+    second = layout.files[1]
+    damage(tmp_path / second.name)
+    everything = {file.name for file in layout.files}
+    assert laid_out(layout, tmp_path) == everything - {second.name}
+
+    lay_out(layout, tmp_path)
+
+    content = (tmp_path / second.name).read_bytes()
+    assert content == second.header.ljust(second.size, b"\0")
+    assert laid_out(layout, tmp_path) == everything
+
+
+def test_a_file_that_is_made_anew_is_not_written_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "theirs").write_text("somebody's")
+    (tmp_path / "model.safetensors").symlink_to("theirs")
+
+    write_all(plan(on_disk(tmp_path / "source", zoo())), tmp_path)
+
+    assert (tmp_path / "theirs").read_text() == "somebody's"
+    assert not (tmp_path / "model.safetensors").is_symlink()
+
+
+def test_outputs_that_are_not_laid_out_are_refused(tmp_path: Path) -> None:
+    layout = plan(on_disk(tmp_path / "source", zoo()), max_shard_size=500)
+    lay_out(layout, tmp_path)
+    (tmp_path / layout.files[-1].name).unlink()
+    before = open_files()
+
+    with pytest.raises(OutputFailed, match="No such file"):
+        Outputs(layout, tmp_path)
+
+    assert open_files() == before
+
+
+def open_files() -> list[str]:
+    """What this process has open, but for the listing itself."""
+    found = []
+    for entry in Path("/proc/self/fd").iterdir():
+        try:
+            found.append(os.readlink(entry))
+        except OSError:
+            continue
+    return sorted(found)
+
+
+def test_what_is_to_do_is_written_and_nothing_else(tmp_path: Path) -> None:
+    tensors = {f"t{i}": torch.full((1_000,), i + 1.0) for i in range(20)}
+    layout = plan(on_disk(tmp_path / "source", tensors), max_shard_size=30_000)
+    units = Units(layout)
+    lay_out(layout, tmp_path)
+    todo = [range(3, 40), range(41, 42), range(300, len(units))]
+    with Outputs(layout, tmp_path) as outputs:
+        done = write(units, outputs, todo, workers=3)
+
+    expected = [bytearray(file.header.ljust(file.size, b"\0")) for file in layout.files]
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    write_all(layout, whole)
+    nbytes = 0
+    for index, start, stop in (units.span(unit) for part in todo for unit in part):
+        content = (whole / layout.files[index].name).read_bytes()
+        expected[index][start:stop] = content[start:stop]
+        nbytes += stop - start
+    for file, wanted in zip(layout.files, expected, strict=True):
+        assert (tmp_path / file.name).read_bytes() == bytes(wanted)
+    assert done.bytes_written == nbytes
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("block_bytes", [1_000, 4 << 20])
+def test_each_block_is_recorded_once_it_is_written_with_the_digests_of_its_bytes(
+    tmp_path: Path, workers: int, block_bytes: int
+) -> None:
+    tensors = {f"t{i}": torch.randn(300) for i in range(30)}
+    layout = with_blocks_of(plan(on_disk(tmp_path / "source", tensors)), block_bytes)
+    units = Units(layout)
+    recorded: list[int] = []
+
+    def record(block: Block, digests: Sequence[bytes]) -> None:
+        content = (tmp_path / layout.files[block.file].name).read_bytes()
+        data = content[block.offset : block.offset + block.nbytes]
+        assert data.count(0) < len(data) / 4, "it is written already"
+        assert list(digests) == units.digests(block, memoryview(data))
+        recorded.extend(range(block.first, block.last))
+
+    write_all(layout, tmp_path, workers=workers, record=record)
+
+    assert sorted(recorded) == list(range(len(units)))
+
+
+def test_a_write_that_is_ended_begins_no_further_block(tmp_path: Path) -> None:
+    source = one_run(tmp_path / "source", torch.ones(100_000))
+    layout = with_blocks_of(plan({"x": source}), 1_024)
+    ended = threading.Event()
+    told: list[int] = []
+
+    def progress(nbytes: int) -> None:
+        told.append(nbytes)
+        if len(told) == 20:
+            ended.set()
+
+    done = write_all(layout, tmp_path, workers=2, progress=progress, ended=ended)
+
+    assert 20 <= len(told) <= 21
+    assert done.bytes_written == sum(told)
+
+
+def test_a_disk_that_loses_bytes_while_they_are_synced_is_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = plan(on_disk(tmp_path / "source", {"x": torch.ones(1_000)}))
+    lay_out(layout, tmp_path)
+    units = Units(layout)
+
+    def refuse(fd: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with Outputs(layout, tmp_path) as outputs:
+        monkeypatch.setattr(os, "fsync", refuse)
+        with pytest.raises(OutputFailed, match="Input/output error"):
+            write(units, outputs, [range(len(units))])
 
 
 @pytest.fixture
@@ -315,7 +483,7 @@ def test_a_full_disk_leaves_nothing_behind(
         pytest.raises(OutputFailed, match="no space left") as caught,
         partial_directory(small_disk / "out", overwrite=False) as partial,
     ):
-        write(with_blocks_of(layout, block_bytes), partial, workers=workers)
+        write_all(with_blocks_of(layout, block_bytes), partial.path, workers=workers)
 
     assert caught.value.exit_code == 6
     assert caught.value.path is not None
@@ -344,14 +512,19 @@ def test_a_limit_on_file_sizes_leaves_nothing_behind(tmp_path: Path) -> None:
         from ckpt_tools.errors import OutputFailed
         from ckpt_tools.plan import plan
         from ckpt_tools.publish import partial_directory
-        from ckpt_tools.write import write
+        from ckpt_tools.units import Units
+        from ckpt_tools.write import Outputs, lay_out, write
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
         source, out = map(Path, sys.argv[1:])
         x = Stored(FLOAT32, (900_000,), [Fragment(source, 4, FlatRange(0, 900_000))])
+        layout = plan({"x": x})
+        units = Units(layout)
         try:
             with partial_directory(out, overwrite=False) as partial:
-                write(plan({"x": x}), partial)
+                lay_out(layout, partial.path)
+                with Outputs(layout, partial.path) as outputs:
+                    write(units, outputs, [range(len(units))])
         except OutputFailed as error:
             print(error.exit_code, error)
     """
@@ -372,7 +545,8 @@ MEMORY = """
     from ckpt_tools.dtypes import BFLOAT16, FLOAT32
     from ckpt_tools.lazy import cast
     from ckpt_tools.plan import plan
-    from ckpt_tools.write import write
+    from ckpt_tools.units import Units
+    from ckpt_tools.write import Outputs, lay_out, write
 
     source, out, ranks = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     numel = source.stat().st_size // 4
@@ -395,7 +569,17 @@ MEMORY = """
 
     torch.zeros(1000).to(torch.bfloat16)
     before = status("VmRSS:")
-    write(layout, out, workers=2)
+    lay_out(layout, out)
+    units, digests = Units(layout), {}
+    with Outputs(layout, out) as outputs:
+        write(
+            units,
+            outputs,
+            [range(len(units))],
+            workers=2,
+            record=lambda block, found: digests.update(enumerate(found, block.first)),
+        )
+    assert len(digests) == len(units)
     print(layout.tensor_bytes, status("VmHWM:") - before)
 """
 
