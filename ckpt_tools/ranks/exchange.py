@@ -3,8 +3,9 @@
 Each rank offers a :class:`~ckpt_tools.places.Place`: a directory of its machine, its own memory. To the
 others it is a place like any, whose files are read by asking that rank: a request of a fixed size, an
 answer of as many bytes as were asked for, at most :data:`REQUEST_BYTES`. Both travel through
-torch.distributed with gloo, because the bytes are in host memory. A thread of each rank answers while the
-rank writes its own share. Knows paths, offsets and ranks; knows nothing of what the files are.
+torch.distributed with gloo, because the bytes are in host memory, in a group of this module's own, so that a
+training that runs is not disturbed. A thread of each rank answers while the rank writes its own share. Knows
+paths, offsets and ranks; knows nothing of what the files are.
 """
 
 from __future__ import annotations
@@ -13,29 +14,40 @@ import errno
 import itertools
 import json
 import threading
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from ckpt_tools.errors import RankFailed
 from ckpt_tools.places import FileFacts, Place, Readable, read_fully
+from ckpt_tools.ranks.line import first_line
+from ckpt_tools.ranks.pulse import SEE_THERE
 from ckpt_tools.ranks.session import Ranks
 
 if TYPE_CHECKING:
     import torch
-    from torch.distributed import ProcessGroup
 
 REQUEST_BYTES = 4 << 20
 _HEADER_BYTES = 4 << 10
 _REQUEST_TAG = 1
+_BREAK_TAG = 2
 _FIRST_ANSWER_TAG = 16
 _ANSWERS_AT_ONCE = 4
 # A request may come at any time until the session ends, which has limits of its own.
 _FOREVER = timedelta(days=365)
+_LOOK_SECONDS = 0.2
+# Ranks that can reach each other have done so by then.
+_CONNECT_SECONDS = 120.0
+# What made a connection break is told by the rank that it happened to.
+_HEAR_SECONDS = 2.0
+
+# The group of the ranks' last exchange, and the session that it was made in: a training has many.
+_kept: WeakKeyDictionary[Ranks, tuple[int, Any]] = WeakKeyDictionary()
 
 
 class Exchange:
@@ -52,11 +64,19 @@ class Exchange:
     def __init__(self, ranks: Ranks, offered: Place) -> None:
         self._ranks = ranks
         self._offered = offered
-        self.listings: list[Mapping[str, FileFacts]] = ranks.all_gather("offered", _listed(offered))
-        self._group, self._owned = _gloo_group(ranks)
+        kept = _kept.get(ranks)
+        told = ranks.all_gather("offered", (_listed(offered), kept and kept[0]))
+        self.listings: list[Mapping[str, FileFacts]] = [listing for listing, _ in told]
+        # After a failure some have a group that others have lost.
+        if kept is None or any(made != kept[0] for _, made in told):
+            kept = _kept[ranks] = (ranks.session_number, _gloo_group(ranks))
+        self._group = kept[1]
         self._tags = itertools.count(_FIRST_ANSWER_TAG)
+        self._ended = threading.Event()
         self._server = threading.Thread(target=self._serve, name="exchange", daemon=True)
         self._server.start()
+        self._watch = threading.Thread(target=self._break_on_failure, name="watch", daemon=True)
+        self._watch.start()
 
     def __enter__(self) -> Exchange:
         return self
@@ -67,8 +87,21 @@ class Exchange:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error is None:
-            self._close()
+        whole = False
+        try:
+            if error is None:
+                self._close()
+                whole = True
+                return
+            # Told before it is felt: whoever waits for an answer then knows why it does not come.
+            failure = self._ranks.fail(error)
+            if failure is not error:
+                raise failure from error
+        finally:
+            if not whole:
+                self._break()
+            self._ended.set()
+            self._watch.join()
 
     def place(self, label: str, sources: tuple[int, ...]) -> Place:
         """What ranks offer that all see the same files, as a place of this process.
@@ -88,25 +121,32 @@ class Exchange:
             RankFailed: that rank is gone.
         """
         import torch
-        import torch.distributed as dist
 
         count = torch.zeros(1, dtype=torch.int64)
-        try:
-            dist.send(_packed(relative, offset, len(view), tag), source, self._group, _REQUEST_TAG)
-            dist.recv(count, source, self._group, tag)
+        with self._lost(f"asked rank {source} for {relative} and got no answer"):
+            request = _packed([relative, offset, len(view), tag])
+            self._wait(self._group.send([request], source, _REQUEST_TAG))
+            self._wait(self._group.recv([count], source, tag))
             found = int(count)
             if found > 0:
                 into = torch.frombuffer(view, dtype=torch.uint8, count=found)
-                dist.recv(into, source, self._group, tag)
-        except RuntimeError as error:
-            self._ranks.check()
-            raise RankFailed(
-                f"rank {self._ranks.rank} asked rank {source} for {relative} and got no answer",
-                hint="See what that rank or its machine says, and start again with --resume.",
-            ) from error
+                self._wait(self._group.recv([into], source, tag))
+        self._ranks.active()
         if found < 0:
             raise OSError(-found, "the rank that has it cannot read it", relative)
         return found
+
+    def _wait(self, work: Any) -> None:
+        work.wait(timedelta(seconds=self._ranks.timeout))
+
+    @contextmanager
+    def _lost(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # gloo's errors are of this class
+            self._ranks.failed.wait(_HEAR_SECONDS)
+            self._ranks.check()
+            raise RankFailed(f"rank {self._ranks.rank} {what}", hint=SEE_THERE) from error
 
     def next_tag(self) -> int:
         """A tag for the answers to one open file."""
@@ -114,47 +154,65 @@ class Exchange:
 
     def _serve(self) -> None:
         import torch
-        import torch.distributed as dist
 
         request = torch.empty(_HEADER_BYTES, dtype=torch.uint8)
-        with ThreadPoolExecutor(_ANSWERS_AT_ONCE) as pool:
-            # The peer is gone, or the group: whoever waits for this rank finds out.
-            with suppress(RuntimeError):
-                while True:
-                    asker = dist.recv(request, None, self._group, _REQUEST_TAG)
-                    message = json.loads(bytes(request.numpy()).rstrip(b"\0"))
-                    if message is None:
-                        return
-                    pool.submit(self._answer, asker, *message)
+        # A group that is gone ends it: whoever waits for this rank finds out.
+        with suppress(RuntimeError), ThreadPoolExecutor(_ANSWERS_AT_ONCE) as pool:
+            while True:
+                asked = self._group.recv_anysource([request], _REQUEST_TAG)
+                asked.wait(_FOREVER)
+                message = json.loads(bytes(request.numpy()).rstrip(b"\0"))
+                if message is None:
+                    return
+                pool.submit(self._answer, asked._source_rank(), *message)
 
     def _answer(self, asker: int, relative: str, offset: int, nbytes: int, tag: int) -> None:
         import torch
-        import torch.distributed as dist
 
         buffer = bytearray(nbytes)
         try:
             with closing(self._offered.open(relative)) as file:
                 count = read_fully(file, memoryview(buffer), offset)
-        except OSError as error:
-            count = -(error.errno or errno.EIO)
+        except Exception as error:  # whatever it is, somebody waits for an answer
+            count = -(getattr(error, "errno", None) or errno.EIO)
         with suppress(RuntimeError):
-            dist.send(torch.tensor([count]), asker, self._group, tag)
+            self._wait(self._group.send([torch.tensor([count])], asker, tag))
             if count > 0:
                 data = torch.frombuffer(buffer, dtype=torch.uint8, count=count)
-                dist.send(data, asker, self._group, tag)
+                self._wait(self._group.send([data], asker, tag))
         self._ranks.active()
 
     def _close(self) -> None:
-        import torch.distributed as dist
-
         # Nobody asks any longer once all are here.
         self._ranks.all_gather("asked", None)
-        neighbour = (self._ranks.rank + 1) % self._ranks.size
-        dist.send(_packed_message(None), neighbour, self._group, _REQUEST_TAG)
-        self._server.join(self._ranks.timeout)
+        with self._lost("could not tell its neighbour that nothing more is asked"):
+            self._wait(self._group.send([_packed(None)], self._neighbour, _REQUEST_TAG))
+        while self._server.is_alive():
+            self._server.join(_LOOK_SECONDS)
+            self._ranks.check()
         self._ranks.all_gather("served", None)
-        if self._owned:
-            dist.destroy_process_group(self._group)
+
+    @property
+    def _neighbour(self) -> int:
+        return (self._ranks.rank + 1) % self._ranks.size
+
+    def _break_on_failure(self) -> None:
+        while not self._ended.wait(_LOOK_SECONDS):
+            if self._ranks.failed.is_set():
+                self._break()
+                return
+
+    def _break(self) -> None:
+        """End every wait for an answer, here and at the others.
+
+        gloo has no way to call off a wait, but one that takes too long closes all connections of its group.
+        """
+        import torch
+
+        _kept.pop(self._ranks, None)
+        with suppress(RuntimeError):
+            never = self._group.recv([torch.empty(1)], self._neighbour, _BREAK_TAG)
+            never.wait(timedelta(milliseconds=1))
 
 
 @dataclass(frozen=True)
@@ -205,34 +263,36 @@ def _listed(place: Place) -> dict[str, FileFacts]:
         return {}  # this rank has nothing: what is missing is for the reader to say
 
 
-def _gloo_group(ranks: Ranks) -> tuple[ProcessGroup | None, bool]:
-    """A gloo group of all ranks, None for the default one; and whether it is this module's to destroy."""
-    import torch.distributed as dist
-    from torch.distributed.distributed_c10d import PrefixStore
+def _gloo_group(ranks: Ranks) -> Any:
+    """A gloo group of all ranks. Until the last has connected, each waits in C++."""
+    from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo
 
+    made: Future[Any] = Future()
+    limit = timedelta(seconds=min(ranks.timeout, _CONNECT_SECONDS))
+
+    def make() -> None:
+        try:
+            # A store of its own: a wait of gloo's must not hold up the signs of life.
+            store = ranks.store.clone() if hasattr(ranks.store, "clone") else ranks.store
+            store = PrefixStore(f"ckpt-tools/{ranks.session_number}/gloo", store)
+            made.set_result(ProcessGroupGloo(store, ranks.rank, ranks.size, limit))
+        except BaseException as error:
+            made.set_exception(error)
+
+    threading.Thread(target=make, name="gloo", daemon=True).start()
+    while not made.done():
+        wait([made], _LOOK_SECONDS)
+        ranks.check()
     try:
-        if not dist.is_initialized():
-            dist.init_process_group(
-                "gloo",
-                store=PrefixStore("ckpt-tools-gloo", ranks.store),
-                rank=ranks.rank,
-                world_size=ranks.size,
-                timeout=_FOREVER,
-            )
-            return None, False
-        return dist.new_group(backend="gloo", timeout=_FOREVER), True
+        return made.result()
     except (RuntimeError, ValueError) as error:
         raise RankFailed(
-            f"rank {ranks.rank} cannot connect to the others through gloo ({error})",
+            f"rank {ranks.rank} cannot connect to the others through gloo ({first_line(error)})",
             hint="GLOO_SOCKET_IFNAME names the network interface that they share.",
         ) from error
 
 
-def _packed(relative: str, offset: int, nbytes: int, tag: int) -> torch.Tensor:
-    return _packed_message([relative, offset, nbytes, tag])
-
-
-def _packed_message(message: object) -> torch.Tensor:
+def _packed(message: object) -> torch.Tensor:
     import torch
 
     text = json.dumps(message).encode()

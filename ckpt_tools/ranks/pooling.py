@@ -53,7 +53,10 @@ class _Offered:
 
     def listing(self) -> Mapping[str, FileFacts]:
         """See :meth:`ckpt_tools.places.Place.listing`."""
-        return {name: self.pool.facts(name) for name in self.pool.files()}
+        found: dict[str, FileFacts] = {}
+        for place in reversed(self.pool.places):  # the first that has a file counts
+            found.update(place.listing().items())
+        return found
 
     def open(self, relative: str) -> Readable:
         """See :meth:`ckpt_tools.places.Place.open`."""

@@ -1,8 +1,8 @@
-"""Messages between ranks, signs of life, and how a failure of one becomes the end of all.
+"""Messages between ranks, and how a failure of one becomes the end of all.
 
-Owns the store's keys. Every rank has a thread that gives a sign of life and looks for the failure of
-another; every wait ends when the value is there, when a rank has failed, when the rank that is waited for
-gives no sign of life, or when it has made no progress for as long as :attr:`Ranks.timeout`.
+Owns the store's keys. Every wait ends when the value is there, when a rank has failed, when the rank that is
+waited for gives no sign of life, or when it has made no progress for as long as :attr:`Ranks.timeout`. What
+ends a rank is told to all, and to the user once: by the leader, or where that is gone by who saw it.
 
 Sources: ``torch/distributed/rendezvous.py`` (the store that torchrun's agents share),
 ``torch/csrc/distributed/c10d/TCPStore.cpp`` (values of at most 8 MB).
@@ -10,7 +10,6 @@ Sources: ``torch/distributed/rendezvous.py`` (the store that torchrun's agents s
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import socket
@@ -22,19 +21,24 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from ckpt_tools.errors import CkptError, RankFailed
+from ckpt_tools import __version__
+from ckpt_tools.errors import RankFailed
+from ckpt_tools.ranks.line import Line, first_line
+from ckpt_tools.ranks.pulse import DEAD_SECONDS, SEE_THERE, Pulse, as_error, described
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
-_BEAT_SECONDS = 0.5
-# A thread beats this often even in a busy process; a machine that is silent for so long is gone.
-_DEAD_SECONDS = 20.0
-_HEARD_SECONDS = 2.0
-_LAST_WORDS_SECONDS = 0.3
+# Processes that a launcher starts at once have come by then, also from a cold file system.
+_START_SECONDS = 300.0
+# For the blocks that are being written when a rank fails, and for the leader's tidying up after it.
+_STOP_SECONDS = 10.0
+_OVER_SECONDS = 20.0
+# When a run ends anyway, a rank that is silent for so long is not waited for.
+_GONE_SECONDS = 3.0
+_LAST_WORDS_SECONDS = 1.0
 _LONGEST_NAP = 0.2
 _CHUNK_BYTES = 4 << 20
-_FAILED = "failed"
 LEADER = 0
 
 
@@ -45,23 +49,50 @@ def from_environment(timeout: float) -> Ranks | None:
         timeout: seconds that any wait may last without progress.
 
     Raises:
-        RankFailed: the others do not answer.
+        RankFailed: the others do not answer, or one has not come.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if "TORCHELASTIC_RUN_ID" not in os.environ or size < 2:
         return None
+    from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
     rank = int(os.environ["RANK"])
     try:
-        store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
+        found, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=_START_SECONDS)))
     except Exception as error:  # whatever the store's backend raises
         raise RankFailed(
-            f"rank {rank} cannot reach the others ({_first_line(error)})",
+            f"rank {rank} cannot reach the others ({first_line(error)})",
             hint="MASTER_ADDR and MASTER_PORT must be reachable from every machine.",
         ) from error
+    # A launcher that starts its ranks again may do so with the store that they had.
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = PrefixStore(f"ckpt-tools/start-{start}", found)
+    _await_all(store, rank, size)
     machine = os.environ.get("GROUP_RANK", socket.gethostname())
     return Ranks(store, rank, size, machine, timeout)
+
+
+def _await_all(store: Store, rank: int, size: int) -> None:
+    """Wait until every rank has come: one that could not start gives no sign by which to miss it."""
+    line = Line(store, rank, DEAD_SECONDS)
+    came = line(lambda store: store.add("came", 1))
+    line(lambda store: store.set(f"came/{rank}", "1"))
+    deadline = time.monotonic() + _START_SECONDS
+    while came < size:
+        if time.monotonic() > deadline:
+            present = line(lambda store: [r for r in range(size) if store.check([f"came/{r}"])])
+            first = next(r for r in range(size) if r not in present)
+            error = RankFailed(
+                f"rank {first} did not start within {_START_SECONDS:.0f} s",
+                hint="See what its machine says: is ckpt-tools installed there, and torchrun started?",
+            )
+            error.told_elsewhere = rank != present[0]
+            time.sleep(_LAST_WORDS_SECONDS if error.told_elsewhere else 0)
+            raise error
+        time.sleep(_LONGEST_NAP)
+        came = line(lambda store: store.add("came", 0))
+    line.close()
 
 
 class Ranks:
@@ -83,17 +114,15 @@ class Ranks:
 
     def __init__(self, store: Store, rank: int, size: int, machine: str, timeout: float) -> None:
         self.store, self.rank, self.size, self.timeout = store, rank, size, timeout
+        self.machine = machine
         self.failed = threading.Event()
         self.session_number = 0
-        self._activity = 0
-        self._nbytes = 0
-        self._beats = 0
-        self._seen: dict[int, tuple[tuple[int, int], float, float]] = {}
-        self._answered = False
-        self._reported = False
-        self.machine = machine
         self.names: tuple[str, ...] = ()
         self.machines: tuple[int, ...] = ()
+        self._stored: set[str] = set()
+        self._line: Line
+        self._pulse: Pulse
+        self._told: bool
 
     @property
     def leads(self) -> bool:
@@ -101,44 +130,78 @@ class Ranks:
         return self.rank == LEADER
 
     @contextmanager
-    def session(self) -> Iterator[None]:
+    def session(self, what: str = "") -> Iterator[None]:
         """One command. All ranks enter and leave it together; a failure in one is raised in all.
 
+        Args:
+            what: what all ranks must have been asked for alike.
+
         Raises:
-            RankFailed: another rank failed, was lost, or made no progress.
+            RankFailed: another rank failed, was lost, made no progress, or does something else.
         """
+        before = self._stored
         self.session_number += 1
         self.failed.clear()
-        self._seen.clear()
-        self._answered = self._reported = False
-        ended = threading.Event()
-        pulse = threading.Thread(target=self._pulse, args=(ended,), name="pulse", daemon=True)
-        self._beat()
-        pulse.start()
+        self._told = False
+        self._stored = {self._key(f"beat/{self.rank}"), self._key("failed")}
+        patience = min(DEAD_SECONDS, self.timeout)
+        line = self._line = Line(self.store, self.rank, patience)
+        watched = range(self.size) if self.leads else [LEADER]
+        self._pulse = Pulse(line, self._key, self.rank, watched, patience, self.failed)
         try:
-            self.names = tuple(self.all_gather("machine", self.machine))
-            order = list(dict.fromkeys(self.names))
-            self.machines = tuple(order.index(name) for name in self.names)
-            yield
-            self.all_gather("end", None)
+            with self.ending_all():
+                self._pulse.start()
+                self._meet(what)
+                self._forget(before)
+                yield
+                self.all_gather("end", None)
         except BaseException as error:
-            self.fail(error)
+            error.told_elsewhere = self._part()  # type: ignore[attr-defined]  # of any class
             raise
         finally:
-            ended.set()
-            pulse.join()
-            if self.failed.is_set():
-                self._part()
+            self._pulse.stop()
+            line.close()
+
+    def _meet(self, what: str) -> None:
+        """Learn who is where, and that all are here for the same."""
+        met = self.all_gather("met", (self.machine, f"ckpt-tools {__version__}", what))
+        self.names = tuple(machine for machine, _, _ in met)
+        order = list(dict.fromkeys(self.names))
+        self.machines = tuple(order.index(name) for name in self.names)
+        for rank, (_, *own) in enumerate(met if self.leads else ()):
+            for mine, theirs in zip(met[LEADER][1:], own, strict=True):
+                if mine != theirs:
+                    raise RankFailed(
+                        f"rank {rank} was started with {theirs}, and rank {LEADER} with {mine}",
+                        hint="Start the same command, of the same version, on every machine.",
+                    )
 
     def put(self, key: str, value: object) -> None:
         """Give a value to whoever asks for ``key``."""
         data = zlib.compress(pickle.dumps(value), 1)
-        chunks = [data[i : i + _CHUNK_BYTES] for i in range(0, len(data), _CHUNK_BYTES)]
-        with self._lost():
-            for index, chunk in enumerate(chunks):
-                self.store.set(self._key(f"{key}/{index}"), chunk)  # type: ignore[arg-type]  # bytes are
-            self.store.set(self._key(key), str(len(chunks)))
+        count = -(-len(data) // _CHUNK_BYTES)
+        for index in range(count):
+            self._set(f"{key}/{index}", data[index * _CHUNK_BYTES :][:_CHUNK_BYTES])
+        self._set(key, str(count))
         self.active()
+
+    def _set(self, key: str, value: str | bytes) -> None:
+        name = self._key(key)
+        self._stored.add(name)
+        self._line(lambda store: store.set(name, value))  # type: ignore[arg-type]  # bytes are
+
+    def _get(self, key: str) -> bytes:
+        return self._line(lambda store: store.get(self._key(key)))
+
+    def _forget(self, names: set[str]) -> None:
+        """Remove what the session before left: all ranks have left it, and a training has many."""
+
+        def forget(store: Store) -> None:
+            with suppress(Exception):  # not every store can
+                for name in names:
+                    store.delete_key(name)
+
+        self._line(forget)
 
     def get(self, key: str, source: int = LEADER) -> Any:
         """The value that rank ``source`` put under ``key``; waits for it.
@@ -147,9 +210,7 @@ class Ranks:
             RankFailed: it will not come.
         """
         self.first((key,), source)
-        with self._lost():
-            count = int(self.store.get(self._key(key)))
-            data = b"".join(self.store.get(self._key(f"{key}/{i}")) for i in range(count))
+        data = b"".join(self._get(f"{key}/{index}") for index in range(int(self._get(key))))
         # Put there by this module in a process of the same command, as torch's own collectives of objects do.
         return pickle.loads(zlib.decompress(data))  # noqa: S301
 
@@ -159,22 +220,29 @@ class Ranks:
         Raises:
             RankFailed: none will come.
         """
+        pulse = self._pulse
+        pulse.watch(source)
+        moved = pulse.clock
         nap = 0.002
-        self._seen.pop(source, None)
-        while True:
-            with self._lost():
-                for key in keys:
-                    if self.store.check([self._key(key)]):
-                        return key
+
+        def found(store: Store) -> str | None:
+            return next((key for key in keys if store.check([self._key(key)])), None)
+
+        while (key := self._line(found)) is None:
             self.check()
-            silent = self._silent(source)
-            if silent is not None:
-                raise RankFailed(
-                    f"rank {source} {silent}",
-                    hint="See what it or its machine says, and start again with --resume.",
-                )
+            progress = pulse.active_at(source)
+            if progress > moved:
+                moved = progress
+                if self.leads and source != self.rank:
+                    # Who waits for the leader waits for the one that it waits for.
+                    self.active()
+            if pulse.clock - moved > self.timeout:
+                what = "has made no progress" if progress else "gives no sign of life"
+                waited = f"{pulse.clock - moved:.0f} s (--timeout)"
+                raise RankFailed(f"rank {source} {what} for {waited}", hint=SEE_THERE)
             time.sleep(nap)
             nap = min(nap * 1.5, _LONGEST_NAP)
+        return key
 
     def gather(self, key: str, value: object) -> list[Any] | None:
         """The leader gets every rank's value, by rank; the others give theirs and go on."""
@@ -194,141 +262,91 @@ class Ranks:
 
     def active(self, nbytes: int = 0) -> None:
         """Note that this rank made progress, and how many bytes it finished."""
-        self._activity += 1
-        self._nbytes += nbytes
+        self._pulse.active(nbytes)
 
     def nbytes(self) -> int:
-        """Bytes that all ranks have finished, as far as they have said."""
-        total = 0
-        with self._lost():
-            for rank in range(self.size):
-                key = self._key(f"beat/{rank}")
-                if self.store.check([key]):
-                    total += json.loads(self.store.get(key))[2]
-        return total
+        """Bytes that all ranks have finished, as far as they have said; for the leader."""
+        return self._pulse.nbytes()
 
     def check(self) -> None:
-        """Raise RankFailed if another rank has failed."""
-        if not self.failed.is_set():
-            return
-        with self._lost():
-            failure = json.loads(self.store.get(self._key(_FAILED)))
-        if self.leads:
-            with suppress(Exception):
-                self.store.set(self._key("heard"), "1")
-        error = RankFailed(
-            f"rank {failure['rank']}: {failure['fact']}",
-            path=failure["path"],
-            tensor=failure["tensor"],
-            hint=failure["hint"],
-        )
-        error.exit_code = failure["exit_code"]
-        error.told_elsewhere = not self.leads
-        raise error
+        """Raise RankFailed if a rank has failed."""
+        if self.failed.is_set():
+            raise self._first() or self._line.failure()
 
-    def fail(self, error: BaseException) -> None:
-        """Tell the others that this rank failed, unless one of them has; and wait until they stopped.
+    def fail(self, error: BaseException) -> BaseException:
+        """Tell all ranks that this one failed, unless one of them has; the leader waits until they stopped.
 
-        Marks ``error`` as told where the leader prints it.
+        Returns:
+            The error; the first failure instead, where the error only follows from that.
         """
-        if self._reported:
-            return
-        self._reported = True
-        own = json.dumps({"rank": self.rank, **_described(error)})
-        with suppress(Exception):
-            first = self.store.compare_set(self._key(_FAILED), "", own)
-            self.store.set(self._key(f"stopped/{self.rank}"), "1")
-            if self.leads:
-                self._until(lambda: all(map(self._stopped, range(1, self.size))))
-            elif first == own.encode():
-                heard = self._until(lambda: self.store.check([self._key("heard")]))
-                if heard and isinstance(error, CkptError):
-                    error.told_elsewhere = True
-        self.failed.set()
+        if not self._told:
+            self._told = True
+            with suppress(RankFailed):  # the store is gone: they find out
+                self._pulse.report(described(self.rank, error))
+                self._set(f"stopped/{self.rank}", "1")
+                if self.leads:
+                    self._until(self._others_stopped, _STOP_SECONDS)
+            self.failed.set()
+        first = self._first()
+        follows = isinstance(error, RankFailed) and first is not None and first.fact != error.fact
+        return first if follows and first is not None else error
 
-    def _part(self) -> None:
-        """After a failure the leader leaves first: a launcher ends all as soon as one has left."""
-        with suppress(Exception):
-            if self.leads:
-                self.store.set(self._key("over"), "1")
-            elif self._until(lambda: self.store.check([self._key("over")])):
-                time.sleep(_LAST_WORDS_SECONDS)
+    @contextmanager
+    def ending_all(self) -> Iterator[None]:
+        """End every rank where the block raises, before anything around it is tidied up.
 
-    def _stopped(self, rank: int) -> bool:
-        return self.store.check([self._key(f"stopped/{rank}")]) or self._silent(rank) is not None
+        Raises:
+            RankFailed: the first failure, in place of one that only follows from it.
+        """
+        try:
+            yield
+        except BaseException as error:
+            failure = self.fail(error)
+            if failure is error:
+                raise
+            raise failure from error
 
-    def _until(self, true: Callable[[], bool]) -> bool:
-        deadline = time.monotonic() + _HEARD_SECONDS
-        while time.monotonic() < deadline:
-            if true():
-                return True
+    def _first(self) -> RankFailed | None:
+        failure = self._pulse.failure
+        return None if failure is None else as_error(failure, self.rank)
+
+    def _part(self) -> bool:
+        """Leave after a failure; whether another rank tells the user of it.
+
+        The leader leaves first: a launcher ends all as soon as one has left.
+        """
+        if self.leads:
+            with suppress(RankFailed):
+                self._set("over", "1")
+            return False
+        try:
+            self._until(lambda: self._is_over() or self._is_gone(LEADER), _OVER_SECONDS)
+            told = self._is_over() or not self._pulse.reported
+        except RankFailed:
+            if self._pulse.failure is None:
+                # Nobody can be asked who tells it: one rank of each machine does.
+                told = os.environ.get("LOCAL_RANK", "0") != "0"
+            else:
+                told = not self._pulse.reported
+        if told:
+            time.sleep(_LAST_WORDS_SECONDS)
+        return told
+
+    def _is_over(self) -> bool:
+        return self._line(lambda store: store.check([self._key("over")]))
+
+    def _is_gone(self, rank: int) -> bool:
+        return self._pulse.silence(rank) > _GONE_SECONDS
+
+    def _others_stopped(self) -> bool:
+        alive = [rank for rank in range(self.size) if rank != self.rank and not self._is_gone(rank)]
+        keys = [self._key(f"stopped/{rank}") for rank in alive]
+        return not keys or self._line(lambda store: store.check(keys))
+
+    def _until(self, true: Callable[[], bool], seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not true() and time.monotonic() < deadline:
             time.sleep(0.02)
-        return False
 
     def _key(self, key: str) -> str:
         return f"ckpt-tools/{self.session_number}/{key}"
-
-    def _silent(self, rank: int) -> str | None:
-        """Why a rank is not waited for any longer; None while it lives and makes progress."""
-        now = time.monotonic()
-        key = self._key(f"beat/{rank}")
-        with self._lost():
-            beat, activity = 0, 0
-            if self.store.check([key]):
-                beat, activity, _ = json.loads(self.store.get(key))
-        (last_beat, last_activity), beat_at, active_at = self._seen.get(
-            rank, ((beat, activity), now, now)
-        )
-        beat_at = now if beat != last_beat else beat_at
-        active_at = now if activity != last_activity else active_at
-        self._seen[rank] = ((beat, activity), beat_at, active_at)
-        patience = min(_DEAD_SECONDS, self.timeout) if beat else self.timeout
-        if now - beat_at > patience:
-            return f"gives no sign of life for {now - beat_at:.0f} s"
-        if now - active_at > self.timeout:
-            return f"has made no progress for {now - active_at:.0f} s (--timeout)"
-        return None
-
-    def _beat(self) -> None:
-        self._beats += 1
-        sign = json.dumps([self._beats, self._activity, self._nbytes])
-        self.store.set(self._key(f"beat/{self.rank}"), sign)
-
-    def _pulse(self, ended: threading.Event) -> None:
-        while not ended.wait(_BEAT_SECONDS):
-            try:
-                self._beat()
-                if self.store.check([self._key(_FAILED)]):
-                    self.failed.set()
-            except Exception:  # the store is gone: whoever waits finds out, and says so
-                self.failed.set()
-                return
-
-    @contextmanager
-    def _lost(self) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:  # torch.distributed's errors are of this class
-            raise RankFailed(
-                f"rank {self.rank} lost the others ({_first_line(error)})",
-                hint="The launcher or its machine is gone; start again with --resume.",
-            ) from error
-
-
-def _described(error: BaseException) -> dict[str, Any]:
-    if isinstance(error, CkptError):
-        return {
-            "fact": error.fact,
-            "path": None if error.path is None else str(error.path),
-            "tensor": error.tensor,
-            "hint": error.hint,
-            "exit_code": error.exit_code,
-        }
-    ended = isinstance(error, (KeyboardInterrupt, SystemExit))
-    fact = "was ended by a signal" if ended else f"{type(error).__name__}: {_first_line(error)}"
-    code = RankFailed.exit_code
-    return {"fact": fact, "path": None, "tensor": None, "hint": None, "exit_code": code}
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)[:200]

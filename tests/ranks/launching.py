@@ -1,12 +1,15 @@
-"""Starts real torchruns: on one machine, and on two that are mount namespaces joined by loopback."""
+"""Starts real torchruns: on one machine, and on two that are namespaces joined by loopback or a cable."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +28,11 @@ class Ended:
     stdout: str
     stderr: str
 
+    @property
+    def said(self) -> str:
+        """What all ranks and torchrun printed."""
+        return self.stdout + self.stderr
+
 
 def start(
     command: Sequence[str | Path],
@@ -33,7 +41,9 @@ def start(
     nodes: int = 1,
     node: int = 0,
     port: int | None = None,
+    address: str = "127.0.0.1",
     binds: Mapping[Path, Path] | None = None,
+    within: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
 ) -> subprocess.Popen[str]:
     """A torchrun of one node; ``command`` is a script or ``-m module`` with its arguments.
@@ -44,17 +54,19 @@ def start(
         nodes: number of nodes.
         node: which of them this is.
         port: where they meet.
+        address: of the first node.
         binds: directories that this node sees in the place of others, each as real -> seen.
+        within: a command that runs another somewhere, such as ``nsenter``.
         environment: more variables for the ranks.
     """
     torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
-    torchrun += [f"--nnodes={nodes}", f"--node-rank={node}", "--master-addr=127.0.0.1"]
+    torchrun += [f"--nnodes={nodes}", f"--node-rank={node}", f"--master-addr={address}"]
     torchrun += [f"--master-port={port or free_port()}", *map(str, command)]
     if binds:
         mounts = "".join(f"mount --bind '{real}' '{seen}' && " for real, seen in binds.items())
-        torchrun = ["unshare", "-m", "bash", "-c", f'{mounts}exec "$@"', "bash", *torchrun]
+        within = ["unshare", "-m", "bash", "-c", f'{mounts}exec "$@"', "bash"]
     return subprocess.Popen(
-        torchrun,
+        [*within, *torchrun],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -69,7 +81,7 @@ def ended(process: subprocess.Popen[str], seconds: float = LIMIT_SECONDS) -> End
     try:
         stdout, stderr = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)
+        kill_all(process)
         stdout, stderr = process.communicate()
         raise AssertionError(f"it hangs\n{stdout}\n{stderr}") from None
     return Ended(process.returncode, stdout, stderr)
@@ -78,6 +90,52 @@ def ended(process: subprocess.Popen[str], seconds: float = LIMIT_SECONDS) -> End
 def launch(command: Sequence[str | Path], *, ranks: int) -> Ended:
     """Run to the end on one machine."""
     return ended(start(command, ranks=ranks))
+
+
+def ranks_of(process: subprocess.Popen[str]) -> dict[int, int]:
+    """Process ids of the ranks that a torchrun has started, by rank."""
+    found = {}
+    for pid in _children(process.pid):
+        with contextlib.suppress(OSError):
+            for variable in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                if variable.startswith(b"RANK="):
+                    found[int(variable[5:])] = pid
+    return found
+
+
+def kill_all(process: subprocess.Popen[str]) -> None:
+    """As a machine that loses its power: torchrun and its ranks, with no time for anything."""
+    for pid in (process.pid, *_children(process.pid)):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _children(pid: int) -> list[int]:
+    listed = []
+    with contextlib.suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            listed += [int(child) for child in (task / "children").read_text().split()]
+    return listed
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process has not ended; a stopped one has not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def until(true: Callable[[], object], process: subprocess.Popen[str], seconds: float = 120) -> None:
+    """Wait for something that a run does before it ends."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        if process.poll() is not None:
+            raise AssertionError(f"it ended before\n{ended(process).said}")
+        if time.monotonic() > deadline:
+            kill_all(process)
+            raise AssertionError(f"it never happens\n{ended(process).said}")
+        time.sleep(0.005)
 
 
 def free_port() -> int:
@@ -93,11 +151,36 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {path.relative_to(directory).as_posix(): path.read_bytes() for path in paths}
 
 
-def _may_mount() -> bool:
-    probe = ["unshare", "-m", "bash", "-c", "mount -t tmpfs none /mnt"]
+@contextlib.contextmanager
+def namespace(*kinds: str) -> Iterator[list[str]]:
+    """The command that runs another in new namespaces, which last as long as the block."""
+    holder = subprocess.Popen(["unshare", *kinds, "sleep", "infinity"])
+    try:
+        own = [Path(f"/proc/{pid}/ns/mnt") for pid in ("self", holder.pid)]
+        nets = [Path(f"/proc/{pid}/ns/net") for pid in ("self", holder.pid)]
+        deadline = time.monotonic() + 30
+        while _same(own) and _same(nets) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        yield ["nsenter", *kinds, "-t", str(holder.pid)]
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+def _same(links: Sequence[Path]) -> bool:
+    return len({os.readlink(link) for link in links}) == 1
+
+
+def _may(script: str, *kinds: str) -> bool:
+    probe = ["unshare", *kinds, "bash", "-c", script]
     return subprocess.run(probe, capture_output=True, check=False).returncode == 0
 
 
 needs_namespaces = pytest.mark.skipif(
-    not _may_mount(), reason="mount namespaces need privileges that this process has not"
+    not _may("mount -t tmpfs none /mnt", "-m"),
+    reason="mount namespaces need privileges that this process has not",
+)
+needs_cables = pytest.mark.skipif(
+    not _may("ip link add left type veth peer name right", "-n"),
+    reason="network namespaces need privileges that this process has not",
 )

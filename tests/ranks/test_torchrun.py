@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import ckpt_tools
 from tests.conftest import FIXTURES
@@ -24,7 +27,6 @@ from tests.ranks.launching import (
 )
 
 CHAT = FIXTURES / "zero" / "zero3-bf16-olmo2-chat-2ranks"
-LIMIT = "8KB"
 
 
 @dataclass(frozen=True)
@@ -33,17 +35,16 @@ class Source:
 
     name: str
     checkpoint: Path
-    config: Path | None
     second: Callable[[str], bool]
+    limit: str = "8KB"
 
     def options(self) -> dict[str, Any]:
-        config = {"config": str(self.config)} if self.config else {"weights_only": True}
-        return {"max_shard_size": LIMIT, "workers": 2, **config}
+        """Without a config: asking for its model takes longest, and is the first rank's alone."""
+        return {"max_shard_size": self.limit, "workers": 2, "weights_only": True}
 
 
-def fixture(kind: str, name: str, second: Callable[[str], bool], *, config: bool = True) -> Source:
-    path = FIXTURES / kind / name
-    return Source(name, path / "checkpoint", path / "hf" if config else None, second)
+def fixture(kind: str, name: str, second: Callable[[str], bool]) -> Source:
+    return Source(name, FIXTURES / kind / name / "checkpoint", second)
 
 
 ZERO = [
@@ -52,11 +53,23 @@ ZERO = [
     fixture("zero", CHAT.name, lambda name: "pp_rank_1" in name),
 ]
 DCP = [
-    fixture("dcp", "fsdp2-model-3ranks", lambda name: name.startswith("__1"), config=False),
-    fixture("dcp", "fsdp-tp-4ranks", lambda name: name == ".metadata", config=False),
+    fixture("dcp", "fsdp2-model-3ranks", lambda name: name.startswith("__1")),
+    fixture("dcp", "fsdp-tp-4ranks", lambda name: name == ".metadata"),
     # Compressed: every rank unpacks what it needs.
-    fixture("dcp", "zstd-2ranks", lambda name: name.startswith("__1"), config=False),
+    fixture("dcp", "zstd-2ranks", lambda name: name.startswith("__1")),
 ]
+FEW, MANY = "three-tensors", "three-thousand-tensors"
+
+
+def tensors_of(name: str) -> dict[str, torch.Tensor]:
+    """Some 24 MB, in tensors of very different sizes."""
+    if name == FEW:
+        shapes = [(3000, 2000), (7,), (0, 5)]
+    else:
+        shapes = [(1 + 37 * i % 4001,) for i in range(3000)]
+    values = torch.arange(1, 1 + sum(map(math.prod, shapes)), dtype=torch.float32)
+    parts = torch.split(values, list(map(math.prod, shapes)))
+    return {f"t{i}": part.view(s) for i, (part, s) in enumerate(zip(parts, shapes, strict=True))}
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +79,12 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Source]:
     ckpt_tools.consolidate(
         CHAT / "checkpoint", shards, config=CHAT / "hf", max_shard_size="20KB", card=False
     )
-    last = "model-00002"
-    return [*ZERO, *DCP, Source("safetensors", shards, None, lambda name: name.startswith(last))]
+    made = [Source("safetensors", shards, lambda name: name.startswith("model-00002"))]
+    for name in (FEW, MANY):
+        (shards.parent / name).mkdir()
+        save_file(tensors_of(name), shards.parent / name / "model.safetensors", {"format": "pt"})
+        made.append(Source(name, shards.parent / name, bool, "9MB"))
+    return [*ZERO, *DCP, *made]
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +131,22 @@ def test_the_bytes_do_not_depend_on_the_number_of_ranks(
     reports = [line.split(": ", 1)[1] for line in done.stdout.splitlines() if "rank " in line]
     assert len(reports) == ranks * len(sources)
     assert len(set(reports)) == len(sources), "every rank returns the same report"
+    for name in (FEW, MANY):
+        wrote = shares(done.stdout, [source.name for source in sources].index(name))
+        total = sum(tensor.nbytes for tensor in tensors_of(name).values())
+        assert len(wrote) == ranks
+        assert sum(wrote) == total
+        assert max(wrote) - min(wrote) < 0.05 * total / ranks, wrote
+
+
+def shares(said: str, case: int) -> list[int]:
+    """Bytes that each rank wrote of a case."""
+    found: dict[str, list[int]] = {}
+    for line in said.splitlines():
+        if line.startswith("share "):
+            _, rank, nbytes = line.split()
+            found.setdefault(rank, []).append(int(nbytes))
+    return [counts[case] for counts in found.values()]
 
 
 @pytest.fixture(scope="module", params=["shared", "node-local"])
@@ -121,7 +154,7 @@ def two_machines(
     request: pytest.FixtureRequest,
     sources: list[Source],
     tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[tuple[Path, str]]:
+) -> tuple[Path, str]:
     """What two machines of two ranks write, from one file system or each from its own."""
     base = tmp_path_factory.mktemp("machines")
     out, port = base / "out", free_port()
@@ -141,7 +174,7 @@ def two_machines(
                 for path in copy.rglob("*"):
                     if path.is_file() and source.second(path.name) != bool(node):
                         path.unlink()
-        moved = [Source(s.name, seen / s.name, s.config, s.second) for s in sources]
+        moved = [replace(s, checkpoint=seen / s.name) for s in sources]
         script = cases(moved, out, base / "cases.json", node_local=True)
         nodes = [
             start(
@@ -157,7 +190,7 @@ def two_machines(
     for done in map(ended, nodes):
         assert done.status == 0, done.stdout + done.stderr
         assert "error" not in done.stdout, done.stdout
-    yield out, request.param
+    return out, request.param
 
 
 @pytest.mark.slow
@@ -179,8 +212,8 @@ def test_two_machines_write_the_same_bytes(
 
 
 def test_the_command_line_under_torchrun_prints_once(tmp_path: Path) -> None:
-    command = ["-m", "ckpt_tools", "consolidate", CHAT / "checkpoint", tmp_path / "out", "--json"]
-    done = launch([*command, "--config", CHAT / "hf"], ranks=2)
+    options: list[str | Path] = [tmp_path / "out", "--config", CHAT / "hf", "--json"]
+    done = launch(["-m", "ckpt_tools", "consolidate", CHAT / "checkpoint", *options], ranks=2)
 
     assert done.status == 0, done.stderr
     assert json.loads(done.stdout)["tensors"] == 25

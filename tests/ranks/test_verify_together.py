@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 import ckpt_tools
-from ckpt_tools.verify.reading import share
-from ckpt_tools.verify.scan import Piece
+from ckpt_tools.verification.reading import share
+from ckpt_tools.verification.scan import Piece
 from tests.conftest import FIXTURES
 from tests.ranks.launching import launch
 

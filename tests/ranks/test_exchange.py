@@ -1,0 +1,299 @@
+"""Bytes that one rank offers reach the others, and none of them waits for ever for those that do not come."""
+
+from __future__ import annotations
+
+import errno
+import random
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from torch._C._distributed_c10d import HashStore
+
+from ckpt_tools.errors import OutputFailed, RankFailed
+from ckpt_tools.places import FileFacts, Place, Readable, read_fully
+from ckpt_tools.ranks import Exchange, Ranks, exchange
+from tests.ranks.in_threads import hurried, made, together
+
+__all__ = ["hurried"]
+pytestmark = pytest.mark.usefixtures("hurried")
+
+
+@dataclass
+class Memory:
+    """A place of files in memory, each opened as the test wants."""
+
+    files: Mapping[str, bytes]
+    opening: Callable[[str], object] = str
+    at_once: list[int] = field(default_factory=list)
+    label: str = "memory"
+
+    def listing(self) -> Mapping[str, FileFacts]:
+        return {name: FileFacts(len(data), 0) for name, data in self.files.items()}
+
+    def open(self, relative: str) -> Readable:
+        self.opening(relative)
+        return Held(self.files[relative], self.at_once)
+
+
+@dataclass
+class Held:
+    data: bytes
+    at_once: list[int]
+    now = 0
+    lock = threading.Lock()
+
+    def read_into(self, view: memoryview, offset: int) -> int:
+        with self.lock:
+            Held.now += 1
+            self.at_once.append(Held.now)
+        time.sleep(0.002)
+        part = self.data[offset : offset + len(view)]
+        view[: len(part)] = part
+        with self.lock:
+            Held.now -= 1
+        return len(part)
+
+    def close(self) -> None:
+        pass
+
+
+def ranks_of(size: int, timeout: float = 20) -> list[Ranks]:
+    return made(size, timeout=timeout, store=HashStore())
+
+
+def read(place: Place, name: str, offset: int, count: int) -> bytes:
+    into = bytearray(count)
+    with closing(place.open(name)) as file:
+        return bytes(into[: read_fully(file, memoryview(into), offset)])
+
+
+def files_of(rank: int) -> dict[str, bytes]:
+    return {
+        f"rank{rank}.pt": random.Random(rank).randbytes(100_000 + rank),
+        f"empty{rank}": b"",
+    }
+
+
+def test_every_rank_reads_what_the_others_offer() -> None:
+    def body(own: Ranks) -> None:
+        with Exchange(own, Memory(files_of(own.rank))) as between:
+            for other in range(own.size):
+                place = between.place(f"rank {other}", (other,))
+                name, data = f"rank{other}.pt", files_of(other)[f"rank{other}.pt"]
+                assert place.listing()[name] == FileFacts(len(data), 0)
+                if other != own.rank:
+                    assert read(place, name, 0, len(data)) == data
+                    assert read(place, name, 70_000, 5) == data[70_000:70_005]
+                    assert read(place, name, len(data) - 3, 10) == data[-3:]
+                    assert read(place, name, len(data) + 5, 10) == b""
+                    assert read(place, f"empty{other}", 0, 10) == b""
+
+    assert together(ranks_of(3), body) == [None] * 3
+
+
+def test_a_session_after_another_has_other_files_and_the_same_connections() -> None:
+    ranks = ranks_of(2)
+
+    def body(own: Ranks) -> Any:
+        mine = {"file": bytes([own.rank, own.session_number]) * 10}
+        with Exchange(own, Memory(mine)) as between:
+            other = 1 - own.rank
+            found = read(between.place("other", (other,)), "file", 0, 20)
+            assert found == bytes([other, own.session_number]) * 10
+            return exchange._kept[own][0]
+
+    assert [together(ranks, body) for _ in range(3)] == [[1, 1]] * 3
+
+
+def test_many_threads_ask_one_rank_which_holds_few_answers_at_once() -> None:
+    data = random.Random(5).randbytes(1_000_000)
+    memory = Memory({"file": data})
+
+    def body(own: Ranks) -> None:
+        with Exchange(own, memory if own.leads else Memory({})) as between:
+            if own.leads:
+                return
+            place = between.place("leader", (0,))
+
+            def part(start: int) -> bool:
+                return read(place, "file", start, 5000) == data[start : start + 5000]
+
+            with ThreadPoolExecutor(16) as pool:
+                assert all(pool.map(part, range(0, len(data), 5000)))
+
+    assert together(ranks_of(3), body) == [None] * 3
+    assert len(memory.at_once) >= 400
+    assert max(memory.at_once) <= 4
+
+
+def test_a_long_run_is_asked_for_in_bounded_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange, "REQUEST_BYTES", 1000)
+    memory = Memory({"file": bytes(range(256)) * 100})
+
+    def body(own: Ranks) -> None:
+        with Exchange(own, memory) as between:
+            if own.rank:
+                place = between.place("leader", (0,))
+                assert read(place, "file", 0, 25_600) == memory.files["file"]
+
+    assert together(ranks_of(2), body) == [None] * 2
+    assert len(memory.at_once) == 26
+
+
+def test_what_the_other_cannot_read_is_an_error_here() -> None:
+    def refuse(relative: str) -> None:
+        if relative == "gone":
+            raise FileNotFoundError(errno.ENOENT, "gone", relative)
+        if relative == "strange":
+            raise ValueError(relative)
+
+    def body(own: Ranks) -> None:
+        memory = Memory(dict.fromkeys(["gone", "strange", "good"], b"1"), refuse)
+        with Exchange(own, memory) as between:
+            place = between.place("other", (1 - own.rank,))
+            for name, code in (("gone", errno.ENOENT), ("strange", errno.EIO)):
+                with pytest.raises(OSError, match=name) as raised:
+                    read(place, name, 0, 1)
+                assert raised.value.errno == code
+            with pytest.raises(OSError, match="too long"):
+                read(place, "n" * 5000, 0, 1)
+            assert read(place, "good", 0, 1) == b"1"
+
+    assert together(ranks_of(2), body) == [None] * 2
+
+
+def test_ranks_of_one_machine_are_asked_in_turn() -> None:
+    def body(own: Ranks) -> Any:
+        with Exchange(own, Memory({"file": bytes([own.rank])})) as between:
+            if own.rank < 2:
+                return read(between.place("machine 1", (2, 3)), "file", 0, 1)
+            return None
+
+    assert together(ranks_of(4), body)[:2] == [b"\2", b"\3"]
+
+
+# Failures
+
+
+def test_who_waits_for_a_rank_that_fails_learns_why() -> None:
+    asked = threading.Event()
+
+    def never(relative: str) -> None:
+        asked.set()
+        time.sleep(1.5)  # a slow disk: the answer would come after the failure
+
+    def body(own: Ranks) -> None:
+        with Exchange(own, Memory({"file": b"1"}, never)) as between:
+            if own.rank == 1:
+                asked.wait(10)
+                raise OutputFailed("no space left")
+            if own.leads:
+                read(between.place("other", (1,)), "file", 0, 1)
+
+    leader, failed, other = together(ranks_of(3), body)
+
+    assert isinstance(failed, OutputFailed)
+    assert [leader.fact, other.fact] == ["rank 1: no space left"] * 2
+
+
+def test_a_rank_that_fails_breaks_the_waits_of_those_who_ask_others() -> None:
+    started = time.monotonic()
+    asked = threading.Event()
+    done = threading.Event()
+
+    def never(relative: str) -> None:
+        asked.set()
+        done.wait(30)
+
+    def body(own: Ranks) -> None:
+        with Exchange(own, Memory({"file": b"1"}, never)) as between:
+            if own.rank == 2:
+                asked.wait(10)
+                raise OutputFailed("no space left")
+            if own.leads:
+                read(between.place("other", (1,)), "file", 0, 1)
+
+    outcomes = together(ranks_of(3), body)
+    done.set()
+
+    assert time.monotonic() - started < 15
+    assert outcomes[0].fact == "rank 2: no space left"
+
+
+def test_nobody_waits_longer_than_asked_for_an_answer() -> None:
+    started = time.monotonic()
+    done = threading.Event()
+
+    def body(own: Ranks) -> None:
+        with Exchange(own, Memory({"file": b"1"}, lambda relative: done.wait(30))) as between:
+            if own.leads:
+                read(between.place("other", (1,)), "file", 0, 1)
+
+    leader, other = together(ranks_of(2, timeout=2), body)
+    done.set()
+
+    assert time.monotonic() - started < 15
+    assert isinstance(leader, RankFailed)
+    assert isinstance(other, RankFailed)
+
+
+def test_a_rank_that_dies_while_it_is_asked_is_missed() -> None:
+    started = time.monotonic()
+    done = threading.Event()
+
+    def body(own: Ranks) -> None:
+        with Exchange(own, Memory({"file": b"1"}, lambda relative: done.wait(30))) as between:
+            if own.rank == 1:
+                own._pulse.stop()
+                done.wait(6)
+                raise SystemExit
+            read(between.place("other", (1,)), "file", 0, 1)
+
+    leader, _, other = together(ranks_of(3, timeout=60), body)
+    done.set()
+
+    assert time.monotonic() - started < 15
+    assert "rank 1 gives no sign of life" in leader.fact
+    assert "rank 1 gives no sign of life" in other.fact
+
+
+def test_a_rank_that_never_connects_holds_nobody_up() -> None:
+    started = time.monotonic()
+
+    def body(own: Ranks) -> None:
+        if own.rank == 1:
+            own.put("offered/1", ({}, None))  # as if it were about to connect
+            time.sleep(1)
+            raise OutputFailed("no space left")
+        with Exchange(own, Memory({})):
+            pass
+
+    leader, failed, other = together(ranks_of(3, timeout=60), body)
+
+    assert time.monotonic() - started < 15
+    assert isinstance(failed, OutputFailed)
+    assert [leader.fact, other.fact] == ["rank 1: no space left"] * 2
+
+
+def test_after_a_failure_the_ranks_connect_anew() -> None:
+    ranks = ranks_of(2)
+
+    def fail(own: Ranks) -> None:
+        with Exchange(own, Memory({})):
+            if own.rank == 1:
+                raise OutputFailed("no space left")
+            own.get("never")
+
+    def work(own: Ranks) -> bytes:
+        with Exchange(own, Memory({"file": bytes([own.rank])})) as between:
+            return read(between.place("other", (1 - own.rank,)), "file", 0, 1)
+
+    together(ranks, work)
+    assert all(isinstance(error, Exception) for error in together(ranks, fail))
+    assert together(ranks, work) == [b"\1", b"\0"]
