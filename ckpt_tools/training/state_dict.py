@@ -1,0 +1,96 @@
+"""What this process holds of a module, entry by entry of its state dict.
+
+The state dict names the tensors, as in every checkpoint; its entries are the live tensors themselves, and
+each says by its attributes how it is cut. Under DeepSpeed, whose checkpoints call parameters by their place
+in the module, so do we. FSDP1 alone is not asked for a state dict, because it would gather one. Knows the
+kinds of entries; how each is cut is known to their modules.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ckpt_tools.checkpoint import Kind
+from ckpt_tools.errors import UnsupportedLayout
+from ckpt_tools.training import deepspeed, dtensors, flat_params
+from ckpt_tools.training.holding import Held, Holding, first_names, kind_of, whole
+from ckpt_tools.training.wrappers import Unwrapped
+
+
+def holding_of(model: Unwrapped, *, masters: bool) -> Holding:
+    """What this process holds.
+
+    Args:
+        model: the model.
+        masters: whether the optimizer's copies are wanted too, where it keeps any.
+
+    Raises:
+        UnsupportedLayout: a tensor lies in a way that is not known here, or a master is not in memory.
+    """
+    module = model.module
+    if flat_params.is_flat(module):
+        return flat_params.holding_of(module)
+    if model.engine is not None:
+        deepspeed.check_engine(model.engine)
+    parameters = {id(value): name for name, value in module.named_parameters()}
+    entries = _entries(module, parameters, by_place=_is_of_deepspeed(model, module))
+    kept, ties = first_names(entries)
+    held: list[Held] = []
+    known = deepspeed.Masters(model.engine, module.parameters()) if masters else None
+    for name, value in kept.items():
+        kind = kind_of(value, id(value) not in parameters)
+        held.append(_held(name, kind, value))
+        master = known.of(name, value) if known is not None and kind == "parameter" else None
+        if master is not None:
+            held.append(master)
+        elif known is not None and _lacks_a_master(model, kind, value):
+            raise UnsupportedLayout(
+                f"the masters of {type(model.engine.optimizer).__name__} are not known here",
+                tensor=name,
+                hint='dtype="auto" needs none.',
+            )
+    return Holding(tuple(held), ties)
+
+
+def _held(name: str, kind: Kind, value: Any) -> Held:
+    if kind != "buffer":
+        deepspeed.check_parameter(name, value)
+    flat_params.check_parameter(name, value)
+    if deepspeed.is_sliced(value):
+        return deepspeed.sliced(name, kind, value)
+    if dtensors.is_dtensor(value.data):
+        return dtensors.held_of(name, kind, value)
+    return whole(name, "model", kind, value)
+
+
+def _is_of_deepspeed(model: Unwrapped, module: Any) -> bool:
+    return model.engine is not None or any(map(deepspeed.is_sliced, module.parameters()))
+
+
+def _entries(module: Any, parameters: dict[int, str], *, by_place: bool) -> list[tuple[str, Any]]:
+    """Names and tensors of the state dict; what else a module keeps there is no weight."""
+    import torch
+
+    entries = [
+        (name, value)
+        for name, value in module.state_dict(keep_vars=True).items()
+        if isinstance(value, torch.Tensor) and not name.endswith("_extra_state")
+    ]
+    if not by_place:
+        return entries
+    places = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    return [
+        (name if name in places else parameters.get(id(value), name), value)
+        for name, value in entries
+    ]
+
+
+def _lacks_a_master(model: Unwrapped, kind: Kind, value: Any) -> bool:
+    """Whether an engine must have a master of it that was not found."""
+    return (
+        model.engine is not None
+        and getattr(model.engine, "optimizer", None) is not None
+        and kind == "parameter"
+        and value.numel() > 0
+        and value.dtype.itemsize < 4
+    )

@@ -1,0 +1,79 @@
+"""One rank of a training, one rank of which fails in the middle of a save.
+
+    failing.py OUT FRAMEWORK HOW VICTIM
+
+HOW is ``raise`` or ``kill``. Prints, as JSON, how the save ended for this rank; after a raise saves again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ckpt_tools import CkptError, gather, training
+
+TIMEOUT_SECONDS = 30.0
+# Enough that every rank is at its share when the victim fails.
+SIZE, LAYERS = 1024, 8
+FAILS_AT = 2
+
+
+def model(framework: str) -> Any:
+    """A model in the hands of a framework."""
+    torch.manual_seed(1)
+    module = nn.Sequential(*(nn.Linear(SIZE, SIZE) for _ in range(LAYERS)))
+    if framework == "ddp":
+        return nn.parallel.DistributedDataParallel(module)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    return fully_shard(module, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+
+
+def fail_in_the_middle(how: str) -> None:
+    """Let the rank's second block fail."""
+    fill, count = gather.Gatherer.fill, 0
+
+    def failing(self: Any, *arguments: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == FAILS_AT:
+            if how == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise ValueError("the victim's own error")
+        fill(self, *arguments)
+
+    gather.Gatherer.fill = failing  # type: ignore[assignment, method-assign]
+
+
+def main(out: Path, framework: str, how: str, victim: int) -> None:
+    dist.init_process_group("gloo")
+    wrapped = model(framework)
+    training.save(wrapped, out / "before", weights_only=True, timeout=TIMEOUT_SECONDS)
+    fill = gather.Gatherer.fill
+    if dist.get_rank() == victim:
+        fail_in_the_middle(how)
+    started = time.monotonic()
+    told: dict[str, Any] = {"rank": dist.get_rank()}
+    try:
+        training.save(wrapped, out / "failed", weights_only=True, timeout=TIMEOUT_SECONDS)
+    except (CkptError, ValueError) as error:
+        told |= {"error": type(error).__name__, "text": str(error)}
+    told["seconds"] = time.monotonic() - started
+    gather.Gatherer.fill = fill  # type: ignore[method-assign]
+    if how == "raise":
+        training.save(wrapped, out / "after", weights_only=True, timeout=TIMEOUT_SECONDS)
+    print(json.dumps(told), flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]))

@@ -1,0 +1,189 @@
+"""A save from memory is the directory that a conversion of the framework's own checkpoint makes.
+
+Under real torchrun, with real frameworks: each case trains two steps, saves itself in both ways, and the two
+are compared byte for byte in another process.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ckpt_tools
+from tests.ranks.launching import contents, ended, start
+from tests.training.frameworks import ENVIRONMENT
+
+MANIFEST, CARD = "ckpt_tools_manifest.json", "README.md"
+# The leader asks transformers, and PEFT, about every model anew.
+SECONDS = 900
+
+QUICK = ["fsdp2:small", "ddp:small"]
+TWO_RANKS = [
+    "zero1:olmo2_chat",
+    "zero1:policy_and_value",
+    "zero1:olmo2_lora",
+    "zero2:olmo2_chat",
+    "zero2:policy_and_value",
+    "zero2:olmo2_lora",
+    "zero3:olmo2_chat",
+    "zero3:policy_and_value",
+    "zero3:olmo2_lora",
+    "zero3:qwen3_tied",
+    "fsdp2:olmo2_chat",
+    "fsdp2:policy_and_value",
+    "fsdp2:olmo2_lora",
+    "fsdp2:qwen3_tied",
+    "fsdp2:buffers",
+    "ddp:olmo2_chat",
+    "ddp:policy_and_value",
+    "ddp:olmo2_lora",
+    "ddp:qwen3_tied",
+    "fsdp1:olmo2_chat",
+    "fsdp1-flat:qwen3_tied",
+]
+# Hardly any tensor divides by three.
+THREE_RANKS = [
+    "zero0:llama:fp32",
+    "zero1:buffers",
+    "zero1:llama:fp32",
+    "zero1-bf16-optimizer:llama:fp32",
+    "zero2:buffers",
+    "zero2:llama:fp32",
+    "zero2-round-robin:llama:fp32",
+    "zero3:buffers",
+    "zero3:llama:fp32",
+    "zero3:llama:fp16",
+    "zero3:llama:keep",
+    "zero3-fp32:llama",
+    "zero3-offload:llama:fp32",
+    "zero3:olmo2_lora_fp32_adapter",
+    "ddp:buffers",
+    "ddp:llama:bf16",
+    "fsdp1:llama",
+    "fsdp2:llama:bf16",
+]
+FOUR_RANKS = ["hsdp:llama", "fsdp-tp:two_heads"]
+ACCELERATE = [
+    "accelerate:olmo2_chat",
+    "accelerate:olmo2_lora",
+    "accelerate-zero2:olmo2_lora",
+    "accelerate-zero3:olmo2_chat",
+    "accelerate-fsdp1:llama",
+    "accelerate-fsdp2:olmo2_chat",
+]
+ALONE = ["alone:olmo2_chat", "alone:policy_and_value", "alone:olmo2_lora", "compiled:llama"]
+
+
+def trained(out: Path, ranks: int, cases: list[str]) -> Path:
+    """Train and save every case in one torchrun."""
+    command = ["-m", "tests.training.worker", str(out), *cases]
+    run = ended(start(command, ranks=ranks, environment=ENVIRONMENT), SECONDS)
+    assert run.status == 0, run.stdout + run.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(tmp_path_factory.mktemp("quick"), 2, QUICK)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(tmp_path_factory.mktemp("two"), 2, TWO_RANKS)
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(tmp_path_factory.mktemp("three"), 3, THREE_RANKS)
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(tmp_path_factory.mktemp("four"), 4, FOUR_RANKS)
+
+
+@pytest.fixture(scope="module")
+def accelerate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(tmp_path_factory.mktemp("accelerate"), 2, ACCELERATE)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(tmp_path_factory.mktemp("alone"), 1, ALONE)
+
+
+def converted(case: Path) -> Path:
+    """What a conversion makes of the framework's own checkpoint."""
+    options: dict[str, Any] = json.loads((case / "options.json").read_text())
+    hf, out = case / "hf", case / "converted"
+    if (hf / "config.json").exists():
+        options["config"] = hf
+    if (hf / "tokenizer.json").exists():
+        options["tokenizer"] = hf
+    if "adapter" in options:
+        ckpt_tools.extract_lora(case / "checkpoint", out, adapter_config=hf, **options)
+    else:
+        ckpt_tools.consolidate(case / "checkpoint", out, **options)
+    return out
+
+
+def check(case: Path) -> None:
+    """The save and the conversion are alike; the manifest alone says where each is from."""
+    save, conversion = contents(case / "live"), contents(converted(case))
+    manifests = [json.loads(files.pop(MANIFEST)) for files in (save, conversion)]
+    if CARD in save and not _is_named(case.name):
+        # Its name is that of the directory that the loop chose, which nobody in memory knows.
+        assert {*save} == {*conversion}
+        save.pop(CARD), conversion.pop(CARD)
+    assert save == conversion
+    for manifest in manifests:
+        manifest["tensors"] = {
+            n: (t["file"], t["xxh3_128"]) for n, t in manifest["tensors"].items()
+        }
+        for key in ("sources", "xxh3_128"):
+            del manifest[key]
+        manifest["files"].pop(CARD, None)
+    assert manifests[0] == manifests[1]
+    assert not list(case.glob("live.partial-*"))
+
+
+def _is_named(case: str) -> bool:
+    return case.startswith(("zero", "accelerate"))
+
+
+@pytest.mark.parametrize("case", QUICK)
+def test_quick(quick: Path, case: str) -> None:
+    check(quick / case.replace(":", "-"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", TWO_RANKS)
+def test_two_ranks(two: Path, case: str) -> None:
+    check(two / case.replace(":", "-"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", THREE_RANKS)
+def test_three_ranks(three: Path, case: str) -> None:
+    check(three / case.replace(":", "-"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", FOUR_RANKS)
+def test_four_ranks(four: Path, case: str) -> None:
+    check(four / case.replace(":", "-"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ACCELERATE)
+def test_accelerate(accelerate: Path, case: str) -> None:
+    check(accelerate / case.replace(":", "-"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ALONE)
+def test_a_process_alone(alone: Path, case: str) -> None:
+    check(alone / case.replace(":", "-"))
