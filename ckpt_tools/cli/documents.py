@@ -16,7 +16,15 @@ from typing import Any
 from xml.etree import ElementTree
 
 from ckpt_tools import __version__
-from ckpt_tools.cli.verdicts import Outcome, next_steps, place_of, printable, status_of, summary
+from ckpt_tools.cli.verdicts import (
+    Outcome,
+    depth_of,
+    next_steps,
+    place_of,
+    printable,
+    status_of,
+    summary,
+)
 from ckpt_tools.verification.problem import SCHEMA_VERSION, Problem, Verdict
 
 _IN_ONE_ANNOTATION = 10
@@ -150,7 +158,8 @@ def _annotations(outcome: Outcome, strict: bool) -> Iterator[str]:
         lines += [f"next: {printable(h)}" for h in dict.fromkeys(p.hint for p in held) if h]
         level = "error" if severity == "error" or strict else "warning"
         yield _annotation(level, file, kind, "\n".join(lines))
-    yield summary(outcome, strict).replace("::", ": :").replace("##[", "## [")
+    for line in (summary(outcome, strict), *depth_of(outcome)):
+        yield line.replace("::", ": :").replace("##[", "## [")
 
 
 def _annotation(level: str, file: str, title: str, message: str) -> str:

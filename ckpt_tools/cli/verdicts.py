@@ -1,4 +1,4 @@
-"""What ``verify`` found, for people: a table, what to do next, and a line for each directory.
+"""What ``verify`` found, for people: a table, what to do next, and how each directory is.
 
 Owns the outcome of one directory, the exit status of a run, and text in which names from a checkpoint can
 do no harm. Documents for programs are made in ``cli/documents.py``.
@@ -6,6 +6,7 @@ do no harm. Documents for programs are made in ``cli/documents.py``.
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 CLEAN, PROBLEMS, UNCHECKED = 0, 1, 2
 
 _LISTED = 20
+_WIDTH = 100
 
 
 @dataclass(frozen=True)
@@ -68,25 +70,58 @@ def summary(outcome: Outcome, strict: bool) -> str:
     name = printable(str(outcome.directory))
     verdict = outcome.verdict
     if verdict is None:
-        return f"{name}: could not be checked: {printable(outcome.error.fact if outcome.error else '')}"
-    size = f"{verdict.tensors:,} tensors, {nbytes_text(verdict.nbytes)}"
+        return f"{name}: could not be checked: {printable(_reason(outcome))}"
+    noun = "tensor" if verdict.tensors == 1 else "tensors"
+    size = f"{verdict.tensors:,} {noun}, {nbytes_text(verdict.nbytes)}"
     counts = ((len(verdict.errors), "error"), (len(verdict.warnings), "warning"))
     told = [f"{count:,} {noun}{'' if count == 1 else 's'}" for count, noun in counts if count]
     state = "clean" if verdict.clean(strict) else "not clean"
-    checked = f"; checked: {', '.join(verdict.checked)}" if verdict.checked else ""
-    skipped = f"; not checked: {', '.join(verdict.skipped)}" if verdict.skipped else ""
-    return printable(f"{name}: {', '.join([state, *told])} ({size}{checked}{skipped})")
+    return printable(f"{name}: {', '.join([state, *told])} ({size})")
+
+
+def _reason(outcome: Outcome) -> str:
+    """Why a directory could not be checked, and which file or checkpoint stood in the way."""
+    error = outcome.error
+    if error is None:
+        return ""
+    if error.path is None or Path(error.path) == outcome.directory:
+        return error.fact
+    return f"{error.fact} (in {error.path})"
+
+
+def depth_of(outcome: Outcome) -> list[str]:
+    """What was checked in one directory and what was not: a line each, where there is any."""
+    if outcome.verdict is None:
+        return []
+    parts = (("checked", outcome.verdict.checked), ("not checked", outcome.verdict.skipped))
+    lines = [f"  {word}: {'; '.join(what)}" for word, what in parts if what]
+    # GitHub obeys a line that begins so, behind spaces too, and folding can let one begin there.
+    return [printable(line).replace("::", ": :") for line in lines]
 
 
 def show(console: Console, outcomes: Sequence[Outcome], strict: bool) -> None:
-    """Print a table of the problems, the next steps, and a line, for each directory."""
+    """Print a table of the problems, the next steps, and how it is, for each directory."""
     for outcome in outcomes:
         if outcome.verdict is not None and outcome.verdict.problems:
             _show_problems(console, outcome.verdict.problems)
-        for hint in next_steps(outcome):
-            console.print(f"next: {hint}", soft_wrap=True, markup=False)
         style = "green" if outcome.is_clean(strict) else "red"
-        console.print(summary(outcome, strict), style=style, soft_wrap=True, markup=False)
+        lines = [(f"next: {hint}", "") for hint in next_steps(outcome)]
+        # Of a problem the table has told; why there is no verdict is told by the summary.
+        lines.insert(
+            len(lines) if outcome.verdict is not None else 0, (summary(outcome, strict), style)
+        )
+        for line, color in lines:
+            console.print(line, style=color, soft_wrap=True, markup=False)
+        for line in depth_of(outcome):
+            for part in _folded(line, min(console.width, _WIDTH)):
+                console.print(part, soft_wrap=True, markup=False)
+
+
+def _folded(line: str, width: int) -> list[str]:
+    """A line as several; a path is longer than the width rather than cut."""
+    return textwrap.wrap(
+        line, width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+    )
 
 
 def next_steps(outcome: Outcome) -> list[str]:

@@ -32,6 +32,13 @@ _LOG_WIDTH = 160
     metavar="CKPT",
     help="Compare every tensor, bit for bit, with the checkpoint it was made of.",
 )
+@click.option(
+    "--also",
+    type=_PATH,
+    multiple=True,
+    metavar="DIR",
+    help="With --against: a further folder with files of CKPT, such as another machine's; repeatable.",
+)
 @click.option("--read-data", is_flag=True, help="Read every byte: digests, NaN, constant weights.")
 @click.option(
     "--load",

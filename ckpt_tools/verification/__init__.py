@@ -8,11 +8,13 @@ what writes directories, and must not know how a verdict is shown.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 from ckpt_tools.checkpoint import Checkpoint
+from ckpt_tools.errors import UsageError
 from ckpt_tools.ranks import Ranks
 from ckpt_tools.verification.adapter import check_adapters
 from ckpt_tools.verification.config import check_config, read_config
@@ -41,6 +43,7 @@ def verify(
     directory: str | Path,
     *,
     against: str | Path | Checkpoint | None = None,
+    also: Sequence[str | Path] = (),
     read_data: bool = False,
     load: bool = False,
     base: str | Path | None = None,
@@ -54,6 +57,7 @@ def verify(
     Args:
         directory: what ``save_pretrained``, PEFT or this package left.
         against: a checkpoint that the tensors are compared with, bit for bit.
+        also: further folders with files of that checkpoint: copies of what other machines hold.
         read_data: whether to read every byte, and not the structure alone.
         load: whether to load it with transformers or PEFT, call it and let it generate; that takes
             the memory of the model.
@@ -68,10 +72,17 @@ def verify(
         Everything that is wrong, what was checked, and what could not be.
 
     Raises:
-        UsageError: there is no such directory.
+        UsageError: there is no such directory, or ``also`` names no folders of a checkpoint's path.
         CkptError: what to compare it with cannot be read, or another rank failed.
     """
-    options = _Options(against, read_data, load, base, trust_remote_code, workers, progress, ranks)
+    if also and (against is None or isinstance(against, Checkpoint)):
+        raise UsageError(
+            "also names folders of the checkpoint that the directory is compared with, and none is named",
+            hint="Name the path of that checkpoint with --against.",
+        )
+    options = _Options(
+        against, also, read_data, load, base, trust_remote_code, workers, progress, ranks
+    )
     if ranks is None:
         return _verdict(Path(directory), options)
     with ranks.session():
@@ -89,6 +100,7 @@ class _Options(NamedTuple):
     """The arguments of :func:`verify`."""
 
     against: str | Path | Checkpoint | None
+    also: Sequence[str | Path]
     read_data: bool
     load: bool
     base: str | Path | None
@@ -107,12 +119,12 @@ def _help(path: Path, ranks: Ranks, workers: int | None) -> None:
 
 
 def _verdict(path: Path, options: _Options) -> Verdict:
-    against, read_data, load, base, trust_remote_code, workers, progress, ranks = options
+    against, also, read_data, load, base, trust_remote_code, workers, progress, ranks = options
     started = time.monotonic()
     findings = Findings()
     found = list_directory(path, findings)
     found.trust_remote_code = trust_remote_code
-    checkpoint = None if against is None else _opened(against)
+    checkpoint = None if against is None else _opened(against, also)
     read_weights(found, findings)
     manifests = read_manifests(found, findings)
     read_config(found, findings, weights_alone=is_of_weights_alone(manifests))
@@ -156,9 +168,10 @@ def _verdict(path: Path, options: _Options) -> Verdict:
     )
 
 
-def _opened(checkpoint: str | Path | Checkpoint) -> Checkpoint:
+def _opened(checkpoint: str | Path | Checkpoint, also: Sequence[str | Path]) -> Checkpoint:
     if isinstance(checkpoint, Checkpoint):
         return checkpoint
+    from ckpt_tools.folders import read_as_one
     from ckpt_tools.opening import open_weights
 
-    return open_weights(Path(checkpoint))
+    return open_weights(read_as_one(Path(checkpoint), also))

@@ -79,8 +79,14 @@ def list_directory(path: Path, findings: Findings) -> Directory:
         UsageError: there is no such directory, or it cannot be listed.
     """
     if not path.is_dir():
-        fact = "it is not a directory" if path.exists() else "there is no such directory"
-        raise UsageError(fact, path=path, hint="Name the directory that holds config.json.")
+        if path.exists():
+            hint = "Name the directory that holds config.json."
+            raise UsageError("it is not a directory", path=path, hint=hint)
+        raise UsageError(
+            "there is no such directory",
+            path=path,
+            hint="Check the path; a conversion that failed or was stopped leaves no directory.",
+        )
     files: dict[str, int] = {}
     try:
         for folder, folders, names in os.walk(path, onerror=_refuse):

@@ -8,13 +8,14 @@ import re
 import stat
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
-from ckpt_tools.errors import UsageError
+from ckpt_tools.errors import DamagedCheckpoint, UsageError
 from ckpt_tools.verification.problem import KINDS, Findings, Problem, Verdict, ordered
 from tests.cli.test_consolidate import CHAT, run, run_program
 from tests.cli.test_help import README, options
@@ -118,7 +119,7 @@ class TestExitStatus:
     ) -> None:
         lines = run("verify", "gone", "bad").stdout.splitlines()
         assert "gone: could not be checked: there is no such directory" in lines
-        assert lines[-1].startswith("bad: not clean, 1 error, 1 warning (")
+        assert lines[-2].startswith("bad: not clean, 1 error, 1 warning (")
 
     def test_an_unforeseen_failure_is_told_and_is_no_problem_of_the_directory(
         self, three: dict[str, Answer]
@@ -140,11 +141,45 @@ class TestExitStatus:
 
 
 class TestText:
-    def test_a_clean_directory_is_one_line(self, three: dict[str, Answer]) -> None:
+    def test_of_a_clean_directory_it_says_how_much_and_what_was_checked(
+        self, three: dict[str, Answer]
+    ) -> None:
         assert run("verify", "good").stdout == (
-            "good: clean (25 tensors, 55.8 kB; checked: 2 files listed, tokenizer; "
-            "not checked: data (--read-data))\n"
+            "good: clean (25 tensors, 55.8 kB)\n"
+            "  checked: 2 files listed; tokenizer\n"
+            "  not checked: data (--read-data)\n"
         )
+
+    def test_a_long_list_of_checks_is_folded_and_a_path_in_it_is_not(
+        self, answers: dict[str, Answer]
+    ) -> None:
+        path = f"/data/{'run-' * 40}/global_step500"
+        checks = (*(f"check number {n}" for n in range(30)), f"25 tensors against {path}")
+        answers["out"] = replace(verdict(Path("out")), checked=checks)
+        head, *lines = run("verify", "out").stdout.splitlines()
+
+        assert head == "out: clean (25 tensors, 55.8 kB)"
+        assert lines[0].startswith("  checked: check number 0; check number 1; ")
+        assert all(line.startswith("    ") for line in lines[1:])
+        assert all(len(line) <= 100 for line in lines if path not in line)
+        assert sum(path in line for line in lines) == 1
+        assert " ".join(line.strip() for line in lines) == f"checked: {'; '.join(checks)}"
+
+    def test_no_line_of_it_is_a_command_to_github(self, answers: dict[str, Answer]) -> None:
+        answers["out"] = replace(verdict(Path("out")), checked=("x" * 95, "::error::hidden"))
+        for form in "text", "github":
+            lines = run("verify", "out", "--format", form).stdout.splitlines()
+            assert not any(line.strip().startswith("::") for line in lines)
+            assert any("hidden" in line for line in lines)
+
+    def test_it_says_which_checkpoint_stood_in_the_way_before_what_to_do(
+        self, answers: dict[str, Answer]
+    ) -> None:
+        answers["out"] = DamagedCheckpoint("files are missing", path=Path("run"), hint="Copy them.")
+        assert run("verify", "out", "--against", "run").stdout.splitlines() == [
+            "out: could not be checked: files are missing (in run)",
+            "next: Copy them.",
+        ]
 
     def test_problems_are_a_table_with_the_next_step_below(self, three: dict[str, Answer]) -> None:
         shown = run("verify", "bad").stdout
@@ -155,7 +190,8 @@ class TestText:
         assert second.split()[:3] == ["dtype-mixed", "(warning)", "config.json"]
         assert rest == [
             "next: Train anew.",
-            "bad: not clean, 1 error, 1 warning (25 tensors, 55.8 kB; checked: 2 files listed, tokenizer)",
+            "bad: not clean, 1 error, 1 warning (25 tensors, 55.8 kB)",
+            "  checked: 2 files listed; tokenizer",
         ]
 
     def test_a_warning_alone_is_clean_unless_strict(self, three: dict[str, Answer]) -> None:
@@ -169,9 +205,9 @@ class TestText:
         answers["out"] = verdict(Path("out"), *many, ERROR)
         lines = run("verify", "out").stdout.splitlines()
 
-        assert len(lines) == 24
-        assert "and 981 more of this kind" in lines[-3]
-        assert "out: not clean, 1,001 errors (" in lines[-1]
+        assert len(lines) == 25
+        assert "and 981 more of this kind" in lines[-4]
+        assert "out: not clean, 1,001 errors (" in lines[-2]
 
     def test_a_column_that_nothing_uses_is_left_out(self, answers: dict[str, Answer]) -> None:
         answers["out"] = verdict(Path("out"), WARNING, problem("no-weights"))
@@ -371,7 +407,8 @@ class TestGithub:
         assert run("verify", "out", "--format", "github").stdout.splitlines() == [
             nan,
             "::warning file=out/config.json,title=dtype-mixed::float32 and bfloat16",
-            "out: not clean, 2 errors, 1 warning (25 tensors, 55.8 kB; checked: 2 files listed, tokenizer)",
+            "out: not clean, 2 errors, 1 warning (25 tensors, 55.8 kB)",
+            "  checked: 2 files listed; tokenizer",
         ]
 
     def test_a_warning_is_an_error_under_strict(self, three: dict[str, Answer]) -> None:
@@ -386,7 +423,7 @@ class TestGithub:
     def test_many_problems_of_a_kind_share_it(self, answers: dict[str, Answer]) -> None:
         many = [problem("nan", tensor=f"t{number:02}") for number in range(30)]
         answers["out"] = verdict(Path("out"), *many)
-        first, _ = run("verify", "out", "--format", "github").stdout.splitlines()
+        first, *_ = run("verify", "out", "--format", "github").stdout.splitlines()
         assert first.count("%0A") == 10
         assert first.endswith("t09: it is bad%0Aand 20 more")
 
@@ -395,14 +432,14 @@ class TestGithub:
         held = problem("nan", HOSTILE, tensor=HOSTILE, file=HOSTILE, hint=HOSTILE)
         answers[Path(directory).name] = verdict(Path("out"), held)
         shown = run("verify", directory, "--format", "github").stdout
-        command, line = shown.splitlines()
+        command, line, _ = shown.splitlines()
 
         told = re.fullmatch(r"::error file=([^:,]*),title=([^:,]*)::(.*)", command)
         assert told is not None
         assert told[2] == "nan"
         assert "%250A" in told[3]
         assert "::" not in line
-        assert shown.count("\n") == 2
+        assert shown.count("\n") == 3
 
     def test_commands_of_the_old_form_are_none_either(self, answers: dict[str, Answer]) -> None:
         answers["##[error]out"] = verdict(Path("out"))
@@ -489,11 +526,12 @@ class TestOutput:
 
 def test_options_reach_the_library(three: dict[str, Answer]) -> None:
     run(
-        *("verify", "good", "--against", "run", "--read-data", "--load", "--base", "base"),
+        *("verify", "good", "--against", "run", "--also", "node1", "--read-data", "--load", "--base", "base"),
         *("--trust-remote-code", "--workers", "3", "--quiet"),
     )
     assert three["asked"] == {
         "against": Path("run"),
+        "also": (Path("node1"),),
         "read_data": True,
         "load": True,
         "base": Path("base"),
@@ -509,7 +547,7 @@ class TestOnRealDirectories:
         done = run("verify", consolidated, "--strict")
 
         assert done.exit_code == 0, done.stdout
-        assert done.stdout.startswith(f"{consolidated}: clean (25 tensors, 55.8 kB; checked: ")
+        assert done.stdout.startswith(f"{consolidated}: clean (25 tensors, 55.8 kB)\n  checked: ")
         assert "tokenizer, generation config, chat template" in done.stdout
 
     @pytest.mark.slow
