@@ -682,6 +682,38 @@ def test_every_command_that_reads_one_checkpoint_takes_it(tmp_path: Path) -> Non
     assert len(outputs(tmp_path / "split")) >= 5
 
 
+def test_an_output_is_verified_against_split_files(tmp_path: Path) -> None:
+    source = checkpoint_of(ZERO2)
+    first, *others = split(source, tmp_path, each_rank_its_own)
+    out = tmp_path / "out"
+    assert run("consolidate", source, out, "--weights-only").exit_code == 0
+
+    alone = run("verify", out, "--against", first)
+    assert alone.exit_code == 2
+    assert f"(in {first}" in alone.stdout
+    assert "--also DIR" in alone.stdout
+
+    also = [part for other in others for part in ("--also", other)]
+    done = run("verify", out, "--against", first, *also, "--format", "json")
+    assert done.exit_code == 0, done.output
+    (held,) = json.loads(done.stdout)["directories"]
+    assert f"21 tensors against DeepSpeed ZeRO-2 {first / 'global_step2'}" in held["checked"][-1]
+
+    (altered,) = out.glob("*.safetensors")
+    with altered.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x55")
+    done = run("verify", out, "--against", first, *also)
+    assert done.exit_code == 1
+    assert "tensor-differs" in done.stdout
+
+
+def test_also_without_a_checkpoint_to_compare_with_is_refused(tmp_path: Path) -> None:
+    done = run("verify", tmp_path, "--also", tmp_path)
+    assert done.exit_code == 2
+    assert "with --against" in done.stdout
+
+
 def test_inspect_names_the_run_and_no_machine_s_folder(tmp_path: Path) -> None:
     first, second, _ = split(checkpoint_of(ZERO3), tmp_path, each_rank_its_own)
     done = run("inspect", first, "--also", second)

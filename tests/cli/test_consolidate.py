@@ -115,6 +115,15 @@ def test_quiet_json_is_json(tmp_path: Path) -> None:
     assert done.stderr == ""
 
 
+def test_what_weights_only_makes_useless_is_said(tmp_path: Path) -> None:
+    arguments = ("consolidate", CASE / "checkpoint", tmp_path / "out", "--weights-only")
+    done = run(*arguments, "--config", CASE / "hf", "--tokenizer", CASE / "hf")
+    assert done.exit_code == 0
+    assert "warning: --config, --tokenizer had no use: --weights-only writes" in done.stderr
+
+    assert "had no use" not in run(*arguments, "--overwrite").stderr
+
+
 def test_a_dry_run_lists_the_files_and_writes_nothing(tmp_path: Path) -> None:
     arguments = ("consolidate", CASE / "checkpoint", tmp_path / "out", "--config", CASE / "hf")
     planned = run(*arguments, "--dry-run", "--max-shard-size", "3KB")
