@@ -297,6 +297,22 @@ def _strangers(matched: Matched) -> Iterator[str]:
             f"no tensor has the same name in both: A has {matched.only_first[0]}, "
             f"B has {matched.only_second[0]}"
         )
+        for whole, part, names in (
+            ("A", "B", (matched.only_first, matched.only_second)),
+            ("B", "A", (matched.only_second, matched.only_first)),
+        ):
+            for attribute in _attributes(*names):
+                yield (
+                    f"by its names {part} may be the attribute {attribute} of {whole}: compare it with "
+                    f"what ckpt-tools extract-attr {attribute} makes of {whole}"
+                )
+
+
+def _attributes(whole: Sequence[str], part: Sequence[str]) -> list[str]:
+    """Under which attributes of a composite model all names of another lie."""
+    names, end = set(whole), f".{part[0]}"
+    found = {name.removesuffix(end) for name in whole if name.endswith(end)}
+    return sorted(a for a in found if all(f"{a}.{name}" in names for name in part))
 
 
 def _changes(

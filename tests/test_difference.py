@@ -323,11 +323,28 @@ def test_a_number_that_json_has_not_is_null(tmp_path: Path) -> None:
 
 def test_two_models_without_a_name_in_common_are_said_to_be(tmp_path: Path) -> None:
     found = differing(
-        {"policy.a": torch.ones(1), "policy.b": torch.ones(1)}, {"a": torch.ones(1)}, tmp_path
+        {"c": torch.ones(1), "policy.b": torch.ones(1)},
+        {"a": torch.ones(1), "b": torch.ones(1)},
+        tmp_path,
     )
 
     assert found.compared == 0
-    assert found.notes == ("no tensor has the same name in both: A has policy.a, B has a",)
+    assert found.notes == ("no tensor has the same name in both: A has c, B has a",)
+
+
+def test_of_a_composite_model_and_its_part_the_attribute_is_named(tmp_path: Path) -> None:
+    part = {"a.w": torch.ones(1), "b": torch.ones(1)}
+    whole = {f"policy.{name}": value for name, value in part.items()}
+    whole |= {"value_model.b": torch.ones(1), "value_model.score": torch.ones(1)}
+
+    for number, sides in enumerate([(whole, part), (part, whole)]):
+        (tmp_path / str(number)).mkdir()
+        _, advice = differing(*sides, tmp_path / str(number)).notes
+        letters = ("B", "A") if number == 0 else ("A", "B")
+        assert advice.startswith(
+            "by its names {} may be the attribute policy of {}: ".format(*letters)
+        )
+        assert advice.endswith(f"what ckpt-tools extract-attr policy makes of {letters[1]}")
 
 
 def test_progress_ends_at_all_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from ckpt_tools.cli.shared import (
     also_option,
     count_text,
     debug_option,
+    drawn,
     json_option,
     nbytes_text,
     print_json,
@@ -58,18 +59,16 @@ def command(
 
 
 def _show(found: Inspection) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(highlight=False)
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for label, value in _rows(found):
         style = {"problem": "red", "remark": "yellow"}.get(label, "")
         table.add_row(label, Text(value, style=style))
-    console.print(table)
+    click.echo(drawn(lambda console: console.print(table)), nl=False)
 
 
 def _rows(found: Inspection) -> Iterator[tuple[str, str]]:
@@ -121,7 +120,8 @@ def _dtypes(found: Inspection) -> str:
 
 def _group(group: Group) -> str:
     noun = "tensor" if group.tensors == 1 else "tensors"
-    return f"{group.tensors} {noun}, {count_text(group.parameters)} elements"
+    elements = "element" if group.parameters == 1 else "elements"
+    return f"{group.tensors:,} {noun}, {count_text(group.parameters)} {elements}"
 
 
 def _listed(items: list[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import os
 import signal
@@ -17,9 +18,13 @@ from ckpt_tools.cli.signals import is_later_rank, is_rank, speak_undisturbed
 from ckpt_tools.errors import CkptError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from ckpt_tools.ranks import Ranks
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+_LOG_WIDTH = 160
 
 debug_option = click.option("--debug", is_flag=True, help="Show a traceback for every error.")
 json_option = click.option(
@@ -139,6 +144,18 @@ def _as_json(error: CkptError) -> dict[str, Any]:
 def print_json(value: Any) -> None:
     """Print one JSON object on stdout."""
     click.echo(json.dumps(value, indent=2))
+
+
+def drawn(draw: Callable[[Console], None]) -> str:
+    """What is drawn on a console as wide as the terminal, or as a log where there is none."""
+    from rich.console import Console
+
+    is_terminal = sys.stdout.isatty()
+    text = io.StringIO()
+    width = None if is_terminal else _LOG_WIDTH
+    draw(Console(file=text, force_terminal=is_terminal, highlight=False, width=width))
+    # A table fills its lines up with spaces.
+    return "".join(f"{line.rstrip()}\n" for line in text.getvalue().splitlines())
 
 
 def nbytes_text(nbytes: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import secrets
 import sys
@@ -14,14 +13,13 @@ from typing import Any
 import click
 
 from ckpt_tools.cli.progress import shown_progress
-from ckpt_tools.cli.shared import debug_option, joined_ranks, reports_errors
+from ckpt_tools.cli.shared import debug_option, drawn, joined_ranks, reports_errors
 from ckpt_tools.cli.verdicts import UNCHECKED, Outcome, show, status_of
 from ckpt_tools.errors import CkptError
 
 _PATH = click.Path(path_type=Path)
 _BY_SUFFIX = {".json": "json", ".xml": "junit"}
 _DOCUMENTS = ("json", "junit")
-_LOG_WIDTH = 160
 
 
 @click.command("verify")
@@ -163,7 +161,7 @@ def _look_at(path: Path, *, progress: Callable[[int, int], None] | None, **optio
 
 def _report(form: str, outcomes: Sequence[Outcome], strict: bool) -> str:
     if form == "text":
-        return _text(outcomes, strict)
+        return drawn(lambda console: show(console, outcomes, strict))
     from ckpt_tools.cli import documents
 
     make = {
@@ -172,23 +170,6 @@ def _report(form: str, outcomes: Sequence[Outcome], strict: bool) -> str:
         "github": documents.github_annotations,
     }
     return make[form](outcomes, strict)
-
-
-def _text(outcomes: Sequence[Outcome], strict: bool) -> str:
-    from rich.console import Console
-
-    is_terminal = sys.stdout.isatty()
-    console = Console(
-        file=io.StringIO(),
-        force_terminal=is_terminal,
-        highlight=False,
-        width=None if is_terminal else _LOG_WIDTH,
-    )
-    show(console, outcomes, strict)
-    text = console.file
-    assert isinstance(text, io.StringIO)
-    # The table fills its lines up with spaces.
-    return "".join(f"{line.rstrip()}\n" for line in text.getvalue().splitlines())
 
 
 def _write(output: Path, text: str) -> None:

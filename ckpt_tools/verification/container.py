@@ -242,9 +242,10 @@ def _check_tiling(
         )
     elif size < end:
         cut = [entry.name for entry in entries if entry.stop > size]
+        are = "tensor is" if len(cut) == 1 else "tensors are"
         findings.add(
             "shard-truncated",
-            f"it has {size:,} bytes, its header describes {end:,}; {len(cut)} tensors are cut or lost",
+            f"it has {size:,} bytes, its header describes {end:,}; {len(cut):,} {are} cut or lost",
             file=file,
             tensor=cut[0],
             hint=_ANEW,

@@ -136,11 +136,11 @@ def _check_files(
 ) -> None:
     for file, nbytes in manifest.sizes.items():
         if file not in directory.files:
-            findings.add("manifest-file-missing", f"it had {nbytes} bytes", file=file)
+            findings.add("manifest-file-missing", f"it had {nbytes:,} bytes", file=file)
         elif directory.files[file] != nbytes:
             findings.add(
                 "manifest-file-size",
-                f"it has {directory.files[file]:,} bytes, and had {nbytes} when it was written",
+                f"it has {directory.files[file]:,} bytes, and had {nbytes:,} when it was written",
                 file=file,
                 hint=_WRITE_ANEW,
             )

@@ -7,7 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 
 from tests.cli.test_consolidate import run, run_program
 from tests.test_end_to_end import CASES, Case, every
@@ -119,3 +120,18 @@ def test_a_tag_chooses_among_several(fixtures: Path) -> None:
     for tag, step in (("global_step2", 2), ("global_step4", 4)):
         done = run("inspect", checkpoint, "--tag", tag, "--json")
         assert (json.loads(done.stdout)["name"], json.loads(done.stdout)["step"]) == (tag, step)
+
+
+def test_a_log_has_one_line_a_fact_and_no_spaces_at_its_end(fixtures: Path) -> None:
+    done = run("inspect", fixtures / "peft" / "zero3-olmo2-lora" / "checkpoint")
+
+    assert done.exit_code == 0
+    lines = done.stdout.splitlines()
+    assert all(line and line == line.rstrip() and line[0] != " " for line in lines)
+    (sizes,) = (line for line in lines if line.startswith("output"))
+    assert sizes.endswith(" kB (adapter)")
+
+
+def test_one_is_singular(tmp_path: Path) -> None:
+    save_file({"scale": torch.tensor(1.5)}, tmp_path / "model.safetensors")
+    assert "1 tensor, 1 element\n" in run("inspect", tmp_path).stdout

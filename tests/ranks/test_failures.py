@@ -292,8 +292,8 @@ def test_machines_that_hold_too_little_or_too_much_are_told_so(tmp_path: Path) -
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_machine_that_is_lost_ends_the_other(large: Large, tmp_path: Path, lost: int) -> None:
     out, port = tmp_path / "out", free_port()
-    command = large.slowly(out, "--timeout", "5")
-    runs = [start(command, ranks=2, nodes=2, node=node, port=port) for node in range(2)]
+    command, ranks = large.slowly(out, "--timeout", "5"), 1 if lost else 2
+    runs = [start(command, ranks=ranks, nodes=2, node=node, port=port) for node in range(2)]
     until(lambda: proven(out), runs[0])
     kill_all(runs[lost])
     began = time.monotonic()
@@ -304,9 +304,8 @@ def test_a_machine_that_is_lost_ends_the_other(large: Large, tmp_path: Path, los
     assert time.monotonic() - began < SOON_SECONDS
     assert done.status != 0
     assert not out.exists()
-    fact = "gives no sign of life for 5 s" if lost else "lost the others"
-    assert_told_once(done.said, fact)
-    assert "error: rank 2" in done.said or "error: rank 3" in done.said
+    fact = "rank 1 gives no sign of life for 5 s" if lost else "rank 2 lost the others"
+    assert_told_once(done.said, f"error: {fact}")
     assert "Exception raised from" not in done.said, "torch tells each frame of its stack"
     assert "--resume" in done.said
     assert went_on(large.resumed(out, ranks=1))
@@ -404,7 +403,7 @@ def join(nets: list[list[str]]) -> None:
 @pytest.mark.slow
 def test_a_run_that_is_told_to_end_keeps_what_was_done(large: Large, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    run = start(large.slowly(out), ranks=3)
+    run = start(large.slowly(out), ranks=2)
     until(lambda: proven(out), run)
     run.terminate()
 
@@ -413,7 +412,7 @@ def test_a_run_that_is_told_to_end_keeps_what_was_done(large: Large, tmp_path: P
     assert done.status != 0
     assert not out.exists()
     assert_told_once(done.said, "Interrupted. What was done is kept")
-    assert went_on(large.resumed(out, ranks=2))
+    assert went_on(large.resumed(out, ranks=3))
 
 
 @pytest.mark.slow
@@ -436,7 +435,7 @@ def test_a_rank_that_stands_still_ends_the_others(
 
     assert not out.exists()
     assert_told_once(done.said, f"error: rank {frozen} gives no sign of life for 5 s")
-    assert went_on(large.resumed(out, ranks=3 if frozen else 1))
+    assert went_on(large.resumed(out, ranks=1))
 
 
 def test_a_command_that_is_wrong_is_said_so_once(tmp_path: Path) -> None:
@@ -454,7 +453,7 @@ def test_a_rank_says_why_it_ends_though_it_is_told_to_end_meanwhile(tmp_path: Pa
         "from ckpt_tools import cli\n"
         "echo = click.echo\n"
         "click.echo = lambda *said, **how: (os.kill(os.getpid(), signal.SIGTERM), echo(*said, **how))\n"
-        f"cli.main(['consolidate', {str(tmp_path)!r}, 'out', '--weights-only'])\n"
+        f"cli.main(['consolidate', {str(tmp_path)!r}, {str(tmp_path / 'out')!r}, '--weights-only'])\n"
     )
     rank = {"TORCHELASTIC_RUN_ID": "1", "RANK": "0", "WORLD_SIZE": "1"}
     done = subprocess.run(
@@ -462,7 +461,7 @@ def test_a_rank_says_why_it_ends_though_it_is_told_to_end_meanwhile(tmp_path: Pa
         capture_output=True,
         text=True,
         check=False,
-        cwd=tmp_path,
+        cwd=REPOSITORY,
         env=os.environ | rank,
     )
 
@@ -499,7 +498,7 @@ def test_a_disk_that_fills_ends_the_run_and_a_larger_one_lets_it_go_on(
         assert "the same command with --resume goes on" in done.said
         mount("-o", "remount,size=200m", str(disk))
         resumed = ["-m", "ckpt_tools", *large.command(disk / "out", "--resume", "--json")]
-        again = ended(start(resumed, ranks=3, within=within))
+        again = ended(popen([*within, sys.executable, *resumed]))
         assert again.status == 0, again.said
         assert went_on(json.loads(again.stdout))
         assert contents(seen) == large.whole
@@ -523,7 +522,7 @@ def kill_one(large: Large, out: Path, chance: random.Random, number: int) -> Kil
     """Run, kill a rank at some moment, look at what is left, and go on with another number of ranks."""
     size = chance.choice([2, 3])
     victim = chance.randrange(size)
-    share = chance.uniform(-0.1, 1.1)
+    share = chance.uniform(-0.1, 1.2)
     run = start(large.slowly(out), ranks=size)
     if share < 0:
         until(lambda: len(ranks_of(run)) == size, run)
