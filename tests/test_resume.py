@@ -687,7 +687,8 @@ def journaled_bytes(out: Path) -> int:
 
 def end_with(run: subprocess.Popen[bytes], number: signal.Signals) -> bool:
     """Send the signal; says whether it came before the run was done."""
-    os.killpg(run.pid, number)
+    if run.poll() is None:
+        os.killpg(run.pid, number)
     return shell_status(run) == 128 + number
 
 

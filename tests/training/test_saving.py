@@ -180,7 +180,9 @@ def test_an_adapter_on_a_base_without_a_name_is_saved_as_peft_does(tmp_path: Pat
     model.save_pretrained(str(tmp_path / "peft"))
 
     training.save(model, tmp_path / "ours", adapter="default")
-    pair = nn.ModuleDict({"policy": model, "value": nn.Linear(8, 1)})
+    other = LoraConfig(r=3, target_modules=["k_proj"], task_type="CAUSAL_LM")
+    value = get_peft_model(LlamaForCausalLM(config), other)
+    pair = nn.ModuleDict({"value": value, "policy": model})
     training.save(pair, tmp_path / "of a pair", attribute="policy", adapter="default")
 
     for name in ("adapter_model.safetensors", "adapter_config.json"):
