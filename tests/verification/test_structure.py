@@ -556,7 +556,7 @@ def test_the_structure_of_405_billion_parameters_is_checked_in_flat_memory(tmp_p
         import json, re, sys
         from pathlib import Path
         from importlib import import_module
-        package = import_module('ckpt_tools.verify')
+        package = import_module('ckpt_tools.verification')
         package.check_text = lambda directory, findings: None
         found = package.verify({str(tmp_path)!r})
         peak = re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())
