@@ -781,7 +781,10 @@ def test_a_run_that_is_alive_is_not_gone_on_with(tmp_path: Path, large: Large) -
         alive = start(large.path, out, tmp_path / "log")
         wait_for_share(alive, out, 0)
         alive.send_signal(signal.SIGSTOP)
-        if not out.exists():
+        # A signal is only sent: the threads go on for a moment.
+        how = os.waitid(os.P_PID, alive.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        assert how is not None
+        if how.si_code == os.CLD_STOPPED and not out.exists():
             break
         alive.send_signal(signal.SIGCONT)
         alive.wait()

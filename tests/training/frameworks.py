@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -152,24 +153,42 @@ def quiet_deepspeed() -> Any:
     return deepspeed
 
 
-def zero(stage: int, recipe: Any, *, zero: dict[str, Any] | None = None, **config: Any) -> Trained:
-    """A bare engine."""
+def zero(
+    stage: int,
+    recipe: Any,
+    *,
+    zero: dict[str, Any] | None = None,
+    flat_masters: bool = False,
+    **config: Any,
+) -> Trained:
+    """A bare engine.
+
+    Args:
+        stage: of ZeRO.
+        recipe: what to train.
+        zero: the config's ``zero_optimization``.
+        flat_masters: keep the masters of stage 0 in flat groups, as DeepSpeed does for its own FusedAdam.
+        **config: the rest of the config.
+    """
     deepspeed = quiet_deepspeed()
     trained = [p for p in recipe.module.parameters() if p.requires_grad]
     adamw = {"type": "AdamW", "params": {"lr": 3e-3, "torch_adam": True}}
-    engine, *_ = deepspeed.initialize(
-        model=recipe.module,
-        model_parameters=trained,
-        config={
-            "train_micro_batch_size_per_gpu": 2,
-            "optimizer": adamw,
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-            "zero_optimization": {"stage": stage, **(zero or {})},
-            "bf16": {"enabled": True},
-            **config,
-        },
-    )
+    # Which Adam steps does not matter to where masters lie, and FusedAdam is compiled for a minute.
+    fused = torch.optim.AdamW if flat_masters else deepspeed.ops.adam.FusedAdam
+    with patch("deepspeed.runtime.engine.FusedAdam", fused):
+        engine, *_ = deepspeed.initialize(
+            model=recipe.module,
+            model_parameters=trained,
+            config={
+                "train_micro_batch_size_per_gpu": 2,
+                "optimizer": adamw,
+                "zero_allow_untested_optimizer": True,
+                "zero_force_ds_cpu_optimizer": False,
+                "zero_optimization": {"stage": stage, **(zero or {})},
+                "bf16": {"enabled": True},
+                **config,
+            },
+        )
     train(recipe, engine, engine.backward, engine.step)
     return Trained(engine, lambda path: engine.save_checkpoint(str(path)))
 
@@ -355,6 +374,7 @@ def accelerate_fsdp(recipe: Any, version: int) -> Trained:
 
 FRAMEWORKS: dict[str, Callable[[Any], Trained]] = {
     "zero0": functools.partial(zero, 0),
+    "zero0-flat": functools.partial(zero, 0, flat_masters=True),
     "zero1": functools.partial(zero, 1),
     "zero2": functools.partial(zero, 2),
     "zero3": functools.partial(zero, 3),

@@ -47,6 +47,7 @@ TWO_RANKS = [
 # Hardly any tensor divides by three.
 THREE_RANKS = [
     "zero0:llama:fp32",
+    "zero0-flat:llama:fp32",
     "zero1:buffers",
     "zero1:llama:fp32",
     "zero1-bf16-optimizer:llama:fp32",
