@@ -12,7 +12,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,8 @@ def deliver(
                 job = _Job(partial.home, directories, units, done)
                 with writing.ranks.ending_all() if writing.ranks is not None else nullcontext():
                     if writing.ranks is not None:
-                        writing.ranks.put("job", job)
+                        # Units are most of it, and known to all since they agreed on them.
+                        writing.ranks.put("job", replace(job, units=()))
                     with _shown(job, writing) as progress:
                         shares = _write_shares(job, writing, progress)
                     _finish_all(job, outputs, shares, provenance, writing)
@@ -135,8 +136,9 @@ def follow(ranks: Ranks, workers: int) -> Any:
         CkptError: as :func:`deliver`.
     """
     if ranks.first(("plan", "report")) == "plan":
-        _agree(ranks.get("plan"), ranks)
-        job = ranks.get("job")
+        units = ranks.get("plan")
+        _agree(units, ranks)
+        job = replace(ranks.get("job"), units=units)
         if not job.home.is_dir():
             raise OutputFailed(
                 f"machine {ranks.names[ranks.rank]} does not see it",

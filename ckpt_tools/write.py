@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,6 +29,8 @@ from ckpt_tools.units import Block, Units
 Progress = Callable[[int], None]
 Record = Callable[[Block, Sequence[bytes]], None]
 _MAX_WORKERS = 16
+# The sources that all workers have open, and as many again for whatever else the process does.
+_OTHER_FILES = 2 * 64 * _MAX_WORKERS
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +111,7 @@ class Outputs:
     """The files of one plan, open for writing. Close it after use."""
 
     def __init__(self, plan: Plan, directory: Path) -> None:
+        _allow_open_files(len(plan.files))
         self._directory = directory
         self._stack = ExitStack()
         self._fds: list[int] = []
@@ -147,6 +151,16 @@ class Outputs:
                 list(pool.map(os.fsync, fds))
         except OSError as error:
             raise refused(error, self._directory) from error
+
+
+def _allow_open_files(count: int) -> None:
+    """Raise the process's limit of open files, often 1,024, where so many more would pass it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + _OTHER_FILES
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def write(

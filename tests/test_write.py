@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import resource
 import subprocess
 import sys
 import textwrap
@@ -490,6 +491,32 @@ def test_a_full_disk_leaves_nothing_behind(
     assert caught.value.path.is_relative_to(small_disk)
     assert "Free some room" in str(caught.value.hint)
     assert list(small_disk.iterdir()) == []
+
+
+@pytest.fixture
+def few_open_files() -> Iterator[int]:
+    """A limit that a process may raise itself."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = len(os.listdir("/proc/self/fd")) + 100
+    resource.setrlimit(resource.RLIMIT_NOFILE, (few, before[1]))
+    yield few
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_there_may_be_more_files_than_a_process_usually_has_open(
+    tmp_path: Path, few_open_files: int
+) -> None:
+    x = torch.arange(1.0, 8 * few_open_files + 1).reshape(-1, 4)
+    tensors = {f"x{i:05}": row for i, row in enumerate(x)}
+    layout = plan(on_disk(tmp_path / "source", tensors), max_shard_size=16)
+    (tmp_path / "out").mkdir()
+
+    write_all(layout, tmp_path / "out")
+
+    assert len(layout.files) == len(tensors) == 2 * few_open_files
+    for file in layout.files:
+        (slot,) = file.slots
+        assert torch.equal(load_file(tmp_path / "out" / file.name)[slot.name], tensors[slot.name])
 
 
 def run_program(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
