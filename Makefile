@@ -45,7 +45,7 @@ demo: $(STAMP)
 	@$(BIN)/python demo/run.py
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest -q -n $(JOBS)
+	@$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
 
 lint: $(STAMP)
 	@$(BIN)/ruff check --quiet && echo "ruff check: ok"

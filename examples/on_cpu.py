@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,12 @@ SHIPPED = Path(__file__).resolve().parent.parent / "fixtures/zero/zero3-bf16-olm
 
 def prepare_backends() -> None:
     """Let Accelerate take gloo, and DeepSpeed torch's own all_reduce in place of one that spins."""
-    import deepspeed.comm.torch
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
 
     PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
-    deepspeed.comm.torch.build_shm_op = lambda: None
+    # By its full name: `deepspeed.comm.torch` is torch itself, once all of DeepSpeed is imported.
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
     dist.init_process_group("gloo")
     torch.manual_seed(0)
 

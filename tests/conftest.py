@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.warm import warm_children
 
 # Before anything imports huggingface_hub, which reads them once. Child processes inherit them.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -18,3 +21,9 @@ FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 def fixtures() -> Path:
     """The directory of shipped checkpoints; tests read it and never write there."""
     return FIXTURES
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_answers() -> Iterator[None]:
+    with warm_children():
+        yield

@@ -27,6 +27,7 @@ from ckpt_tools.reference import (
 )
 from ckpt_tools.reference.recipes import Recipe, from_json, leaves, to_json
 from ckpt_tools.reference.tracing import Tracer
+from tests.warm import cold_child, warm_children
 
 TINY = dict(
     vocab_size=96,
@@ -193,15 +194,26 @@ def test_a_question_is_asked_once(no_answers: None, monkeypatch: pytest.MonkeyPa
     assert len(asked) == 3
 
 
-def test_a_child_that_takes_too_long(no_answers: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def cold(no_answers: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each question starts an interpreter, as outside the tests."""
+    monkeypatch.setattr(process, "run_child", cold_child)
+
+
+def test_a_new_interpreter_answers_as_one_that_was_forked(cold: None) -> None:
+    answer = describe(OLMOE)
+    reference._answers.clear()
+    with warm_children():
+        assert describe(OLMOE) == answer
+
+
+def test_a_child_that_takes_too_long(cold: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "_TIMEOUT_SECONDS", 0.01)
     with pytest.raises(CkptError, match=r"within 0\.01 seconds"):
         describe(OLMOE)
 
 
-def test_a_child_that_dies(
-    no_answers: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_child_that_dies(cold: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\ncat >/dev/null\necho 'ImportError: no torch' >&2\nexit 1\n")
     python.chmod(0o755)
