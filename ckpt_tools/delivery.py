@@ -86,7 +86,10 @@ def deliver(
         return None
     units = tuple(Units(output.layout) for output in outputs)
     identity = journal.Identity(
-        __version__, provenance.identity(), _plan_digest(outputs, units, provenance)
+        __version__,
+        provenance.identity(),
+        provenance.options,
+        _plan_digest(outputs, units, provenance),
     )
     with ExitStack() as locked:
         found = _found(target, identity, locked) if writing.resume else None

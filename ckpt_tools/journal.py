@@ -41,11 +41,13 @@ class Identity:
     Attributes:
         tool: version of ckpt-tools.
         sources: digest of names, sizes and times of the files that are read.
+        options: those by which tensors are chosen and cast.
         plan: digest of the layout of the output and of how each of its tensors is derived.
     """
 
     tool: str
     sources: str
+    options: Mapping[str, object]
     plan: str
 
 
@@ -94,12 +96,21 @@ def find(homes: Sequence[Path], identity: Identity) -> Path | None:
     elif found.sources != identity.sources:
         why = "it was begun from another checkpoint, or the checkpoint changed since"
     else:
-        why = "it was begun with other options, so its layout is another"
+        why = f"it was begun with other options{_difference(found.options, identity.options)}"
     raise UsageError(
         f"the run cannot go on with what is there: {why}",
         path=home,
         hint=f"Repeat the command as it was, or begin anew: delete {home}, or leave out --resume.",
     )
+
+
+def _difference(before: Mapping[str, object], now: Mapping[str, object]) -> str:
+    changed = [
+        f"{name} was {before.get(name)}, and is {now.get(name)}"
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name)
+    ]
+    return f" ({'; '.join(changed)})" if changed else ", so its layout is another"
 
 
 class Lock:

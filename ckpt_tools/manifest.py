@@ -24,6 +24,7 @@ from ckpt_tools import __version__
 from ckpt_tools.catalogue import Catalogue, Tensor
 from ckpt_tools.checkpoint import LIVE, Checkpoint, Copy, Location
 from ckpt_tools.errors import OutputFailed
+from ckpt_tools.files import local_paths
 from ckpt_tools.plan import Plan
 from ckpt_tools.recipe import Json, Leaf, described, leaf_names, leaves_of
 
@@ -83,7 +84,7 @@ class Provenance:
         """The sources, as the manifest lists them."""
         listed = [
             {
-                "path": _where(source.location),
+                **_where(source.location),
                 "format": source.location.format,
                 "name": source.location.name,
                 "title": source.title,
@@ -98,8 +99,13 @@ class Provenance:
         return listed
 
 
-def _where(location: Location) -> str | None:
-    return None if location.format == LIVE else str(location.directory.absolute())
+def _where(location: Location) -> dict[str, Any]:
+    if location.format == LIVE:
+        return {"path": None}
+    path = str(location.directory.absolute())
+    folders = (str(folder.absolute()) for folder in local_paths(location.directory))
+    also = [folder for folder in folders if folder != path]
+    return {"path": path, "also": also} if also else {"path": path}
 
 
 def _files_of(catalogue: Catalogue) -> list[Path]:

@@ -682,6 +682,17 @@ def test_every_command_that_reads_one_checkpoint_takes_it(tmp_path: Path) -> Non
     assert len(outputs(tmp_path / "split")) >= 5
 
 
+def test_the_manifest_names_every_folder_of_the_source(tmp_path: Path) -> None:
+    first, second, empty = split(checkpoint_of(ZERO3), tmp_path, each_rank_its_own)
+    consolidate(first, tmp_path / "out", also=[second, empty], weights_only=True)
+
+    manifest = json.loads((tmp_path / "out" / "ckpt_tools_manifest.json").read_text())
+
+    (source,) = manifest["sources"]
+    assert source["path"] == str(first / "global_step120")
+    assert source["also"] == [str(second / "global_step120")]
+
+
 def test_an_output_is_verified_against_split_files(tmp_path: Path) -> None:
     source = checkpoint_of(ZERO2)
     first, *others = split(source, tmp_path, each_rank_its_own)

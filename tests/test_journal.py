@@ -34,7 +34,7 @@ from ckpt_tools.units import Block, Units
 from ckpt_tools.write import Outputs, lay_out
 from tests.test_write import on_disk
 
-MINE = Identity("1.0", "of these files", "of this layout")
+MINE = Identity("1.0", "of these files", {"dtype": "auto", "adapter": None}, "of this layout")
 
 
 @pytest.fixture
@@ -111,12 +111,13 @@ OTHERS = [
     ({"tool": "0.9"}, "it was begun by ckpt-tools 0.9, and this is 1.0"),
     ({"sources": "of others"}, "from another checkpoint, or the checkpoint changed since"),
     ({"plan": "of another"}, "with other options, so its layout is another"),
+    ({"options": {"dtype": "bf16"}}, "with other options (dtype was bf16, and is auto)"),
 ]
 
 
 @pytest.mark.parametrize(("change", "why"), OTHERS)
 def test_the_journal_of_another_run_is_refused_with_the_reason(
-    home: Path, change: dict[str, str], why: str
+    home: Path, change: dict[str, Any], why: str
 ) -> None:
     with pytest.raises(UsageError, match=re.escape(why)) as caught:
         find_other(home, change)
@@ -127,7 +128,7 @@ def test_the_journal_of_another_run_is_refused_with_the_reason(
     assert f"delete {home}" in str(caught.value.hint)
 
 
-def find_other(home: Path, change: dict[str, str]) -> None:
+def find_other(home: Path, change: dict[str, Any]) -> None:
     """Look for one's own where only another's is."""
     (home / "journal" / "run.json").write_text(json.dumps(asdict(replace(MINE, **change))))
     find([home], MINE)

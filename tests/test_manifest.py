@@ -31,6 +31,7 @@ from tests.transforms.test_hub_layout import Case
 
 ZERO = FIXTURES / "zero"
 CASE = ZERO / "zero2-bf16-llama-3ranks"
+DOCS = (FIXTURES.parent / "docs" / "verify.md").read_text()
 CHAT = ZERO / "zero3-bf16-olmo2-chat-2ranks"
 TWO = FIXTURES / "peft" / "zero3-olmo2-two-adapters"
 
@@ -113,6 +114,9 @@ def test_it_has_these_keys_in_this_order(tmp_path: Path) -> None:
         weights = name.endswith(".safetensors")
         assert list(entry) == ["bytes", "header_xxh3_128" if weights else "xxh3_128"]
     assert digest.fullmatch(content["xxh3_128"])
+    described = DOCS.split("## The manifest")[1].split("\n## ")[0]
+    for key in (*content, *content["sources"][0], *content["options"]):
+        assert f"`{key}`" in described
 
 
 def test_a_relative_path_of_a_source_is_written_in_full(

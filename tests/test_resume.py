@@ -243,17 +243,22 @@ def refused(home: Path, why: str, *arguments: Any, **options: Any) -> None:
     assert stats(home) == before
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"dtype": "fp32"}, {"dtype": "keep"}, {"max_shard_size": 1_500}, {"weights": "model"}],
-    ids=str,
-)
+OTHER_OPTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"dtype": "fp32"}, "dtype was auto, and is fp32"),
+    ({"dtype": "keep"}, "dtype was auto, and is keep"),
+    ({"weights": "model"}, "weights was master, and is model"),
+    ({"max_shard_size": 1_500}, "its layout is another"),
+]
+
+
+@pytest.mark.parametrize(("options", "which"), OTHER_OPTIONS)
 def test_other_options_are_refused_and_nothing_is_changed(
-    tmp_path: Path, options: dict[str, Any]
+    tmp_path: Path, options: dict[str, Any], which: str
 ) -> None:
     home = stopped(CASE / "checkpoint", tmp_path / "out")
 
-    refused(home, "with other options", CASE / "checkpoint", tmp_path / "out", **options)
+    why = f"with other options.*{which}"
+    refused(home, why, CASE / "checkpoint", tmp_path / "out", **options)
 
 
 def test_the_other_copy_is_another_option_though_the_layout_is_the_same(tmp_path: Path) -> None:
