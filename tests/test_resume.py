@@ -688,7 +688,11 @@ def wait_for_share(run: subprocess.Popen[bytes], out: Path, units: float) -> Non
 
 
 def journaled_bytes(out: Path) -> int:
-    return sum(log.stat().st_size for home in partials(out) for log in home.glob("journal/*.log"))
+    logs = [log for home in partials(out) for log in home.glob("journal/*.log")]
+    try:
+        return sum(log.stat().st_size for log in logs)
+    except FileNotFoundError:  # the run was published, and its journal is gone
+        return 0
 
 
 def end_with(run: subprocess.Popen[bytes], number: signal.Signals) -> bool:

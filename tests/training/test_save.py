@@ -7,10 +7,12 @@ are compared byte for byte in another process.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 import ckpt_tools
 from tests.ranks.launching import contents, ended, start
@@ -78,42 +80,48 @@ ACCELERATE = [
 ALONE = ["alone:olmo2_chat", "alone:policy_and_value", "alone:olmo2_lora", "compiled:llama"]
 
 
-def trained(out: Path, ranks: int, cases: list[str]) -> Path:
-    """Train and save every case in one torchrun."""
-    command = ["-m", "tests.training.worker", str(out), *cases]
-    run = ended(start(command, ranks=ranks, environment=ENVIRONMENT), SECONDS)
-    assert run.status == 0, run.stdout + run.stderr
+def trained(factory: pytest.TempPathFactory, name: str, ranks: int, cases: list[str]) -> Path:
+    """Train and save every case in one torchrun, of whichever process of the tests comes first."""
+    root = factory.getbasetemp()
+    out = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / f"training-{name}"
+    done = out.with_suffix(".done")
+    with FileLock(out.with_suffix(".lock")):
+        if not done.exists():
+            command = ["-m", "tests.training.worker", str(out), *cases]
+            run = ended(start(command, ranks=ranks, environment=ENVIRONMENT), SECONDS)
+            assert run.status == 0, run.stdout + run.stderr
+            done.touch()
     return out
 
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trained(tmp_path_factory.mktemp("quick"), 2, QUICK)
+    return trained(tmp_path_factory, "quick", 2, QUICK)
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trained(tmp_path_factory.mktemp("two"), 2, TWO_RANKS)
+    return trained(tmp_path_factory, "two", 2, TWO_RANKS)
 
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trained(tmp_path_factory.mktemp("three"), 3, THREE_RANKS)
+    return trained(tmp_path_factory, "three", 3, THREE_RANKS)
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trained(tmp_path_factory.mktemp("four"), 4, FOUR_RANKS)
+    return trained(tmp_path_factory, "four", 4, FOUR_RANKS)
 
 
 @pytest.fixture(scope="module")
 def accelerate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trained(tmp_path_factory.mktemp("accelerate"), 2, ACCELERATE)
+    return trained(tmp_path_factory, "accelerate", 2, ACCELERATE)
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trained(tmp_path_factory.mktemp("alone"), 1, ALONE)
+    return trained(tmp_path_factory, "alone", 1, ALONE)
 
 
 def converted(case: Path) -> Path:
