@@ -20,7 +20,7 @@ from ckpt_tools.gather import Gatherer
 from ckpt_tools.reference import Answer, ReferenceModel, start
 from ckpt_tools.transforms.hub_layout import HubLayout, hub_layout
 from ckpt_tools.transforms.lora import is_adapted
-from ckpt_tools.transforms.ties import Settled, settle_ties
+from ckpt_tools.transforms.ties import settle_ties
 
 _SHOWN = 6
 _UNKNOWN = (
@@ -108,11 +108,13 @@ def fit_to_model(
         warnings.append(f"the checkpoint lacks these, taken from --like: {_listed([*taken])}")
     if surplus:
         warnings.append(f"not of the config's model, written all the same: {_listed(surplus)}")
-    notes = _notes(layout, settled)
+    # A checkpoint may have dropped second names itself, as Accelerate does: that makes no other output.
+    ties = {alias: kept for alias, kept in reference.hub_ties.items() if alias not in ordered}
+    notes = _notes(layout, {**ties, **settled.catalogue.ties}, settled.duplicated)
     return Fitted(Catalogue(ordered), settled.untied, tuple(notes), tuple(warnings))
 
 
-def _notes(layout: HubLayout, settled: Settled) -> list[str]:
+def _notes(layout: HubLayout, ties: Mapping[str, str], duplicated: Sequence[str]) -> list[str]:
     notes = []
     if layout.renamed:
         old, new = next(iter(layout.renamed.items()))
@@ -125,11 +127,9 @@ def _notes(layout: HubLayout, settled: Settled) -> list[str]:
         )
     if layout.ignored:
         notes.append(f"left out, as save_pretrained does: {_listed(layout.ignored)}")
-    ties = settled.catalogue.ties.items()
-    notes += [f"{alias} is tied to {kept} and left out" for alias, kept in ties]
+    notes += [f"{alias} is tied to {kept} and left out" for alias, kept in ties.items()]
     notes += [
-        f"{name} is tied in training but not in the config; written twice"
-        for name in settled.duplicated
+        f"{name} is tied in training but not in the config; written twice" for name in duplicated
     ]
     return notes
 

@@ -25,6 +25,7 @@ from ckpt_tools.checkpoint import Checkpoint, Copy
 from ckpt_tools.delivery import Delivered, deliver
 from ckpt_tools.files import folders_of
 from ckpt_tools.fit import Fitted, anticipate, fit_to_model
+from ckpt_tools.manifest import NAME as MANIFEST
 from ckpt_tools.manifest import Provenance
 from ckpt_tools.masters import check_masters
 from ckpt_tools.output import Output, Writing
@@ -239,14 +240,12 @@ def _collect(options: AssetOptions, config: ConfigSource, fitted: Fitted) -> Ass
 def _card(
     sources: Sequence[Checkpoint], request: Request, layout: Plan, fitted: Fitted, assets: Assets
 ) -> AssetFile:
-    first, tensors = sources[0], layout.tensors.values()
+    names = ", ".join(f"`{source.location.name}`" for source in sources)
+    tensors = layout.tensors.values()
     return model_card(
         CardFacts(
-            source=request.title or first.title,
-            checkpoint=", ".join(source.location.name for source in sources),
-            step=first.step if request.title is None else None,
-            world_size=first.world_size,
-            framework=first.framework,
+            made_of=request.title and f"{request.title}: {names}",
+            step=sources[0].step if request.title is None else None,
             weights=request.copy,
             parameters=sum(tensor.numel for tensor in tensors),
             nbytes=layout.tensor_bytes,
@@ -254,6 +253,7 @@ def _card(
             attribute=request.attribute,
             notes=fitted.notes,
             version=__version__,
+            manifest=MANIFEST,
         ),
         assets.config,
     )

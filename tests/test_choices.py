@@ -85,7 +85,7 @@ def test_the_model_card_can_be_left_out(fixtures: Path, tmp_path: Path) -> None:
     consolidate(case / "checkpoint", tmp_path / "with", config=case / "hf")
     consolidate(case / "checkpoint", tmp_path / "without", config=case / "hf", card=False)
 
-    assert "global_step2" in (tmp_path / "with" / "README.md").read_text()
+    assert "| Training step | 2 |" in (tmp_path / "with" / "README.md").read_text()
     assert not (tmp_path / "without" / "README.md").exists()
 
 

@@ -1,7 +1,8 @@
-"""The model card: ``README.md`` of the output, which says where the weights come from.
+"""The model card: ``README.md`` of the output, which says what the weights are.
 
-Owns its words. Every statement is a fact of the checkpoint, the config or the conversion; nothing is
-said of what the model can do. Knows neither tensors nor formats.
+Owns its words. Every statement is a fact of the weights, the config or the conversion; nothing is said of
+what the model can do, and nothing of how a checkpoint was stored: that stands in the manifest, so that the
+same weights have the same card. Knows neither tensors nor formats.
 """
 
 from __future__ import annotations
@@ -20,11 +21,8 @@ class CardFacts:
     """What a card says.
 
     Attributes:
-        source: what the checkpoint is, such as ``DeepSpeed ZeRO-3``.
-        checkpoint: its name, such as ``global_step500``.
+        made_of: what was put together, where it was more than one checkpoint.
         step: optimizer step, where known.
-        world_size: ranks that wrote it, where known.
-        framework: what wrote it, where known.
         weights: ``master`` or ``model``: which copy was taken.
         parameters: elements written.
         nbytes: bytes of the weights.
@@ -32,13 +30,11 @@ class CardFacts:
         attribute: the part of a composite model that this is, if it is one.
         notes: what the conversion decided or changed.
         version: of ckpt-tools.
+        manifest: name of the file beside it that says how the weights were made.
     """
 
-    source: str
-    checkpoint: str
+    made_of: str | None
     step: int | None
-    world_size: int | None
-    framework: str | None
     weights: str
     parameters: int
     nbytes: int
@@ -46,6 +42,7 @@ class CardFacts:
     attribute: str | None
     notes: Sequence[str]
     version: str
+    manifest: str
 
 
 def model_card(facts: CardFacts, config: Mapping[str, Any]) -> AssetFile:
@@ -68,27 +65,23 @@ def _is_hub_name(name: str) -> bool:
 
 
 def _body(facts: CardFacts, config: Mapping[str, Any]) -> str:
-    copy = "the optimizer's masters" if facts.weights == "master" else "the 16-bit weights"
     rows = [
         ("Parameters", f"{facts.parameters:,}"),
         ("Dtype", ", ".join(f"{name} ({count:,})" for name, count in facts.dtypes.items())),
         ("Size of the weights", f"{facts.nbytes:,} bytes"),
         ("Training step", "unknown" if facts.step is None else f"{facts.step:,}"),
-        ("Checkpoint", f"`{facts.checkpoint}`, {facts.source}"),
-        ("Written by", _writers(facts)),
-        ("Weights taken from", copy),
     ]
+    if facts.weights == "model":
+        rows.append(("Weights", "those that the model computed with, not the optimizer's masters"))
     if facts.attribute is not None:
         rows.insert(0, ("Part of a composite model", f"`{facts.attribute}`"))
+    if facts.made_of is not None:
+        rows.insert(0, ("Made of", facts.made_of))
     model = ", ".join(config.get("architectures") or ()) or "Model"
     # Never the output's own name: the same checkpoint gives the same files, wherever they are written.
-    lines = [f"# {model}, {facts.checkpoint}", "", "| | |", "|---|---|"]
+    lines = [f"# {model}", "", "| | |", "|---|---|"]
     lines += [f"| {label} | {value} |" for label, value in rows]
-    lines += ["", f"Converted from a training checkpoint by ckpt-tools {facts.version}."]
+    lines += ["", f"Made of a training run's weights by ckpt-tools {facts.version}."]
+    lines += [f"`{facts.manifest}` says which, how each tensor was derived, and its digest."]
     lines += ["", *(f"- {note}" for note in facts.notes)] if facts.notes else []
     return "\n".join(lines) + "\n"
-
-
-def _writers(facts: CardFacts) -> str:
-    ranks = "" if facts.world_size is None else f", {facts.world_size} ranks"
-    return (facts.framework or "unknown") + ranks

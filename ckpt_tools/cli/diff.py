@@ -63,7 +63,9 @@ _TROUBLE = 2
 @click.option(
     "--workers", type=click.IntRange(min=1), metavar="N", help="Threads. Default: one a core."
 )
-@click.option("--quiet", is_flag=True, help="Print nothing but errors: the exit status tells.")
+@click.option(
+    "-q", "--quiet", is_flag=True, help="Print nothing but errors: the exit status tells."
+)
 @debug_option
 @reports_errors
 def command(a: Path, b: Path, top: int, as_json: bool, quiet: bool, **options: Any) -> None:

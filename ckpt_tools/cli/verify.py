@@ -73,7 +73,7 @@ _DOCUMENTS = ("json", "junit")
     help="Write the report to FILE: JSON for .json, JUnit for .xml, otherwise --format. stdout then shows "
     "text, or the annotations.",
 )
-@click.option("--quiet", is_flag=True, help="Print no text: the exit status tells.")
+@click.option("-q", "--quiet", is_flag=True, help="Print no text: the exit status tells.")
 @click.option(
     "--timeout",
     type=click.FloatRange(min=1),

@@ -122,7 +122,7 @@ _OPTIONS = (
         help="Under torchrun: how long ranks wait for one that makes no progress.",
     ),
     click.option("--dry-run", is_flag=True, help="Check and plan everything, write nothing."),
-    click.option("--quiet", is_flag=True, help="Print nothing but errors (and --json)."),
+    click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors (and --json)."),
     json_option,
     debug_option,
 )

@@ -35,6 +35,7 @@ from ckpt_tools.transforms.prefixes import strip_wrappers
 if TYPE_CHECKING:
     import torch
 
+_NAME = "weights in memory"
 _EVERYBODY, _LEADER = "everybody", "leader"
 _DIGEST_BYTES = 4 << 20
 _SHOWN = 6
@@ -229,8 +230,8 @@ def _checkpoint(tables: Sequence[_Table], pool: Pool, facts: Facts) -> Checkpoin
         remarks = (f"differ from rank to rank, rank 0's are taken: {names}",)
     paths = pool.path().iterdir()
     return Checkpoint(
-        location=Location(LIVE, Path(LIVE), facts.name, ()),
-        title=facts.title,
+        location=Location(LIVE, Path(LIVE), _NAME, ()),
+        title=_NAME,
         weights=weights,
         ties=ties,
         files={path: path.stat().st_size for path in paths},

@@ -109,7 +109,7 @@ def save(
             stack.enter_context(ranks.session(what))
         found = unwrapped(model)
         found = replace(found, engine=engine_of(found, accelerator))
-        facts = facts_of(found, accelerator, step, 1 if ranks is None else ranks.size)
+        facts = facts_of(found, step, 1 if ranks is None else ranks.size)
         holding = holding_of(found, masters=dtype != "auto")
         read_by_all = _wanted(holding, attribute, trained_only=adapter is not None)
         checkpoint = stack.enter_context(offered(ranks, holding, facts, read_by_all))

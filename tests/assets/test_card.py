@@ -9,11 +9,8 @@ from huggingface_hub import ModelCard
 from ckpt_tools.assets.card import CardFacts, model_card
 
 FACTS = CardFacts(
-    source="DeepSpeed ZeRO-3",
-    checkpoint="global_step500",
+    made_of=None,
     step=500,
-    world_size=64,
-    framework="deepspeed 0.19.8",
     weights="master",
     parameters=1_500_000,
     nbytes=3_000_000,
@@ -21,6 +18,7 @@ FACTS = CardFacts(
     attribute=None,
     notes=("lm_head.weight is tied to model.embed_tokens.weight and left out",),
     version="0.1.0",
+    manifest="manifest.json",
 )
 CONFIG = {"architectures": ["Olmo2ForCausalLM"], "_name_or_path": "allenai/OLMo-2-0425-1B"}
 
@@ -34,10 +32,9 @@ def text(facts: CardFacts, config: dict[str, object]) -> str:
 def test_the_card_states_every_fact() -> None:
     card = text(FACTS, CONFIG)
 
-    for fact in ("Olmo2ForCausalLM", "1,500,000", "3,000,000 bytes", "| 500 |", "64 ranks"):
+    for fact in ("Olmo2ForCausalLM", "1,500,000", "3,000,000 bytes", "bfloat16", "| 500 |"):
         assert fact in card
-    assert "`global_step500`, DeepSpeed ZeRO-3" in card
-    assert "the optimizer's masters" in card
+    assert "ckpt-tools 0.1.0.\n`manifest.json` says" in card
     assert FACTS.notes[0] in card
 
 
@@ -55,11 +52,21 @@ def test_a_base_that_was_a_directory_is_not_named() -> None:
 
 
 def test_what_is_not_known_is_said_to_be_unknown() -> None:
-    card = text(replace(FACTS, step=None, framework=None, world_size=None), CONFIG)
-
-    assert "| Training step | unknown |" in card
-    assert "| Written by | unknown |" in card
+    assert "| Training step | unknown |" in text(replace(FACTS, step=None), CONFIG)
 
 
 def test_an_attribute_is_named() -> None:
     assert "`policy`" in text(replace(FACTS, attribute="policy"), CONFIG)
+
+
+def test_a_mean_says_of_what() -> None:
+    card = text(replace(FACTS, made_of="mean of 2 checkpoints: `a`, `b`"), CONFIG)
+
+    assert "| Made of | mean of 2 checkpoints: `a`, `b` |" in card
+
+
+def test_the_weights_are_said_to_be_the_model_s_where_they_were_asked_for() -> None:
+    row = "| Weights | those that the model computed with, not the optimizer's masters |"
+
+    assert row in text(replace(FACTS, weights="model"), CONFIG)
+    assert row not in text(FACTS, CONFIG)

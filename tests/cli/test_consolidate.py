@@ -90,7 +90,7 @@ def test_json_is_all_there_is_on_stdout(tmp_path: Path) -> None:
 
 def test_quiet_prints_nothing(tmp_path: Path) -> None:
     done = run_program(
-        "consolidate", CASE / "checkpoint", tmp_path / "out", "--config", CASE / "hf", "--quiet"
+        "consolidate", CASE / "checkpoint", tmp_path / "out", "--config", CASE / "hf", "-q"
     )
 
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -98,7 +98,7 @@ def test_quiet_prints_nothing(tmp_path: Path) -> None:
 
 
 def test_quiet_still_prints_errors(tmp_path: Path) -> None:
-    done = run("consolidate", tmp_path / "gone", tmp_path / "out", "--quiet")
+    done = run("consolidate", tmp_path / "gone", tmp_path / "out", "-q")
 
     assert done.exit_code == 3
     assert done.stdout == ""
@@ -107,7 +107,7 @@ def test_quiet_still_prints_errors(tmp_path: Path) -> None:
 
 def test_quiet_json_is_json(tmp_path: Path) -> None:
     done = run(
-        "consolidate", CASE / "checkpoint", tmp_path / "out", "--weights-only", "--quiet", "--json"
+        "consolidate", CASE / "checkpoint", tmp_path / "out", "--weights-only", "-q", "--json"
     )
 
     assert done.exit_code == 0

@@ -28,7 +28,7 @@ from tests.ranks.in_threads import hurried, made, together
 
 __all__ = ["hurried"]
 pytestmark = pytest.mark.usefixtures("hurried")
-FACTS = Facts("live", "step-1", 1, 3, "torch")
+FACTS = Facts(1, 3, "torch")
 WORLD = 3
 
 Look = Callable[[Checkpoint], Any]
