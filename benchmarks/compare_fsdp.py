@@ -75,7 +75,9 @@ def main() -> None:
         make(checkpoint, options.params, options.ranks)
     made = json.loads((checkpoint / MANIFEST).read_text())
     known = contenders(checkpoint / FOLDER)
-    with tempfile.TemporaryDirectory(dir=options.work or checkpoint.parent) as scratch:
+    disk = options.work or checkpoint.parent
+    disk.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=disk) as scratch:
         work = Path(scratch)
         before = machine()
         check(known, work)
