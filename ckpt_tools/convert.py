@@ -91,11 +91,11 @@ def consolidate(
         CkptError: see :mod:`ckpt_tools.errors`; nothing was written.
     """
 
-    def work(found: PathLike | Checkpoint) -> Report:
+    def work(found: Sequence[PathLike | Checkpoint]) -> Report:
         command = "consolidate" if attribute is None else "extract-attr"
-        return _convert(command, [found], output, attribute=attribute, **options)
+        return _convert(command, found, output, attribute=attribute, **options)
 
-    return _together(work, checkpoint, options)
+    return _together(work, [checkpoint], options)
 
 
 def average(
@@ -131,13 +131,12 @@ def average(
             hint="Open each with open_checkpoint(path, also=...) and pass the opened ones.",
         )
 
-    def work(first: PathLike | Checkpoint) -> Report:
+    def work(found: Sequence[PathLike | Checkpoint]) -> Report:
         combine = partial(mean_state, coefficients=coefficients)
         title = f"mean of {len(checkpoints)} checkpoints"
-        every = [first, *checkpoints[1:]]
-        return _convert("average", every, output, combine=combine, title=title, **options)
+        return _convert("average", found, output, combine=combine, title=title, **options)
 
-    return _together(work, checkpoints[0], options)
+    return _together(work, checkpoints, options)
 
 
 def extract_lora(
@@ -173,9 +172,9 @@ def extract_lora(
         CkptError: see :mod:`ckpt_tools.errors`; nothing was written.
     """
 
-    def work(found: PathLike | Checkpoint) -> Report:
+    def work(found: Sequence[PathLike | Checkpoint]) -> Report:
         clock = Clock()
-        source = _opened(found, options)
+        source = _opened(found[0], options)
         config, tokenizer = _path(options.get("config")), _path(options.get("tokenizer"))
         request = Extraction(
             target=Path(output),
@@ -191,7 +190,7 @@ def extract_lora(
         )
         return run_extraction(source, request, clock)
 
-    return _together(work, checkpoint, options)
+    return _together(work, [checkpoint], options)
 
 
 def merge_lora(
@@ -227,8 +226,8 @@ def merge_lora(
         CkptError: see :mod:`ckpt_tools.errors`; nothing was written.
     """
 
-    def work(found: PathLike | Checkpoint) -> Report:
-        source = _opened(found, options)
+    def work(found: Sequence[PathLike | Checkpoint]) -> Report:
+        source = _opened(found[0], options)
         sources = [source] if base is None else [source, open_checkpoint(base)]
         near = source.location.near
         adapter_state, config = None, None
@@ -265,31 +264,32 @@ def merge_lora(
             **options,
         )
 
-    return _together(work, checkpoint, options)
+    return _together(work, [checkpoint], options)
 
 
 def _together(
-    work: Callable[[PathLike | Checkpoint], Report],
-    checkpoint: PathLike | Checkpoint,
+    work: Callable[[Sequence[PathLike | Checkpoint]], Report],
+    checkpoints: Sequence[PathLike | Checkpoint],
     options: AdapterOptions,
 ) -> Report:
     """Carry out a call; of several ranks the leader does, and the others help it to write."""
     ranks = options.get("ranks")
     if ranks is None:
-        return work(checkpoint)
+        return work(checkpoints)
     node_local = options.get("node_local", False)
     with ExitStack() as stack:
         stack.enter_context(ranks.session("--node-local" if node_local else "no --node-local"))
-        if not isinstance(checkpoint, Checkpoint):
-            path, also = _path(checkpoint), options.get("also", ())
-            # Every rank, because the leader's plan names files by their pool.
-            checkpoint = (
-                stack.enter_context(pooled_machines(ranks, path, places_of(path, also)))
-                if node_local
-                else read_as_one(path, also)
-            )
+        paths = [_path(each) for each in checkpoints if not isinstance(each, Checkpoint)]
+        also = options.get("also", ())
+        # Every rank, because the leader's plan names files by their pool.
+        if node_local:
+            pooled = pooled_machines(ranks, paths, partial(places_of, also=also))
+            seen = iter(stack.enter_context(pooled))
+        else:
+            seen = iter([read_as_one(path, also) for path in paths])
         if ranks.leads:
-            report = work(checkpoint)
+            found = [each if isinstance(each, Checkpoint) else next(seen) for each in checkpoints]
+            report = work(found)
             ranks.put("report", report)
             return report
         done: Report = follow(ranks, writing_of(options).workers)

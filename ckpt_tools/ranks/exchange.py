@@ -1,7 +1,7 @@
 """Bytes that only one process can reach, sent to those that write them.
 
-Each rank offers a :class:`~ckpt_tools.places.Place`: a directory of its machine, its own memory. To the
-others it is a place like any, whose files are read by asking that rank: a request of a fixed size, an
+Each rank offers places (:class:`~ckpt_tools.places.Place`): directories of its machine, its own memory. To
+the others each is a place like any, whose files are read by asking that rank: a request of a fixed size, an
 answer of as many bytes as were asked for, at most :data:`REQUEST_BYTES`. Both travel through
 torch.distributed with gloo, because the bytes are in host memory, in a group of this module's own, so that a
 training that runs is not disturbed. A thread of each rank answers while the rank writes its own share. Knows
@@ -55,18 +55,18 @@ class Exchange:
 
     Args:
         ranks: the ranks, in a session.
-        offered: what this rank lets the others read.
+        offered: places that this rank lets the others read; each rank offers as many.
 
     Attributes:
-        listings: of each rank, what it offers.
+        listings: of each rank, the files of each place that it offers.
     """
 
-    def __init__(self, ranks: Ranks, offered: Place) -> None:
+    def __init__(self, ranks: Ranks, *offered: Place) -> None:
         self._ranks = ranks
         self._offered = offered
         kept = _kept.get(ranks)
-        told = ranks.all_gather("offered", (_listed(offered), kept and kept[0]))
-        self.listings: list[Mapping[str, FileFacts]] = [listing for listing, _ in told]
+        told = ranks.all_gather("offered", ([*map(_listed, offered)], kept and kept[0]))
+        self.listings: list[list[Mapping[str, FileFacts]]] = [listings for listings, _ in told]
         # After a failure some have a group that others have lost.
         if kept is None or any(made != kept[0] for _, made in told):
             kept = _kept[ranks] = (ranks.session_number, _gloo_group(ranks))
@@ -103,18 +103,21 @@ class Exchange:
             self._ended.set()
             self._watch.join()
 
-    def place(self, label: str, sources: tuple[int, ...]) -> Place:
+    def place(self, label: str, sources: tuple[int, ...], number: int = 0) -> Place:
         """What ranks offer that all see the same files, as a place of this process.
 
         Args:
             label: what it is called in messages.
             sources: those ranks; one of them is asked, another by another rank.
+            number: which of the places that they offer.
         """
         source = sources[self._ranks.rank % len(sources)]
-        return _Elsewhere(self, label, source)
+        return _Elsewhere(self, label, source, number)
 
-    def ask(self, source: int, relative: str, view: memoryview, offset: int, tag: int) -> int:
-        """Fill ``view`` from a file that rank ``source`` offers; bytes read, 0 at the end.
+    def ask(
+        self, source: int, number: int, relative: str, view: memoryview, offset: int, tag: int
+    ) -> int:
+        """Fill ``view`` from a file of a place that rank ``source`` offers; bytes read, 0 at the end.
 
         Raises:
             OSError: that rank cannot read it.
@@ -124,7 +127,7 @@ class Exchange:
 
         count = torch.zeros(1, dtype=torch.int64)
         with self._lost(f"asked rank {source} for {relative} and got no answer"):
-            request = _packed([relative, offset, len(view), tag])
+            request = _packed([number, relative, offset, len(view), tag])
             self._wait(self._group.send([request], source, _REQUEST_TAG))
             self._wait(self._group.recv([count], source, tag))
             found = int(count)
@@ -166,12 +169,14 @@ class Exchange:
                     return
                 pool.submit(self._answer, asked._source_rank(), *message)
 
-    def _answer(self, asker: int, relative: str, offset: int, nbytes: int, tag: int) -> None:
+    def _answer(
+        self, asker: int, number: int, relative: str, offset: int, nbytes: int, tag: int
+    ) -> None:
         import torch
 
         buffer = bytearray(nbytes)
         try:
-            with closing(self._offered.open(relative)) as file:
+            with closing(self._offered[number].open(relative)) as file:
                 count = read_fully(file, memoryview(buffer), offset)
         except Exception as error:  # whatever it is, somebody waits for an answer
             count = -(getattr(error, "errno", None) or errno.EIO)
@@ -223,26 +228,29 @@ class _Elsewhere:
         exchange: how it is asked.
         label: what it is called in messages.
         source: the rank.
+        number: which of the places that it offers.
     """
 
     exchange: Exchange
     label: str
     source: int
+    number: int
 
     def listing(self) -> Mapping[str, FileFacts]:
         """See :meth:`ckpt_tools.places.Place.listing`."""
-        return self.exchange.listings[self.source]
+        return self.exchange.listings[self.source][self.number]
 
     def open(self, relative: str) -> Readable:
         """See :meth:`ckpt_tools.places.Place.open`."""
-        return _Asked(self.exchange, self.source, relative)
+        return _Asked(self.exchange, self.source, self.number, relative)
 
 
 class _Asked:
     """A file of another rank, open for reading."""
 
-    def __init__(self, exchange: Exchange, source: int, relative: str) -> None:
-        self._exchange, self._source, self._relative = exchange, source, relative
+    def __init__(self, exchange: Exchange, source: int, number: int, relative: str) -> None:
+        self._exchange, self._source = exchange, source
+        self._number, self._relative = number, relative
         self._tag = exchange.next_tag()
         self._lock = threading.Lock()
 
@@ -250,7 +258,9 @@ class _Asked:
         """See :meth:`ckpt_tools.places.Readable.read_into`."""
         with self._lock:  # answers to two requests of one tag could not be told apart
             part = view[:REQUEST_BYTES]
-            return self._exchange.ask(self._source, self._relative, part, offset, self._tag)
+            return self._exchange.ask(
+                self._source, self._number, self._relative, part, offset, self._tag
+            )
 
     def close(self) -> None:
         """Nothing is held."""

@@ -97,6 +97,19 @@ def test_every_rank_reads_what_the_others_offer() -> None:
     assert together(ranks_of(3), body) == [None] * 3
 
 
+def test_files_of_one_name_in_two_places_of_a_rank_are_told_apart() -> None:
+    def body(own: Ranks) -> None:
+        mine = [Memory({"file": bytes([own.rank, number]) * (5 + number)}) for number in range(2)]
+        with Exchange(own, *mine) as between:
+            other = 1 - own.rank
+            for number in range(2):
+                place = between.place("other", (other,), number)
+                assert place.listing()["file"].size == 10 + 2 * number
+                assert read(place, "file", 0, 99) == bytes([other, number]) * (5 + number)
+
+    assert together(ranks_of(2), body) == [None] * 2
+
+
 def test_a_session_after_another_has_other_files_and_the_same_connections() -> None:
     ranks = ranks_of(2)
 

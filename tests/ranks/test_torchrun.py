@@ -110,6 +110,20 @@ def cases(sources: list[Source], out: Path, path: Path, **options: object) -> Pa
     return path
 
 
+def others(sources: list[Source]) -> dict[str, tuple[str, list[Any]]]:
+    """A mean of two checkpoints, and one that is named by its file."""
+    at = {source.name: source.checkpoint for source in sources}
+    mean = [at[ZERO[0].name], at[ZERO[1].name]]
+    return {
+        "mean": ("average", [mean]),
+        "file": ("consolidate", [at[FEW] / "model.safetensors"]),
+    }
+
+
+def json_ready(argument: Any) -> Any:
+    return json.loads(json.dumps(argument, default=str))
+
+
 def assert_same(out: Path, alone: Path, sources: list[Source]) -> None:
     assert sorted(path.name for path in out.iterdir()) == sorted(s.name for s in sources)
     for source in sources:
@@ -176,6 +190,12 @@ def two_machines(
                         path.unlink()
         moved = [replace(s, checkpoint=seen / s.name) for s in sources]
         script = cases(moved, out, base / "cases.json", node_local=True)
+        listed = json.loads(script.read_text()) + [
+            {"function": name, "arguments": [*map(json_ready, arguments), str(out / kind)]}
+            | {"options": {"weights_only": True, "node_local": True}}
+            for kind, (name, arguments) in others(moved).items()
+        ]
+        script.write_text(json.dumps(listed))
         nodes = [
             start(
                 [DRIVER, script],
@@ -196,7 +216,7 @@ def two_machines(
 @pytest.mark.slow
 @needs_namespaces
 def test_two_machines_write_the_same_bytes(
-    two_machines: tuple[Path, str], sources: list[Source], alone: Path
+    two_machines: tuple[Path, str], sources: list[Source], alone: Path, tmp_path: Path
 ) -> None:
     out, kind = two_machines
     if kind == "shared":
@@ -209,6 +229,10 @@ def test_two_machines_write_the_same_bytes(
         assert {name: ours[name] for name in weights} == {name: theirs[name] for name in weights}
         tensors = [json.loads(c["ckpt_tools_manifest.json"])["tensors"] for c in (ours, theirs)]
         assert tensors[0] == tensors[1]
+    for name, (function, arguments) in others(sources).items():
+        getattr(ckpt_tools, function)(*arguments, tmp_path / name, weights_only=True)
+        file = "model.safetensors"
+        assert (out / name / file).read_bytes() == (tmp_path / name / file).read_bytes()
 
 
 def test_the_command_line_under_torchrun_prints_once(tmp_path: Path) -> None:
