@@ -13,14 +13,13 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from ckpt_tools.catalogue import Tensor
 from ckpt_tools.errors import CkptError
-from ckpt_tools.gather import Gatherer, Slice
+from ckpt_tools.gather import Gatherer, Slice, casting_on_one_core
 
 if TYPE_CHECKING:
     import torch
@@ -99,7 +98,7 @@ def visit_windows(
 
     pending: deque[tuple[list[Window], Future[list[R]]]] = deque()
     batches = _batches(groups, windows_of(groups) if windows is None else windows)
-    with _one_intra_op_thread(), ThreadPoolExecutor(workers) as pool:
+    with casting_on_one_core(), ThreadPoolExecutor(workers) as pool:
         try:
             for batch in batches:
                 pending.append((batch, pool.submit(work, batch)))
@@ -218,16 +217,3 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(
         left[:whole].view(torch.int64), right[:whole].view(torch.int64)
     ) and torch.equal(left[whole:], right[whole:])
-
-
-@contextmanager
-def _one_intra_op_thread() -> Iterator[None]:
-    """The cores are taken by the workers, and a sum in several threads has no fixed order."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

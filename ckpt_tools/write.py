@@ -16,13 +16,13 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 from ckpt_tools.errors import OutputFailed
-from ckpt_tools.gather import Gatherer
+from ckpt_tools.gather import Gatherer, casting_on_one_core
 from ckpt_tools.plan import Plan
 from ckpt_tools.units import Block, Units
 
@@ -213,7 +213,7 @@ def write(
             return gatherer.bytes_read, done
 
     count = workers or default_workers()
-    with _one_intra_op_thread(), ThreadPoolExecutor(count) as pool:
+    with casting_on_one_core(), ThreadPoolExecutor(count) as pool:
         try:
             jobs = [pool.submit(work) for _ in range(count)]
             wait(jobs, return_when=FIRST_EXCEPTION)
@@ -236,18 +236,6 @@ class _Shared:
     def take(self) -> Block | None:
         with self._lock:
             return next(self._blocks, None)
-
-
-@contextmanager
-def _one_intra_op_thread() -> Iterator[None]:
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _write_all(fd: int, data: bytes | memoryview, offset: int, path: Path) -> None:
