@@ -24,6 +24,7 @@ from typing import Any
 import xxhash
 
 from ckpt_tools.errors import OutputFailed, UsageError
+from ckpt_tools.publish import sync_directory
 from ckpt_tools.units import Block
 from ckpt_tools.write import Outputs, refused
 
@@ -61,8 +62,8 @@ def begin(home: Path, identity: Identity) -> None:
     try:
         directory.mkdir(exist_ok=True)
         _put(directory / _RUN, json.dumps(asdict(identity)).encode())
-        _sync_directory(directory)
-        _sync_directory(home)
+        sync_directory(directory)
+        sync_directory(home)
     except OSError as error:
         raise refused(error, directory) from error
 
@@ -70,9 +71,10 @@ def begin(home: Path, identity: Identity) -> None:
 def identity_of(home: Path) -> Identity | None:
     """Of which run a partial directory is; None where nothing tells."""
     try:
-        return Identity(**json.loads((home / _DIRECTORY / _RUN).read_bytes()))
+        found = Identity(**json.loads((home / _DIRECTORY / _RUN).read_bytes()))
     except (OSError, ValueError, TypeError):
         return None
+    return found if isinstance(found.options, dict) else None
 
 
 def find(homes: Sequence[Path], identity: Identity) -> Path | None:
@@ -180,7 +182,7 @@ def keep(home: Path, whole: Mapping[int, set[str]]) -> None:
         try:
             _put(fresh, b"".join(line + b"\n" for line in kept))
             fresh.replace(path)
-            _sync_directory(path.parent)
+            sync_directory(path.parent)
         except OSError as error:
             raise refused(error, path) from error
 
@@ -207,14 +209,6 @@ def _put(path: Path, content: bytes) -> None:
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def gaps(units: range, done: Mapping[int, object]) -> list[range]:

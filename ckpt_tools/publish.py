@@ -123,7 +123,7 @@ def partial_directory(
         try:
             _sync_tree(partial.path)
             _publish(partial.path, final, overwrite=overwrite)
-            _sync_directory(final.parent)
+            sync_directory(final.parent)
         except OSError as error:
             raise OutputFailed(f"cannot be put in place ({error.strerror})", path=target) from error
         shutil.rmtree(home, ignore_errors=True)
@@ -225,7 +225,7 @@ def _sync_tree(directory: Path) -> None:
     for root, _, names in os.walk(directory):
         for name in names:
             _sync_file(Path(root, name))
-        _sync_directory(Path(root))
+        sync_directory(Path(root))
 
 
 def _sync_file(path: Path) -> None:
@@ -233,7 +233,8 @@ def _sync_file(path: Path) -> None:
         os.fsync(stream.fileno())
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
+    """Wait until the names in a directory are on disk; raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)

@@ -82,7 +82,12 @@ def test_a_torn_beginning_is_nobodys(home: Path) -> None:
         assert find([home], MINE) is None
 
 
-@pytest.mark.parametrize("content", ["[]", "3", "null", '{"tool": "1.0"}', '"text"', "\udcff", ""])
+FOREIGN = json.dumps({**asdict(MINE), "options": [["dtype", "auto"]]})
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "3", "null", '{"tool": "1.0"}', '"text"', "\udcff", "", FOREIGN]
+)
 def test_a_foreign_beginning_is_nobodys(home: Path, content: str) -> None:
     (home / "journal" / "run.json").write_bytes(content.encode("utf-8", "surrogateescape"))
 
