@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import click
 
-from ckpt_tools import __version__
+from ckpt_tools._version import __version__
 from ckpt_tools.cli.signals import end_on_signals, is_later_rank, leave_at_once
 
 _COMMANDS = {

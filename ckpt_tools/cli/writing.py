@@ -84,6 +84,7 @@ _OPTIONS = (
     ),
     click.option(
         "--check-masters",
+        "check_all_masters",
         is_flag=True,
         help="Compare all masters with the 16-bit weights, not a sample.",
     ),
@@ -164,7 +165,6 @@ def writing_options(function: F) -> F:
 def write_directory(
     convert: Callable[..., Report],
     *,
-    check_masters: bool,
     quiet: bool,
     as_json: bool,
     timeout: float,
@@ -174,7 +174,7 @@ def write_directory(
     ranks = joined_ranks(timeout)
     leads = ranks is None or ranks.leads
     with shown_progress(quiet or as_json or not leads) as progress:
-        report = convert(check_all_masters=check_masters, progress=progress, ranks=ranks, **options)
+        report = convert(progress=progress, ranks=ranks, **options)
     if not leads:
         return
     if as_json:
