@@ -16,7 +16,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Protocol, cast
 
-from ckpt_tools.errors import AmbiguousCheckpoint, DamagedCheckpoint, NotACheckpoint, UsageError
+from ckpt_tools.errors import (
+    AmbiguousCheckpoint,
+    DamagedCheckpoint,
+    NotACheckpoint,
+    UsageError,
+    listed,
+)
 from ckpt_tools.storage.pool import local_paths, searched
 from ckpt_tools.tensors.checkpoint import Checkpoint, Location
 
@@ -216,6 +222,4 @@ def _ambiguous(path: Path, choices: list[str], advice: str) -> AmbiguousCheckpoi
 def _listing(path: Path) -> str:
     if not path.is_dir():
         return path.name
-    names = sorted(entry.name for entry in path.iterdir())
-    shown = ", ".join(names[:8])
-    return f"{shown} and {len(names) - 8} more" if len(names) > 8 else shown or "nothing"
+    return listed(sorted(entry.name for entry in path.iterdir()), 8) or "nothing"

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from ckpt_tools.errors import UsageError
+from ckpt_tools.errors import UsageError, listed
 from ckpt_tools.storage.pool import DirectoryPlace, Pool, PooledPath
 
 # A checkpoint's directory is at most this far below what people name.
@@ -158,7 +158,7 @@ def _not_alike(root: Path, folder: Path) -> UsageError:
         names = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
         hint = (
             f"Expected a copy of {_name(root)}, or of a directory in it under the same name: "
-            f"{', '.join(names[:8]) or 'there is none'}."
+            f"{listed(names, 8) or 'there is none'}."
         )
     return UsageError(
         f"it is not a copy of {root} nor of a directory in it", path=folder, hint=hint

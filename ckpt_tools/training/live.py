@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, overload
 
 import xxhash
 
-from ckpt_tools.errors import AttributeNotFound, UnsupportedLayout
+from ckpt_tools.errors import AttributeNotFound, UnsupportedLayout, listed
 from ckpt_tools.ranks import Exchange, Ranks
 from ckpt_tools.readers.dcp.boxes import assembled
 from ckpt_tools.storage.pool import Pool
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 _NAME = "weights in memory"
 _EVERYBODY, _LEADER = "everybody", "leader"
 _DIGEST_BYTES = 4 << 20
-_SHOWN = 6
 _SAME_MODEL = (
     "Every rank must pass the same model. Parts that only some ranks have (pipeline and expert parallelism) "
     "are not saved from memory."
@@ -225,8 +224,7 @@ def _checkpoint(tables: Sequence[_Table], pool: Pool, facts: Facts) -> Checkpoin
         weights[told.name] = replace(weight, **copies)  # type: ignore[arg-type]
     remarks: tuple[str, ...] = ()
     if differing:
-        more = f" and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
-        names = ", ".join(differing[:_SHOWN]) + more
+        names = listed(differing)
         remarks = (f"differ from rank to rank, rank 0's are taken: {names}",)
     paths = pool.path().iterdir()
     return Checkpoint(

@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
-from ckpt_tools.errors import CkptError
+from ckpt_tools.errors import CkptError, listed
 from ckpt_tools.model.matching import Side, alike, match, side_of
 from ckpt_tools.readers.containers.weight_files import read_weight_files
 from ckpt_tools.readers.opening import open_weights
@@ -27,7 +27,7 @@ from ckpt_tools.tensors.derived import cast
 from ckpt_tools.verification.bitwise import Expected, Held, Progress, compare
 from ckpt_tools.verification.container import Entry
 from ckpt_tools.verification.directory import MANIFEST, Directory
-from ckpt_tools.verification.problem import Findings, listed
+from ckpt_tools.verification.problem import Findings
 from ckpt_tools.verification.replay import Record, read_record, replay
 
 _MAX_WORKERS = 16

@@ -16,7 +16,7 @@ import struct
 from collections.abc import Iterable
 from pathlib import Path
 
-from ckpt_tools.errors import CkptError, DamagedCheckpoint, UnsupportedLayout, UsageError
+from ckpt_tools.errors import CkptError, DamagedCheckpoint, UnsupportedLayout, UsageError, listed
 from ckpt_tools.readers.containers.safetensors_file import SafetensorsFile, read_safetensors
 from ckpt_tools.readers.containers.torch_file import TorchFile
 from ckpt_tools.readers.dcp.boxes import (
@@ -56,7 +56,6 @@ _PARTS = re.compile(r"(pytorch_model_fsdp|optimizer)_\d+|model_and_optim")
 # What has a reader of its own, by the directory's name and by who wrote the metadata.
 _ELSEWHERE = {"model_and_optim", "olmo_core"}
 _SCALARS = {"float32": "<f", "float64": "<d", "int32": "<i", "int64": "<q"}
-_SHOWN = 6
 _OTHER_NODES = (
     "Each node may have written to a disk of its own: copy the .distcp files of every node into this "
     "directory, or name its folder with --also DIR."
@@ -153,7 +152,7 @@ def read(location: Location) -> Checkpoint:
     remarks = [*location.remarks, *saving.remarks]
     objects = objects_of(metadata, location.part or next(iter(models(metadata))))
     if objects:
-        remarks.append(f"entries of the model that are no tensors: {_listed(objects)}")
+        remarks.append(f"entries of the model that are no tensors: {listed(objects)}")
     return Checkpoint(
         location=location,
         title="torch DCP",
@@ -185,9 +184,9 @@ def model_names(metadata: Metadata, location: Location) -> dict[str, str]:
         keys = left_alone(metadata, ())
         beside = sorted(p.name for p in location.directory.parent.glob("pytorch_model_fsdp_*"))
         raise UnsupportedLayout(
-            f"it holds no model: its entries are {_listed(list(keys)) or 'none'}",
+            f"it holds no model: its entries are {listed(keys) or 'none'}",
             path=location.directory,
-            hint=f"The weights are in {_listed(beside)} beside it."
+            hint=f"The weights are in {listed(beside)} beside it."
             if beside
             else "The weights may be in a directory beside it.",
         )
@@ -237,13 +236,13 @@ class Saving:
         lost = sorted(name for name in ends if self._directory / name not in self.files)
         if needed := [name for name in lost if name in wanted]:
             raise DamagedCheckpoint(
-                f"{len(needed)} of {len(ends)} data files are missing: {_listed(needed)}",
+                f"{len(needed)} of {len(ends)} data files are missing: {listed(needed)}",
                 path=self._directory,
                 missing=needed,
                 hint=_OTHER_NODES,
             )
         if lost:
-            self.remarks.append(f"missing, but they hold no weights: {_listed(lost)}")
+            self.remarks.append(f"missing, but they hold no weights: {listed(lost)}")
         for name in sorted(wanted):
             path = self._directory / name
             if self.files[path] < ends[name]:
@@ -258,7 +257,7 @@ class Saving:
             if size and DATA_FILE.fullmatch(path.name) and path.name not in ends
         ]
         if strange:
-            self.remarks.append(f"data files that the metadata does not name: {_listed(strange)}")
+            self.remarks.append(f"data files that the metadata does not name: {listed(strange)}")
 
     def weight(self, flat: str) -> Weight:
         """A tensor of the model.
@@ -376,8 +375,3 @@ class Saving:
         empty = {path.name for path, size in self.files.items() if not size}
         ranks = [int(m[1]) for name in named | empty if (m := DATA_FILE.fullmatch(name))]
         return max(ranks) + 1 if ranks else None
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
