@@ -15,9 +15,9 @@ from ckpt_tools.hub import ConfigSource
 from ckpt_tools.hub.config import finish
 from ckpt_tools.hub.reference import Answer, ReferenceModel, start
 from ckpt_tools.tensors.catalogue import Catalogue, Tensor
-from ckpt_tools.tensors.compare import first_difference
 from ckpt_tools.tensors.dtypes import BFLOAT16, FLOAT16, DType
 from ckpt_tools.tensors.gather import Gatherer
+from ckpt_tools.tensors.windows import first_difference
 from ckpt_tools.transforms.hub_layout import HubLayout, hub_layout
 from ckpt_tools.transforms.lora import is_adapted
 from ckpt_tools.transforms.ties import settle_ties

@@ -24,10 +24,8 @@ from ckpt_tools.errors import (
     listed,
 )
 from ckpt_tools.storage.pool import local_paths, searched
-from ckpt_tools.tensors.checkpoint import Checkpoint, Location
+from ckpt_tools.tensors.checkpoint import FINISHED, Checkpoint, Location
 
-# Formats that training state may be exported to, into the same directory.
-FINISHED = ("huggingface",)
 # No format: an adapter is nothing to convert, but people name it, and are told what to do with it.
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _MODEL_NUMBER = re.compile(r"model(?:_fsdp)?(?:_(\d+))?$")

@@ -19,11 +19,12 @@ from pathlib import Path
 
 from ckpt_tools.errors import DamagedCheckpoint, UsageError, listed
 from ckpt_tools.readers.containers.safetensors_file import SafetensorsFile, read_safetensors
-from ckpt_tools.readers.dcp.boxes import Piece, assembled, held_whole, sharding_info
+from ckpt_tools.readers.dcp.boxes import held_whole, sharding_info
 from ckpt_tools.readers.dcp.names import step_in
 from ckpt_tools.tensors.catalogue import Box, Shape, Stored
 from ckpt_tools.tensors.checkpoint import Checkpoint, Kind, Location, Weight
 from ckpt_tools.tensors.dtypes import DType
+from ckpt_tools.tensors.fragments import Piece, assembled
 
 NAME = "torch-dcp-huggingface"
 _SHARD = re.compile(r"shard-(\d+)-model-(\d+)-of-(\d+)\.safetensors")

@@ -22,13 +22,13 @@ from pathlib import Path
 from ckpt_tools.errors import DamagedCheckpoint, UnsafePickle, UnsupportedLayout, listed
 from ckpt_tools.readers.containers.restricted_pickle import Opaque
 from ckpt_tools.readers.containers.torch_file import TorchFile
-from ckpt_tools.readers.dcp.boxes import assembled
 from ckpt_tools.readers.dtensor import Part, Run, part_of
 from ckpt_tools.readers.rank_copies import differ
 from ckpt_tools.readers.trainer_state import trainer_step
 from ckpt_tools.tensors.catalogue import Box, FlatRange, Stored
 from ckpt_tools.tensors.checkpoint import Checkpoint, Location, Weight
 from ckpt_tools.tensors.deferred import DeferredFragment
+from ckpt_tools.tensors.fragments import assembled
 
 NAME = "rank-files"
 # The set that a file belongs to, and who calls files so.

@@ -211,7 +211,7 @@ class _Weights:
         readable = {name: entries for name, entries in held.items() if entries is not None}
         self._compare(index, weight_map, readable)
         self._directory.lost = weight_map.keys() - tensors.keys()
-        if len(readable) == len(listed):
+        if len(readable) == len(indexed):
             self._check_total(index, data or {}, readable)
         return tensors
 

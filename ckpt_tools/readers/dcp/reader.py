@@ -19,13 +19,7 @@ from pathlib import Path
 from ckpt_tools.errors import CkptError, DamagedCheckpoint, UnsupportedLayout, UsageError, listed
 from ckpt_tools.readers.containers.safetensors_file import SafetensorsFile, read_safetensors
 from ckpt_tools.readers.containers.torch_file import TorchFile
-from ckpt_tools.readers.dcp.boxes import (
-    Piece,
-    Region,
-    assembled,
-    held_whole,
-    sharding_info,
-)
+from ckpt_tools.readers.dcp.boxes import held_whole, sharding_info
 from ckpt_tools.readers.dcp.chunks import (
     STALE,
     ChunkFragment,
@@ -46,9 +40,11 @@ from ckpt_tools.readers.dcp.metadata import (
 )
 from ckpt_tools.readers.dcp.names import TOP, left_alone, models, objects_of, step_in, step_names
 from ckpt_tools.readers.trainer_state import trainer_step
+from ckpt_tools.storage.folders import entries_of
 from ckpt_tools.tensors.catalogue import Box, Fragment, Stored
 from ckpt_tools.tensors.checkpoint import Checkpoint, Kind, Location, Weight
 from ckpt_tools.tensors.dtypes import DType
+from ckpt_tools.tensors.fragments import Piece, Region, assembled
 
 NAME = "torch-dcp"
 # Directories of this format inside a larger one that is a checkpoint as a whole.
@@ -86,7 +82,7 @@ def find(path: Path, tag: str | None = None) -> list[Location]:
         return []
     children = [
         entry
-        for entry in sorted(path.iterdir(), key=_natural)
+        for entry in entries_of(path)
         if entry.is_dir() and not _PARTS.fullmatch(entry.name) and is_dcp_directory(entry)
     ]
     chosen = [entry for entry in children if entry.name == tag]
@@ -123,11 +119,6 @@ def is_own_file(path: Path) -> bool:
     """Whether this is a file of the format, by its name."""
     named = any(pattern.fullmatch(path.name) for pattern in (RANK_FILE, DATA_FILE))
     return path.is_file() and (named or path.name == GLOBAL_FILE)
-
-
-def _natural(path: Path) -> tuple[int, str]:
-    digits = "".join(c for c in path.name if c.isdigit())
-    return int(digits or 0), path.name
 
 
 def location_of(format_name: str, directory: Path, part: str | None = None) -> Location:
