@@ -1,7 +1,8 @@
-"""Readers: one module a format on disk, each making a checkpoint of its metadata.
+"""Owns the list of readers: which formats there are, which one a path holds, and how it is read.
 
-A reader is a module of this package with ``NAME``, ``find(path, tag)`` and ``read(location)``; being here
-is all the registration there is. Readers never see transforms, plans or each other's formats.
+A reader is a module or package in this package with ``NAME``, ``find(path, tag)`` and ``read(location)``.
+It needs no other registration. A reader whose directories hold another format (Accelerate, OLMo-core) builds
+on the reader of that format.
 """
 
 from __future__ import annotations
