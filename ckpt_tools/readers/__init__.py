@@ -24,11 +24,10 @@ from ckpt_tools.errors import (
     UsageError,
     listed,
 )
+from ckpt_tools.readers.containers.weight_files import ADAPTER_FILES
 from ckpt_tools.storage.pool import local_paths, searched
 from ckpt_tools.tensors.checkpoint import FINISHED, Checkpoint, Location
 
-# No format: an adapter is nothing to convert, but people name it, and are told what to do with it.
-_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _MODEL_NUMBER = re.compile(r"model(?:_fsdp)?(?:_(\d+))?$")
 
 
@@ -118,7 +117,7 @@ def _adapters(path: Path) -> list[Path]:
     places = [path.parent]
     if path.is_dir():
         places = [path, *sorted(path.iterdir(), key=lambda entry: (len(entry.name), entry.name))]
-    return [place for place in places if any((place / name).is_file() for name in _ADAPTER_WEIGHTS)]
+    return [place for place in places if any((place / name).is_file() for name in ADAPTER_FILES)]
 
 
 def _numbered(path: Path, found: list[Location], model: int) -> list[Location]:
