@@ -295,5 +295,5 @@ def test_weights_that_went_away_meanwhile_are_said_to_be_gone(tmp_path: Path) ->
     location = readers.locate(path)
     shutil.rmtree(path)
     path.mkdir()
-    with pytest.raises(DamagedCheckpoint, match="its weights are gone"):
+    with pytest.raises(DamagedCheckpoint, match="the files of its weights no longer exist"):
         readers.read(location)
