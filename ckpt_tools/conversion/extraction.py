@@ -20,6 +20,7 @@ from ckpt_tools.errors import (
     MissingAsset,
     UnsupportedLayout,
     UsageError,
+    listed,
 )
 from ckpt_tools.hub import AssetOptions, ConfigSource, find_config
 from ckpt_tools.hub.adapter_config import (
@@ -39,7 +40,6 @@ from ckpt_tools.tensors.checkpoint import Checkpoint
 from ckpt_tools.transforms.lora import (
     choose_adapter,
     free_embeddings,
-    listed,
     saved_names,
     targeted_embeddings,
 )
