@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from ckpt_tools.errors import DamagedCheckpoint
+from ckpt_tools.tensors.catalogue import Catalogue
 
 # Written by torch's own wrappers at any depth.
 _ANYWHERE = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -79,3 +80,10 @@ def _find_wrapper(paths: Collection[list[str]]) -> list[str] | None:
         if is_wrapper and (*parent, only) not in leaves:
             return [*parent, only]
     return None
+
+
+def rename(catalogue: Catalogue, names: Mapping[str, str]) -> Catalogue:
+    """The catalogue with every name, tied ones included, replaced by ``names[name]``."""
+    tensors = {names[name]: catalogue[name] for name in catalogue}
+    ties = {names[alias]: names[kept] for alias, kept in catalogue.ties.items()}
+    return Catalogue(tensors, ties)
