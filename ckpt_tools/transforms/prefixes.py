@@ -33,20 +33,17 @@ class Stripped:
     removed: Mapping[str, int]
 
 
-def strip_wrappers(names: Collection[str], known: Collection[str] = ()) -> Stripped:
+def strip_wrappers(names: Collection[str]) -> Stripped:
     """Take wrapper segments out of ``names``.
 
     Args:
         names: all names of the state, second names of tied tensors included.
-        known: names that the model is known to have; a state that has them is left alone.
 
     Raises:
         DamagedCheckpoint: two names become one.
     """
     paths = {name: name.split(".") for name in names}
     removed: dict[str, int] = {}
-    if known and set(names) <= set(known):
-        return Stripped({name: name for name in names}, {})
     while (wrapper := _find_wrapper(paths.values())) is not None:
         depth = len(wrapper)
         hits = [name for name, path in paths.items() if path[:depth] == wrapper]
