@@ -19,8 +19,7 @@ from ckpt_tools.cli.shared import (
     print_json,
     reports_errors,
 )
-
-_LISTED = 8
+from ckpt_tools.errors import listed
 
 
 @click.command("inspect")
@@ -92,7 +91,7 @@ def _rows(found: Inspection) -> Iterator[tuple[str, str]]:
             yield label, _group(group)
     if found.tied:
         ties = [f"{alias} = {kept}" for alias, kept in found.tied.items()]
-        yield "tied", _listed(ties)
+        yield "tied", listed(ties, 8)
     for name, group in (found.adapters or {}).items():
         yield "adapter", f"{name}: {_group(group)}"
     for name, group in (found.attributes or {}).items():
@@ -122,8 +121,3 @@ def _group(group: Group) -> str:
     noun = "tensor" if group.tensors == 1 else "tensors"
     elements = "element" if group.parameters == 1 else "elements"
     return f"{group.tensors:,} {noun}, {count_text(group.parameters)} {elements}"
-
-
-def _listed(items: list[str]) -> str:
-    more = f" and {len(items) - _LISTED} more" if len(items) > _LISTED else ""
-    return ", ".join(items[:_LISTED]) + more

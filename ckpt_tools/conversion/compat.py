@@ -21,7 +21,7 @@ from ckpt_tools.tensors.checkpoint import Checkpoint
 from ckpt_tools.tensors.deferred import settle
 from ckpt_tools.tensors.derived import cast
 from ckpt_tools.tensors.dtypes import FLOAT32
-from ckpt_tools.writing.bytes import default_workers
+from ckpt_tools.tensors.threads import default_workers
 from ckpt_tools.writing.single_file import SAFETENSORS, TORCH, write_single_file
 
 if TYPE_CHECKING:

@@ -23,6 +23,7 @@ from ckpt_tools.errors import (
     MissingAsset,
     UnsupportedLayout,
     UsageError,
+    listed,
 )
 from ckpt_tools.hub import AssetOptions, ConfigSource, find_config
 from ckpt_tools.hub.adapter_config import (
@@ -43,7 +44,6 @@ from ckpt_tools.tensors.checkpoint import Checkpoint, Copy
 from ckpt_tools.transforms.lora import (
     choose_adapter,
     free_embeddings,
-    listed,
     saved_names,
     targeted_embeddings,
 )

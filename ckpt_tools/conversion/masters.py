@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 from ckpt_tools.errors import DamagedCheckpoint
 from ckpt_tools.tensors.checkpoint import Checkpoint, Weight
-from ckpt_tools.tensors.compare import first_difference, sample_windows
 from ckpt_tools.tensors.derived import cast
 from ckpt_tools.tensors.gather import Gatherer
+from ckpt_tools.tensors.windows import first_difference, sample_windows
 
 
 def check_masters(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 from ckpt_tools.model.state import DTypeChoice
 from ckpt_tools.tensors.checkpoint import Copy
-from ckpt_tools.writing.bytes import default_workers
+from ckpt_tools.tensors.threads import default_workers
 from ckpt_tools.writing.output import Progress, Writing
 
 if TYPE_CHECKING:

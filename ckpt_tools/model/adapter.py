@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from ckpt_tools.errors import DamagedCheckpoint, MissingAsset, UsageError
+from ckpt_tools.errors import DamagedCheckpoint, MissingAsset, UsageError, listed
 from ckpt_tools.hub.adapter_config import (
     NAME,
     AdapterConfig,
@@ -29,7 +29,6 @@ from ckpt_tools.transforms.lora import (
     AdaptedNames,
     Part,
     adapted_names,
-    listed,
     plain_name,
     with_adapter_name,
 )

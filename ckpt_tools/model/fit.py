@@ -10,19 +10,18 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from ckpt_tools.errors import DamagedCheckpoint, UsageError
+from ckpt_tools.errors import DamagedCheckpoint, UsageError, listed
 from ckpt_tools.hub import ConfigSource
 from ckpt_tools.hub.config import finish
 from ckpt_tools.hub.reference import Answer, ReferenceModel, start
 from ckpt_tools.tensors.catalogue import Catalogue, Tensor
-from ckpt_tools.tensors.compare import first_difference
 from ckpt_tools.tensors.dtypes import BFLOAT16, FLOAT16, DType
 from ckpt_tools.tensors.gather import Gatherer
+from ckpt_tools.tensors.windows import first_difference
 from ckpt_tools.transforms.hub_layout import HubLayout, hub_layout
 from ckpt_tools.transforms.lora import is_adapted
 from ckpt_tools.transforms.ties import settle_ties
 
-_SHOWN = 6
 _UNKNOWN = (
     "transformers has no such model (custom code?): names, shapes and completeness were not checked"
 )
@@ -105,9 +104,9 @@ def fit_to_model(
         *_rounded(ordered, reference, dtype),
     ]
     if taken:
-        warnings.append(f"the checkpoint lacks these, taken from --like: {_listed([*taken])}")
+        warnings.append(f"the checkpoint lacks these, taken from --like: {listed([*taken])}")
     if surplus:
-        warnings.append(f"not of the config's model, written all the same: {_listed(surplus)}")
+        warnings.append(f"not of the config's model, written all the same: {listed(surplus)}")
     # A checkpoint may have dropped second names itself, as Accelerate does: that makes no other output.
     ties = {alias: kept for alias, kept in reference.hub_ties.items() if alias not in ordered}
     notes = _notes(layout, {**ties, **settled.catalogue.ties}, settled.duplicated)
@@ -123,10 +122,10 @@ def _notes(layout: HubLayout, ties: Mapping[str, str], duplicated: Sequence[str]
         new, parts = next(iter(layout.converted.items()))
         notes.append(
             f"{len(layout.converted)} tensors were brought into the hub's layout, such as {new} "
-            f"(from {_listed(parts, 2)})"
+            f"(from {listed(parts, 2)})"
         )
     if layout.ignored:
-        notes.append(f"left out, as save_pretrained does: {_listed(layout.ignored)}")
+        notes.append(f"left out, as save_pretrained does: {listed(layout.ignored)}")
     notes += [f"{alias} is tied to {kept} and left out" for alias, kept in ties.items()]
     notes += [
         f"{name} is tied in training but not in the config; written twice" for name in duplicated
@@ -175,11 +174,6 @@ def _equal(a: Tensor, b: Tensor) -> bool:
         return first_difference(gatherer, a, b) is None
 
 
-def _listed(names: Sequence[str], shown: int = _SHOWN) -> str:
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
-
-
 def _incomplete(
     missing: Sequence[str],
     surplus: Sequence[str],
@@ -190,7 +184,7 @@ def _incomplete(
     """Another model's config where hardly a name fits; otherwise tensors that were left out."""
     if is_adapted(surplus):
         return UsageError(
-            f"the checkpoint is of a LoRA model ({_listed([n for n in surplus if '.lora_' in n])})",
+            f"the checkpoint is of a LoRA model ({listed([n for n in surplus if '.lora_' in n])})",
             path=config.path,
             hint="extract-lora writes the adapter, merge-lora the model with the adapter merged; "
             "--weights-only writes the tensors under the names that they have.",
@@ -199,7 +193,7 @@ def _incomplete(
         tops = sorted({name.split(".")[0] for name in tensors})
         return UsageError(
             f"the config describes {reference.architecture}, whose tensors are called "
-            f"{_listed(missing[:2])}; those of the checkpoint are called {_listed(surplus[:2])}",
+            f"{listed(missing[:2])}; those of the checkpoint are called {listed(surplus[:2])}",
             path=config.path,
             hint=f"Top-level attributes of the checkpoint: {', '.join(tops)}. Pass the config of the "
             "model that was trained, write one attribute with extract-attr, or pass --weights-only "
@@ -207,7 +201,7 @@ def _incomplete(
         )
     return DamagedCheckpoint(
         f"{len(missing)} tensors of {reference.architecture} are not in the checkpoint: "
-        f"{_listed(missing, 50)}",
+        f"{listed(missing, 50)}",
         path=config.path,
         missing=missing,
         hint="Frozen parameters are left out when a run saves with exclude_frozen_parameters. "
@@ -234,7 +228,7 @@ def _shape_warnings(
         turned.append(name)
     if not turned:
         return []
-    return [f"the axes of these stand in another order than the model's: {_listed(turned)}"]
+    return [f"the axes of these stand in another order than the model's: {listed(turned)}"]
 
 
 def _rounded(tensors: Mapping[str, Tensor], reference: ReferenceModel, dtype: DType) -> list[str]:
@@ -244,5 +238,5 @@ def _rounded(tensors: Mapping[str, Tensor], reference: ReferenceModel, dtype: DT
     if not names:
         return []
     return [
-        f"the model keeps these in float32, they are written in {dtype}: {_listed(sorted(names))}"
+        f"the model keeps these in float32, they are written in {dtype}: {listed(sorted(names))}"
     ]

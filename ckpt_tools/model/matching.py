@@ -17,10 +17,8 @@ from ckpt_tools.errors import CkptError
 from ckpt_tools.hub import AssetOptions, find_config
 from ckpt_tools.model.fit import fit_to_model
 from ckpt_tools.model.state import main_dtype, model_state
-from ckpt_tools.readers import FINISHED
-from ckpt_tools.readers.opening import ADAPTER
 from ckpt_tools.tensors.catalogue import Catalogue, Tensor
-from ckpt_tools.tensors.checkpoint import Checkpoint
+from ckpt_tools.tensors.checkpoint import ADAPTER, FINISHED, Checkpoint
 from ckpt_tools.tensors.derived import cast
 from ckpt_tools.transforms.lora import PREFIX, adapted_names
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ckpt_tools.errors import DamagedCheckpoint, MissingAsset, UnsupportedLayout, UsageError
+from ckpt_tools.errors import DamagedCheckpoint, MissingAsset, UnsupportedLayout, UsageError, listed
 from ckpt_tools.hub.adapter_config import AdapterConfig
 from ckpt_tools.model.adapter import Adapter, state_names, trained_dtype
 from ckpt_tools.model.state import DTypeChoice, State
@@ -20,7 +20,7 @@ from ckpt_tools.tensors.checkpoint import Kind
 from ckpt_tools.tensors.derived import cast
 from ckpt_tools.tensors.dtypes import DType
 from ckpt_tools.tensors.gather import load
-from ckpt_tools.transforms.lora import choose_adapter, listed, plain_name
+from ckpt_tools.transforms.lora import choose_adapter, plain_name
 from ckpt_tools.transforms.lora_targets import Factors, Target
 from ckpt_tools.transforms.merge import Merged, MergedBias, merged_experts, with_rows
 

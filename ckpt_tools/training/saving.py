@@ -21,6 +21,7 @@ from ckpt_tools.errors import UsageError
 from ckpt_tools.hub import AssetOptions
 from ckpt_tools.model.state import DTypeChoice, only_state
 from ckpt_tools.ranks import Ranks, from_process_group
+from ckpt_tools.tensors.threads import default_workers
 from ckpt_tools.training.beside import beside
 from ckpt_tools.training.facts import engine_of, facts_of
 from ckpt_tools.training.holding import Holding
@@ -28,7 +29,6 @@ from ckpt_tools.training.live import offered, part_of
 from ckpt_tools.training.state_dict import holding_of
 from ckpt_tools.training.wrappers import attribute_of, innermost, unwrapped
 from ckpt_tools.transforms.prefixes import strip_wrappers
-from ckpt_tools.writing.bytes import default_workers
 from ckpt_tools.writing.delivery import follow
 from ckpt_tools.writing.output import Writing
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ckpt_tools.errors import listed
 from ckpt_tools.hub.architectures import contradiction
 from ckpt_tools.hub.config import embedding_rows, text_value
 from ckpt_tools.hub.reference import ReferenceModel
 from ckpt_tools.tensors.dtypes import BFLOAT16, BY_NAME, FLOAT16, FLOAT32, DType
 from ckpt_tools.verification.container import Entry
 from ckpt_tools.verification.directory import CONFIG, Directory, read_object
-from ckpt_tools.verification.problem import Findings, listed
+from ckpt_tools.verification.problem import Findings
 
 
 def read_config(directory: Directory, findings: Findings, *, weights_alone: bool = False) -> None:

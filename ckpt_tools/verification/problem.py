@@ -6,7 +6,7 @@ the answer of a whole run (``Verdict``). It must not know how anything is checke
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -270,12 +270,6 @@ class Verdict:
             "nbytes": self.nbytes,
             "seconds": round(self.seconds, 3),
         }
-
-
-def listed(names: Sequence[str], shown: int = 4) -> str:
-    """The first names, and how many more there are."""
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
 
 
 def ordered(problems: Iterable[Problem]) -> tuple[Problem, ...]:

@@ -24,7 +24,8 @@ from ckpt_tools.errors import DamagedCheckpoint, OutputFailed
 from ckpt_tools.tensors.catalogue import FlatRange, Fragment, Stored, Tensor
 from ckpt_tools.tensors.derived import cast
 from ckpt_tools.tensors.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
-from ckpt_tools.writing.bytes import Outputs, Written, default_workers, laid_out, lay_out, write
+from ckpt_tools.tensors.threads import default_workers
+from ckpt_tools.writing.bytes import Outputs, Written, laid_out, lay_out, write
 from ckpt_tools.writing.layout import Plan, PlannedFile, Slot, plan
 from ckpt_tools.writing.publish import partial_directory
 from ckpt_tools.writing.units import Block, Units
@@ -160,7 +161,7 @@ def test_what_was_read_is_counted(tmp_path: Path) -> None:
 
 
 def test_the_default_is_a_worker_for_each_processor_we_may_use() -> None:
-    program = "import ckpt_tools.writing.bytes as w; print(w.default_workers())"
+    program = "import ckpt_tools.tensors.threads as t; print(t.default_workers())"
     one = min(os.sched_getaffinity(0))
     for processors in ({one}, os.sched_getaffinity(0)):
         run = subprocess.run(
