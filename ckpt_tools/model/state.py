@@ -18,8 +18,7 @@ from ckpt_tools.tensors.checkpoint import Checkpoint, Copy, Kind
 from ckpt_tools.tensors.derived import cast
 from ckpt_tools.tensors.dtypes import BY_SHORT_NAME, DType
 from ckpt_tools.transforms.average import average
-from ckpt_tools.transforms.prefixes import strip_wrappers
-from ckpt_tools.transforms.rename import rename
+from ckpt_tools.transforms.prefixes import rename, strip_wrappers
 from ckpt_tools.transforms.subset import take_attribute
 
 DTypeChoice = Literal["auto", "keep", "fp32", "bf16", "fp16"]
