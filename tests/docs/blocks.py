@@ -5,7 +5,7 @@ The convention, for README.md and every page of docs/:
 - ``console``: a line that starts with ``$ `` is a command; a backslash at its end continues it on the next line.
   The lines after it are what it prints, stdout and stderr together. A command must end with status 0, or be
   followed by ``$ echo $?`` and its status. A line ``...`` stands for any lines, ``...`` at the end of a line for
-  the rest of it. Durations and rates are not compared.
+  the rest of it. Durations, rates and bytes written are not compared.
 - ``python``: executed. A ``text`` block directly after ``<!-- prints -->`` is what it prints.
 - ``bash``: a script, executed.
 - A block after ``<!-- not run: REASON -->`` is not run.
@@ -41,8 +41,11 @@ _NEEDS_A_SHELL = re.compile(r"[|<>;&$`*~]")
 _FIXTURE = re.compile(r"\bfixtures/\w+/[\w.-]*\w")
 _SECONDS = 120
 
-# What depends on the machine: a duration with its rate, as commands that write print it.
-_MASKED = re.compile(r"\b(\d[\d.]* s|\d+:\d\d) \([\d.]+ [kMG]?B/s written\)")
+# What depends on the machine, as commands that write print it: a duration with its rate, and bytes, for
+# the manifest among them names versions.
+_MASKED = re.compile(
+    r"\b[\d.]+ [kMG]?B written|\b(\d[\d.]* s|\d+:\d\d) \([\d.]+ [kMG]?B/s written\)"
+)
 
 
 class PageError(Exception):
