@@ -2,8 +2,8 @@
 
     python docs/generate.py
 
-replaces what is between ``<!-- generated: NAME -->`` and ``<!-- end of generated -->`` in each page. A test does the
-same and compares, so a page cannot differ from what it describes.
+replaces what is between ``<!-- generated: NAME -->`` and ``<!-- end of generated -->`` in each page. A test does
+the same and compares, so a page cannot differ from what it describes.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ _REGION = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end of generated
 
 
 def main() -> None:
+    """Write the pages."""
     for path, text in pages().items():
         path.write_text(text)
 
@@ -48,6 +49,7 @@ def pages() -> dict[Path, str]:
 
 
 def table(head: tuple[str, ...], rows: Iterator[tuple[str, ...]] | list[tuple[str, ...]]) -> str:
+    """A table in Markdown."""
     lines = [head, tuple("---" for _ in head), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
@@ -212,6 +214,7 @@ class Scope:
 
     @property
     def parameters(self) -> list[str]:
+        """The names of the function's parameters."""
         if self.function is None:
             return []
         held = self.function.args

@@ -2,16 +2,18 @@
 
 The convention, for README.md and every page of docs/:
 
-- ``console``: a line that starts with ``$ `` is a command; a backslash at its end continues it on the next line.
-  The lines after it are what it prints, stdout and stderr together. A command must end with status 0, or be
-  followed by ``$ echo $?`` and its status. A line ``...`` stands for any lines, ``...`` at the end of a line for
-  the rest of it. Durations, rates and bytes written are not compared.
+- ``console``: a line that starts with ``$ `` is a command; a backslash at its end continues it on the next
+  line. The lines after it are what it prints, stdout and stderr together. A command must end with status 0,
+  or be followed by ``$ echo $?`` and its status. A line ``...`` stands for any lines, ``...`` at the end of
+  a line for the rest of it. Durations, rates and bytes written are not compared.
 - ``python``: executed. A ``text`` block directly after ``<!-- prints -->`` is what it prints.
 - ``bash``: a script, executed.
 - A block after ``<!-- not run: REASON -->`` is not run.
-- ``json``, ``text``, ``yaml`` are never run, so they hold no commands. No other language and no indented block is allowed.
+- ``json``, ``text``, ``yaml`` are never run, so they hold no commands. No other language and no indented
+  block is allowed.
 
-The blocks of a page are run from top to bottom in one directory, which holds copies of the fixtures that the page names.
+The blocks of a page are run from top to bottom in one directory, which holds copies of the fixtures that the
+page names.
 """
 
 from __future__ import annotations
@@ -96,19 +98,18 @@ def blocks_of(page: str) -> list[Block]:
     while index < len(lines):
         line = lines[index]
         index += 1
-        fence = re.fullmatch(r"( *)```(.*)", line)
-        if fence is None:
-            if line.startswith("    ") and not comment and not _in_a_list(lines, index - 1):
+        if not line.startswith("```"):
+            if line.startswith("    ") or line.lstrip().startswith("```"):
                 raise PageError(f"line {index}: an indented block; use a fence with a language")
             comment = line if line.startswith("<!--") else comment if not line else ""
             continue
-        indent, language = fence.groups()
+        language = line.removeprefix("```")
         if language not in RUN + NOT_RUN:
             raise PageError(f"line {index}: a block of the language {language!r}")
         start = index
-        while lines[index] != f"{indent}```":
+        while lines[index] != "```":
             index += 1
-        text = "".join(f"{held.removeprefix(indent)}\n" for held in lines[start:index])
+        text = "".join(f"{held}\n" for held in lines[start:index])
         index += 1
         reason = re.fullmatch(r"<!-- not run: (.+) -->", comment)
         block = Block(
@@ -123,11 +124,6 @@ def blocks_of(page: str) -> list[Block]:
         blocks.append(block)
         comment = ""
     return blocks
-
-
-def _in_a_list(lines: list[str], index: int) -> bool:
-    before = next((line for line in reversed(lines[:index]) if line and line[0] != " "), "")
-    return bool(re.match(r"[-*\d]", before))
 
 
 def steps_of(block: Block) -> list[Step]:
@@ -227,7 +223,7 @@ class Workspace:
         printed = io.StringIO()
         code = compile("\n" * line + text, "page", "exec")
         with _chdir(self.directory), contextlib.redirect_stdout(printed):
-            exec(code, self._globals)
+            exec(code, self._globals)  # noqa: S102 -- the pages are ours
         return printed.getvalue()
 
 
