@@ -38,7 +38,7 @@ from ckpt_tools.hub.sources import nearby
 from ckpt_tools.hub.tokenizer import find_tokenizer
 from ckpt_tools.model.adapter import Adapter, base_shapes, state_names, trained_dtype
 from ckpt_tools.model.state import DTypeChoice, State, cast_state, main_dtype, model_state
-from ckpt_tools.storage.pool import folders_of
+from ckpt_tools.storage.folders import folders_of
 from ckpt_tools.tensors.catalogue import Catalogue
 from ckpt_tools.tensors.checkpoint import Checkpoint, Copy
 from ckpt_tools.transforms.lora import (

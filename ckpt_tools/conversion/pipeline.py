@@ -24,7 +24,7 @@ from ckpt_tools.hub.card import CardFacts, model_card
 from ckpt_tools.hub.config import of_attribute
 from ckpt_tools.model.fit import Fitted, anticipate, fit_to_model
 from ckpt_tools.model.state import DTypeChoice, State, cast_state, main_dtype, model_state
-from ckpt_tools.storage.pool import folders_of
+from ckpt_tools.storage.folders import folders_of
 from ckpt_tools.tensors.catalogue import Catalogue, Tensor
 from ckpt_tools.tensors.checkpoint import Checkpoint, Copy
 from ckpt_tools.tensors.deferred import settle

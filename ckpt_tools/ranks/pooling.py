@@ -14,7 +14,8 @@ from pathlib import Path
 
 from ckpt_tools.ranks.exchange import Exchange
 from ckpt_tools.ranks.session import Ranks
-from ckpt_tools.storage.pool import DirectoryPlace, FileFacts, Place, Pool, Readable
+from ckpt_tools.storage.places import DirectoryPlace, FileFacts, Place, Readable
+from ckpt_tools.storage.pool import Pool
 
 
 @contextmanager

@@ -18,6 +18,18 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+# Files of which two copies are equal or belong to different saves.
+_OF_A_SAVE = (".pt", ".bin", ".pth", ".safetensors", ".distcp", ".metadata")
+# Files among them that each machine may write by itself, under one name.
+_OF_A_MACHINE = (
+    "dl_state_dict",
+    "random_states",
+    "rng_state",
+    "sampler",
+    "scheduler",
+    "training_args",
+)
+
 
 @dataclass(frozen=True, slots=True)
 class FileFacts:
@@ -291,3 +303,9 @@ class Tree:
         """Numbers of the listings with a file, or with something in a directory, in order."""
         found = self.directories.get(name)
         return sorted(self.files.get(name, ()) or (found.holders if found else ()))
+
+
+def is_of_a_save(relative: str) -> bool:
+    """Whether a file with this path holds tensors or metadata of one save, so that its copies must agree."""
+    name = relative.rpartition("/")[2]
+    return name.endswith(_OF_A_SAVE) and not name.startswith(_OF_A_MACHINE)

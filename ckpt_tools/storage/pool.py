@@ -1,8 +1,7 @@
-"""One directory tree whose files lie in several places.
+"""Owns where a file is read, of a directory tree whose files lie in several places.
 
-Owns where a file of such a tree is read. A :class:`Pool` is the union of its places, of which the first that
-holds a file counts; a :class:`PooledPath` is a path in it, which whoever looks for files and opens them need
-not tell from a plain one. Reads only; knows no format, no tensor and no network.
+A :class:`Pool` is the union of its places; a file is read from the first place that holds it. A
+:class:`PooledPath` is a path in a pool, and works as a plain path where files are listed and opened.
 """
 
 from __future__ import annotations
@@ -17,27 +16,22 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path, PosixPath, PurePath
-from typing import IO, Any, ClassVar
+from typing import IO, Any
 from weakref import WeakValueDictionary
 
 from ckpt_tools.errors import DamagedCheckpoint
-from ckpt_tools.storage.places import DirectoryPlace as DirectoryPlace
-from ckpt_tools.storage.places import FileFacts as FileFacts
-from ckpt_tools.storage.places import LocalFile, Region, Tree, read_fully
-from ckpt_tools.storage.places import Place as Place
-from ckpt_tools.storage.places import Readable as Readable
-
-# Files whose copies are one and the same, or of different saves.
-_OF_A_SAVE = (".pt", ".bin", ".pth", ".safetensors", ".distcp", ".metadata")
-# Those of them that each machine may write by itself, under one name.
-_OF_A_MACHINE = (
-    "dl_state_dict",
-    "random_states",
-    "rng_state",
-    "sampler",
-    "scheduler",
-    "training_args",
+from ckpt_tools.storage.places import (
+    DirectoryPlace,
+    FileFacts,
+    LocalFile,
+    Place,
+    Readable,
+    Region,
+    Tree,
+    is_of_a_save,
+    read_fully,
 )
+
 # A request to another machine costs about as much for this many bytes as for one.
 _BUFFER = 64 << 10
 
@@ -67,12 +61,11 @@ class Pool:
         self._tree = Tree(self._listings)
         ways = (self.root, self.root.absolute(), Path(os.path.abspath(root)), self.root.resolve())
         self._stems = tuple(dict.fromkeys(way.parts for way in ways))
-        self._kind: type[PooledPath] = type("PooledPath", (PooledPath,), {"pool": self})
         _POOLS[self.key] = self
 
     def path(self, relative: str = "") -> PooledPath:
         """A path of the tree; by default its root."""
-        return self._kind(self.root, relative)
+        return PooledPath(self.root, relative).put_in(self)
 
     def relative(self, path: PurePath) -> str | None:
         """Where a path is in the tree, empty for the root; None for what lies elsewhere."""
@@ -81,10 +74,6 @@ class Pool:
             if parts[: len(stem)] == stem and (stem or parts[:1] != ("/",)):
                 return "/".join(parts[len(stem) :])
         return None
-
-    def files(self) -> Iterable[str]:
-        """Every file of the tree."""
-        return self._tree.files
 
     def is_file(self, relative: str) -> bool:
         """Whether a place holds such a file."""
@@ -113,7 +102,7 @@ class Pool:
         held = self._tree.files.get(relative)
         if held is None:
             raise _absent(self.root / relative)
-        if len(held) > 1 and _is_of_a_save(relative):
+        if len(held) > 1 and is_of_a_save(relative):
             self._check_copies(relative, held)
         return self.places[held[0]]
 
@@ -151,26 +140,66 @@ class Pool:
 _POOLS: WeakValueDictionary[str, Pool] = WeakValueDictionary()
 
 
-def _is_of_a_save(relative: str) -> bool:
-    name = relative.rpartition("/")[2]
-    return name.endswith(_OF_A_SAVE) and not name.startswith(_OF_A_MACHINE)
-
-
 def _absent(path: PurePath) -> FileNotFoundError:
     return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
 
 
 class PooledPath(PosixPath):
-    """A path in the tree of a :class:`Pool`, made by :meth:`Pool.path`; paths derived from it are such too.
+    """A path in the tree of a :class:`Pool`, made by :meth:`Pool.path`; a derived path keeps the pool.
 
-    Outside the tree it is a plain path. Inside, what it is called decides what it equals and how it is
-    sorted, and it equals no plain path. As text it is where a file really lies, for messages; ``as_posix()``
-    is what it is called. ``os.fspath`` gives the real place of a file of this machine, and refuses where
-    there is no such place or, for a directory, no single one. Empty directories are not seen. Each pool has
-    a class of its own, which is how a derived path keeps the pool, in every version of pathlib.
+    Outside the tree it behaves as a plain path. Inside, its name decides equality and order, and it equals no
+    plain path. ``str`` gives the place where the file really lies, for messages; ``as_posix()`` gives its
+    name in the tree. ``os.fspath`` gives the real place of a file of this machine. It raises where there is
+    no such place or, for a directory, more than one. Empty directories are not seen.
     """
 
-    pool: ClassVar[Pool]
+    pool: Pool
+
+    def put_in(self, pool: Pool) -> PooledPath:
+        """Make it a path of a pool; called once, before any other use."""
+        self.pool = pool
+        return self
+
+    def with_segments(self, *segments: str | os.PathLike[str]) -> PooledPath:
+        """A path of the same pool. From Python 3.12 on, pathlib derives every path with this method."""
+        return PooledPath(*segments).put_in(self.pool)
+
+    # Up to Python 3.11, pathlib gives a derived path nothing but the class.
+    def joinpath(self, *others: str | os.PathLike[str]) -> PooledPath:
+        """See ``pathlib``, as for those that follow."""
+        return super().joinpath(*others).put_in(self.pool)
+
+    def __truediv__(self, other: str | os.PathLike[str]) -> PooledPath:
+        return self.joinpath(other)
+
+    def __rtruediv__(self, other: str | os.PathLike[str]) -> PooledPath:
+        return (
+            self.with_segments(other, self)
+            if isinstance(other, (str, os.PathLike))
+            else NotImplemented
+        )
+
+    @property
+    def parent(self) -> PooledPath:
+        """The directory that it is in."""
+        return super().parent.put_in(self.pool)
+
+    @property
+    def parents(self) -> Sequence[PooledPath]:
+        """The directories above it, the nearest first."""
+        return [above.put_in(self.pool) for above in super().parents]
+
+    def with_name(self, name: str) -> PooledPath:
+        """Another name in the same directory."""
+        return super().with_name(name).put_in(self.pool)
+
+    def with_suffix(self, suffix: str) -> PooledPath:
+        """The same with another suffix."""
+        return super().with_suffix(suffix).put_in(self.pool)
+
+    def absolute(self) -> PooledPath:
+        """The same from the root of the file system on."""
+        return super().absolute().put_in(self.pool)
 
     @cached_property
     def _plain(self) -> Path:
@@ -292,7 +321,7 @@ class PooledPath(PosixPath):
     def iterdir(self) -> Generator[PooledPath, None, None]:
         """What is in the directory, sorted by name."""
         if self.within is None:
-            yield from super().iterdir()
+            yield from map(self.with_segments, self._plain.iterdir())
             return
         if not self.is_dir():
             raise _absent(self)
@@ -302,7 +331,7 @@ class PooledPath(PosixPath):
     def glob(self, pattern: str, **options: Any) -> Iterator[PooledPath]:  # type: ignore[override]
         """What fits a pattern; ``**`` is this directory and all below it."""
         if self.within is None:
-            yield from map(type(self), self._plain.glob(pattern, **options))
+            yield from map(self.with_segments, self._plain.glob(pattern, **options))
         else:
             yield from dict.fromkeys(self._fitting(PurePath(pattern).parts))
 
@@ -326,10 +355,10 @@ class PooledPath(PosixPath):
     def resolve(self, strict: bool = False) -> PooledPath:
         """The same, without links on the way to the tree."""
         if self.within is None:
-            return type(self)(self._plain.resolve(strict))
+            return self.with_segments(self._plain.resolve(strict))
         if strict and not self.exists():
             raise _absent(self)
-        return type(self)(self.pool.root.resolve(), self.within)
+        return self.with_segments(self.pool.root.resolve(), self.within)
 
 
 def _pooled(key: str, relative: str) -> PooledPath:
@@ -362,31 +391,3 @@ def read_at(path: Path, offset: int, count: int) -> bytes:
     data = bytearray(count)
     with contextlib.closing(open_for_reading(path)) as file:
         return bytes(data[: read_fully(file, memoryview(data), offset)])
-
-
-def searched(path: Path) -> list[str]:
-    """Labels of all places that are searched for what is under a path; none for a plain one."""
-    if isinstance(path, PooledPath) and path.within is not None:
-        return [place.label for place in path.pool.places]
-    return []
-
-
-def folders_of(path: Path) -> list[Path]:
-    """The plain directories of this machine that are searched for what is under a path."""
-    if not isinstance(path, PooledPath) or path.within is None:
-        return local_paths(path)
-    roots = (place.root for place in path.pool.places if isinstance(place, DirectoryPlace))
-    return [*local_paths(path), *roots]
-
-
-def local_paths(path: Path) -> list[Path]:
-    """The plain paths on this machine that a path stands for: one for each folder that holds it."""
-    if not isinstance(path, PooledPath):
-        return [path]
-    if path.within is None:
-        return [path._plain]
-    return [
-        place.path(path.within)
-        for place in path.pool.holders(path.within)
-        if isinstance(place, DirectoryPlace) and place.covers(path.within)
-    ]

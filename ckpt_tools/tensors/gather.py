@@ -17,7 +17,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from ckpt_tools.errors import DamagedCheckpoint
-from ckpt_tools.storage.pool import Readable, open_for_reading
+from ckpt_tools.storage.places import Readable
+from ckpt_tools.storage.pool import open_for_reading
 from ckpt_tools.tensors.catalogue import Computed, Move, Tensor, row_major_strides, window_slabs
 
 if TYPE_CHECKING:
