@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -44,6 +44,27 @@ class FileFacts:
     mtime_ns: int
 
 
+@dataclass(frozen=True, slots=True)
+class Requests:
+    """How a place is read best. The defaults are those of a local disk.
+
+    Attributes:
+        nbytes: most bytes of one request for several short runs. The default is large enough for disks and
+            shared file systems. It is small enough that the bytes are still in the processor's cache when
+            they are cast.
+        gap_bytes: reading a gap this long between two runs costs less than a second request.
+        at_once: the number of requests that one thread makes at a time. If more than 1, a long run is cut
+            into requests of ``nbytes``.
+    """
+
+    nbytes: int = 1 << 20
+    gap_bytes: int = 64 << 10
+    at_once: int = 1
+
+
+LOCAL = Requests()
+
+
 class Readable(Protocol):
     """An open file. Several threads may read at once."""
 
@@ -63,6 +84,10 @@ class Readable(Protocol):
 
 class Place(Protocol):
     """Where some of the files of a tree lie."""
+
+    @property
+    def requests(self) -> Requests:
+        """How its files are read best."""
 
     @property
     def label(self) -> str:
@@ -177,6 +202,7 @@ class DirectoryPlace:
 
     root: Path
     under: str = ""
+    requests: ClassVar[Requests] = LOCAL
 
     @property
     def label(self) -> str:

@@ -21,12 +21,14 @@ from weakref import WeakValueDictionary
 
 from ckpt_tools.errors import DamagedCheckpoint
 from ckpt_tools.storage.places import (
+    LOCAL,
     DirectoryPlace,
     FileFacts,
     LocalFile,
     Place,
     Readable,
     Region,
+    Requests,
     Tree,
     is_of_a_save,
     read_fully,
@@ -39,15 +41,14 @@ _BUFFER = 64 << 10
 class Pool:
     """Directories and other places, read as one tree.
 
-    The places are looked at when it is made. Where several hold a file the first counts. Copies of a file
-    with tensors that differ in size are of two saves: an error, raised when the file is wanted. Copies of one
-    size are not told apart here: readers compare what the files of a checkpoint state about themselves.
+    The places are listed when the pool is made. A file is read from the first place that holds it. If copies
+    of a file with tensors differ in size, they belong to two saves; this is an error when the file is read.
+    Copies of one size are not compared here: readers compare what the files state about themselves.
 
     Args:
-        root: what the tree is called: the directory that the caller named. It need not exist.
-        places: where the files lie; one's own place first.
-        key: under which an unpickled path finds the pool again; in another process, the pool there of the
-            same key. The newest pool of a key is meant. By default no other has it.
+        root: the name of the tree: the directory that the caller named. It need not exist.
+        places: where the files lie; the places of this process first.
+        key: an unpickled path finds the newest pool with this key in its process. The default is unique.
 
     Raises:
         OSError: a place cannot be read.
@@ -68,7 +69,7 @@ class Pool:
         return PooledPath(self.root, relative).put_in(self)
 
     def relative(self, path: PurePath) -> str | None:
-        """Where a path is in the tree, empty for the root; None for what lies elsewhere."""
+        """The name of a path in the tree, empty for the root; None for a path outside."""
         parts = PurePath(os.path.abspath(path)).parts if ".." in path.parts else path.parts
         for stem in self._stems:
             if parts[: len(stem)] == stem and (stem or parts[:1] != ("/",)):
@@ -89,7 +90,7 @@ class Pool:
         return sorted(found.names) if found else []
 
     def holders(self, relative: str) -> list[Place]:
-        """The places with a file, or with something below a directory, the first first."""
+        """The places with a file, or with something below a directory, in order."""
         return [self.places[index] for index in self._tree.holders(relative)]
 
     def place_of(self, relative: str) -> Place:
@@ -114,8 +115,8 @@ class Pool:
                 raise DamagedCheckpoint(
                     f"it has {size:,} bytes in {first} and {other:,} in {label}",
                     path=self.root / relative,
-                    hint="One of the two is stale, of another save. Name folders of one save, or move the "
-                    "stale file away.",
+                    hint="One of the two files is of another save. Name folders of one save, or move the "
+                    "file of the other save away.",
                 )
 
     def facts(self, relative: str) -> FileFacts:
@@ -128,7 +129,7 @@ class Pool:
         return self.place_of(relative).open(relative)
 
     def shown(self, relative: str) -> str | None:
-        """Where a file is, for a person; None for what is no file."""
+        """Where a file lies, for messages; None for anything but a file."""
         if not self.is_file(relative):
             return None
         place = self.holders(relative)[0]
@@ -148,9 +149,8 @@ class PooledPath(PosixPath):
     """A path in the tree of a :class:`Pool`, made by :meth:`Pool.path`; a derived path keeps the pool.
 
     Outside the tree it behaves as a plain path. Inside, its name decides equality and order, and it equals no
-    plain path. ``str`` gives the place where the file really lies, for messages; ``as_posix()`` gives its
-    name in the tree. ``os.fspath`` gives the real place of a file of this machine. It raises where there is
-    no such place or, for a directory, more than one. Empty directories are not seen.
+    plain path. ``as_posix()`` gives its name. ``str`` gives the place of the file, for messages; ``os.fspath``
+    gives its place on this machine, and raises where there is none or more than one.
     """
 
     pool: Pool
@@ -207,7 +207,7 @@ class PooledPath(PosixPath):
 
     @cached_property
     def within(self) -> str | None:
-        """Where it is in the tree; None outside."""
+        """Its name in the tree; None outside."""
         return self.pool.relative(self._plain)
 
     def __str__(self) -> str:
@@ -215,7 +215,7 @@ class PooledPath(PosixPath):
         return PosixPath.__str__(self) if shown is None else shown
 
     def as_posix(self) -> str:
-        """What it is called."""
+        """Its name."""
         return PosixPath.__str__(self)
 
     def __repr__(self) -> str:
@@ -267,21 +267,21 @@ class PooledPath(PosixPath):
         return _pooled, (self.pool.key, self.within)
 
     def relative_to(self, *other: Any, **options: Any) -> Path:  # type: ignore[override]
-        """The way here from another path, which is no path of the tree."""
+        """The relative path from another path to this one, as a plain path."""
         named = [o._plain if isinstance(o, PooledPath) else o for o in other]
         return self._plain.relative_to(*named, **options)
 
     def is_relative_to(self, *other: Any) -> bool:
-        """Whether it is called as something below another path."""
+        """Whether its name is below another path."""
         named = [o._plain if isinstance(o, PooledPath) else o for o in other]
         return self._plain.is_relative_to(*named)
 
     def match(self, *pattern: Any, **options: Any) -> bool:
-        """Whether what it is called fits a pattern."""
+        """Whether its name fits a pattern."""
         return self._plain.match(*pattern, **options)
 
     def exists(self, **options: Any) -> bool:
-        """Whether the tree has it; like those below, for a plain path what pathlib says."""
+        """Whether the tree has it. Outside the tree, this and the methods below do as ``pathlib`` does."""
         return super().exists(**options) if self.within is None else self.is_file() or self.is_dir()
 
     def is_file(self, **options: Any) -> bool:
@@ -309,7 +309,7 @@ class PooledPath(PosixPath):
         if self.within is None:
             return super().open(mode, buffering, *text, **options)
         if set(mode) - set("rbt"):
-            raise OSError(errno.EROFS, "a tree of several places is only read", str(self))
+            raise OSError(errno.EROFS, "a tree of several places is read-only", str(self))
         if isinstance(place := self.pool.place_of(self.within), DirectoryPlace):
             return place.path(self.within).open(mode, buffering, *text, **options)
         region = Region(self.pool.open(self.within), 0, self.pool.facts(self.within).size)
@@ -353,7 +353,7 @@ class PooledPath(PosixPath):
                     yield from child._fitting(pattern)
 
     def resolve(self, strict: bool = False) -> PooledPath:
-        """The same, without links on the way to the tree."""
+        """The same path, with the links above the tree resolved."""
         if self.within is None:
             return self.with_segments(self._plain.resolve(strict))
         if strict and not self.exists():
@@ -375,7 +375,7 @@ def _stat_result(mode: int, facts: FileFacts) -> os.stat_result:
 
 
 def open_for_reading(path: Path) -> Readable:
-    """Open a file, wherever it lies.
+    """Open a file of any place.
 
     Raises:
         OSError: it cannot be opened.
@@ -384,6 +384,13 @@ def open_for_reading(path: Path) -> Readable:
     if isinstance(path, PooledPath) and path.within is not None:
         return path.pool.open(path.within)
     return LocalFile(path)
+
+
+def requests_for(path: Path) -> Requests:
+    """How a file is read best; raises as :meth:`Pool.place_of` does."""
+    if isinstance(path, PooledPath) and path.within is not None and path.is_file():
+        return path.pool.place_of(path.within).requests
+    return LOCAL
 
 
 def read_at(path: Path, offset: int, count: int) -> bytes:
