@@ -2,8 +2,8 @@
 
     python docs/generate.py
 
-replaces what is between ``<!-- generated: NAME -->`` and ``<!-- end of generated -->`` in each page. A test does
-the same and compares, so a page cannot differ from what it describes.
+replaces what is between ``<!-- generated: NAME -->`` and ``<!-- end of generated -->`` in each page. A
+test does the same and compares, so a page cannot differ from what it describes.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from ckpt_tools.errors import (
     UsageError,
     listed,
 )
-from ckpt_tools.storage.pool import local_paths, searched
+from ckpt_tools.storage.folders import local_paths, searched
 from ckpt_tools.tensors.checkpoint import FINISHED, Checkpoint, Location
 
 # No format: an adapter is nothing to convert, but people name it, and are told what to do with it.

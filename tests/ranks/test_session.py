@@ -23,9 +23,9 @@ __all__ = ["hurried"]
 pytestmark = pytest.mark.usefixtures("hurried")
 
 
-def told(outcomes: list[Any]) -> list[int]:
+def told(ranks: list[Ranks]) -> list[int]:
     """Ranks that tell the user why they ended."""
-    return [rank for rank, error in enumerate(outcomes) if not error.told_elsewhere]
+    return [number for number, own in enumerate(ranks) if own.told_elsewhere is False]
 
 
 def assert_failed(error: Any, fact: str) -> None:
@@ -139,14 +139,14 @@ def test_a_failed_follower_ends_all_with_its_message_told_by_the_leader() -> Non
             raise damage
         own.get("never")
 
-    leader, failed, other = together(made(3), body)
+    leader, failed, other = together(ranks := made(3), body)
 
     assert failed is damage
     for error in (leader, other):
         assert_failed(error, "rank 1: it ends early")
         assert (error.path, error.tensor, error.hint) == (Path("shard.pt"), "w", "Copy it anew.")
         assert error.exit_code == DamagedCheckpoint.exit_code
-    assert told([leader, failed, other]) == [0]
+    assert told(ranks) == [0]
 
 
 def test_a_failed_leader_ends_all() -> None:
@@ -155,12 +155,12 @@ def test_a_failed_leader_ends_all() -> None:
             raise OutputFailed("no space left")
         own.get("plan")
 
-    leader, *others = together(made(3), body)
+    leader, *others = together(ranks := made(3), body)
 
     assert isinstance(leader, OutputFailed)
     for error in others:
         assert_failed(error, "rank 0: no space left")
-    assert told([leader, *others]) == [0]
+    assert told(ranks) == [0]
 
 
 def test_a_failure_reaches_a_rank_that_waits_for_nothing() -> None:
@@ -195,21 +195,21 @@ def test_a_signal_stays_a_signal_where_it_came(end: BaseException) -> None:
             raise end
         own.get("never")
 
-    leader, failed = together(made(2), body)
+    leader, failed = together(ranks := made(2), body)
 
     assert failed is end
     assert_failed(leader, "rank 1: was ended by a signal")
-    assert told([leader, failed]) == [0]
+    assert told(ranks) == [0]
 
 
 def test_of_several_failures_one_is_told() -> None:
     def body(own: Ranks) -> None:
         raise OutputFailed(f"no space left for rank {own.rank}")
 
-    outcomes = together(made(4), body)
+    outcomes = together(ranks := made(4), body)
 
     assert [type(error) for error in outcomes] == [OutputFailed] * 4
-    assert told(outcomes) == [0]
+    assert told(ranks) == [0]
 
 
 def test_an_error_that_only_follows_from_another_gives_way_to_it() -> None:
@@ -262,10 +262,10 @@ def test_others_wait_until_the_leader_has_tidied_up() -> None:
             own.active()
 
     ranks = made(2)
-    leader, follower = together(ranks, body)
+    together(ranks, body)
 
     assert left
-    assert told([leader, follower]) == [0]
+    assert told(ranks) == [0]
 
 
 # Ranks that are lost
@@ -301,10 +301,10 @@ def test_where_the_leader_is_dead_the_rank_that_missed_it_speaks() -> None:
             die(own)
         own.get("plan")
 
-    _, *others = together(made(3), body)
+    _, *others = together(ranks := made(3), body)
 
     assert all("rank 0 gives no sign of life" in error.fact for error in others)
-    assert len(told(others)) == 1
+    assert len(told(ranks[1:])) == 1
 
 
 def test_where_the_leader_is_dead_a_failed_rank_speaks_for_itself() -> None:
@@ -315,11 +315,11 @@ def test_where_the_leader_is_dead_a_failed_rank_speaks_for_itself() -> None:
             raise OutputFailed("no space left")
         own.get("plan")
 
-    _, *others = together(made(3), body)
+    _, *others = together(ranks := made(3), body)
 
     assert isinstance(others[0], OutputFailed)
     assert_failed(others[1], "rank 1: no space left")
-    assert told(others) == [0]
+    assert told(ranks[1:]) == [0]
 
 
 def die(own: Ranks) -> None:
@@ -384,22 +384,22 @@ def test_a_rank_that_never_comes_is_waited_for_as_long_as_asked() -> None:
 def test_a_rank_that_could_not_start_is_named_by_the_first_that_did(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(session, "_START_SECONDS", 0.5)
-    store = HashStore()
+    monkeypatch.setattr(session, "START_SECONDS", 0.5)
+    ranks = made(4)
+    del ranks[1]
 
-    def come(rank: int) -> RankFailed:
-        with pytest.raises(RankFailed, match="rank 1 did not start within") as raised:
-            session._await_all(store, rank, 4)
-        return raised.value
+    def come(own: Ranks) -> None:
+        with pytest.raises(RankFailed, match="rank 1 did not start within"):
+            own.await_all()
 
     with ThreadPoolExecutor() as pool:
-        assert told(list(pool.map(come, [0, 2, 3]))) == [0]
+        list(pool.map(come, ranks))
+    assert told(ranks) == [0]
 
 
 def test_ranks_that_have_all_started_wait_no_longer() -> None:
-    store = HashStore()
     with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda rank: session._await_all(store, rank, 3), range(3)))
+        list(pool.map(Ranks.await_all, made(3)))
 
 
 def test_a_rank_may_come_late() -> None:
@@ -445,11 +445,11 @@ def test_when_the_store_is_gone_every_rank_ends(monkeypatch: pytest.MonkeyPatch)
         store.gone = True
         own.get("never")
 
-    outcomes = together(made(3, store=store), body)
+    outcomes = together(ranks := made(3, store=store), body)
 
     for rank, error in enumerate(outcomes):
         assert_failed(error, f"rank {rank} lost the others (Connection reset by peer)")
-    assert told(outcomes) == [0, 1, 2], "each is the first of its machine"
+    assert told(ranks) == [0, 1, 2], "each is the first of its machine"
 
 
 def test_when_the_store_is_gone_one_rank_of_a_machine_speaks(
@@ -462,8 +462,8 @@ def test_when_the_store_is_gone_one_rank_of_a_machine_speaks(
         store.gone = True
         own.get("never")
 
-    leader, other = together(made(2, store=store), body)
-    assert (leader.told_elsewhere, other.told_elsewhere) == (False, True)
+    together(ranks := made(2, store=store), body)
+    assert told(ranks) == [0]
 
 
 def test_a_busy_rank_learns_that_the_store_is_gone() -> None:
@@ -497,7 +497,7 @@ def test_a_store_that_does_not_answer_is_waited_for_as_long_as_a_dead_rank() -> 
 
 def test_ranks_that_were_asked_for_different_things_do_not_work_together() -> None:
     outcomes = together(
-        made(3), lambda own: own.get("never"), lambda own: "--node-local" * (own.rank == 2)
+        ranks := made(3), lambda own: own.get("never"), lambda own: "--node-local" * (own.rank == 2)
     )
     assert_failed(outcomes[0], "rank 2 was started with --node-local, and rank 0 with")
-    assert told(outcomes) == [0]
+    assert told(ranks) == [0]
