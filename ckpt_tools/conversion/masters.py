@@ -20,7 +20,7 @@ from ckpt_tools.tensors.gather import Gatherer
 def check_masters(
     checkpoint: Checkpoint,
     *,
-    every_element: bool,
+    check_all_masters: bool,
     workers: int,
     progress: Callable[[], None] | None = None,
 ) -> int:
@@ -28,7 +28,7 @@ def check_masters(
 
     Args:
         checkpoint: what to check.
-        every_element: compare all elements, not only some of each run. A checkpoint with doubts
+        check_all_masters: compare all elements, not only some of each run. A checkpoint with doubts
             about its own layout is always compared in full.
         workers: number of threads.
         progress: called after each parameter, from any worker's thread.
@@ -39,7 +39,7 @@ def check_masters(
     Raises:
         DamagedCheckpoint: one differs.
     """
-    full = every_element or bool(checkpoint.doubts)
+    whole = check_all_masters or bool(checkpoint.doubts)
     pairs = list(_pairs(checkpoint))
     if not pairs:
         return 0
@@ -49,7 +49,7 @@ def check_masters(
             for name, weight in share:
                 assert weight.master is not None and weight.model is not None
                 master = cast(weight.master, weight.model.dtype)
-                windows = None if full else sample_windows(master)
+                windows = None if whole else sample_windows(master)
                 at = first_difference(gatherer, master, weight.model, windows)
                 if at is not None:
                     raise _differs(checkpoint, name, weight, at)

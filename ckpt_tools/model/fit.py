@@ -64,6 +64,7 @@ def fit_to_model(
     dtype: DType,
     *,
     trust: bool = False,
+    answer: Answer | None = None,
 ) -> Fitted:
     """Make the state fit the model of ``config``.
 
@@ -73,13 +74,15 @@ def fit_to_model(
         extra: tensors to take where the state lacks them (``--like``).
         dtype: dtype of the output as a whole.
         trust: whether custom code beside the config may be run, in a process of its own.
+        answer: of :func:`ask_model` with the same arguments, if it was asked before.
 
     Raises:
         UsageError: the config is of another model.
         DamagedCheckpoint: tensors of the model are missing.
     """
     like = None if extra is None else set(extra)
-    reference = _ask(catalogue, config, dtype, like, trust=trust, untied=False).result()
+    answer = answer or ask_model(catalogue, config, extra, dtype, trust=trust)
+    reference = answer.result()
     if reference is None:
         fitted = Fitted.unchecked(catalogue)
         return Fitted(fitted.catalogue, (), fitted.notes, (_UNKNOWN,))
@@ -134,20 +137,20 @@ def _notes(layout: HubLayout, ties: Mapping[str, str], duplicated: Sequence[str]
     return notes
 
 
-def anticipate(
+def ask_model(
     catalogue: Catalogue,
     config: ConfigSource,
     extra: Catalogue | None,
     dtype: DType,
     *,
     trust: bool = False,
-) -> None:
-    """Have the question that :func:`fit_to_model` will ask answered in the background.
+) -> Answer:
+    """Begin to ask which model the config describes; the arguments are those of :func:`fit_to_model`.
 
     The answer takes seconds, in a process of its own; the caller has other things to do meanwhile.
     """
     like = None if extra is None else set(extra)
-    _ask(catalogue, config, dtype, like, trust=trust, untied=False)
+    return _ask(catalogue, config, dtype, like, trust=trust, untied=False)
 
 
 def _ask(

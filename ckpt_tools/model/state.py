@@ -75,12 +75,6 @@ def model_state(checkpoint: Checkpoint, copy: Copy, attribute: str | None = None
     )
 
 
-def only_state(states: Sequence[State]) -> State:
-    """The state of a conversion of one checkpoint, as it is."""
-    (state,) = states
-    return state
-
-
 def mean_state(states: Sequence[State], coefficients: Sequence[float] | None) -> State:
     """The weighted mean of states; what is not a tensor is the first one's.
 

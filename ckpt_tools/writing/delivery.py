@@ -18,12 +18,12 @@ from typing import Any
 
 import xxhash
 
-from ckpt_tools import __version__
+from ckpt_tools._version import __version__
 from ckpt_tools.errors import OutputFailed, RankFailed
 from ckpt_tools.ranks import Ranks
 from ckpt_tools.writing import journal
 from ckpt_tools.writing.bytes import Outputs, Written, laid_out, lay_out, write
-from ckpt_tools.writing.finishing import finish
+from ckpt_tools.writing.finishing import Verify, finish
 from ckpt_tools.writing.manifest import Provenance
 from ckpt_tools.writing.output import Output, Writing
 from ckpt_tools.writing.publish import Partial, check_room, leftovers, partial_directory
@@ -75,9 +75,20 @@ class _Share:
 
 
 def deliver(
-    target: Path, outputs: Sequence[Output], writing: Writing, provenance: Provenance
+    target: Path,
+    outputs: Sequence[Output],
+    writing: Writing,
+    provenance: Provenance,
+    verify: Verify,
 ) -> Delivered | None:
     """Write the outputs and put them in place together; nothing is done in a dry run.
+
+    Args:
+        target: the directory to make.
+        outputs: what is written into it.
+        writing: how it is written.
+        provenance: what the outputs are made of.
+        verify: raises if a complete directory is wrong; called where ``writing`` asks for it.
 
     Raises:
         CkptError: the target appeared meanwhile, a source is damaged, the disk refused, another rank
@@ -112,7 +123,7 @@ def deliver(
                         writing.ranks.put("job", replace(job, units=()))
                     with _shown(job, writing) as progress:
                         shares = _write_shares(job, writing, progress)
-                    _finish_all(job, outputs, shares, provenance, writing)
+                    _finish_all(job, outputs, shares, provenance, writing, verify)
                     files = _sizes(partial.path)
             finally:
                 proven = found is not None or journal.has_proof(partial.home)
@@ -149,7 +160,7 @@ def follow(ranks: Ranks, workers: int) -> Any:
                 path=job.home,
                 hint="OUT must lie on a file system that all machines see, under the same path.",
             )
-        _write_shares(job, Writing(workers, ranks=ranks), None)
+        _write_shares(job, Writing(workers=workers, ranks=ranks), None)
     return ranks.get("report")
 
 
@@ -304,6 +315,7 @@ def _finish_all(
     shares: Sequence[_Share],
     provenance: Provenance,
     writing: Writing,
+    verify: Verify,
 ) -> None:
     # Folders before what they lie in: the manifest of a directory is of all that is below it.
     inward = sorted(enumerate(outputs), key=lambda pair: pair[1].folder, reverse=True)
@@ -312,7 +324,8 @@ def _finish_all(
         for share in shares:
             digests |= share.digests.get(number, {})
         directory, units = job.directories[number], job.units[number]
-        finish(directory, output, units.tensor_digests(digests), units.nbytes, provenance, writing)
+        tensors = units.tensor_digests(digests)
+        finish(directory, output, tensors, units.nbytes, provenance, writing, verify)
 
 
 def _sizes(directory: Path) -> dict[str, int]:

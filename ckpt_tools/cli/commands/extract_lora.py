@@ -8,24 +8,26 @@ from typing import Any
 
 import click
 
-from ckpt_tools.cli.shared import adapter_options, reports_errors
-from ckpt_tools.cli.writing import adapter_writing_options, write_directory
+from ckpt_tools.cli import options
+from ckpt_tools.cli.outcome import reports_errors
+from ckpt_tools.cli.writing import write_directory
 
-_PATH = click.Path(path_type=Path)
+SUMMARY = "A PEFT adapter becomes a directory of its own."
 
 
-@click.command("extract-lora")
-@click.argument("ckpt", type=_PATH)
-@click.argument("out", type=_PATH)
-@adapter_options("Which adapter, where there are several; `all` writes each, in PEFT's folders.")
-@click.option(
+@click.command("extract-lora", cls=options.Command)
+@click.argument("ckpt", type=options.PATH)
+@click.argument("out", type=options.PATH)
+@options.of_adapter("Which adapter, where there are several; `all` writes each, in PEFT's folders.")
+@options.option(
     "--base-model",
+    group=options.READ,
     metavar="NAME",
     help="What the base is called, a Hub name or directory, where no config says it.",
 )
-@adapter_writing_options
+@options.adapter_writing
 @reports_errors
-def command(ckpt: Path, out: Path, **options: Any) -> None:
+def command(ckpt: Path, out: Path, **asked: Any) -> None:
     """Write an adapter as the directory OUT that PEFT's save_pretrained would have written.
 
     Only its bytes are read. adapter_config.json comes from --adapter-config or from near the checkpoint;
@@ -37,4 +39,4 @@ def command(ckpt: Path, out: Path, **options: Any) -> None:
     """
     from ckpt_tools.conversion.api import extract_lora
 
-    write_directory(partial(extract_lora, ckpt, out), **options)
+    write_directory(partial(extract_lora, ckpt, out), **asked)

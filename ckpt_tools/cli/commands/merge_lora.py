@@ -8,31 +8,34 @@ from typing import Any
 
 import click
 
-from ckpt_tools.cli.shared import adapter_options, reports_errors
-from ckpt_tools.cli.writing import write_directory, writing_options
+from ckpt_tools.cli import options
+from ckpt_tools.cli.outcome import reports_errors
+from ckpt_tools.cli.writing import write_directory
 
-_PATH = click.Path(path_type=Path)
+SUMMARY = "A LoRA adapter and its base become one model."
 
 
-@click.command("merge-lora")
-@click.argument("ckpt", type=_PATH)
-@click.argument("out", type=_PATH)
-@adapter_options("Which adapter, where there are several.")
-@click.option(
+@click.command("merge-lora", cls=options.Command)
+@click.argument("ckpt", type=options.PATH)
+@click.argument("out", type=options.PATH)
+@options.of_adapter("Which adapter, where there are several.")
+@options.option(
     "--adapter-dir",
-    type=_PATH,
+    group=options.READ,
+    type=options.PATH,
     metavar="DIR",
     help="Take the adapter from a directory that PEFT wrote, and CKPT as the base.",
 )
-@click.option(
+@options.option(
     "--base",
-    type=_PATH,
+    group=options.READ,
+    type=options.PATH,
     metavar="DIR",
     help="A Hugging Face directory of the base: what CKPT lacks comes from it.",
 )
-@writing_options
+@options.model_writing
 @reports_errors
-def command(ckpt: Path, out: Path, **options: Any) -> None:
+def command(ckpt: Path, out: Path, **asked: Any) -> None:
     """Merge a LoRA adapter into its base and write the model as a Hugging Face directory OUT.
 
     W + s B A is computed in fp32 from the weights that trained, and rounded once to the output's dtype.
@@ -43,4 +46,4 @@ def command(ckpt: Path, out: Path, **options: Any) -> None:
     """
     from ckpt_tools.conversion.api import merge_lora
 
-    write_directory(partial(merge_lora, ckpt, out), **options)
+    write_directory(partial(merge_lora, ckpt, out), **asked)
