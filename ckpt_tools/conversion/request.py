@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from ckpt_tools.hub.sources import AssetOptions
 from ckpt_tools.model.state import DTypeChoice
 from ckpt_tools.tensors.checkpoint import Checkpoint, Copy
-from ckpt_tools.writing.bytes import default_workers
+from ckpt_tools.tensors.threads import default_workers
 from ckpt_tools.writing.output import Progress, Writing
 
 if TYPE_CHECKING:

@@ -12,11 +12,10 @@ import click
 from ckpt_tools.cli import options
 from ckpt_tools.cli.outcome import reports_errors
 from ckpt_tools.cli.text import count_text, counted, drawn, nbytes_text, print_json, printable
+from ckpt_tools.errors import listed
 
 if TYPE_CHECKING:
     from ckpt_tools.analysis.inspection import Group, Inspection
-
-_LISTED = 8
 
 SUMMARY = "What a checkpoint is, from metadata alone."
 
@@ -38,10 +37,10 @@ def command(
     also: tuple[Path, ...],
     as_json: bool,
 ) -> None:
-    """Say what the checkpoint CKPT is, from metadata alone.
+    """Show what the checkpoint CKPT is, from metadata alone.
 
-    Format, ranks, step, parameters, sizes, frozen, tied and adapter tensors, and what is wrong with
-    it, if anything: then the exit status is 4.
+    Shows format, ranks, step, parameters, sizes, frozen, tied and adapter tensors, and problems. If there
+    are problems, the exit status is 4.
 
     \b
     Example:
@@ -95,7 +94,7 @@ def _rows(found: Inspection) -> Iterator[tuple[str, str]]:
             yield label, _group(group)
     if found.tied:
         ties = [f"{alias} = {kept}" for alias, kept in found.tied.items()]
-        yield "tied", _listed(ties)
+        yield "tied", listed(ties, 8)
     for name, group in (found.adapters or {}).items():
         yield "adapter", f"{name}: {_group(group)}"
     for name, group in (found.attributes or {}).items():
@@ -124,8 +123,3 @@ def _dtypes(found: Inspection) -> str:
 def _group(group: Group) -> str:
     elements = "element" if group.parameters == 1 else "elements"
     return f"{counted(group.tensors, 'tensor')}, {count_text(group.parameters)} {elements}"
-
-
-def _listed(items: list[str]) -> str:
-    more = f" and {len(items) - _LISTED} more" if len(items) > _LISTED else ""
-    return ", ".join(items[:_LISTED]) + more

@@ -23,6 +23,7 @@ from ckpt_tools.readers.deepspeed.shards import (
     open_shards,
 )
 from ckpt_tools.readers.deepspeed.unpartitioned import unpartitioned_masters
+from ckpt_tools.storage.folders import by_number, entries_of
 from ckpt_tools.tensors.catalogue import Stored
 from ckpt_tools.tensors.checkpoint import Checkpoint, Location, Weight
 from ckpt_tools.tensors.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
@@ -53,7 +54,7 @@ def find(path: Path, tag: str | None = None) -> list[Location]:
         ):
             return []
         path = path.parent
-    if is_shard_directory(path) or any(OPTIM_FILE.fullmatch(e.name) for e in _entries(path)):
+    if is_shard_directory(path) or any(OPTIM_FILE.fullmatch(e.name) for e in entries_of(path)):
         if tag is not None and tag != path.name:
             raise UsageError(
                 f"this directory holds the shards of {path.name!r}, not of {tag!r}",
@@ -61,7 +62,7 @@ def find(path: Path, tag: str | None = None) -> list[Location]:
                 hint="Leave out --tag, or name the directory above.",
             )
         return [_location(path, path.parent)]
-    tags = [entry for entry in _entries(path) if entry.is_dir() and is_shard_directory(entry)]
+    tags = [entry for entry in entries_of(path) if entry.is_dir() and is_shard_directory(entry)]
     names = [entry.name for entry in tags]
     latest = path / "latest"
     if tag is not None:
@@ -77,18 +78,6 @@ def find(path: Path, tag: str | None = None) -> list[Location]:
     if latest.is_file():
         return [_follow_latest(path, latest, names)]
     return [_location(entry, path) for entry in tags]
-
-
-def _entries(path: Path) -> list[Path]:
-    try:
-        return sorted(path.iterdir(), key=_natural)
-    except OSError:
-        return []
-
-
-def _natural(path: Path) -> tuple[int, str]:
-    digits = "".join(c for c in path.name if c.isdigit())
-    return int(digits or 0), path.name
 
 
 def _location(directory: Path, root: Path, remarks: tuple[str, ...] = ()) -> Location:
@@ -110,12 +99,12 @@ def _follow_latest(root: Path, latest: Path, names: list[str]) -> Location:
     if not _is_directory(root / tag):
         raise DamagedCheckpoint(f"it names {tag!r}, which is not there", path=latest, hint=hint)
     if not any(
-        MODEL_FILE.fullmatch(e.name) or OPTIM_FILE.fullmatch(e.name) for e in _entries(root / tag)
+        MODEL_FILE.fullmatch(e.name) or OPTIM_FILE.fullmatch(e.name) for e in entries_of(root / tag)
     ):
         raise DamagedCheckpoint(
             f"it names {tag!r}, which holds no DeepSpeed shards", path=latest, hint=hint
         )
-    newer = [name for name in names if _natural(root / name) > _natural(root / tag)]
+    newer = [name for name in names if by_number(root / name) > by_number(root / tag)]
     remarks = (f"newer than the one that `latest` names: {', '.join(newer)}",) if newer else ()
     return _location(root / tag, root, remarks)
 
