@@ -157,7 +157,7 @@ class Merged(Computed):
         """What DoRA multiplies each row of a tile with, given all of its rows."""
         assert self.magnitude is not None
         magnitude = values.window(self.magnitude, top, top + len(tile)).double()
-        return (magnitude / _roots(_row_sums(tile * tile))).unsqueeze(1)
+        return (magnitude / roots(_row_sums(tile * tile))).unsqueeze(1)
 
     def _column_factors(self, values: Values) -> torch.Tensor:
         """What DoRA multiplies each column with."""
@@ -206,7 +206,7 @@ class ColumnNorms(Computed):
             tile = self.merged.tile(top, bottom, values)
             for squares in tile.mul_(tile):
                 total += squares
-        return _roots(total[start:stop])
+        return roots(total[start:stop])
 
 
 @dataclass(frozen=True, eq=False)
@@ -283,7 +283,7 @@ def _row_sums(elements: torch.Tensor) -> torch.Tensor:
     return elements[:, 0]
 
 
-def _roots(squares: torch.Tensor) -> torch.Tensor:
+def roots(squares: torch.Tensor) -> torch.Tensor:
     """The square roots, correctly rounded; those of ``torch.sqrt`` are not."""
     import torch
 

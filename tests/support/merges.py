@@ -18,9 +18,10 @@ from tests.support.models import State
 from tests.support.peft_models import live_adapted, merged_by_peft, rounded
 
 SINGLE = "model.safetensors"
-# Of the largest element of a tensor. Each of two fp64 merges is off by (n + r + 6) 2**-53 (|W| + |s| sum |b a|)
-# at most (see ckpt_tools.transforms.merge; DoRA's norms add n, the length of a row). In the fixtures n and r are
-# below 128 and 8, and no sum of magnitudes is 16 times the largest element.
+# Of the largest element of a tensor. Each of two fp64 merges is off by at most
+# (n + r + 6) 2**-53 (|W| + |s| sum |b a|), where DoRA's norms add n, the length of a row; see
+# ckpt_tools.transforms.merge. In the fixtures n and r are below 128 and 8, and no sum of magnitudes is
+# 16 times the largest element.
 _FP64_ERROR = 2.0**-40
 FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 
