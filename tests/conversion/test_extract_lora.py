@@ -26,10 +26,11 @@ from tests.adapted import (
     facts,
     files,
     files_but_manifests,
-    logits,
     lora_state,
     write_checkpoint,
 )
+from tests.support.models import same_logits
+from tests.support.peft_models import live_adapted
 
 LORA = [case for case in CASES if set(facts(case)["adapters"].values()) == {"LORA"}]
 OTHERS = [case for case in CASES if case not in LORA]
@@ -85,8 +86,7 @@ def test_peft_loads_it_and_gives_the_live_logits(case: str, fixtures: Path, tmp_
     )
     model = PeftModel.from_pretrained(base, tmp_path / "out", autocast_adapter_dtype=False)
 
-    live = load_file(source / "truth/logits.safetensors")["logits"]
-    assert torch.equal(logits(model), live)
+    assert same_logits(model, live_adapted(source))
 
 
 @pytest.mark.parametrize(
