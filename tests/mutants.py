@@ -6,7 +6,7 @@
     python tests/mutants.py --compare A B    two such files side by side
 
 The table is in ``mutants_table.py``. First the named tests run on code without a mistake. What fails there is
-listed, and is left out of the runs with a mistake. A copy has an interpreter of its own: a process that a test
+listed, and is left out of the runs with a mistake. Each copy has its own interpreter: a process that a test
 starts imports the copy too, whatever the test does to PYTHONPATH. ``--json`` keeps what an earlier run wrote
 of other mistakes.
 """
