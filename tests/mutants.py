@@ -5,10 +5,11 @@
     python tests/mutants.py --json FILE      make all of them, one after the other (half an hour)
     python tests/mutants.py --compare A B    two such files side by side
 
-The table is in ``mutants_table.py``. First the named tests run on code without a mistake. What fails there is
-listed, and is left out of the runs with a mistake. Each copy has its own interpreter: a process that a test
-starts imports the copy too, whatever the test does to PYTHONPATH. ``--json`` keeps what an earlier run wrote
-of other mistakes.
+The table is in ``mutants_table.py``. A test that notices a mistake must pass without one. So the tests that
+failed run once more on the code as it is; those that fail there too are listed and left out, and the mistakes
+that they seemed to notice are tried again. Each copy has its own interpreter: a process that a test starts
+imports the copy too, whatever the test does to PYTHONPATH. The interpreter has imported torch, and is forked
+for each run. ``--json`` keeps what an earlier run wrote of other mistakes.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import json
 import os
 import platform
 import queue
+import select
 import shutil
 import signal
 import subprocess
@@ -30,14 +32,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = "ckpt_tools"
 REPORT = "CKPT_TOOLS_MUTANTS_REPORT"
-# A mistake may make tests wait for ever; the machine may be busier than it was without one.
-_LEAST_SECONDS, _TIMES = 120.0, 4.0
+# A mistake may make tests wait for ever; other processes may have the processor.
+_LIMIT_SECONDS = 900.0
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class Mutant:
     @property
     def path(self) -> Path:
         """The file, relative to the repository."""
-        return Path("ckpt_tools", self.file)
+        return Path(PACKAGE, self.file)
 
 
 @dataclass
@@ -111,6 +115,43 @@ def _note(nodeid: str, outcome: str) -> None:
             stream.write(json.dumps([nodeid, outcome]) + "\n")
 
 
+def serve() -> None:
+    """Fork for each line on stdin, and run pytest there: a tree, the file of its output, its arguments."""
+    import huggingface_hub  # noqa: F401
+    import hypothesis  # noqa: F401
+    import numpy  # noqa: F401
+    import safetensors.torch  # noqa: F401
+    import torch  # noqa: F401
+
+    for line in sys.stdin:
+        tree, output, arguments = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            _run_pytest(tree, output, arguments)
+        print(child, flush=True)
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+def _run_pytest(tree: str, output: str, arguments: list[str]) -> NoReturn:
+    status = 3
+    try:
+        os.setsid()
+        stream = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for number, source in ((0, os.open(os.devnull, os.O_RDONLY)), (1, stream), (2, stream)):
+            os.dup2(source, number)
+        os.chdir(tree)
+        # As `python -m` puts it there; the directory of this script would hide packages.
+        sys.path[0] = tree
+        import pytest
+
+        status = int(pytest.main(arguments))
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(status)
+
+
 # -- copies ------------------------------------------------------------------------------------------
 
 
@@ -120,6 +161,8 @@ class Copy:
     def __init__(self, home: Path) -> None:
         self.home, self.tree = home, home / "tree"
         self._scratch, self._report = home / "tmp", home / "report.jsonl"
+        self._output = home / "output.txt"
+        self._server: subprocess.Popen[str] | None = None
         interpreter = home / "env"
         self.python = interpreter / "bin" / "python"
         command = [sys.executable, "-m", "venv", "--without-pip", "--symlinks", str(interpreter)]
@@ -130,11 +173,22 @@ class Copy:
         lines = [str(self.tree), *(f"import site; site.addsitedir({place!r})" for place in shared)]
         (site / "copy.pth").write_text("\n".join(lines) + "\n")
 
-    def made_of(self, source: Path) -> Copy:
-        """The same, with the files of another tree."""
-        shutil.rmtree(self.tree, ignore_errors=True)
-        shutil.copytree(source, self.tree, ignore=shutil.ignore_patterns(".hypothesis"))
+    def whole(self, source: Path) -> None:
+        """Copy all of a tree."""
+        shutil.copytree(source, self.tree)
+
+    def mended(self, source: Path) -> Copy:
+        """The same, with the package as it is in another tree."""
+        shutil.rmtree(self.tree / PACKAGE)
+        shutil.copytree(source / PACKAGE, self.tree / PACKAGE)
         return self
+
+    def check(self, source: Path) -> None:
+        """Raise RuntimeError if a mistake has changed what the tests read."""
+        for path in source.rglob("*"):
+            own = self.tree / path.relative_to(source)
+            if path.is_file() and _facts(own) != _facts(path):
+                raise RuntimeError(f"a mistake changed {own}: the mistakes after it prove nothing")
 
     def prove(self) -> None:
         """Raise RuntimeError unless every process imports the copy, with PYTHONPATH and without."""
@@ -156,25 +210,10 @@ class Copy:
         shutil.rmtree(self._scratch, ignore_errors=True)
         self._scratch.mkdir()
         self._report.unlink(missing_ok=True)
-        command = [self.python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-        command += ["-p", "tests.mutants", "--hypothesis-seed=0", *options, *tests]
+        arguments = ["-q", "-p", "no:cacheprovider", "-p", "tests.mutants", *options, *tests]
         started = time.monotonic()
-        process = subprocess.Popen(
-            command,
-            cwd=self.tree,
-            env=self._environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
-        try:
-            output, code = process.communicate(timeout=limit)[0], process.returncode
-        except subprocess.TimeoutExpired:
-            output, code = "", None
-        finally:
-            self._end(process)
+        code = self._forked(arguments, limit)
+        self._end()
         seconds = time.monotonic() - started
         noted = [(str(node), str(outcome)) for node, outcome in self._noted()]
         failed = list(dict.fromkeys(node for node, outcome in noted if outcome == "failed"))
@@ -184,7 +223,43 @@ class Copy:
         if code == 0:
             return Ran("passed", [], passed, seconds, "")
         status = "failed" if failed or code < 0 else "broken"
-        return Ran(status, failed or _running(noted), passed, seconds, output[-3000:])
+        output = self._output.read_text("utf-8", "replace")[-3000:]
+        return Ran(status, failed or _running(noted), passed, seconds, output)
+
+    def _forked(self, arguments: Sequence[str], limit: float | None) -> int | None:
+        """The status of pytest; None where it took too long."""
+        if self._server is None or self._server.poll() is not None:
+            self._server = subprocess.Popen(
+                [self.python, __file__, "--serve"],
+                cwd="/",
+                env=self._environment()
+                | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
+        server = self._server
+        assert server.stdin is not None
+        assert server.stdout is not None
+        print(
+            json.dumps([str(self.tree), str(self._output), list(arguments)]),
+            file=server.stdin,
+            flush=True,
+        )
+        process = int(server.stdout.readline())
+        in_time = bool(select.select([server.stdout], [], [], limit)[0])
+        if not in_time:
+            os.killpg(process, signal.SIGKILL)
+        code = int(server.stdout.readline())
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process, signal.SIGKILL)
+        return code if in_time else None
+
+    def close(self) -> None:
+        """End the interpreter."""
+        if self._server is not None:
+            self._server.communicate()
 
     def _noted(self) -> list[list[str]]:
         if not self._report.exists():
@@ -201,16 +276,23 @@ class Copy:
             REPORT: str(self._report),
         }
 
-    def _end(self, process: subprocess.Popen[str]) -> None:
-        """End what a run that was cut short has left: it is told by the file that it reports to."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    def _end(self) -> None:
+        """End what the run has left elsewhere: a process is told by the file that it reports to."""
         mark = f"{REPORT}={self._report}".encode()
+        ours = {os.getpid(), self._server.pid if self._server is not None else 0}
         for entry in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                if mark in (entry / "environ").read_bytes().split(b"\0"):
+                if int(entry.name) not in ours and mark in (entry / "environ").read_bytes().split(
+                    b"\0"
+                ):
                     os.kill(int(entry.name), signal.SIGKILL)
+
+
+def _facts(path: Path) -> tuple[int, int] | None:
+    with contextlib.suppress(OSError):
+        found = path.stat()
+        return found.st_size, found.st_mtime_ns
+    return None
 
 
 def _running(noted: Sequence[tuple[str, str]]) -> list[str]:
@@ -230,7 +312,7 @@ def template(home: Path) -> Path:
         if (ROOT / name).is_file():
             (home / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, home / name)
-    compiling = ["-m", "compileall", "-q", "--invalidation-mode", "checked-hash", "ckpt_tools"]
+    compiling = ["-m", "compileall", "-q", "--invalidation-mode", "checked-hash", PACKAGE]
     subprocess.run([sys.executable, *compiling], cwd=home, check=True)
     return home
 
@@ -272,7 +354,7 @@ def measured(
     *,
     jobs: int,
     every: bool,
-    limit: float | None,
+    limit: float,
     keep: Callable[[dict[str, Any], dict[str, Any]], None],
 ) -> list[dict[str, Any]]:
     """Try all mistakes; what came of each, as plain values.
@@ -281,45 +363,33 @@ def measured(
         mutants: the mistakes.
         jobs: how many at a time.
         every: run the whole suite for each.
-        limit: seconds for each; by default a multiple of what all tests take without a mistake.
+        limit: seconds for each.
         keep: called with the facts of this run and what came of a mistake, one after the other.
     """
-    tests = list(dict.fromkeys(f"tests/{test}" for mutant in mutants for test in mutant.tests))
-    with tempfile.TemporaryDirectory(prefix="mutants-") as made:
+    proven: set[str] = set()
+    with tempfile.TemporaryDirectory(prefix="mutants-") as made, ExitStack() as stack:
         homes = Path(made)
         source = template(homes / "template")
         copies: queue.SimpleQueue[Copy] = queue.SimpleQueue()
         for number in range(jobs):
             (homes / str(number)).mkdir()
-            copies.put(Copy(homes / str(number)))
-        first = copies.get().made_of(source)
-        first.prove()
-        print(f"without a mistake: {len(tests)} files or tests ...", flush=True)
-        before = first.run(["tests"] if every else tests)
-        if before.status == "broken":
-            raise RuntimeError(f"the tests cannot be run:\n{before.output}")
-        # What pytest compiled of the tests is of use to every copy.
-        source = shutil.copytree(first.tree, homes / "compiled", symlinks=True)
-        copies.put(first)
-        print(f"without a mistake: {before.passed} passed in {before.seconds:.0f} s")
-        for node in before.failed:
-            print(f"without a mistake it fails, and is left out: {node}", flush=True)
-        most = limit or _LEAST_SECONDS + _TIMES * before.seconds
-        facts = {
+            copy = Copy(homes / str(number))
+            copy.whole(source)
+            copy.prove()
+            stack.callback(copy.close)
+            copies.put(copy)
+        facts: dict[str, Any] = {
             "python": platform.python_version(),
             "processor": _processor(),
-            "without": {
-                "passed": before.passed,
-                "failed": before.failed,
-                "seconds": round(before.seconds, 1),
-            },
+            "left_out": [],
         }
+        left_out: list[str] = facts["left_out"]
         commit, lock = _git("rev-parse", "HEAD"), threading.Lock()
 
         def result(mutant: Mutant) -> dict[str, Any]:
-            copy = copies.get().made_of(source)
+            copy = copies.get().mended(source)
             try:
-                ran = tried(mutant, copy, before.failed, most, every)
+                ran = tried(mutant, copy, left_out, limit, every)
             finally:
                 copies.put(copy)
             names = {"passed": "survived", "failed": "killed"}
@@ -327,8 +397,8 @@ def measured(
                 "status": names.get(ran.status, ran.status),
                 "by": ran.failed[0] if ran.failed else None,
                 "seconds": round(ran.seconds, 1),
+                "commit": commit,
             }
-            told["commit"] = commit
             if ran.status == "broken":
                 told["output"] = ran.output
             with lock:
@@ -336,8 +406,24 @@ def measured(
                 keep(facts, told)
             return told
 
+        found: dict[str, dict[str, Any]] = {}
+        again = list(mutants)
         with ThreadPoolExecutor(jobs) as pool:
-            return list(pool.map(result, mutants))
+            while again:
+                found |= {told["id"]: told for told in pool.map(result, again)}
+                known = {told["by"] for told in found.values() if told["status"] == "killed"}
+                copy = copies.get().mended(source)
+                failing = set(copy.run(sorted(known - proven)).failed) & known
+                copies.put(copy)
+                proven |= known - failing
+                left_out += sorted(failing)
+                for node in sorted(failing):
+                    print(f"it fails without a mistake too, and is left out: {node}", flush=True)
+                again = [mutant for mutant in again if found[mutant.id]["by"] in failing]
+        for _ in range(jobs):
+            copies.get().mended(source).check(source)
+        print(f"without a mistake the {len(proven)} tests that noticed one pass", flush=True)
+        return list(found.values())
 
 
 def written(path: Path) -> Callable[[dict[str, Any], dict[str, Any]], None]:
@@ -404,8 +490,6 @@ def _cell(told: dict[str, Any] | None) -> str:
 
 def main() -> None:
     """Do what is asked on the command line."""
-    from tests.mutants_table import MUTANTS
-
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -415,12 +499,20 @@ def main() -> None:
     parser.add_argument("--all-tests", action="store_true", help="run the whole suite for each")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what came of it")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="copies at a time")
-    parser.add_argument("--limit", type=float, metavar="SECONDS", help="for each mistake's tests")
+    parser.add_argument(
+        "--limit", type=float, default=_LIMIT_SECONDS, metavar="SECONDS", help="for each"
+    )
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--compare", nargs=2, type=Path, metavar="FILE", help="two such files")
     options = parser.parse_args()
+    if options.serve:
+        serve()
+        return
     if options.compare:
         print(side_by_side(*(json.loads(path.read_text()) for path in options.compare)))
         return
+    from tests.mutants_table import MUTANTS
+
     chosen = [m for m in MUTANTS if options.only is None or m.id in options.only]
     unknown = set(options.only or ()) - {mutant.id for mutant in chosen}
     if unknown:
@@ -449,5 +541,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
+    if "--serve" not in sys.argv:
+        sys.path.insert(0, str(ROOT))
     main()
