@@ -55,7 +55,7 @@ def reports_errors(function: F) -> F:
 
 
 def _say_what_is_left(out: Path | None, end: BaseException) -> None:
-    """After an interruption; of several ranks one speaks."""
+    """Report what an interruption left behind; only one of several ranks reports it."""
     from ckpt_tools.writing.publish import how_to_go_on, leftovers
 
     if getattr(end, "told_elsewhere", is_later_rank()):
@@ -66,10 +66,10 @@ def _say_what_is_left(out: Path | None, end: BaseException) -> None:
 
 
 def joined_ranks(timeout: float) -> Ranks | None:
-    """The ranks of the torchrun that started this process, if one did."""
+    """The ranks of the torchrun that started this process; None without torchrun."""
     if not is_rank():
         return None
-    # Of a connection that breaks torch tells each stack frame; what it means is told by our error.
+    # torch prints a stack for each broken connection; our error says what it means.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from ckpt_tools.ranks import from_environment
 
