@@ -38,7 +38,7 @@ from ckpt_tools.readers.dcp.metadata import (
     read_metadata,
 )
 from ckpt_tools.readers.dcp.names import TOP, left_alone, models, objects_of, step_in, step_names
-from ckpt_tools.readers.dcp.reader.sharding_info import held_whole, sharding_info
+from ckpt_tools.readers.dcp.sharding_info import held_whole, sharding_info
 from ckpt_tools.readers.trainer_state import trainer_step
 from ckpt_tools.storage.folders import entries_of
 from ckpt_tools.tensors.catalogue import Box, Fragment, Stored
