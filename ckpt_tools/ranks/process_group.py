@@ -11,6 +11,7 @@ import os
 import socket
 
 from ckpt_tools.errors import RankFailed
+from ckpt_tools.ranks.clock import Clock
 from ckpt_tools.ranks.session import Ranks
 
 # The ranks of the last group that was asked for, and that group: sessions are counted through its life.
@@ -54,4 +55,4 @@ def _ranks(timeout: float) -> Ranks:
         store = store.clone()
     machine = os.environ.get("GROUP_RANK", socket.gethostname())
     own = PrefixStore("ckpt-tools-training", store)
-    return Ranks(own, dist.get_rank(), dist.get_world_size(), machine, timeout)
+    return Ranks(own, dist.get_rank(), dist.get_world_size(), machine, timeout, Clock())

@@ -14,7 +14,6 @@ import os
 import pickle
 import socket
 import threading
-import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckpt_tools import __version__
 from ckpt_tools.errors import RankFailed
+from ckpt_tools.ranks.clock import Clock
 from ckpt_tools.ranks.line import Line, first_line
 from ckpt_tools.ranks.pulse import DEAD_SECONDS, SEE_THERE, Pulse, as_error, described
 
@@ -68,19 +68,20 @@ def from_environment(timeout: float) -> Ranks | None:
     # A launcher that starts its ranks again may do so with the store that they had.
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = PrefixStore(f"ckpt-tools/start-{start}", found)
-    _await_all(store, rank, size)
+    clock = Clock()
+    _await_all(store, rank, size, clock)
     machine = os.environ.get("GROUP_RANK", socket.gethostname())
-    return Ranks(store, rank, size, machine, timeout)
+    return Ranks(store, rank, size, machine, timeout, clock)
 
 
-def _await_all(store: Store, rank: int, size: int) -> None:
+def _await_all(store: Store, rank: int, size: int, clock: Clock) -> None:
     """Wait until every rank has come: one that could not start gives no sign by which to miss it."""
-    line = Line(store, rank, DEAD_SECONDS)
+    line = Line(store, rank, DEAD_SECONDS, clock)
     came = line(lambda store: store.add("came", 1))
     line(lambda store: store.set(f"came/{rank}", "1"))
-    deadline = time.monotonic() + _START_SECONDS
+    deadline = clock.now() + _START_SECONDS
     while came < size:
-        if time.monotonic() > deadline:
+        if clock.now() > deadline:
             present = line(lambda store: [r for r in range(size) if store.check([f"came/{r}"])])
             first = next(r for r in range(size) if r not in present)
             error = RankFailed(
@@ -88,9 +89,9 @@ def _await_all(store: Store, rank: int, size: int) -> None:
                 hint="See what its machine says: is ckpt-tools installed there, and torchrun started?",
             )
             error.told_elsewhere = rank != present[0]
-            time.sleep(_LAST_WORDS_SECONDS if error.told_elsewhere else 0)
+            clock.sleep(_LAST_WORDS_SECONDS if error.told_elsewhere else 0)
             raise error
-        time.sleep(_LONGEST_NAP)
+        clock.sleep(_LONGEST_NAP)
         came = line(lambda store: store.add("came", 0))
     line.close()
 
@@ -104,6 +105,7 @@ class Ranks:
         size: number of processes.
         machine: what the processes of one machine have in common.
         timeout: seconds that any wait may last without progress.
+        clock: by which all limits are measured.
 
     Attributes:
         failed: set once any rank has failed.
@@ -112,9 +114,17 @@ class Ranks:
         session_number: how many sessions there have been, this one included.
     """
 
-    def __init__(self, store: Store, rank: int, size: int, machine: str, timeout: float) -> None:
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        size: int,
+        machine: str,
+        timeout: float,
+        clock: Clock,
+    ) -> None:
         self.store, self.rank, self.size, self.timeout = store, rank, size, timeout
-        self.machine = machine
+        self.machine, self.clock = machine, clock
         self.failed = threading.Event()
         self.session_number = 0
         self.names: tuple[str, ...] = ()
@@ -145,9 +155,9 @@ class Ranks:
         self._told = False
         self._stored = {self._key(f"beat/{self.rank}"), self._key("failed")}
         patience = min(DEAD_SECONDS, self.timeout)
-        line = self._line = Line(self.store, self.rank, patience)
+        line = self._line = Line(self.store, self.rank, patience, self.clock)
         watched = range(self.size) if self.leads else [LEADER]
-        self._pulse = Pulse(line, self._key, self.rank, watched, patience, self.failed)
+        self._pulse = Pulse(line, self._key, self.rank, watched, patience, self.failed, self.clock)
         try:
             with self.ending_all():
                 self._pulse.start()
@@ -240,7 +250,7 @@ class Ranks:
                 what = "has made no progress" if progress else "gives no sign of life"
                 waited = f"{pulse.clock - moved:.0f} s (--timeout)"
                 raise RankFailed(f"rank {source} {what} for {waited}", hint=SEE_THERE)
-            time.sleep(nap)
+            self.clock.sleep(nap)
             nap = min(nap * 1.5, _LONGEST_NAP)
         return key
 
@@ -329,7 +339,7 @@ class Ranks:
             else:
                 told = not self._pulse.reported
         if told:
-            time.sleep(_LAST_WORDS_SECONDS)
+            self.clock.sleep(_LAST_WORDS_SECONDS)
         return told
 
     def _is_over(self) -> bool:
@@ -344,9 +354,9 @@ class Ranks:
         return not keys or self._line(lambda store: store.check(keys))
 
     def _until(self, true: Callable[[], bool], seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        while not true() and time.monotonic() < deadline:
-            time.sleep(0.02)
+        deadline = self.clock.now() + seconds
+        while not true() and self.clock.now() < deadline:
+            self.clock.sleep(0.02)
 
     def _key(self, key: str) -> str:
         return f"ckpt-tools/{self.session_number}/{key}"
