@@ -15,13 +15,13 @@ from itertools import groupby
 from typing import Any
 from xml.etree import ElementTree
 
-from ckpt_tools import __version__
+from ckpt_tools._version import __version__
+from ckpt_tools.cli.text import printable
 from ckpt_tools.cli.verdicts import (
     Outcome,
     depth_of,
     next_steps,
     place_of,
-    printable,
     status_of,
     summary,
 )

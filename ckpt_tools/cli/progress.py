@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import click
 
-from ckpt_tools.cli.shared import nbytes_text, seconds_text
+from ckpt_tools.cli.text import nbytes_text, seconds_text
 
 _LINE_SECONDS = 10.0
 

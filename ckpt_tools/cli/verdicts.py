@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ckpt_tools.cli.shared import nbytes_text
+from ckpt_tools.cli.text import nbytes_text, printable
 from ckpt_tools.errors import CkptError
 
 if TYPE_CHECKING:
@@ -53,11 +53,6 @@ def status_of(outcomes: Iterable[Outcome], strict: bool) -> int:
         for one in outcomes
     )
     return max(statuses, default=CLEAN)
-
-
-def printable(text: str) -> str:
-    """Text with what a terminal, a log or XML would obey or refuse written as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def place_of(outcome: Outcome, problem: Problem) -> str:

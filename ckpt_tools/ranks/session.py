@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from ckpt_tools import __version__
+from ckpt_tools._version import __version__
 from ckpt_tools.errors import RankFailed
 from ckpt_tools.ranks.clock import Clock
 from ckpt_tools.ranks.line import Line, first_line

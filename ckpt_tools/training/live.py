@@ -1,6 +1,6 @@
 """A model in training as a checkpoint: all processes' memory, read through one catalogue.
 
-Owns the step from what each process holds to one :class:`~ckpt_tools.checkpoint.Checkpoint`. Each offers its
+Owns the step from what each process holds to one ``Checkpoint``. Each offers its
 pieces as a file, laid out so that equal slices lie at equal offsets on all ranks. What every rank holds whole
 is read by each from its own memory, if all have the same digest of it, and otherwise from the leader's. The
 leader alone puts the parts together and proves that they tile. Knows no frameworks and no outputs.
@@ -8,7 +8,6 @@ leader alone puts the parts together and proves that they tile. Knows no framewo
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,17 +15,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING
 
 import xxhash
 
-from ckpt_tools.catalogue import Box, FlatRange, Fragment, Shape, Stored
-from ckpt_tools.checkpoint import LIVE, Checkpoint, Copy, Kind, Location, Weight
-from ckpt_tools.dtypes import DType
-from ckpt_tools.errors import AttributeNotFound, UnsupportedLayout
-from ckpt_tools.files import Pool
+from ckpt_tools.errors import AttributeNotFound, UnsupportedLayout, listed
 from ckpt_tools.ranks import Exchange, Ranks
-from ckpt_tools.readers.dcp_boxes import assembled
+from ckpt_tools.storage.pool import Pool
+from ckpt_tools.tensors.catalogue import Box, FlatRange, Fragment, Shape, Stored
+from ckpt_tools.tensors.checkpoint import LIVE, Checkpoint, Copy, Kind, Location, Weight
+from ckpt_tools.tensors.dtypes import DType
+from ckpt_tools.tensors.fragments import EvenSlices, assembled
 from ckpt_tools.training.facts import Facts
 from ckpt_tools.training.holding import Held, Holding
 from ckpt_tools.training.memory import Memory, Row, copy_bytes, synchronize
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
 _NAME = "weights in memory"
 _EVERYBODY, _LEADER = "everybody", "leader"
 _DIGEST_BYTES = 4 << 20
-_SHOWN = 6
 _SAME_MODEL = (
     "Every rank must pass the same model. Parts that only some ranks have (pipeline and expert parallelism) "
     "are not saved from memory."
@@ -62,35 +60,6 @@ class _Told:
     is_whole: bool
     regions: tuple[tuple[FlatRange | Box, int], ...]
     digest: int | None
-
-
-class EvenSlices(Sequence[Fragment]):
-    """The slices of a flattened tensor, equally long but for the last, each on the next rank.
-
-    Args:
-        files: the ranks' files.
-        offset: byte at which the slice lies in each.
-        length: elements of a slice.
-        numel: elements of the whole.
-    """
-
-    def __init__(self, files: Sequence[Path], offset: int, length: int, numel: int) -> None:
-        self._files, self._offset, self._length, self._numel = files, offset, length, numel
-
-    def __len__(self) -> int:
-        return math.ceil(self._numel / self._length) if self._numel else 0
-
-    @overload
-    def __getitem__(self, index: int) -> Fragment: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Fragment]: ...
-    def __getitem__(self, index: int | slice) -> Fragment | Sequence[Fragment]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        rank = range(len(self))[index]
-        start = rank * self._length
-        region = FlatRange(start, min(start + self._length, self._numel))
-        return Fragment(self._files[rank], self._offset, region)
 
 
 @contextmanager
@@ -225,8 +194,7 @@ def _checkpoint(tables: Sequence[_Table], pool: Pool, facts: Facts) -> Checkpoin
         weights[told.name] = replace(weight, **copies)  # type: ignore[arg-type]
     remarks: tuple[str, ...] = ()
     if differing:
-        more = f" and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
-        names = ", ".join(differing[:_SHOWN]) + more
+        names = listed(differing)
         remarks = (f"differ from rank to rank, rank 0's are taken: {names}",)
     paths = pool.path().iterdir()
     return Checkpoint(

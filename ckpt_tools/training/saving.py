@@ -15,14 +15,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckpt_tools.assets import AssetOptions
-from ckpt_tools.delivery import follow
+from ckpt_tools.conversion.extraction import prepare_adapters
+from ckpt_tools.conversion.models import prepare_model
+from ckpt_tools.conversion.pipeline import Clock, run
+from ckpt_tools.conversion.request import Request
 from ckpt_tools.errors import UsageError
-from ckpt_tools.extraction import Extraction, run_extraction
-from ckpt_tools.output import Writing
-from ckpt_tools.pipeline import Clock, Request, run
+from ckpt_tools.model.state import DTypeChoice
 from ckpt_tools.ranks import Ranks, from_process_group
-from ckpt_tools.state import DTypeChoice, only_state
+from ckpt_tools.tensors.threads import default_workers
 from ckpt_tools.training.beside import beside
 from ckpt_tools.training.facts import engine_of, facts_of
 from ckpt_tools.training.holding import Holding
@@ -30,11 +30,11 @@ from ckpt_tools.training.live import offered, part_of
 from ckpt_tools.training.state_dict import holding_of
 from ckpt_tools.training.wrappers import attribute_of, innermost, unwrapped
 from ckpt_tools.transforms.prefixes import strip_wrappers
-from ckpt_tools.write import default_workers
+from ckpt_tools.writing.delivery import follow
 
 if TYPE_CHECKING:
-    from ckpt_tools.options import PathLike
-    from ckpt_tools.report import Report
+    from ckpt_tools.conversion.report import Report
+    from ckpt_tools.conversion.request import PathLike
 
 TIMEOUT_SECONDS = 600.0
 
@@ -131,56 +131,43 @@ def save(
                 is_needed=adapter is None and not weights_only,
             )
         )
-        generation = os.fspath(generation_config)
-        assets = AssetOptions(files.config, files.tokenizer, generation_config=generation)
-        writing = Writing(
-            threads,
+        request = Request(
+            command=_command(adapter, attribute),
+            output=Path(output_dir),
+            attribute=attribute,
+            adapter=adapter,
+            adapter_config=files.adapter_configs,
+            base_model=base_model,
+            names_base=False,
+            config=files.config,
+            tokenizer=files.tokenizer,
+            generation_config=os.fspath(generation_config),
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            weights_only=weights_only,
+            card=card,
+            workers=threads,
             overwrite=overwrite,
             sha256=sha256,
             verify=verify,
             ranks=ranks,
             resumable=False,
         )
-        target = Path(output_dir)
-        if adapter is not None:
-            extraction = Extraction(
-                target=target,
-                adapter=adapter,
-                adapter_config=files.adapter_configs,
-                lora_alpha=None,
-                base_model=base_model,
-                assets=assets,
-                dtype=dtype,
-                copy="master",
-                check_all_masters=False,
-                writing=writing,
-                needs_base=False,
-            )
-            source = checkpoint if attribute is None else part_of(checkpoint, attribute)
-            report = run_extraction(source, extraction, Clock())
+        if adapter is None:
+            report = run([checkpoint], request, prepare_model, Clock())
         else:
-            request = Request(
-                target=target,
-                attribute=attribute,
-                combine=only_state,
-                title=None,
-                beside=(),
-                dtype=dtype,
-                copy="master",
-                assets=assets,
-                max_shard_size=max_shard_size,
-                weights_only=weights_only,
-                card=card,
-                trust_remote_code=False,
-                check_all_masters=False,
-                writing=writing,
-                command="consolidate" if attribute is None else "extract-attr",
-                beside_tensors={},
-            )
-            report = run([checkpoint], request, Clock())
+            source = checkpoint if attribute is None else part_of(checkpoint, attribute)
+            report = run([source], request, prepare_adapters, Clock())
         if ranks is not None:
             ranks.put("report", report)
         return report
+
+
+def _command(adapter: str | None, attribute: str | None) -> str:
+    """The command that makes the same directory of a checkpoint on disk."""
+    if adapter is not None:
+        return "extract-lora"
+    return "consolidate" if attribute is None else "extract-attr"
 
 
 def _wanted(

@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ckpt_tools import CkptError, gather, training
+from ckpt_tools import CkptError, training
+from ckpt_tools.tensors import gather
 
 # Of a rank that raises, the others hear at once, and wait until they have; a killed one they miss after a while.
 TIMEOUT_SECONDS = {"raise": 300.0, "kill": 5.0}

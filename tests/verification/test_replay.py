@@ -12,15 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ckpt_tools import open_checkpoint, reference
-from ckpt_tools.assets import AssetOptions, find_config
-from ckpt_tools.catalogue import Tensor
-from ckpt_tools.dtypes import BFLOAT16
-from ckpt_tools.fit import fit_to_model
-from ckpt_tools.merging import merged_state
-from ckpt_tools.recipe import Json, Leaf, described, leaf_names, leaves_of
-from ckpt_tools.reference import child
-from ckpt_tools.state import cast_state, model_state
+from ckpt_tools import open_checkpoint
+from ckpt_tools.hub import AssetOptions, find_config, reference
+from ckpt_tools.hub.reference import child
+from ckpt_tools.model.fit import fit_to_model
+from ckpt_tools.model.merging import merged_state
+from ckpt_tools.model.state import cast_state, model_state
+from ckpt_tools.tensors.catalogue import Tensor
+from ckpt_tools.tensors.dtypes import BFLOAT16
+from ckpt_tools.transforms.recipe import Json, Leaf, described, leaf_names, leaves_of
 from tests.adapted import base_directory, facts
 from tests.conftest import FIXTURES
 from tests.verification.beside import (
@@ -311,7 +311,7 @@ def test_recipes_that_cannot_be_followed(model: Path) -> None:
         ("cannot-replay", "lm_head.weight"),
     }
     details = {problem.tensor: problem.detail for problem in found.problems}
-    assert "'rotate' is no operation" in details["model.norm.weight"]
+    assert "'rotate' is not an operation" in details["model.norm.weight"]
     assert "it names a source that is not listed" in details["lm_head.weight"]
     written(model, load_file(model / SINGLE) | {"new": torch.zeros(1)})
     record(model, recipes | {"new": "model.gone"}, PLAIN / "checkpoint")
