@@ -27,7 +27,8 @@ def rooms_of(text: str) -> tuple[str, ...]:
     return tuple(row.removesuffix(".py") for row in reversed(rows))
 
 
-# A module imports from lower rooms and its own. The package itself (`ckpt_tools/__init__.py`) and `__main__` offer everything: the top.
+# A module imports from lower rooms and its own. The package itself (`ckpt_tools/__init__.py`) and
+# `__main__` offer everything: the top.
 LAYERS = (
     *((room,) for room in rooms_of((PACKAGE.parent / "ARCHITECTURE.md").read_text())),
     ("ckpt_tools", "__main__"),

@@ -25,7 +25,7 @@ from ckpt_tools.errors import (
     listed,
 )
 from ckpt_tools.readers.containers.weight_files import ADAPTER_FILES
-from ckpt_tools.storage.pool import local_paths, searched
+from ckpt_tools.storage.folders import local_paths, searched
 from ckpt_tools.tensors.checkpoint import FINISHED, Checkpoint, Location
 
 _MODEL_NUMBER = re.compile(r"model(?:_fsdp)?(?:_(\d+))?$")

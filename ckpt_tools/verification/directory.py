@@ -71,6 +71,27 @@ class Directory:
         ]
 
 
+@dataclass(frozen=True)
+class Manifest:
+    """What is recorded of one folder.
+
+    Attributes:
+        folder: where it lies, with a slash at the end; empty for the directory itself.
+        unit_bytes: where tensors are cut for their digests.
+        tensors: for each tensor, its file and its digest.
+        sizes: bytes of each file.
+        digests: the digest of each file that has one; of weight files, that of the header.
+        headers: the files whose digest is of the header alone.
+    """
+
+    folder: str
+    unit_bytes: int
+    tensors: Mapping[str, tuple[str, str]]
+    sizes: Mapping[str, int]
+    digests: Mapping[str, str]
+    headers: frozenset[str]
+
+
 def list_directory(path: Path, findings: Findings) -> Directory:
     """List a directory, and note what should not be in one that is finished.
 

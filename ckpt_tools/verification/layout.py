@@ -1,8 +1,7 @@
 """Which files hold the weights, and whether index and shards agree.
 
 Owns the names that weights have in a finished directory and the agreement of an index with the files it
-names. What one safetensors file says is read by :mod:`~ckpt_tools.verification.container`, pickled ones by
-:mod:`~ckpt_tools.verification.pickled`. It must not know what the tensors mean.
+names. One file at a time is read by :mod:`~ckpt_tools.verification.container`.
 
 Sources: ``transformers/modeling_utils.py`` (``_get_resolved_checkpoint_files``: which file is taken
 first), ``transformers/utils/hub.py`` (``get_checkpoint_shard_files``: what an index needs).
@@ -18,9 +17,8 @@ from typing import Any
 from ckpt_tools.errors import listed
 from ckpt_tools.hub.adapter_config import NAME as ADAPTER_CONFIG
 from ckpt_tools.readers.containers.weight_files import ADAPTER_FILES
-from ckpt_tools.verification.container import Entry, read_container
+from ckpt_tools.verification.container import Entry, read_container, read_pickled
 from ckpt_tools.verification.directory import CONFIG, Directory, read_object
-from ckpt_tools.verification.pickled import read_pickled
 from ckpt_tools.verification.problem import Findings
 
 _INDEX_SUFFIX = ".index.json"

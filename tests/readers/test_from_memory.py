@@ -17,7 +17,8 @@ import torch
 
 from ckpt_tools import average, consolidate, extract_lora, inspect, open_checkpoint, readers
 from ckpt_tools.errors import CkptError, DamagedCheckpoint
-from ckpt_tools.storage.pool import DirectoryPlace, Pool, PooledPath
+from ckpt_tools.storage.places import DirectoryPlace
+from ckpt_tools.storage.pool import Pool, PooledPath
 from ckpt_tools.tensors.checkpoint import Checkpoint
 from ckpt_tools.tensors.deferred import settle
 from tests.in_memory import Memory
