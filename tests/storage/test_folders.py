@@ -465,7 +465,7 @@ LOST = [
     (
         "accelerate/save-model-sharded",
         "model-00002-of-00002.safetensors",
-        "a shard that the index names is missing",
+        "a shard in the index is missing",
     ),
 ]
 

@@ -126,7 +126,7 @@ def test_a_truncated_file_is_named(kind: str, tmp_path: Path) -> None:
     assert error.path == path
     assert error.fact.startswith("not a complete torch file")
     assert error.hint is not None
-    assert "copy it anew" in error.hint
+    assert "Copy it anew" in error.hint
 
 
 def test_an_empty_file_is_named(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_a_truncated_legacy_file_is_named(tmp_path: Path) -> None:
     damage.truncate(path, path.stat().st_size - 1)
     error = damaged(directory)
     assert error.path == path
-    assert error.fact.endswith("is shorter than it says")
+    assert error.fact.endswith("is shorter than recorded")
 
 
 def test_a_flipped_bit_in_the_metadata_is_noticed(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_a_page_of_text_under_a_shards_name_is_refused(tmp_path: Path) -> None:
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n")
     with pytest.raises(DamagedCheckpoint) as caught:
         open_checkpoint(directory)
-    assert (caught.value.path, caught.value.fact) == (path, "not a file that torch.save wrote")
+    assert (caught.value.path, caught.value.fact) == (path, "not a file of torch.save")
 
 
 # Files of another save.
