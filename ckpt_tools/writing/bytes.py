@@ -22,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 
 from ckpt_tools.errors import OutputFailed
+from ckpt_tools.tensors.checksums import ReadLog
 from ckpt_tools.tensors.gather import Gatherer
 from ckpt_tools.tensors.threads import MAX_WORKERS, casting_on_one_core, default_workers
 from ckpt_tools.writing.layout import Plan
@@ -167,6 +168,7 @@ def write(
     progress: Progress | None = None,
     record: Record | None = None,
     ended: threading.Event | None = None,
+    log: ReadLog | None = None,
 ) -> Written:
     """Write units of a plan, and wait until they are on disk.
 
@@ -178,6 +180,7 @@ def write(
         progress: called with the number of bytes after each block, from any worker's thread.
         record: called with each block and its digests once it is written, from any worker's thread.
         ended: once it is set no further block is begun; not all was written then.
+        log: takes the checksums of the bytes that are read.
 
     Raises:
         DamagedCheckpoint: a source file ended early or cannot be read.
@@ -188,10 +191,11 @@ def write(
     stop = threading.Event()
     touched: set[int] = set()
 
-    def work() -> tuple[int, int]:
+    def work() -> tuple[int, int, ReadLog | None]:
         buffer = bytearray(units.block_bytes)
         done = 0
-        with Gatherer() as gatherer:
+        own = None if log is None else ReadLog()
+        with Gatherer(own) as gatherer:
             while not stop.is_set() and (block := blocks.take()) is not None:
                 if ended is not None and ended.is_set():
                     break
@@ -206,7 +210,7 @@ def write(
                     record(block, digests)
                 if progress is not None:
                     progress(block.nbytes)
-            return gatherer.bytes_read, done
+            return gatherer.bytes_read, done, own
 
     count = workers or default_workers()
     with casting_on_one_core(), ThreadPoolExecutor(count) as pool:
@@ -218,7 +222,10 @@ def write(
         done = [job.result() for job in jobs]
     moved = time.monotonic()
     outputs.sync(touched)
-    bytes_read, bytes_written = map(sum, zip(*done, strict=True))
+    for _, _, own in done:
+        if log is not None and own is not None:
+            log.include(own)
+    bytes_read, bytes_written = sum(one[0] for one in done), sum(one[1] for one in done)
     return Written(bytes_read, bytes_written, moved - started, time.monotonic() - moved)
 
 

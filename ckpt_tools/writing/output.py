@@ -28,6 +28,7 @@ class Writing:
         resume: continue what an earlier run of the same request left.
         sha256: write ``SHA256SUMS``, which ``sha256sum -c`` accepts.
         verify: verify every byte before the output appears.
+        check_source: compare the bytes that are read with the checksums of their files.
         ranks: the ranks that carry out the same call together; every one of them must make it.
         resumable: what a failed run leaves can be continued by another.
     """
@@ -39,6 +40,7 @@ class Writing:
     resume: bool = False
     sha256: bool = False
     verify: bool = False
+    check_source: bool = True
     ranks: Ranks | None = None
     resumable: bool = True
 
