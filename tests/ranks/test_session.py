@@ -198,7 +198,7 @@ def test_a_signal_stays_a_signal_where_it_came(end: BaseException) -> None:
     leader, failed = together(ranks := made(2), body)
 
     assert failed is end
-    assert_failed(leader, "rank 1: was ended by a signal")
+    assert_failed(leader, "rank 1: ended by a signal")
     assert told(ranks) == [0]
 
 
@@ -279,8 +279,8 @@ def test_a_follower_that_dies_is_missed_by_a_leader_that_waits_for_it() -> None:
 
     leader, _, other = together(made(3), body)
 
-    assert_failed(leader, "rank 1 gives no sign of life")
-    assert_failed(other, "rank 0: rank 1 gives no sign of life")
+    assert_failed(leader, "rank 1 has sent no heartbeat")
+    assert_failed(other, "rank 0: rank 1 has sent no heartbeat")
 
 
 def test_a_follower_that_dies_is_missed_by_a_leader_that_is_busy() -> None:
@@ -291,8 +291,8 @@ def test_a_follower_that_dies_is_missed_by_a_leader_that_is_busy() -> None:
 
     leader, _, other = together(made(3), body)
 
-    assert_failed(leader, "rank 1 gives no sign of life")
-    assert_failed(other, "rank 0: rank 1 gives no sign of life")
+    assert_failed(leader, "rank 1 has sent no heartbeat")
+    assert_failed(other, "rank 0: rank 1 has sent no heartbeat")
 
 
 def test_where_the_leader_is_dead_the_rank_that_missed_it_speaks() -> None:
@@ -303,7 +303,7 @@ def test_where_the_leader_is_dead_the_rank_that_missed_it_speaks() -> None:
 
     _, *others = together(ranks := made(3), body)
 
-    assert all("rank 0 gives no sign of life" in error.fact for error in others)
+    assert all("rank 0 has sent no heartbeat" in error.fact for error in others)
     assert len(told(ranks[1:])) == 1
 
 
@@ -378,7 +378,7 @@ def test_a_rank_that_never_comes_is_waited_for_as_long_as_asked() -> None:
 
     (error,) = together([first], lambda own: None)
 
-    assert_failed(error, "rank 1 gives no sign of life for 2 s (--timeout)")
+    assert_failed(error, "rank 1 has sent no heartbeat for 2 s (--timeout)")
 
 
 def test_a_rank_that_could_not_start_is_named_by_the_first_that_did(
@@ -416,7 +416,7 @@ def test_a_rank_may_come_late() -> None:
 def test_a_process_that_was_stopped_for_a_while_accuses_nobody(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """All of a job may be, and the first that runs again finds the signs of life that it had seen."""
+    """All of a job may be, and the first that runs again finds the heartbeats that it had seen."""
     ahead = [0.0]
     clock = SimpleNamespace(monotonic=lambda: time.monotonic() + ahead[0])
 
@@ -488,7 +488,7 @@ def test_a_store_that_does_not_answer_is_waited_for_as_long_as_a_dead_rank() -> 
         own.get("never")
 
     for error in together(made(2, store=store), body):
-        assert_failed(error, "their store has not answered for 1 s")
+        assert_failed(error, "the store has not answered for 1 s")
     assert time.monotonic() - started < 15
 
 

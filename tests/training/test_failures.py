@@ -19,7 +19,7 @@ from tests.training.failing import TIMEOUT_SECONDS
 from tests.training.frameworks import ENVIRONMENT
 
 RANKS = 3
-# With a rank that is gone, the others find out when it gives no sign of life.
+# The others notice a lost rank when its heartbeats stop.
 LIMIT_SECONDS = TIMEOUT_SECONDS + 15
 START_SECONDS = 120
 
