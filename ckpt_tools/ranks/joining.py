@@ -14,6 +14,7 @@ import socket
 from datetime import timedelta
 
 from ckpt_tools.errors import RankFailed
+from ckpt_tools.ranks.clock import Clock
 from ckpt_tools.ranks.line import first_line
 from ckpt_tools.ranks.session import START_SECONDS, Ranks
 
@@ -48,7 +49,7 @@ def from_environment(timeout: float) -> Ranks | None:
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = PrefixStore(f"ckpt-tools/start-{start}", found)
     machine = os.environ.get("GROUP_RANK", socket.gethostname())
-    return Ranks(store, rank, size, machine, timeout)
+    return Ranks(store, rank, size, machine, timeout, Clock())
 
 
 def from_process_group(timeout: float) -> Ranks | None:
@@ -88,4 +89,4 @@ def _ranks(timeout: float) -> Ranks:
         store = store.clone()
     machine = os.environ.get("GROUP_RANK", socket.gethostname())
     own = PrefixStore("ckpt-tools-training", store)
-    return Ranks(own, dist.get_rank(), dist.get_world_size(), machine, timeout)
+    return Ranks(own, dist.get_rank(), dist.get_world_size(), machine, timeout, Clock())

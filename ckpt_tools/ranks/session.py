@@ -12,14 +12,14 @@ from __future__ import annotations
 import os
 import pickle
 import threading
-import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from ckpt_tools import __version__
+from ckpt_tools._version import __version__
 from ckpt_tools.errors import RankFailed
+from ckpt_tools.ranks.clock import Clock
 from ckpt_tools.ranks.line import Line
 from ckpt_tools.ranks.pulse import DEAD_SECONDS, SEE_THERE, Pulse, as_error, described
 
@@ -48,6 +48,7 @@ class Ranks:
         size: number of processes.
         machine: name of this machine.
         timeout: seconds that any wait may last without progress.
+        clock: by which all limits are measured.
 
     Attributes:
         failed: is set when any rank has failed.
@@ -57,9 +58,17 @@ class Ranks:
         told_elsewhere: after a failure, whether another rank tells the user of it; None before.
     """
 
-    def __init__(self, store: Store, rank: int, size: int, machine: str, timeout: float) -> None:
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        size: int,
+        machine: str,
+        timeout: float,
+        clock: Clock,
+    ) -> None:
         self.store, self.rank, self.size, self.timeout = store, rank, size, timeout
-        self.machine = machine
+        self.machine, self.clock = machine, clock
         self.failed = threading.Event()
         self.session_number = 0
         self.names: tuple[str, ...] = ()
@@ -81,23 +90,23 @@ class Ranks:
         Raises:
             RankFailed: a rank has not started in time.
         """
-        line = Line(self.store, self.rank, DEAD_SECONDS)
+        line = Line(self.store, self.rank, DEAD_SECONDS, self.clock)
         came = line(lambda store: store.add("came", 1))
         line(lambda store: store.set(f"came/{self.rank}", "1"))
         everybody = range(self.size)
-        deadline = time.monotonic() + START_SECONDS
+        deadline = self.clock.now() + START_SECONDS
         while came < self.size:
-            if time.monotonic() > deadline:
+            if self.clock.now() > deadline:
                 present = line(lambda store: [r for r in everybody if store.check([f"came/{r}"])])
                 first = next(r for r in everybody if r not in present)
                 self.told_elsewhere = self.rank != present[0]
-                time.sleep(_LAST_WORDS_SECONDS if self.told_elsewhere else 0)
+                self.clock.sleep(_LAST_WORDS_SECONDS if self.told_elsewhere else 0)
                 raise RankFailed(
                     f"rank {first} did not start within {START_SECONDS:.0f} s",
                     hint="See the output of its machine: is ckpt-tools installed there, and was torchrun "
                     "started?",
                 )
-            time.sleep(_LONGEST_NAP)
+            self.clock.sleep(_LONGEST_NAP)
             came = line(lambda store: store.add("came", 0))
         line.close()
 
@@ -118,9 +127,9 @@ class Ranks:
         self._told = False
         self._stored = {self._key(f"beat/{self.rank}"), self._key("failed")}
         patience = min(DEAD_SECONDS, self.timeout)
-        line = self._line = Line(self.store, self.rank, patience)
+        line = self._line = Line(self.store, self.rank, patience, self.clock)
         watched = range(self.size) if self.leads else [LEADER]
-        self._pulse = Pulse(line, self._key, self.rank, watched, patience, self.failed)
+        self._pulse = Pulse(line, self._key, self.rank, watched, patience, self.failed, self.clock)
         try:
             with self.ending_all():
                 self._pulse.start()
@@ -213,7 +222,7 @@ class Ranks:
                 what = "has made no progress" if progress else "has sent no heartbeat"
                 waited = f"{pulse.clock - moved:.0f} s (--timeout)"
                 raise RankFailed(f"rank {source} {what} for {waited}", hint=SEE_THERE)
-            time.sleep(nap)
+            self.clock.sleep(nap)
             nap = min(nap * 1.5, _LONGEST_NAP)
         return key
 
@@ -302,7 +311,7 @@ class Ranks:
             else:
                 told = not self._pulse.reported
         if told:
-            time.sleep(_LAST_WORDS_SECONDS)
+            self.clock.sleep(_LAST_WORDS_SECONDS)
         return told
 
     def _is_over(self) -> bool:
@@ -317,9 +326,9 @@ class Ranks:
         return not keys or self._line(lambda store: store.check(keys))
 
     def _until(self, true: Callable[[], bool], seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        while not true() and time.monotonic() < deadline:
-            time.sleep(0.02)
+        deadline = self.clock.now() + seconds
+        while not true() and self.clock.now() < deadline:
+            self.clock.sleep(0.02)
 
     def _key(self, key: str) -> str:
         return f"ckpt-tools/{self.session_number}/{key}"

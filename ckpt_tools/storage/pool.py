@@ -149,8 +149,8 @@ class PooledPath(PosixPath):
     """A path in the tree of a :class:`Pool`, made by :meth:`Pool.path`; a derived path keeps the pool.
 
     Outside the tree it behaves as a plain path. Inside, its name decides equality and order, and it equals no
-    plain path. ``as_posix()`` gives its name. ``str`` gives the file's place, for messages; ``os.fspath``
-    gives its place on this machine, and raises where there is none or more than one.
+    plain path. ``as_posix()`` gives its name. ``str`` gives the place of the file, for messages;
+    ``os.fspath`` gives its place on this machine, and raises where there is none or more than one.
     """
 
     pool: Pool

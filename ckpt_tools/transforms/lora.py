@@ -139,6 +139,12 @@ def adapted_names(names: Iterable[str]) -> AdaptedNames:
     return AdaptedNames(sorted_parts, base, tuple(outside), live)
 
 
+def adapter_of(name: str) -> str | None:
+    """The adapter that a tensor belongs to; None for a tensor of the base."""
+    part = _part(name, name)
+    return None if part is None else part.adapter
+
+
 def is_adapted(names: Iterable[str]) -> bool:
     """Whether a state holds LoRA tensors."""
     return any(segment in _LORA for name in names for segment in name.split("."))

@@ -66,6 +66,7 @@ KINDS: dict[str, Kind] = {
     "config-architecture": Kind("error", "the class in the config is not that of the tensors"),
     "config-dtype": Kind("error", "the dtype in the config is not that of the tensors"),
     "config-vocabulary": Kind("error", "vocab_size in the config is not that of the embedding"),
+    "dtype-mixed": Kind("warning", "floating tensors are of several dtypes"),
     # names.py: names that a finished model does not have
     "name-wrapped": Kind("error", "names with the prefix of a wrapper of training"),
     "name-peft": Kind("error", "names of a model that PEFT wraps"),
@@ -81,8 +82,6 @@ KINDS: dict[str, Kind] = {
     "tie-missing": Kind("error", "no name of a tied tensor is written"),
     "tie-other-name": Kind("warning", "a tied tensor is written under its second name"),
     "tie-written-twice": Kind("warning", "both names of a tied tensor are written"),
-    # precision.py: one dtype
-    "dtype-mixed": Kind("warning", "floating tensors are of several dtypes"),
     # adapter.py: adapters as PEFT writes them
     "adapter-config-invalid": Kind("error", "adapter_config.json is not the config of an adapter"),
     "adapter-type-unknown": Kind("error", "a peft_type that PEFT does not know"),

@@ -195,8 +195,9 @@ def write(
             while not stop.is_set() and (block := blocks.take()) is not None:
                 if ended is not None and ended.is_set():
                     break
-                gatherer.fill(buffer, block.slices)
                 view = memoryview(buffer)[: block.nbytes]
+                _clear_gaps(view, block)
+                gatherer.fill(buffer, block.slices)
                 digests = units.digests(block, view) if record is not None else ()
                 outputs.write(block.file, view, block.offset)
                 touched.add(block.file)
@@ -219,6 +220,15 @@ def write(
     outputs.sync(touched)
     bytes_read, bytes_written = map(sum, zip(*done, strict=True))
     return Written(bytes_read, bytes_written, moved - started, time.monotonic() - moved)
+
+
+def _clear_gaps(view: memoryview, block: Block) -> None:
+    """Set the bytes of a block that belong to no tensor to zero; the buffer held another block."""
+    end = 0
+    for piece in block.slices:
+        view[end : piece.at] = bytes(piece.at - end)
+        end = piece.at + (piece.stop - piece.start) * piece.tensor.dtype.itemsize
+    view[end:] = bytes(len(view) - end)
 
 
 class _Shared:

@@ -28,7 +28,6 @@ from ckpt_tools.transforms.recipe import (
     Json,
     Leaf,
     described,
-    is_computed,
     leaf_names,
     leaves_of,
     rebuilt,
@@ -142,7 +141,8 @@ def test_the_grammar_is_this(stored: dict[str, Tensor]) -> None:
     leaves = of_one_source(stored)
     for name, (tensor, recipe) in table.items():
         assert described(tensor, leaf_names(leaves)) == recipe, name
-        assert rebuilt(through_json(recipe), leaves) == tensor or is_computed(recipe), name
+        again = rebuilt(through_json(recipe), leaves)
+        assert described(again, leaf_names(leaves)) == recipe, name
 
 
 def test_what_is_rebuilt_computes_what_torch_computes(
@@ -204,7 +204,6 @@ def test_views_joins_and_casts_of_each_other(
 
     assert same_bits(rebuilt(recipe, leaves).load(), pair.truth)
     assert set(recipe_leaves(recipe)) == set(leaves)
-    assert not is_computed(recipe)
 
 
 def _stored_in(tensor: Tensor) -> list[Tensor]:
@@ -314,9 +313,8 @@ def test_a_base_of_its_own_and_a_mean_are_of_two_sources(tmp_path: Path) -> None
         load_file(saves / d / "masters.safetensors") for d in ("truth-global_step2", "truth")
     ]
     for name, tensor in found.items():
-        total = torch.zeros_like(masters[0][name])
-        total.add_(masters[0][name], alpha=0.3).add_(masters[1][name], alpha=0.7)
-        assert same_bits(tensor, total.bfloat16())
+        total = masters[0][name].double() * 0.3 + masters[1][name].double() * 0.7
+        assert same_bits(tensor, total.float().bfloat16())
 
 
 def _opened(*paths: Path) -> list[Checkpoint]:
@@ -343,7 +341,7 @@ def _peft_truth(source: Path) -> dict[str, torch.Tensor]:
 
 
 def test_a_tensor_of_no_source_has_no_recipe(stored: dict[str, Tensor]) -> None:
-    with pytest.raises(UsageError, match="nothing is known of where a Stored came from"):
+    with pytest.raises(UsageError, match="the origin of a Stored is not known"):
         described(cast(stored["w"], FLOAT32), {})
 
 
@@ -366,9 +364,9 @@ MERGE: dict[str, Json] = {
         (None, "not a recipe"),
         (3, "not a recipe"),
         (["w"], "not a recipe"),
-        ({}, "None is no operation"),
-        ({"op": "rotate", "of": "w"}, "'rotate' is no operation"),
-        ({"op": ["cast"], "of": "w"}, "is no operation"),
+        ({}, "None is not an operation"),
+        ({"op": "rotate", "of": "w"}, "'rotate' is not an operation"),
+        ({"op": ["cast"], "of": "w"}, "is not an operation"),
         ("x", "source 0 has no such tensor"),
         ({"op": "stored", "source": 1, "name": "w"}, "source 1 has no such tensor"),
         ({"op": "stored", "source": 0, "name": "w", "copy": "model"}, r"\(model copy\)"),
@@ -379,17 +377,20 @@ MERGE: dict[str, Json] = {
         ({"op": "cast", "of": "w", "dtype": "bfloat17"}, "cast: 'bfloat17'"),
         ({"op": "cast", "of": "x", "dtype": "float32"}, "no such tensor"),
         ({"op": "view", "of": "w", "offset": 1, "shape": [96], "strides": [1]}, "outside"),
-        ({"op": "view", "of": "w", "offset": 0.5, "shape": [1], "strides": [1]}, "0.5, which"),
-        ({"op": "view", "of": "w", "offset": 0, "shape": 1, "strides": [1]}, "no list"),
+        (
+            {"op": "view", "of": "w", "offset": 0.5, "shape": [1], "strides": [1]},
+            "0.5 is not of type int",
+        ),
+        ({"op": "view", "of": "w", "offset": 0, "shape": 1, "strides": [1]}, "is not a list"),
         ({"op": "view", "of": "w", "offset": 0, "shape": [2, 2], "strides": [1]}, "view: "),
         ({"op": "concat", "of": ["w", "a"], "axis": 1}, "cannot join"),
         ({"op": "concat", "of": [], "axis": 0}, "cannot join"),
-        ({"op": "concat", "of": "w", "axis": 0}, "no list"),
+        ({"op": "concat", "of": "w", "axis": 0}, "is not a list"),
         ({"op": "mean", "of": ["w", "a"], "weights": [0.5, 0.5]}, "do not fit"),
         ({"op": "mean", "of": ["w"], "weights": [0.5, 0.5]}, "do not fit"),
-        ({"op": "mean", "of": ["w"], "weights": ["1"]}, "no float"),
-        (MERGE | {"scale": True}, "no float"),
-        (MERGE | {"transposed": 0}, "no bool"),
+        ({"op": "mean", "of": ["w"], "weights": ["1"]}, "is not of type float"),
+        (MERGE | {"scale": True}, "is not of type float"),
+        (MERGE | {"transposed": 0}, "is not of type bool"),
         (MERGE | {"a": "b"}, "do not fit"),
         (MERGE | {"b": "a"}, "do not fit"),
         (MERGE | {"base": "m"}, "do not fit"),
@@ -398,7 +399,7 @@ MERGE: dict[str, Json] = {
         (MERGE | {"experts": 0}, "do not fit"),
         (MERGE | {"expert": 1}, "do not fit"),
         (MERGE | {"expert": -1}, "do not fit"),
-        ({"op": "column_norms", "of": "w"}, "column_norms: the shapes"),
+        ({"op": "column_norms", "of": "w"}, "column_norms: of is not a merge"),
         ({"op": "merged_bias", "base": "m", "update": "columns", "scale": 1.0}, "do not fit"),
     ],
     ids=str,
@@ -418,18 +419,5 @@ def test_leaves_are_named_as_often_as_they_are_used() -> None:
 
     assert list(recipe_leaves(twice)) == [Leaf(0, "w"), Leaf(0, "w")]
     assert [leaf.name for leaf in recipe_leaves(MERGE)] == ["w", "a", "b"]
-    with pytest.raises(DamagedCheckpoint, match="'rotate' is no operation"):
+    with pytest.raises(DamagedCheckpoint, match="'rotate' is not an operation"):
         list(recipe_leaves({"op": "cast", "of": {"op": "rotate"}}))
-
-
-@pytest.mark.parametrize(
-    ("recipe", "computed"),
-    [
-        ("w", False),
-        ({"op": "cast", "of": "w", "dtype": "float32"}, False),
-        (MERGE, True),
-        ({"op": "cast", "of": {"op": "concat", "of": ["w", MERGE], "axis": 0}}, True),
-    ],
-)
-def test_a_sum_is_told_from_a_move(recipe: Json, computed: bool) -> None:
-    assert is_computed(recipe) is computed

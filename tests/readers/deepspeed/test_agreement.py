@@ -200,9 +200,24 @@ def test_a_model_file_of_another_step_is_doubted_and_found_out(tmp_path: Path) -
     assert doubt.startswith("the optimizer counts 4 steps, the model file 2 (0 of them skipped)")
     assert doubt in checkpoint.remarks
     with pytest.raises(DamagedCheckpoint, match="is not its 16-bit weight") as caught:
-        check_masters(checkpoint, every_element=False, workers=1)
+        check_masters(checkpoint, check_all_masters=False, workers=1)
     assert doubt in caught.value.fact
     assert "Files of two saves lie together" in str(caught.value)
+
+
+def test_steps_that_were_skipped_are_no_steps_of_the_optimizer(tmp_path: Path) -> None:
+    """A loss scale that was too large: the engine counts the step, the optimizer does not take it."""
+    directory = damage.copy_of("zero2-fp16-llama-2ranks", tmp_path)
+    facts = open_checkpoint(directory)
+    assert (facts.step, facts.details["skipped_steps"], facts.doubts) == (2, 0, ())
+
+    damage.edit(
+        damage.model_files(directory)[0],
+        lambda content: content.update(global_steps=6, skipped_steps=4),
+    )
+
+    skipped = open_checkpoint(directory)
+    assert (skipped.doubts, skipped.remarks) == ((), ())
 
 
 def test_model_files_of_another_step_are_remarked_under_stage_3(tmp_path: Path) -> None:

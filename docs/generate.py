@@ -1,0 +1,233 @@
+"""The parts of the documentation that are derived: from the command line, the source and the fixtures.
+
+    python docs/generate.py
+
+replaces what is between ``<!-- generated: NAME -->`` and ``<!-- end of generated -->`` in each page. A test
+does the same and compares, so a page cannot differ from what it describes.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import click
+import error_messages
+
+import ckpt_tools
+from ckpt_tools import errors
+from ckpt_tools.cli import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+FIXTURES = ROOT / "fixtures"
+
+_REGION = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end of generated -->)", re.DOTALL)
+
+
+def main() -> None:
+    """Write the pages."""
+    for path, text in pages().items():
+        path.write_text(text)
+
+
+def pages() -> dict[Path, str]:
+    """Each page that has a derived part, as it should be."""
+    found = {}
+    for path in sorted(DOCS.glob("*.md")):
+        text = path.read_text()
+        if _REGION.search(text):
+            found[path] = _REGION.sub(lambda m: f"{m[1]}\n{PARTS[m[2]]()}\n{m[3]}", text)
+    return found
+
+
+def table(head: tuple[str, ...], rows: Iterator[tuple[str, ...]] | list[tuple[str, ...]]) -> str:
+    """A table in Markdown."""
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def prose(text: str) -> str:
+    """Text for a cell or a paragraph: nothing in it is markup."""
+    text = " ".join(text.split())
+    return re.sub(r"([|<>*_\\\[\]])", r"\\\1", text)
+
+
+# -- commands and options ---------------------------------------------------------------------------
+
+
+def commands() -> str:
+    """Every command, as it explains itself."""
+    context = click.Context(cli, info_name="ckpt-tools", **cli.context_settings)
+    known: dict[str, list[click.Option]] = {}
+    parts = []
+    for name in cli.list_commands(context):
+        command = cli.get_command(context, name)
+        assert command is not None
+        known[name] = [p for p in command.params if isinstance(p, click.Option)]
+        usage = command.collect_usage_pieces(click.Context(command, parent=context))
+        parts += [f"## {name}\n", f"`ckpt-tools {name} {' '.join(usage)}`\n"]
+        parts.append(_command(name, command, known[name], known.get("consolidate", [])))
+    return "\n".join(parts)
+
+
+def _command(
+    name: str, command: click.Command, options: list[click.Option], shared: list[click.Option]
+) -> str:
+    parts = list(_help(command.help or ""))
+    if name != "consolidate" and len({_key(o) for o in options} & {_key(o) for o in shared}) > 9:
+        own = [o for o in options if _key(o) not in {_key(s) for s in shared}]
+        lacking = [o for o in shared if o.name not in {option.name for option in options}]
+        less = " and ".join(f"`{o.opts[0]}`" for o in lacking[-2:])
+        less = ", ".join([*(f"`{o.opts[0]}`" for o in lacking[:-2]), less]) if lacking else ""
+        parts.append(
+            f"It has all options of [consolidate](#consolidate){f' except {less}' if less else ''}"
+            f"{', and these:' if own else '.'}\n"
+        )
+        options = own
+    if options:
+        parts.append(table(("option", "meaning", "default"), [_option(o) for o in options]))
+    return "\n".join(parts)
+
+
+def _key(option: click.Option) -> tuple[str, str]:
+    return option.opts[0], option.help or ""
+
+
+def _option(option: click.Option) -> tuple[str, str, str]:
+    names = ", ".join(f"`{name}`" for name in reversed(option.opts))
+    value = option.metavar
+    if value is None and isinstance(option.type, click.Choice):
+        value = "|".join(map(str, option.type.choices))
+    if value is None and not option.is_flag:
+        value = option.type.name.upper()
+    if value and not option.is_flag:
+        names = names[:-1] + " " + value.replace("|", r"\|") + "`"
+    default = str(option.default) if option.show_default else ""
+    text = prose(option.help or "The largest size of one output file.")
+    if option.required:
+        text += " Required."
+    if option.multiple and "repeat" not in text:
+        text += " Repeatable."
+    return names, text, f"`{default}`" if default else ""
+
+
+def _help(text: str) -> Iterator[str]:
+    """The paragraphs of a help text. What stands in lines of its own there is a list or examples."""
+    for paragraph in inspect.cleandoc(text).split("\n\n"):
+        if not paragraph.startswith("\b"):
+            yield prose(paragraph).replace("\\`", "`") + "\n"
+            continue
+        title, *lines = paragraph.removeprefix("\b").strip().splitlines()
+        yield title + "\n"
+        if "ckpt-tools" in lines[0]:
+            body = "".join(f"$ {line.strip()}\n" for line in lines)
+            yield f"<!-- not run: the paths are examples -->\n```console\n{body}```\n"
+        else:
+            rows = [tuple(map(prose, line.strip().split("  ", 1))) for line in lines]
+            yield table(("status", "meaning"), rows)
+
+
+# -- formats and versions ---------------------------------------------------------------------------
+
+
+def _facts() -> Iterator[tuple[Path, Mapping[str, object]]]:
+    for path in sorted(FIXTURES.glob("*/*/facts.json")):
+        yield path.parent, json.loads(path.read_text())
+
+
+def _checkpoint(case: Path) -> Path:
+    return next(iter(sorted(case.glob("checkpoint*"))))
+
+
+def _inspected(path: Path) -> ckpt_tools.Inspection | str:
+    """What a shipped checkpoint is; of several the last one; or why it is refused."""
+    try:
+        return ckpt_tools.inspect(path)
+    except errors.AmbiguousCheckpoint as several:
+        return ckpt_tools.inspect(path, tag=several.choices[-1])
+    except errors.CkptError as error:
+        return error.fact
+
+
+def deepspeed() -> str:
+    """How many fixtures there are of each kind of DeepSpeed checkpoint and each version."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for case, facts in _facts():
+        found = _inspected(_checkpoint(case))
+        if isinstance(found, str) or found.format != "deepspeed":
+            continue
+        recorded = str(found.framework).removeprefix("deepspeed").strip()
+        counts[found.title, str(facts.get("deepspeed_version", recorded))] += 1
+    versions = sorted({v for _, v in counts}, key=lambda v: [int(part) for part in v.split(".")])
+    rows = [
+        (title, *(str(counts[title, version] or "") for version in versions))
+        for title in sorted({title for title, _ in counts})
+    ]
+    return table(("", *versions), rows)
+
+
+def others() -> str:
+    """How many fixtures there are of every other kind, by what wrote them."""
+    counts: Counter[tuple[str, str, str]] = Counter()
+    for case, facts in _facts():
+        found = _inspected(_checkpoint(case))
+        if not isinstance(found, str) and found.format == "deepspeed":
+            continue
+        torch = f"torch {str(facts['torch_version']).partition('+')[0]}"
+        name = str(facts.get("framework") or "accelerate")
+        version = facts.get("framework_version") or facts.get("accelerate_version")
+        writer = f"{name} {version}, {torch}" if name != "torch" and version else torch
+        if isinstance(found, str):
+            counts[found, writer, "refused"] += 1
+        elif found.problems:
+            counts["FSDP1 `LOCAL_STATE_DICT` files", writer, "refused"] += 1
+        else:
+            counts[found.title, writer, "read"] += 1
+    rows = [
+        (title[0].upper() + title[1:], writer, str(count), answer)
+        for (title, writer, answer), count in sorted(
+            counts.items(), key=lambda item: (item[0][2], item[0])
+        )
+    ]
+    return table(("what", "written by", "fixtures", "answer"), rows)
+
+
+# -- messages ---------------------------------------------------------------------------------------
+
+
+def messages() -> str:
+    """Every message, by the status with which it ends a command."""
+    parts = []
+    for status, found in error_messages.by_status().items():
+        rows = [
+            (prose(fact), "<br>".join(map(prose, hints)), f"[refused](refused.md#{section})")
+            for fact, hints, section in found
+        ]
+        parts += [f"## Exit status {status}\n", table(("message", "next step", "see"), rows)]
+    return "\n".join(parts)
+
+
+# -- security ---------------------------------------------------------------------------------------
+
+
+def security() -> str:
+    """SECURITY.md, without its title."""
+    return (ROOT / "SECURITY.md").read_text().partition("\n\n")[2]
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "commands": commands,
+    "deepspeed": deepspeed,
+    "messages": messages,
+    "others": others,
+    "security": security,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())
