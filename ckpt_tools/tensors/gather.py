@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
 
 _OPEN_FILES = 64
-# The factors of one merged weight: two, and room for those of a neighbour.
+# Two factors of one merged weight, and room for those of a neighbour.
 _KEPT_TENSORS = 6
 
 
@@ -88,7 +88,7 @@ class Gatherer:
         """Put every slice in its place in ``buffer``.
 
         Raises:
-            DamagedCheckpoint: a file ended before the bytes that it should hold, or cannot be read.
+            DamagedCheckpoint: a file is too short, or cannot be read.
         """
         work: list[tuple[Move, Slice]] = []
         for part in slices:
@@ -155,7 +155,7 @@ class Gatherer:
             self._place(tensor.compute(start, stop, self), small, part, buffer)
 
     def _place(self, values: torch.Tensor, move: Move, part: Slice, buffer: bytearray) -> None:
-        """Put the elements of a run in place, through every dtype that they pass on the way."""
+        """Put the elements of a run in place, with every cast on the way."""
         for dtype in move.dtypes[:-1]:
             values = values.to(dtype.torch)
         window = self._torch.frombuffer(
@@ -175,10 +175,10 @@ class Gatherer:
         return self._torch.frombuffer(buffer, dtype=tensor.dtype.torch)
 
     def whole(self, tensor: Tensor) -> torch.Tensor:
-        """All of a small tensor in memory, kept while it is among the last that were asked for."""
+        """All of a small tensor in memory. The last few tensors are kept."""
         kept = self._kept.pop(id(tensor), None)
         loaded = kept[1] if kept else self.window(tensor, 0, tensor.numel).view(tensor.shape)
-        # The tensor is kept with its values, so that no other can take its id meanwhile.
+        # The tensor is kept with its values, so that no other tensor can get its id.
         self._kept[id(tensor)] = (tensor, loaded)
         while len(self._kept) > _KEPT_TENSORS:
             self._kept.popitem(last=False)

@@ -310,7 +310,7 @@ def test_a_machine_that_is_lost_ends_the_other(large: Large, tmp_path: Path, los
     assert time.monotonic() - began < SOON_SECONDS
     assert done.status != 0
     assert not out.exists()
-    fact = "rank 1 gives no sign of life for 5 s" if lost else "rank 2 lost the others"
+    fact = "rank 1 has sent no heartbeat for 5 s" if lost else "rank 2 lost the others"
     assert_told_once(done.said, f"error: {fact}")
     assert "Exception raised from" not in done.said, "torch tells each frame of its stack"
     assert "--resume" in done.said
@@ -385,8 +385,8 @@ def test_machines_whose_cable_is_pulled_end_both(large: Large, tmp_path: Path) -
 
     assert 0 not in (first.status, second.status)
     assert not out.exists()
-    assert_told_once(first.said, "error: rank 1 gives no sign of life for 5 s")
-    assert_told_once(second.said, "error: rank 1 lost the others (their store has not answered")
+    assert_told_once(first.said, "error: rank 1 has sent no heartbeat for 5 s")
+    assert_told_once(second.said, "error: rank 1 lost the others (the store has not answered")
 
 
 def join(nets: list[list[str]]) -> None:
@@ -440,7 +440,7 @@ def test_a_rank_that_stands_still_ends_the_others(
     done = ended(run, SOON_SECONDS)
 
     assert not out.exists()
-    assert_told_once(done.said, f"error: rank {frozen} gives no sign of life for 5 s")
+    assert_told_once(done.said, f"error: rank {frozen} has sent no heartbeat for 5 s")
     assert went_on(large.resumed(out, ranks=1))
 
 
