@@ -14,15 +14,16 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from ckpt_tools.checkpoint import Checkpoint, Location, Weight
 from ckpt_tools.errors import DamagedCheckpoint
-from ckpt_tools.readers import dcp, zero
+from ckpt_tools.readers import dcp
+from ckpt_tools.readers.containers.weight_files import entry_in, entry_names, read_weight_files
+from ckpt_tools.readers.deepspeed import reader as zero
 from ckpt_tools.readers.trainer_state import is_trainer_directory, trainer_step
-from ckpt_tools.readers.weight_files import entry_points, read_weight_files
+from ckpt_tools.storage.folders import entries_of
+from ckpt_tools.tensors.checkpoint import Checkpoint, Location, Weight
 
 NAME = "accelerate"
 _PLAIN = re.compile(r"((?:pytorch_)?model(?:_\d+)?)\.(?:safetensors|bin)(?:\.index\.json)?")
@@ -54,7 +55,7 @@ def find(path: Path, tag: str | None = None) -> list[Location]:
     """
     if path.is_file():
         models = [model for model in _models(path.parent) if model.format == NAME]
-        return [model for model in models if path.name in _files(model)]
+        return [model for model in models if path.name in entry_names(_files(model))]
     models = _models(path)
     for saves in (path, path / "checkpoints"):
         if not models:
@@ -67,7 +68,7 @@ def find(path: Path, tag: str | None = None) -> list[Location]:
 def _automatic(directory: Path) -> list[Location]:
     """The models of every save below a directory, named after their saves."""
     found = []
-    for save in _entries(directory):
+    for save in entries_of(directory):
         if _AUTOMATIC.fullmatch(save.name):
             models = _models(save)
             for model in models:
@@ -78,7 +79,7 @@ def _automatic(directory: Path) -> list[Location]:
 
 def _models(directory: Path) -> list[Location]:
     """The models of one save; those of a distributed run first, as weights beside them are an export."""
-    entries = _entries(directory)
+    entries = entries_of(directory)
     distributed = []
     for entry in entries:
         if entry.is_dir() and _DCP.fullmatch(entry.name):
@@ -98,27 +99,15 @@ def _location(directory: Path, part: str) -> Location:
     return Location(NAME, directory, part, near, part=part)
 
 
-def _entries(directory: Path) -> list[Path]:
-    try:
-        return sorted(directory.iterdir(), key=_natural)
-    except OSError:
-        return []
-
-
-def _natural(path: Path) -> tuple[int, str]:
-    digits = "".join(c for c in path.name if c.isdigit())
-    return int(digits or 0), path.name
-
-
 def _left_alone(entry: Path) -> str | None:
     """What a file is that holds no weights."""
     match = _LEFT_ALONE.fullmatch(entry.name)
     return next(kind for kind in match.groups() if kind) if match else None
 
 
-def _files(model: Location) -> Iterator[str]:
+def _files(model: Location) -> list[str]:
     """Names of the files that may hold a model's weights, the preferred first."""
-    return entry_points(f"{model.part}.{suffix}" for suffix in ("safetensors", "bin"))
+    return [f"{model.part}.{suffix}" for suffix in ("safetensors", "bin")]
 
 
 def read(location: Location) -> Checkpoint:
@@ -128,8 +117,7 @@ def read(location: Location) -> Checkpoint:
         DamagedCheckpoint: a file is missing or truncated, or index and shards disagree.
     """
     directory = location.directory
-    candidates = (directory / name for name in _files(location))
-    entry = next((path for path in candidates if path.is_file()), None)
+    entry = entry_in(directory, _files(location))
     if entry is None:
         raise DamagedCheckpoint("its weights are gone", path=directory)
     held = read_weight_files(entry)
@@ -138,7 +126,7 @@ def read(location: Location) -> Checkpoint:
         name: Weight("parameter" if t.dtype.is_floating else "buffer", t.shape, t.dtype, model=t)
         for name, t in held.tensors.items()
     }
-    files = [path for path in _entries(directory) if path.is_file()]
+    files = [path for path in entries_of(directory) if path.is_file()]
     writer = "Transformers Trainer" if is_trainer_directory(directory) else "Accelerate save_state"
     ranks = [int(match[1]) for path in files if (match := _RANDOM.fullmatch(path.name))]
     return Checkpoint(

@@ -1,9 +1,8 @@
 """The memory of this process as a place with files: live tensors, read by byte ranges.
 
-What is read is copied from the tensors as they are, range by range, from whatever device they are on: the
-memory that reading takes is that of the buffer that is filled. A file here is a row of tensors at fixed
-offsets, each aligned for its elements; bytes between them read as zeros. Knows tensors and bytes; knows no
-names of tensors, no frameworks and no ranks.
+Reading copies ranges of the tensors from any device into the caller's buffer; it takes no other memory. A
+file is a row of tensors at fixed offsets, each aligned to its element size. Bytes between tensors are
+zero.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ckpt_tools.places import FileFacts, Readable
-from ckpt_tools.regions import window_slabs
+from ckpt_tools.storage.places import LOCAL, FileFacts, Readable
+from ckpt_tools.tensors.regions import window_slabs
 
 if TYPE_CHECKING:
     import torch
@@ -36,18 +35,18 @@ class Row:
         self.size = 0
 
     def reserve(self, nbytes: int) -> int:
-        """Where the next ``nbytes`` begin; they are at the end of the file then."""
+        """Reserve ``nbytes`` at the end of the file, and return their first byte."""
         offset = -(-self.size // ALIGNMENT) * ALIGNMENT
         self.size = offset + nbytes
         return offset
 
     def put(self, offset: int, tensor: torch.Tensor) -> None:
-        """Let the bytes from ``offset`` on be the tensor's, in row-major order. In rising order."""
+        """Put the bytes of the tensor at ``offset``, in row-major order. Offsets must rise."""
         self._offsets.append(offset)
         self._tensors.append(tensor)
 
     def read_into(self, view: memoryview, offset: int) -> int:
-        """See :meth:`ckpt_tools.places.Readable.read_into`."""
+        """See :meth:`ckpt_tools.storage.places.Readable.read_into`."""
         count = min(len(view), max(self.size - offset, 0))
         view = view[:count]
         at = max(bisect_right(self._offsets, offset) - 1, 0)
@@ -69,22 +68,24 @@ class Row:
 
 
 class Memory:
-    """A place whose files are rows of live tensors; to be closed after use, for it holds on to them.
+    """A place whose files are rows of live tensors. It keeps them alive until it is closed.
 
     Attributes:
-        label: what it is called in messages.
+        label: its name in messages.
     """
+
+    requests = LOCAL
 
     def __init__(self, label: str, rows: Mapping[str, Row]) -> None:
         self.label = label
         self._rows = dict(rows)
 
     def listing(self) -> Mapping[str, FileFacts]:
-        """See :meth:`ckpt_tools.places.Place.listing`."""
+        """See :meth:`ckpt_tools.storage.places.Place.listing`."""
         return {name: FileFacts(row.size, 0) for name, row in self._rows.items()}
 
     def open(self, relative: str) -> Readable:
-        """See :meth:`ckpt_tools.places.Place.open`."""
+        """See :meth:`ckpt_tools.storage.places.Place.open`."""
         try:
             return self._rows[relative]
         except KeyError:
@@ -96,16 +97,16 @@ class Memory:
 
 
 def synchronize(tensors: Sequence[torch.Tensor]) -> None:
-    """Wait until the devices that hold the tensors have done what was asked of them."""
+    """Wait until the devices that hold the tensors have finished their work."""
     import torch
 
     for device in {tensor.device for tensor in tensors if tensor.device.type != "cpu"}:
-        # torch.accelerator is of torch 2.6.
+        # torch.accelerator is new in torch 2.6.
         (getattr(torch, "accelerator", None) or getattr(torch, device.type)).synchronize(device)
 
 
 def copy_bytes(tensor: torch.Tensor, start: int, into: memoryview) -> None:
-    """Fill ``into`` with bytes of a tensor, from byte ``start`` of its row-major order on."""
+    """Fill ``into`` with the bytes of a tensor, from byte ``start`` of its row-major order."""
     import torch
 
     target = torch.frombuffer(into, dtype=torch.uint8)

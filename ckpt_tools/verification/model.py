@@ -1,7 +1,7 @@
 """The tensors against the model that the config describes: missing, unexpected, misshapen, tied.
 
 Owns the comparison of what lies in the files with what transformers itself would have written, which
-:mod:`ckpt_tools.reference` finds without weights. Where a directory is laid out as another version of
+:mod:`ckpt_tools.hub.reference` finds without weights. Where a directory is laid out as another version of
 transformers did it, that layout is taken. It must not know files or data.
 """
 
@@ -11,19 +11,26 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
-from ckpt_tools.assets.config import text_value
-from ckpt_tools.errors import CkptError, UsageError
-from ckpt_tools.reference import Live, ReferenceModel, SavedTensor, describe, leaves
+from ckpt_tools.errors import CkptError, UsageError, listed
+from ckpt_tools.hub.config import text_value
+from ckpt_tools.hub.reference import Live, ReferenceModel, SavedTensor, describe, leaves
 from ckpt_tools.verification.config import is_quantized, note_vocabulary
 from ckpt_tools.verification.container import Entry
 from ckpt_tools.verification.directory import CONFIG, Directory
 from ckpt_tools.verification.names import common_prefix, plain_names
-from ckpt_tools.verification.problem import Findings, listed
+from ckpt_tools.verification.problem import Findings
+from ckpt_tools.verification.run import Run
 
+ORDER = 10
 _WHOSE = "tensors against the model"
 
 # Asks for the model in the layout of a directory with these names.
 _Ask = Callable[[Collection[str]], ReferenceModel | None]
+
+
+def check(run: Run) -> None:
+    """Compare the tensors with the model of the config, and keep the model in ``run``."""
+    run.reference = check_model(run.directory, run.findings)
 
 
 def check_model(directory: Directory, findings: Findings) -> ReferenceModel | None:

@@ -11,8 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from ckpt_tools.catalogue import Box, FlatRange, Stored
-from ckpt_tools.checkpoint import Checkpoint, Kind
 from ckpt_tools.errors import (
     AttributeNotFound,
     CkptError,
@@ -21,9 +19,12 @@ from ckpt_tools.errors import (
     UnsupportedLayout,
 )
 from ckpt_tools.ranks import Ranks
+from ckpt_tools.tensors.catalogue import Box, FlatRange, Stored
+from ckpt_tools.tensors.checkpoint import Checkpoint, Kind
+from ckpt_tools.tensors.fragments import EvenSlices
 from ckpt_tools.training.facts import Facts
 from ckpt_tools.training.holding import Held, Holding, Piece, dtype_of, whole
-from ckpt_tools.training.live import EvenSlices, offered, part_of
+from ckpt_tools.training.live import offered, part_of
 from tests.ranks.in_threads import hurried, made, together
 
 __all__ = ["hurried"]
@@ -208,7 +209,7 @@ def test_ranks_with_other_tensors_are_refused(odd: Callable[[], Held]) -> None:
     leader, *others = look(lambda rank: [odd() if rank == 2 else held("a", torch.ones(2))], loaded)
 
     assert isinstance(leader, UnsupportedLayout)
-    assert "rank 2 holds other tensors than rank 0" in str(leader)
+    assert "the tensors of rank 2 are not those of rank 0" in str(leader)
     assert all(isinstance(error, CkptError) for error in others)
 
 

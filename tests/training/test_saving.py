@@ -107,11 +107,11 @@ def test_what_will_be_written_is_known_beforehand() -> None:
     ("model", "options", "error", "said"),
     [
         (Composite(), {"attribute": "polic"}, AttributeNotFound, "no attribute 'polic'"),
-        (Composite(), {"adapter": "default"}, UsageError, "none; it is no PEFT model"),
+        (Composite(), {"adapter": "default"}, UsageError, "none, because it is not a PEFT model"),
         (Adapted(), {"adapter": "third"}, UsageError, "It has: default, other"),
         (Adapted(), {"weights_only": False}, UsageError, "Pass adapter='default'"),
         (Composite(), {"weights_only": False}, MissingAsset, "a Composite has no config"),
-        (Composite(), {"dtype": "int4"}, UsageError, "'int4' is no dtype"),
+        (Composite(), {"dtype": "int4"}, UsageError, "'int4' is not a dtype"),
     ],
 )
 def test_what_cannot_be_saved_is_said_and_leaves_nothing(
@@ -124,7 +124,7 @@ def test_what_cannot_be_saved_is_said_and_leaves_nothing(
 
 
 def test_a_model_in_a_dictionary_is_no_model(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="a dict is no model"):
+    with pytest.raises(UsageError, match="a dict is not a model"):
         training.save({}, tmp_path / "out")
 
 
@@ -144,7 +144,7 @@ def test_an_existing_output_is_replaced_when_asked_for(tmp_path: Path) -> None:
 def test_a_save_that_fails_cannot_be_resumed_and_keeps_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ckpt_tools import delivery
+    from ckpt_tools.writing import delivery
 
     finish = delivery._finish_all
 
@@ -154,7 +154,7 @@ def test_a_save_that_fails_cannot_be_resumed_and_keeps_nothing(
 
     monkeypatch.setattr(delivery, "_finish_all", failing)
     # As after some seconds of writing.
-    monkeypatch.setattr("ckpt_tools.journal.has_proof", lambda home: True)
+    monkeypatch.setattr("ckpt_tools.writing.journal.has_proof", lambda home: True)
     with pytest.raises(OutputFailed) as error:
         save(nn.Linear(512, 512), tmp_path / "out")
 

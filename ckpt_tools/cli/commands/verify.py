@@ -1,0 +1,203 @@
+"""``ckpt-tools verify``."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ckpt_tools.cli import options
+from ckpt_tools.cli.outcome import joined_ranks, reports_errors
+from ckpt_tools.cli.progress import shown_progress
+from ckpt_tools.cli.text import drawn, say
+from ckpt_tools.cli.verdicts import UNCHECKED, Outcome, show, status_of
+from ckpt_tools.errors import CkptError
+
+_BY_SUFFIX = {".json": "json", ".xml": "junit"}
+_DOCUMENTS = ("json", "junit")
+
+SUMMARY = "Everything that is wrong with a finished directory."
+
+
+@click.command("verify", cls=options.Command)
+@click.argument("directories", nargs=-1, required=True, metavar="DIR...", type=options.PATH)
+@options.option(
+    "--against",
+    group=options.CHECK,
+    type=options.PATH,
+    metavar="CKPT",
+    help="Compare every tensor, bit for bit, with the checkpoint that it was made from.",
+)
+@options.option(
+    "--also",
+    group=options.CHECK,
+    type=options.PATH,
+    multiple=True,
+    metavar="DIR",
+    help="With --against: a further folder with files of CKPT, such as another machine's; repeatable.",
+)
+@options.option(
+    "--read-data",
+    group=options.CHECK,
+    is_flag=True,
+    help="Read every byte: digests, NaN, constant weights.",
+)
+@options.option(
+    "--load",
+    group=options.CHECK,
+    is_flag=True,
+    help="Load it with transformers or PEFT, call it, generate. Takes the model's memory.",
+)
+@options.option(
+    "--base",
+    group=options.CHECK,
+    type=options.PATH,
+    metavar="DIR",
+    help="With --load: the base of an adapter. Default: the directory that the adapter names.",
+)
+@options.option("--strict", group=options.CHECK, is_flag=True, help="Warnings fail too.")
+@options.option(
+    "--trust-remote-code",
+    group=options.CHECK,
+    is_flag=True,
+    help="Run custom code that lies in DIR, in a process of its own.",
+)
+@options.workers
+@options.option(
+    "--format",
+    "form",
+    group=options.WRITE,
+    type=click.Choice(["text", "json", "junit", "github"]),
+    default="text",
+    show_default=True,
+    help="What to print: a table, JSON (docs/verify.md), JUnit XML, or annotations for GitHub.",
+)
+@options.option(
+    "--output",
+    group=options.WRITE,
+    type=options.PATH,
+    metavar="FILE",
+    help="Write the report to FILE: JSON for .json, JUnit for .xml, otherwise --format. stdout then shows "
+    "text, or the annotations.",
+)
+@options.option("-q", "--quiet", is_flag=True, help="Print no text. The exit status is the result.")
+@options.timeout
+@options.debug
+@reports_errors
+def command(
+    directories: tuple[Path, ...],
+    strict: bool,
+    form: str,
+    output: Path | None,
+    quiet: bool,
+    timeout: float,
+    **asked: Any,
+) -> None:
+    """Show everything that is wrong with the finished directories DIR...
+
+    Takes models and adapters of any writer. Checks files, index and shards, tensors against the model of the
+    config, tokenizer, chat template, generation config and manifest. By default only the structure, in
+    seconds at any size; with --read-data every byte.
+
+    \b
+    Exit status:
+      0  clean
+      1  problems were found; warnings alone count with --strict
+      2  a directory could not be checked, or the report could not be written
+
+    \b
+    Examples:
+      ckpt-tools verify out
+      ckpt-tools verify out --against run/global_step500 --read-data
+      ckpt-tools verify out out-adapter --load --format junit
+    """
+    written = _format_of(output, form)
+    reads = asked["read_data"] or asked["against"] is not None
+    ranks = joined_ranks(timeout)
+    leads = ranks is None or ranks.leads
+    silent = quiet or not reads or form == "github" or not leads
+    with shown_progress(silent, "reading") as progress:
+        outcomes = [_look_at(path, progress=progress, ranks=ranks, **asked) for path in directories]
+    status = status_of(outcomes, strict)
+    if not leads:
+        sys.exit(status)
+    try:
+        if output is not None:
+            _write(output, _report(written, outcomes, strict))
+    except OSError as error:
+        say(
+            f"{output} cannot be written ({error.strerror})",
+            label="error: ",
+            color="red",
+            bold=True,
+            err=True,
+        )
+        status = UNCHECKED
+    shown = "text" if output is not None and form in _DOCUMENTS else form
+    if shown != "text" or not quiet:
+        click.echo(_report(shown, outcomes, strict), nl=False)
+    sys.exit(status)
+
+
+def _format_of(output: Path | None, form: str) -> str:
+    """The format of the report in the file."""
+    by_suffix = _BY_SUFFIX.get(output.suffix.lower(), form) if output is not None else form
+    if form in _DOCUMENTS and by_suffix != form:
+        raise click.UsageError(f"--format {form} does not fit --output {output}")
+    return by_suffix
+
+
+def _look_at(path: Path, *, progress: Callable[[int, int], None] | None, **asked: Any) -> Outcome:
+    """The outcome of one directory; an error does not stop the next ones."""
+    from ckpt_tools.verification import verify
+
+    try:
+        return Outcome(path, verify(path, progress=progress, **asked))
+    except CkptError as error:
+        if click.get_current_context().params["debug"]:
+            traceback.print_exc()
+        return Outcome(path, None, error)
+    except Exception as error:
+        # Status 1 means that the directory has problems.
+        traceback.print_exc()
+        return Outcome(path, None, CkptError(f"unforeseen: {type(error).__name__}: {error}"))
+
+
+def _report(form: str, outcomes: Sequence[Outcome], strict: bool) -> str:
+    if form == "text":
+        return drawn(lambda console: show(console, outcomes, strict))
+    from ckpt_tools.cli import documents
+
+    make = {
+        "json": documents.json_document,
+        "junit": documents.junit_document,
+        "github": documents.github_annotations,
+    }
+    return make[form](outcomes, strict)
+
+
+def _write(output: Path, text: str) -> None:
+    """Write a file whole or not at all. A pipe or device is written to directly.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if output.exists() and not output.is_file():
+        output.write_text(text, encoding="utf-8")
+        return
+    partial = output.with_name(f".{output.name}.partial-{secrets.token_hex(4)}")
+    try:
+        with partial.open("x", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(output)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,193 @@
+"""The spine of every conversion: the order of things from checkpoints to a published directory.
+
+    check the target -> read states and ask about the model -> check masters -> plan -> deliver -> report
+
+Two modules make what is planned: :mod:`ckpt_tools.conversion.models` and
+:mod:`ckpt_tools.conversion.extraction`. Everything that can be wrong with the input is found before the
+partial directory is made.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from ckpt_tools.conversion.masters import check_masters
+from ckpt_tools.conversion.report import Report
+from ckpt_tools.conversion.request import Request
+from ckpt_tools.errors import VerificationFailed
+from ckpt_tools.storage.folders import folders_of
+from ckpt_tools.tensors.catalogue import Tensor
+from ckpt_tools.tensors.checkpoint import Checkpoint
+from ckpt_tools.tensors.deferred import settle
+from ckpt_tools.verification import verify
+from ckpt_tools.writing.bytes import Written
+from ckpt_tools.writing.delivery import Delivered, deliver
+from ckpt_tools.writing.manifest import Provenance
+from ckpt_tools.writing.output import Output, Writing
+from ckpt_tools.writing.publish import check_target, leftovers
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What will be written, and what a person should know of it.
+
+    Attributes:
+        outputs: the planned directories.
+        provenance: what they are made of.
+        title: what they are made of, for a person; None where the checkpoint says it.
+        notes: what was decided.
+        warnings: what to look at.
+    """
+
+    outputs: tuple[Output, ...]
+    provenance: Provenance
+    title: str | None = None
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+class Pending(Protocol):
+    """The states of the sources, with questions about them that may not be answered yet."""
+
+    @property
+    def tensors(self) -> Iterable[Tensor]:
+        """Tensors of the sources that may be read."""
+
+    def plan(self) -> Planned:
+        """Wait for the answers, and plan.
+
+        Raises:
+            CkptError: see :mod:`ckpt_tools.errors`.
+        """
+
+
+Prepare = Callable[[Sequence[Checkpoint], Request], Pending]
+
+
+class Clock:
+    """Seconds of each step, and in all."""
+
+    def __init__(self) -> None:
+        self._started = self._last = time.monotonic()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, step: str) -> None:
+        """End the step that is running and call it ``step``."""
+        now = time.monotonic()
+        self.laps |= {step: now - self._last, "total": now - self._started}
+        self._last = now
+
+
+def run(sources: Sequence[Checkpoint], request: Request, prepare: Prepare, clock: Clock) -> Report:
+    """Carry out a request.
+
+    Args:
+        sources: the checkpoints, opened.
+        request: what is asked of them.
+        prepare: how the catalogues of the outputs are made.
+        clock: started when the sources were opened.
+
+    Raises:
+        CkptError: see :mod:`ckpt_tools.errors`; nothing was written.
+    """
+    if not request.dry_run:
+        folders = [f for source in sources for f in folders_of(source.location.directory)]
+        inputs = [*folders, *request.named_inputs]
+        check_target(request.output, inputs, overwrite=request.overwrite)
+    pending = prepare(sources, request)
+    settle(pending.tensors, request.workers)
+    clock.lap("read")
+    checked = 0
+    if request.weights == "master":
+        checked = sum(
+            check_masters(
+                source,
+                check_all_masters=request.check_all_masters,
+                workers=request.workers,
+                progress=request.active,
+            )
+            for source in sources
+        )
+    clock.lap("check")
+    planned = pending.plan()
+    clock.lap("plan")
+    delivered = deliver(request.output, planned.outputs, request, planned.provenance, _refuse_wrong)
+    clock.lap("write")
+    return _report(sources[0], request, planned, delivered, checked, clock)
+
+
+def _refuse_wrong(directory: Path, writing: Writing) -> None:
+    """Verify every byte of a directory that is about to appear.
+
+    Raises:
+        VerificationFailed: it is wrong.
+    """
+    verdict = verify(directory, read_data=True, workers=writing.workers, progress=writing.active)
+    errors = verdict.errors
+    if errors:
+        first = errors[0]
+        more = f", and {len(errors) - 1} more problems" if len(errors) > 1 else ""
+        raise VerificationFailed(
+            f"verify found the output wrong: {first.kind}: {first.detail}{more}",
+            path=first.file,
+            tensor=first.tensor,
+            hint="Nothing was published. Write it without --verify, then run ckpt-tools verify on it "
+            "for the whole list.",
+        )
+
+
+def dtype_counts(tensors: Iterable[Tensor]) -> dict[str, int]:
+    """Number of elements of each dtype, by its name."""
+    counts: Counter[str] = Counter()
+    for tensor in tensors:
+        counts[str(tensor.dtype)] += tensor.numel
+    return dict(counts)
+
+
+def _report(
+    source: Checkpoint,
+    request: Request,
+    planned: Planned,
+    delivered: Delivered | None,
+    checked: int,
+    clock: Clock,
+) -> Report:
+    """What was done, or would be done."""
+    outputs = planned.outputs
+    tensors = [tensor for output in outputs for tensor in output.layout.tensors.values()]
+    sizes = {name: nbytes for output in outputs for name, nbytes in output.sizes.items()}
+    files = sizes if delivered is None else delivered.files
+    written = Written() if delivered is None else delivered.written
+    title = planned.title
+    return Report(
+        checkpoint=source.location.directory,
+        output=request.output,
+        source=title or source.title,
+        step=source.step if title is None else None,
+        world_size=source.world_size,
+        framework=source.framework,
+        weights=request.weights,
+        dtypes=dtype_counts(tensors),
+        tensors=len(tensors),
+        parameters=sum(tensor.numel for tensor in tensors),
+        files=files,
+        bytes_read=written.bytes_read,
+        bytes_written=0 if delivered is None else sum(files.values()),
+        checked=checked,
+        seconds=clock.laps | {"move": written.move_seconds, "sync": written.sync_seconds},
+        notes=planned.notes if delivered is None else (*planned.notes, *delivered.notes),
+        warnings=(*map(_leftover, leftovers(request.output)), *planned.warnings),
+        dry_run=request.dry_run,
+        plan=tuple(file for output in outputs for file in output.listing())
+        if request.dry_run
+        else (),
+    )
+
+
+def _leftover(path: Path) -> str:
+    return f"{path} was left by a run that was killed. --resume goes on with it; it can also be deleted."

@@ -1,0 +1,211 @@
+"""Which elements of the whole a rank holds: DTensor and ShardedTensor, as torch pickles them.
+
+Owns the arithmetic of placements and the way from the pickled spec to it: mesh sizes, this rank's
+coordinates, ``Shard``, ``_StridedShard``, ``Replicate``. A placement cuts what the placements before it left
+of one axis; a strided one takes a part of each of several chunks, so a rank may hold more than one span of
+an axis. Nothing needs a process group, and nothing is asked of other ranks: each rank's file says by
+itself which boxes it holds. Knows neither file names nor how ranks make a checkpoint.
+
+Source: ``torch/distributed/tensor/_utils.py`` (``_compute_local_shape_and_global_offset``),
+``placement_types.py``, ``_shard/sharded_tensor/api.py`` (``__getstate__``), ``device_mesh.py``, read at torch
+2.13. Older releases pickle the sizes of a mesh as ``_layout.shape`` or as a tensor ``mesh``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout
+from ckpt_tools.readers.containers.restricted_pickle import Opaque, TensorRef
+from ckpt_tools.readers.containers.torch_file import contiguous
+from ckpt_tools.tensors.catalogue import Box, Shape
+from ckpt_tools.tensors.dtypes import DType
+from ckpt_tools.tensors.placements import Sharding, local_boxes, local_spans
+
+# A strided placement makes a span of each chunk; there are as many as ranks of a tensor-parallel group.
+_MOST_CHUNKS = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One box of the whole, and where in a tensor of a file it lies.
+
+    Attributes:
+        box: which elements.
+        ref: the tensor in the file.
+        start: element of ``ref`` at which the box begins; it is stored row-major from there.
+    """
+
+    box: Box
+    ref: TensorRef
+    start: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one rank holds of a tensor.
+
+    Attributes:
+        dtype: element type.
+        shape: sizes of the whole.
+        runs: the boxes it holds; none where its part is empty.
+        kind: ``DTensor``, ``ShardedTensor``, or ``plain`` for a tensor that each rank holds whole.
+        rank: the rank that wrote it, where recorded.
+        world_size: the number of ranks that its file knows of, if it knows of others.
+    """
+
+    dtype: DType
+    shape: Shape
+    runs: tuple[Run, ...]
+    kind: str
+    rank: int | None = None
+    world_size: int | None = None
+
+
+def whole(ref: TensorRef) -> Part:
+    """A tensor that is not sharded."""
+    runs = (Run(Box((0,) * len(ref.shape), ref.shape), ref),) if ref.numel else ()
+    return Part(ref.dtype, ref.shape, runs, "plain")
+
+
+def part_of(value: object, path: Path, name: str) -> Part | None:
+    """What a rank holds of a tensor.
+
+    Args:
+        value: an entry of its state dict.
+        path: its file, for errors.
+        name: of the tensor, for errors.
+
+    Returns:
+        The part, or None where the value is no tensor that is known here.
+
+    Raises:
+        UnsupportedLayout: a sum that was not carried out, or a local tensor that is not a plain one.
+        DamagedCheckpoint: the local tensor is not as large as the spec says.
+    """
+    if isinstance(value, TensorRef):
+        return whole(contiguous(value, name))
+    if (
+        not isinstance(value, Opaque)
+        or value.global_name != "torch._utils._rebuild_wrapper_subclass"
+    ):
+        return None
+    kind = "tensor subclass"
+    try:
+        kind = value.args[0].global_name.rpartition(".")[2]
+        if kind == "DTensor":
+            return _of_dtensor(value, path, name)
+        if kind == "ShardedTensor":
+            return _of_sharded_tensor(value, path, name)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise DamagedCheckpoint(
+            f"its {kind} is not as torch writes it ({type(error).__name__}: {error})",
+            path=path,
+            tensor=name,
+        ) from error
+    return None
+
+
+def _of_dtensor(value: Opaque, path: Path, name: str) -> Part:
+    dtype, shape = value.args[1], _shape(value.args[2])
+    slots = value.state[1]
+    local, spec = slots["_local_tensor"], slots["_spec"].state
+    mesh = spec["mesh"].state
+    if not isinstance(local, TensorRef):
+        found = getattr(local, "global_name", type(local).__name__)
+        raise UnsupportedLayout(
+            f"its local part is not a plain tensor but a {found}", path=path, tensor=name
+        )
+    world_size = _world_size(mesh)
+    rank = mesh.get("_rank")
+    coordinate = mesh["_coordinate_on_dim"]
+    if coordinate is None:  # this rank is not in the mesh
+        return Part(dtype, shape, (), "DTensor", rank, world_size)
+    placements = [_placement(each, len(shape), path, name) for each in spec["placements"]]
+    spans = local_spans(shape, _mesh_shape(mesh), _shape(coordinate), placements)
+    sizes = tuple(sum(high - low for low, high in held) for held in spans)
+    # Of a tensor without elements FSDP2 keeps a part with other sizes.
+    if local.dtype != dtype or (local.shape != sizes and math.prod(shape)):
+        raise DamagedCheckpoint(
+            f"it holds {local.dtype} {local.shape} where its placements give {dtype} {sizes}",
+            path=path,
+            tensor=name,
+            hint="The file was changed after it was saved, or torch shards in a way that is not known "
+            "here.",
+        )
+    contiguous(local, name)
+    runs = tuple(Run(box, local, start) for box, start in local_boxes(spans))
+    return Part(dtype, shape, runs, "DTensor", rank, world_size)
+
+
+def _placement(value: Opaque, ndim: int, path: Path, name: str) -> Sharding | None:
+    kind = value.global_name.rpartition(".")[2]
+    if kind == "Replicate":
+        return None
+    if kind not in {"Shard", "_StridedShard"}:
+        raise UnsupportedLayout(
+            f"its placement {kind} is not read",
+            path=path,
+            tensor=name,
+            hint="A partial tensor is a sum that was not carried out: redistribute it before saving.",
+        )
+    axis = value.state["dim"]
+    factor = value.state["split_factor"] if kind == "_StridedShard" else 1
+    if not 0 <= axis < ndim or not 0 < factor <= _MOST_CHUNKS:
+        raise ValueError(f"a placement on axis {axis} of {ndim}, split by {factor}")
+    return Sharding(axis, factor)
+
+
+def _mesh_shape(mesh: Mapping[str, Any]) -> Shape:
+    if "_layout" not in mesh:
+        return _shape(mesh["mesh"].shape)
+    layout = mesh["_layout"].state
+    if "axes" in layout:
+        return tuple(math.prod(axis.state["shape"]) for axis in layout["axes"])
+    shape = layout["shape"]
+    return tuple(_product(size) for size in (shape if isinstance(shape, tuple) else (shape,)))
+
+
+def _product(sizes: Any) -> int:
+    """Of nested tuples, as layouts of flattened axes have them."""
+    if isinstance(sizes, tuple):
+        return math.prod(_product(size) for size in sizes)
+    return int(sizes)
+
+
+def _world_size(mesh: Mapping[str, Any]) -> int:
+    """Number of ranks in the mesh, or in the one that it was cut from where that is recorded."""
+    root = mesh.get("_root_mesh")
+    return math.prod(_mesh_shape(mesh if root is None else root.state))
+
+
+def _of_sharded_tensor(value: Opaque, path: Path, name: str) -> Part:
+    dtype, shape = value.args[1], _shape(value.args[2])
+    shards, _, group = value.state[:3]
+    runs = []
+    for shard in shards:
+        local, metadata = (shard.state[1][key] for key in ("tensor", "metadata"))
+        placed = metadata.state[1]
+        box = Box(_shape(placed["shard_offsets"]), _shape(placed["shard_sizes"]))
+        if (local.dtype, local.shape) != (dtype, box.sizes):
+            raise DamagedCheckpoint(
+                f"a shard of it is {local.dtype} {local.shape} where {dtype} {box.sizes} was recorded",
+                path=path,
+                tensor=name,
+            )
+        if box.numel:
+            runs.append(Run(box, contiguous(local, name)))
+    ranks = group.state
+    rank, world_size = ranks["global_rank"], ranks["global_world_size"]
+    return Part(dtype, shape, tuple(runs), "ShardedTensor", rank, world_size)
+
+
+def _shape(sizes: Any) -> Shape:
+    shape = tuple(sizes)
+    if not all(isinstance(size, int) and size >= 0 for size in shape):
+        raise ValueError(f"malformed sizes {shape}")
+    return shape

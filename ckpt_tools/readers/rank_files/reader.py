@@ -1,0 +1,348 @@
+"""One torch file a rank, each with its part of every tensor: verl, Accelerate without DCP, plain loops.
+
+Owns the names of the files, the completeness of a set of files, and the agreement of the ranks. Which
+elements a rank holds is the business of :mod:`~ckpt_tools.readers.rank_files.dtensor`. A tensor that every
+rank holds whole is taken once, never joined. Optimizer and extra state have names of their own and are not
+opened.
+
+Sources: verl ``utils/checkpoint/fsdp_checkpoint_manager.py``; ``accelerate/utils/fsdp_utils.py``
+(``save_fsdp_model``), read at 1.15; ``torch/distributed/fsdp/_state_dict_utils.py`` (the three kinds of
+state dict of FSDP1), read at 2.13.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+from ckpt_tools.errors import DamagedCheckpoint, UnsafePickle, UnsupportedLayout, listed
+from ckpt_tools.readers.containers.restricted_pickle import Opaque
+from ckpt_tools.readers.containers.torch_file import TorchFile
+from ckpt_tools.readers.rank_files.copies import differ
+from ckpt_tools.readers.rank_files.dtensor import Part, Run, part_of
+from ckpt_tools.readers.trainer_state import trainer_step
+from ckpt_tools.tensors.catalogue import Box, FlatRange, Stored
+from ckpt_tools.tensors.checkpoint import Checkpoint, Location, Weight
+from ckpt_tools.tensors.deferred import DeferredFragment
+from ckpt_tools.tensors.fragments import assembled
+
+NAME = "rank-files"
+# The set that a file belongs to, and who calls files so.
+_NAMES = {
+    "verl": re.compile(r"model_(world_size_\d+)_rank_\d+\.pt"),
+    "accelerate": re.compile(r"(pytorch_model_fsdp(?:_\d+)?)_rank\d+\.bin"),
+    "torch": re.compile(r"(model)_rank_?\d+\.pt"),
+}
+_RANK = re.compile(r"\d+(?=\.\w+$)")
+_STEP = re.compile(r"global_step_(\d+)")
+# What FSDP1 calls the parameters of a wrapped module laid end to end; the second is older.
+_FLAT = {"_flat_param", "flat_param"}
+# A file can claim any number of ranks; nobody reads more names of missing ones.
+_NAMED = 1000
+_OTHER_NODES = (
+    "Each node may have written to a disk of its own: copy the rank files of every node into this "
+    "directory, or name its folder with --also DIR."
+)
+_OTHER_SAVE = "A file of another save lies among them; take all files from one save."
+
+
+def find(path: Path, tag: str | None = None) -> list[Location]:
+    """The checkpoints of this format that ``path`` means.
+
+    Args:
+        path: the directory with the files, or one of them.
+        tag: which of several sets: ``world_size_8``, ``pytorch_model_fsdp_0``.
+    """
+    if path.is_file():
+        tag, path = _part(path.name), path.parent
+        if tag is None:
+            return []
+    parts = _sets(path)
+    if tag is not None and tag != path.name:
+        parts = {name: files for name, files in parts.items() if name == tag}
+    near = (path, path.parent, path.parent.parent)
+    return [Location(NAME, path, name, near, part=name) for name in parts]
+
+
+def _part(name: str) -> str | None:
+    """The set that a file belongs to, or None where it is of no set."""
+    matches = (pattern.fullmatch(name) for pattern in _NAMES.values())
+    return next((match[1] for match in matches if match), None)
+
+
+def _sets(directory: Path) -> dict[str, dict[int, Path]]:
+    """The files of each set, by rank."""
+    sets: dict[str, dict[int, Path]] = {}
+    for path in sorted(directory.iterdir()) if directory.is_dir() else ():
+        part = _part(path.name)
+        if part is not None and path.is_file():
+            sets.setdefault(part, {})[int(_RANK.findall(path.name)[0])] = path
+    return {part: dict(sorted(files.items())) for part, files in sets.items()}
+
+
+@dataclass(frozen=True)
+class _RankFile:
+    """What one rank saved: its part of each tensor, in the order of its state dict."""
+
+    rank: int
+    path: Path
+    parts: Mapping[str, Part]
+    world_size: int | None
+
+
+def read(location: Location) -> Checkpoint:
+    """Read a checkpoint's metadata.
+
+    Raises:
+        DamagedCheckpoint: ranks are missing, or of different saves.
+        UnsupportedLayout: FSDP1 LOCAL files, which do not say what they hold.
+    """
+    found = _sets(location.directory).get(location.part or "", {})
+    if not found:
+        raise DamagedCheckpoint("its files are gone", path=location.directory)
+    first = next(iter(found.values())).name
+    writer = next(writer for writer, pattern in _NAMES.items() if pattern.fullmatch(first))
+    config: dict[str, object] = {}
+    named = None
+    if writer == "verl":
+        named = int((location.part or "").rpartition("_")[2])
+        _expect(found, named)
+        config = _config(location.directory, named)
+    ranks = [_read_rank(rank, path) for rank, path in found.items()]
+    world_size = _world_size(ranks, named)
+    _expect(found, world_size)
+    joined = _Joined(ranks)
+    kinds = {part.kind for file in ranks for part in file.parts.values()} - {"plain"}
+    version = config.get("FSDP_version", 1 if "ShardedTensor" in kinds else "")
+    return Checkpoint(
+        location=location,
+        title=f"FSDP{version} rank files",
+        weights=joined.weights,
+        ties=joined.ties,
+        files={p: p.stat().st_size for p in sorted(location.directory.iterdir()) if p.is_file()},
+        step=_step(location.directory),
+        world_size=world_size,
+        framework=writer,
+        details={"kinds": sorted(kinds) or ["plain"]},
+        remarks=(*location.remarks, *joined.remarks),
+    )
+
+
+def _expect(found: Mapping[int, Path], world_size: int) -> None:
+    """Prove that every rank has a file.
+
+    Raises:
+        DamagedCheckpoint: a rank has none; the files that should be there are named.
+    """
+    count = world_size - sum(rank < world_size for rank in found)
+    if count:
+        other = next(iter(found.values()))
+        lost = (rank for rank in range(world_size) if rank not in found)
+        names = [_RANK.sub(str(rank), other.name) for rank in islice(lost, _NAMED)]
+        raise DamagedCheckpoint(
+            f"{count} of {world_size} ranks are missing: {listed(names, total=count)}",
+            path=other.parent,
+            missing=names,
+            hint=_OTHER_NODES,
+        )
+
+
+def _config(directory: Path, world_size: int) -> dict[str, object]:
+    """What newer versions of verl recorded of the run.
+
+    Raises:
+        DamagedCheckpoint: it is of a run with another number of ranks.
+    """
+    path = directory / "fsdp_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        recorded = config.get("world_size", world_size)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise DamagedCheckpoint(f"cannot be read ({error})", path=path) from error
+    if recorded != world_size:
+        raise DamagedCheckpoint(
+            f"it says that {recorded} ranks saved, and the files beside it are of {world_size}",
+            path=path,
+            hint=_OTHER_SAVE,
+        )
+    return dict(config)
+
+
+def _read_rank(rank: int, path: Path) -> _RankFile:
+    content = TorchFile(path).load()
+    if not isinstance(content, dict):
+        raise DamagedCheckpoint("it holds no state dict", path=path)
+    flat = [name for name in content if str(name).rpartition(".")[2] in _FLAT]
+    if flat:
+        raise UnsupportedLayout(
+            f"an FSDP1 LOCAL state: {len(flat)} flat parameters, each a wrapped module's laid end to end, "
+            "padded, without the shapes (older files: nor the names) of what is in it",
+            path=path,
+            hint="A config does not say which modules were wrapped, so it is not enough. Load the state in "
+            "the training script and save it with SHARDED_STATE_DICT or FULL_STATE_DICT.",
+        )
+    parts: dict[str, Part] = {}
+    for name, value in content.items():
+        part = part_of(value, path, str(name))
+        if part is not None:
+            parts[str(name)] = part
+        elif not str(name).endswith("_extra_state"):  # what a module keeps for itself, no weight
+            raise _not_a_tensor(value, path, str(name))
+    _own_file(rank, path, parts.values())
+    sizes = {part.world_size for part in parts.values() if part.world_size is not None}
+    return _RankFile(rank, path, parts, max(sizes, default=None))
+
+
+def _not_a_tensor(value: object, path: Path, name: str) -> DamagedCheckpoint:
+    if isinstance(value, Opaque):
+        return UnsafePickle(
+            f"it is not a plain tensor but a {value.global_name}",
+            path=path,
+            tensor=name,
+            hint="Nothing of it was run. If it is a weight, please report its layout.",
+        )
+    return DamagedCheckpoint("it is not a tensor", path=path, tensor=name)
+
+
+def _own_file(rank: int, path: Path, parts: Iterable[Part]) -> None:
+    recorded = {part.rank for part in parts if part.rank is not None} - {rank}
+    if recorded:
+        raise DamagedCheckpoint(
+            f"by its name it is of rank {rank}, by its contents of rank {min(recorded)}",
+            path=path,
+            hint="It was renamed, or copied over another rank's file; copy it anew.",
+        )
+
+
+def _world_size(ranks: Sequence[_RankFile], named: int | None) -> int:
+    """The number of ranks that saved, as the names of the files or else their contents say.
+
+    Raises:
+        DamagedCheckpoint: a file is of a larger run.
+    """
+    recorded = [file.world_size for file in ranks if file.world_size is not None]
+    known = named or min(recorded, default=ranks[-1].rank + 1)
+    for file in ranks:
+        # A mesh need not have all ranks, so less than is known is no contradiction.
+        if max(file.world_size or 0, file.rank + 1) > known:
+            raise DamagedCheckpoint(
+                f"it is of a run with more ranks than the {known} of the others here",
+                path=file.path,
+                hint=_OTHER_SAVE,
+            )
+    return known
+
+
+class _PartFragment(DeferredFragment):
+    """A fragment of a rank's file, whose storage is looked up when its bytes are asked for."""
+
+    __slots__ = ("_run",)
+    _run: Run
+
+    def __init__(self, run: Run, region: FlatRange | Box) -> None:
+        super().__init__(region)
+        object.__setattr__(self, "_run", run)
+
+    def find_place(self) -> tuple[Path, int]:
+        """See the base class."""
+        ref = self._run.ref
+        return ref.storage.path, ref.byte_offset + self._run.start * ref.dtype.itemsize
+
+
+class _Joined:
+    """The tensors of all ranks put together.
+
+    Attributes:
+        weights: every tensor, in the order of the first rank's state dict.
+        ties: second names.
+        remarks: copies that differ from rank to rank.
+    """
+
+    def __init__(self, ranks: Sequence[_RankFile]) -> None:
+        self._ranks = ranks
+        self._differing: list[str] = []
+        self._sharded = any(p.kind != "plain" for file in ranks for p in file.parts.values())
+        self.weights: dict[str, Weight] = {}
+        self.ties: dict[str, str] = {}
+        places: dict[object, str] = {}
+        for name in dict.fromkeys(name for file in ranks for name in file.parts):
+            held = [(file, file.parts[name]) for file in ranks if name in file.parts]
+            self._agree(name, held)
+            runs = [run for _, part in held for run in part.runs]
+            first = places.setdefault(_place(runs) or name, name)
+            if first == name:
+                self.weights[name] = self._weight(name, held[0][1], runs)
+            else:
+                self.ties[name] = first
+        self.remarks: list[str] = []
+        if self._differing:
+            names = listed(self._differing)
+            self.remarks.append(f"differ from rank to rank, the first rank's are taken: {names}")
+
+    def _agree(self, name: str, held: Sequence[tuple[_RankFile, Part]]) -> None:
+        (file, part), *others = held
+        for other, its in others:
+            if (its.dtype, its.shape, its.kind) != (part.dtype, part.shape, part.kind):
+                raise DamagedCheckpoint(
+                    f"it is a {its.kind} tensor of {its.dtype} {its.shape}, and in {file.path.name} a "
+                    f"{part.kind} one of {part.dtype} {part.shape}",
+                    path=other.path,
+                    tensor=name,
+                    hint=_OTHER_SAVE,
+                )
+
+    def _weight(self, name: str, part: Part, runs: Sequence[Run]) -> Weight:
+        distinct: dict[Box, Run] = {}
+        for run in runs:
+            kept = distinct.setdefault(run.box, run)
+            if kept is not run and differ(kept, run):
+                self._differs(name, part, run)
+        stored = self._stored(name, part, list(distinct.values()))
+        # Parameters of a sharded model are sharded; what every rank holds whole beside them is a buffer.
+        trained = part.dtype.is_floating and (part.kind != "plain" or not self._sharded)
+        kind = "parameter" if trained else "buffer"
+        return Weight(kind, part.shape, part.dtype, model=stored)  # type: ignore[arg-type]
+
+    def _differs(self, name: str, part: Part, run: Run) -> None:
+        """Copies of a matrix that differ are no copies; of a statistic each rank may keep its own."""
+        if len(part.shape) > 1:
+            raise DamagedCheckpoint(
+                "another rank holds the same elements of it with other values",
+                path=run.ref.storage.path,
+                tensor=name,
+                hint=_OTHER_SAVE,
+            )
+        if name not in self._differing:
+            self._differing.append(name)
+
+    def _stored(self, name: str, part: Part, runs: Sequence[Run]) -> Stored:
+        pieces = [(run.box, partial(_PartFragment, run)) for run in runs]
+        source, hint = self._ranks[0].path.parent, _OTHER_NODES
+        lacking = [file.path for file in self._ranks if name not in file.parts]
+        if lacking:
+            having = [file.path for file in self._ranks if name in file.parts]
+            source, hint = min(lacking, having, key=len)[0], f"Not every rank has it. {_OTHER_SAVE}"
+        return assembled(name, part.dtype, part.shape, pieces, source, hint)
+
+
+def _place(runs: Sequence[Run]) -> object:
+    """What two names of one tensor have in common: on each rank, the same elements of one storage."""
+    return tuple(
+        (id(run.ref.storage), run.ref.storage_offset, run.ref.shape, run.start, run.box)
+        for run in runs
+    )
+
+
+def _step(directory: Path) -> int | None:
+    """As the Trainer recorded it, or as verl calls the directory of an actor's and a critic's files."""
+    for name in (directory.name, directory.parent.name):
+        if match := _STEP.fullmatch(name):
+            return int(match[1])
+    return trainer_step(directory)

@@ -1,0 +1,287 @@
+"""Owns carrying out moves: it reads runs of file bytes and puts their elements in place in a buffer.
+
+One :class:`Gatherer` belongs to one thread. It keeps its files and its read buffers, so memory does not
+depend on the size of the tensors. The runs of a window are read in the order of their bytes in the files, and
+neighbours are read in one request. With many ranks, a window holds a small piece of each of many parameters
+from each rank, and these pieces are neighbours in the rank's file. The place of a file says how large a
+request is, and how many requests one thread makes at a time.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from ckpt_tools.errors import DamagedCheckpoint
+from ckpt_tools.storage.places import LOCAL, Readable, Requests
+from ckpt_tools.storage.pool import open_for_reading, requests_for
+from ckpt_tools.tensors.catalogue import Computed, Move, Tensor, row_major_strides, window_slabs
+
+if TYPE_CHECKING:
+    import torch
+
+_OPEN_FILES = 64
+# The factors of one merged weight: two, and room for those of a neighbour.
+_KEPT_TENSORS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A window of a tensor and its place in a buffer.
+
+    Attributes:
+        tensor: the tensor.
+        start, stop: the window, in flat elements.
+        at: byte in the buffer where the window's first element goes.
+    """
+
+    tensor: Tensor
+    start: int
+    stop: int
+    at: int
+
+
+class Gatherer:
+    """Fills buffers with windows of tensors. For one thread; close it after use."""
+
+    def __init__(self) -> None:
+        import torch
+
+        self._torch = torch
+        self._files: OrderedDict[Path, Readable] = OrderedDict()
+        self._kept: OrderedDict[int, tuple[Tensor, torch.Tensor]] = OrderedDict()
+        self._scratch: list[bytearray] = []
+        self._threads: ThreadPoolExecutor | None = None
+        self.bytes_read = 0
+
+    def __enter__(self) -> Gatherer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files that are kept open, and end the threads."""
+        if self._threads is not None:
+            self._threads.shutdown()
+            self._threads = None
+        while self._files:
+            self._files.popitem()[1].close()
+
+    def fill(self, buffer: bytearray, slices: Iterable[Slice]) -> None:
+        """Put every slice in its place in ``buffer``.
+
+        Raises:
+            DamagedCheckpoint: a file ended before the bytes that it should hold, or cannot be read.
+        """
+        work: list[tuple[Move, Slice]] = []
+        for part in slices:
+            for move in part.tensor.moves(part.start, part.stop):
+                if isinstance(move.source, Computed):
+                    self._compute(move.source, move, part, buffer)
+                else:
+                    work.append((move, part))
+        work.sort(key=lambda pair: (pair[0].file, pair[0].offset))
+        waiting: list[_Request] = []
+        for request in _requests_of(work, buffer):
+            waiting.append(request)
+            if len(waiting) >= min(request.at_once, _OPEN_FILES):
+                self._carry_out(waiting, buffer)
+                waiting = []
+        if waiting:
+            self._carry_out(waiting, buffer)
+
+    def _carry_out(self, requests: Sequence[_Request], buffer: bytearray) -> None:
+        """Read what is requested, all at once, and put each run in place, cast on the way."""
+        views = [
+            self._scratch_view(index, request.nbytes) if request.into is None else request.into
+            for index, request in enumerate(requests)
+        ]
+        files = [self._open(request.file) for request in requests]
+        if len(requests) == 1:
+            _read(files[0], requests[0], views[0])
+        else:
+            if self._threads is None:
+                self._threads = ThreadPoolExecutor(_OPEN_FILES)
+            list(self._threads.map(_read, files, requests, views))
+        self.bytes_read += sum(request.nbytes for request in requests)
+        for request, view in zip(requests, views, strict=True):
+            for move, part in request.moves:
+                values = self._torch.frombuffer(
+                    view,
+                    dtype=move.dtype.torch,
+                    count=move.nbytes // move.dtype.itemsize,
+                    offset=move.offset - request.offset,
+                )
+                self._place(values, move, part, buffer)
+
+    def _scratch_view(self, index: int, nbytes: int) -> memoryview:
+        while len(self._scratch) <= index:
+            self._scratch.append(bytearray())
+        if len(self._scratch[index]) < nbytes:
+            self._scratch[index] = bytearray(max(nbytes, LOCAL.nbytes))
+        return memoryview(self._scratch[index])[:nbytes]
+
+    def _compute(self, tensor: Computed, move: Move, part: Slice, buffer: bytearray) -> None:
+        for small in _split(move, LOCAL.nbytes):
+            start = small.offset // small.dtype.itemsize
+            stop = start + small.nbytes // small.dtype.itemsize
+            self._place(tensor.compute(start, stop, self), small, part, buffer)
+
+    def _place(self, values: torch.Tensor, move: Move, part: Slice, buffer: bytearray) -> None:
+        """Put the elements of a run in place, through every dtype that they pass on the way."""
+        for dtype in move.dtypes[:-1]:
+            values = values.to(dtype.torch)
+        window = self._torch.frombuffer(
+            buffer,
+            dtype=part.tensor.dtype.torch,
+            count=part.stop - part.start,
+            offset=part.at,
+        )
+        window.as_strided(move.sizes, move.strides, move.at).copy_(values.view(move.sizes))
+
+    def window(self, tensor: Tensor, start: int, stop: int) -> torch.Tensor:
+        """Flat elements ``[start, stop)`` of ``tensor`` in memory, shape ``(stop - start,)``."""
+        if start == stop:
+            return self._torch.empty(0, dtype=tensor.dtype.torch)
+        buffer = bytearray((stop - start) * tensor.dtype.itemsize)
+        self.fill(buffer, [Slice(tensor, start, stop, 0)])
+        return self._torch.frombuffer(buffer, dtype=tensor.dtype.torch)
+
+    def whole(self, tensor: Tensor) -> torch.Tensor:
+        """All of a small tensor in memory, kept while it is among the last that were asked for."""
+        kept = self._kept.pop(id(tensor), None)
+        loaded = kept[1] if kept else self.window(tensor, 0, tensor.numel).view(tensor.shape)
+        # The tensor is kept with its values, so that no other can take its id meanwhile.
+        self._kept[id(tensor)] = (tensor, loaded)
+        while len(self._kept) > _KEPT_TENSORS:
+            self._kept.popitem(last=False)
+        return loaded
+
+    def _open(self, path: Path) -> Readable:
+        file = self._files.get(path)
+        if file is None:
+            if len(self._files) >= _OPEN_FILES:
+                self._files.popitem(last=False)[1].close()
+            try:
+                file = open_for_reading(path)
+            except OSError as error:
+                raise DamagedCheckpoint(
+                    f"cannot be opened ({error.strerror})", path=path
+                ) from error
+        self._files[path] = file
+        self._files.move_to_end(path)
+        return file
+
+
+def load(tensor: Tensor) -> torch.Tensor:
+    """The whole of ``tensor`` in memory, as a new contiguous CPU tensor."""
+    with Gatherer() as gatherer:
+        return gatherer.window(tensor, 0, tensor.numel).view(tensor.shape)
+
+
+@dataclass(slots=True)
+class _Request:
+    """A run of a file's bytes that is read at once.
+
+    Attributes:
+        file: the file.
+        offset: its first byte.
+        nbytes: the number of bytes.
+        at_once: the number of requests that the file's place accepts at a time.
+        into: where the bytes belong, where they need no change.
+        moves: otherwise what is made of the bytes.
+    """
+
+    file: Path
+    offset: int
+    nbytes: int
+    at_once: int
+    into: memoryview | None = None
+    moves: list[tuple[Move, Slice]] = field(default_factory=list)
+
+    def takes(self, move: Move, requests: Requests) -> bool:
+        """Whether ``move``, which begins no earlier, can be read in this request too."""
+        return (
+            self.into is None
+            and move.file == self.file
+            and move.offset - (self.offset + self.nbytes) <= requests.gap_bytes
+            and move.offset + move.nbytes - self.offset <= requests.nbytes
+            # torch views a buffer as elements only where they are aligned.
+            and (move.offset - self.offset) % move.dtype.itemsize == 0
+        )
+
+
+def _requests_of(work: Iterable[tuple[Move, Slice]], buffer: bytearray) -> Iterator[_Request]:
+    """Moves, sorted by file and offset, as few requests."""
+    file, requests = None, LOCAL
+    pending: _Request | None = None
+    for move, part in work:
+        if move.file is not file and move.file != file:
+            file, requests = move.file, requests_for(move.file)
+        if move.is_plain and move.nbytes >= requests.gap_bytes:
+            view = memoryview(buffer)[part.at + move.at * move.dtype.itemsize :][: move.nbytes]
+            step = requests.nbytes if requests.at_once > 1 else move.nbytes
+            for start in range(0, move.nbytes, step):
+                into = view[start : start + step]
+                yield _Request(file, move.offset + start, len(into), requests.at_once, into)
+            continue
+        for small in _split(move, requests.nbytes):
+            if pending is None or not pending.takes(small, requests):
+                if pending is not None:
+                    yield pending
+                pending = _Request(file, small.offset, small.nbytes, requests.at_once)
+            end = max(pending.offset + pending.nbytes, small.offset + small.nbytes)
+            pending.nbytes = end - pending.offset
+            pending.moves.append((small, part))
+    if pending is not None:
+        yield pending
+
+
+def _read(file: Readable, request: _Request, into: memoryview) -> None:
+    done = 0
+    while done < len(into):
+        at = request.offset + done
+        try:
+            count = file.read_into(into[done:], at)
+        except OSError as error:
+            raise DamagedCheckpoint(
+                f"cannot be read at byte {at:,} ({error.strerror})", path=request.file
+            ) from error
+        if not count:
+            raise DamagedCheckpoint(
+                f"the file ends at byte {at:,}, before the bytes that it should hold",
+                path=request.file,
+                hint="The file is truncated, or was changed while it was read. Copy it again.",
+            )
+        done += count
+
+
+def _split(move: Move, most: int) -> Iterator[Move]:
+    """The move in parts of at most ``most`` bytes."""
+    if move.nbytes <= most:
+        yield move
+        return
+    count = move.nbytes // move.dtype.itemsize
+    step = max(most // move.dtype.itemsize, 1)
+    local = row_major_strides(move.sizes)
+    for start in range(0, count, step):
+        for slab in window_slabs(move.sizes, start, min(start + step, count)):
+            source = sum(o * s for o, s in zip(slab.offsets, local, strict=True))
+            place = sum(o * s for o, s in zip(slab.offsets, move.strides, strict=True))
+            yield replace(
+                move,
+                offset=move.offset + source * move.dtype.itemsize,
+                sizes=slab.sizes,
+                at=move.at + place,
+            )

@@ -1,0 +1,107 @@
+"""average: the mean of checkpoints, against the same sum of the live masters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ckpt_tools import average, consolidate
+from ckpt_tools.cli import cli
+from ckpt_tools.errors import UsageError
+from tests.conftest import FIXTURES
+
+ZERO = FIXTURES / "zero"
+FIRST, SECOND = ZERO / "zero2-bf16-llama-3ranks", ZERO / "zero3-bf16-llama-7ranks"
+OTHER = ZERO / "zero2-bf16-gpt2-2ranks"
+
+
+def mean(weights: tuple[float, ...], *cases: Path) -> dict[str, torch.Tensor]:
+    """The live masters times their weights, added in fp64 in the order of the cases, rounded to fp32."""
+    masters = [load_file(case / "truth" / "masters.safetensors") for case in cases]
+    total = {name: torch.zeros_like(tensor).double() for name, tensor in masters[0].items()}
+    for state, weight in zip(masters, weights, strict=True):
+        for name, tensor in state.items():
+            total[name] += tensor.double() * weight
+    return {name: tensor.float() for name, tensor in total.items()}
+
+
+@pytest.mark.parametrize(
+    ("coefficients", "weights"), [(None, (0.5, 0.5)), ([0.3, 0.7], (0.3, 0.7))]
+)
+def test_the_mean_is_computed_from_the_masters(
+    coefficients: list[float] | None, weights: tuple[float, ...], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    checkpoints = [FIRST / "checkpoint", SECOND / "checkpoint"]
+
+    average(checkpoints, out, coefficients=coefficients, dtype="fp32", config=FIRST / "hf")
+
+    found, truth = load_file(out / "model.safetensors"), mean(weights, FIRST, SECOND)
+    assert found.keys() == truth.keys()
+    assert all(torch.equal(found[name], truth[name]) for name in truth)
+    # Neither checkpoint alone would pass.
+    alone = load_file(FIRST / "truth" / "masters.safetensors")
+    assert any(not torch.equal(found[name], alone[name]) for name in alone)
+
+
+def test_auto_rounds_the_mean_once_to_the_training_dtype(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    average([FIRST / "checkpoint", SECOND / "checkpoint"], out, weights_only=True)
+
+    truth = mean((0.5, 0.5), FIRST, SECOND)
+    found = load_file(out / "model.safetensors")
+    assert all(torch.equal(found[name], truth[name].bfloat16()) for name in truth)
+
+
+def test_formats_may_be_mixed(tmp_path: Path) -> None:
+    consolidate(SECOND / "checkpoint", tmp_path / "hf", dtype="fp32", config=SECOND / "hf")
+
+    average(
+        [FIRST / "checkpoint", tmp_path / "hf"],
+        tmp_path / "out",
+        dtype="fp32",
+        weights_only=True,
+    )
+
+    truth = mean((0.5, 0.5), FIRST, SECOND)
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(found[name], truth[name]) for name in truth)
+
+
+@pytest.mark.parametrize(
+    ("cases", "coefficients", "fact"),
+    [
+        ((FIRST, OTHER), None, "differ in"),
+        ((FIRST, SECOND), [1.0], "1 coefficients for 2 checkpoints"),
+        ((FIRST, SECOND), [0.5, 0.6], "add up to 1.1, not to 1"),
+        ((FIRST,), None, "two checkpoints or more"),
+    ],
+)
+def test_what_is_no_mean_is_refused(
+    cases: tuple[Path, ...], coefficients: list[float] | None, fact: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=fact):
+        average(
+            [case / "checkpoint" for case in cases],
+            tmp_path / "out",
+            coefficients=coefficients,
+            weights_only=True,
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_takes_any_number_of_checkpoints(tmp_path: Path) -> None:
+    from click.testing import CliRunner
+
+    out = tmp_path / "out"
+    words = ["average", FIRST / "checkpoint", SECOND / "checkpoint", out, "--weights-only"]
+    done = CliRunner().invoke(cli, [*map(str, words), "--coefficients", "0.5,0.5", "--quiet"])
+
+    assert done.exit_code == 0, done.output
+    truth = mean((0.5, 0.5), FIRST, SECOND)
+    found = load_file(out / "model.safetensors")
+    assert all(torch.equal(found[name], truth[name].bfloat16()) for name in truth)

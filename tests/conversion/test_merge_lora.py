@@ -1,0 +1,317 @@
+"""merge-lora: PEFT's merge_and_unload, computed on the spot, rounded once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ckpt_tools import consolidate, merge_lora
+from ckpt_tools.errors import DamagedCheckpoint, MissingAsset, UnsupportedLayout, UsageError
+from tests.adapted import (
+    CASES,
+    PREFIX,
+    adapter_config,
+    base_directory,
+    facts,
+    files_but_manifests,
+    lora_state,
+    write_checkpoint,
+)
+from tests.support.merges import (
+    assert_merged,
+    assert_rounded,
+    merged_in_fp32,
+    ties,
+    with_exact_factors,
+)
+from tests.support.models import loaded, same_logits
+
+# One of a trait whose scale is exact in fp32; DoRA's norms are not.
+EXACT = [
+    ("zero2-qwen3-moe-experts", "default"),
+    ("zero2-qwen3-tied-embedding", "default"),
+    ("zero3-gpt2-fan-in-fan-out", "default"),
+    ("zero3-olmo2-embedding", "default"),
+    ("zero3-olmo2-lora", "default"),
+    ("zero3-olmo2-modules-to-save", "default"),
+    ("zero3-olmo2-new-tokens", "default"),
+    ("zero3-olmo2-rslora", "default"),
+    ("zero3-olmo2-two-adapters", "second"),
+    ("zero3-qwen2-lora-bias-fp32", "default"),
+    ("zero3-qwen3-tied-head", "default"),
+]
+MERGES = [
+    (case, adapter)
+    for case in CASES
+    for adapter, kind in facts(case)["adapters"].items()
+    if kind in ("LORA", "TRAINABLE_TOKENS")
+]
+TUNERS = ["zero2-olmo2-ia3", "zero2-olmo2-loha", "zero2-olmo2-oft", "zero2-olmo2-vera"]
+NAME = "layers.0.q_proj.weight"
+
+
+def _merge(source: Path, adapter: str, out: Path, **options: Any) -> Any:
+    checkpoint = options.pop("checkpoint", source / "checkpoint")
+    folder = "" if adapter == "default" else adapter
+    if (source / "base").is_dir():
+        options.setdefault("base", source / "base")
+    return merge_lora(
+        checkpoint,
+        out,
+        adapter=adapter,
+        adapter_config=source / "truth/adapter" / folder / "adapter_config.json",
+        config=source / "hf",
+        **options,
+    )
+
+
+@pytest.mark.parametrize(("case", "adapter"), MERGES)
+def test_it_is_the_exact_merge_rounded(
+    case: str, adapter: str, fixtures: Path, tmp_path: Path
+) -> None:
+    source = fixtures / "peft" / case
+
+    report = _merge(source, adapter, tmp_path / "out")
+
+    assert_merged(tmp_path / "out", source, adapter, tmp_path)
+    assert any(f"merged adapter {adapter!r}" in note for note in report.notes)
+
+
+@pytest.mark.parametrize(("case", "adapter"), EXACT)
+def test_it_is_pefts_fp32_merge_bit_for_bit_where_that_is_exact(
+    case: str, adapter: str, fixtures: Path, tmp_path: Path
+) -> None:
+    """And transformers loads it with no key amiss, to the logits of PEFT's merged model."""
+    source = fixtures / "peft" / case
+    state = with_exact_factors(load_file(source / "truth/model.safetensors"))
+    run = write_checkpoint(tmp_path / "run", state)
+
+    _merge(source, adapter, tmp_path / "out", checkpoint=run)
+
+    theirs = merged_in_fp32(source, adapter, state)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = (tmp_path / "out/model.safetensors").read_bytes()
+    assert ours == (tmp_path / "theirs/model.safetensors").read_bytes()
+    assert ties(tmp_path / "out") == ties(tmp_path / "theirs")
+    assert same_logits(loaded(tmp_path / "out"), theirs)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_the_output_does_not_depend_on_workers_or_shards(
+    workers: int, fixtures: Path, tmp_path: Path
+) -> None:
+    source = fixtures / "peft/zero3-olmo2-lora"
+    state = with_exact_factors(load_file(source / "truth/model.safetensors"))
+    run = write_checkpoint(tmp_path / "run", state)
+    _merge(
+        source, "default", tmp_path / "out", checkpoint=run, workers=workers, max_shard_size=2000
+    )
+
+    found: dict[str, torch.Tensor] = {}
+    for path in (tmp_path / "out").glob("model-*.safetensors"):
+        found |= load_file(path)
+    expected = merged_in_fp32(source, "default", state).state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("rank", [1, 16, 64])
+def test_pefts_fp32_merge_is_as_near_as_the_docs_say(rank: int, tmp_path: Path) -> None:
+    """The bound in :mod:`ckpt_tools.transforms.merge`, which rests on the products of fp32 sums."""
+    from peft import LoraConfig, get_peft_model
+
+    generator = torch.Generator().manual_seed(rank)
+    linear = torch.nn.Sequential(torch.nn.Linear(130, 70, bias=False))
+    config = LoraConfig(r=rank, lora_alpha=24, target_modules=["0"], init_lora_weights=False)
+    model: Any = get_peft_model(linear, config)  # type: ignore[arg-type]
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    settings = adapter_config(r=rank, lora_alpha=24, target_modules=["0"])
+    run = write_checkpoint(tmp_path / "run", state, settings)
+
+    merge_lora(run, tmp_path / "out", weights_only=True, dtype="fp32")
+
+    ours = load_file(tmp_path / "out/model.safetensors")["0.weight"].double()
+    theirs = model.merge_and_unload().state_dict()["0.weight"].double()
+    b, a = (state[f"base_model.model.0.lora_{f}.default.weight"].double() for f in "BA")
+    magnitudes = (b.abs() @ a.abs()) * (24 / rank)
+    bound = 2.0**-24 * ((rank + 2) * magnitudes + 2 * ours.abs())
+    # The terms of the second order, and of fp64.
+    assert ((ours - theirs).abs() <= bound * (1 + 2.0**-15)).all()
+
+
+# -- where base and adapter come from ----------------------------------------------------------
+
+
+def test_an_adapter_directory_on_a_plain_base(fixtures: Path, tmp_path: Path) -> None:
+    source = fixtures / "peft/zero3-olmo2-lora"
+    base = base_directory(source.name, tmp_path / "base")
+
+    merge_lora(base, tmp_path / "out", adapter_dir=source / "truth/adapter")
+
+    assert_merged(tmp_path / "out", source, "default", tmp_path)
+
+
+@pytest.mark.parametrize("case", ["zero3-olmo2-modules-to-save", "zero2-qwen2-bias"])
+def test_what_an_adapter_directory_holds_of_the_base_replaces_it(
+    case: str, fixtures: Path, tmp_path: Path
+) -> None:
+    source = fixtures / "peft" / case
+    tensors = {
+        name.removeprefix(PREFIX).replace(".base_layer", "").replace(".original_module", ""): value
+        for name, value in load_file(source / "truth/model.safetensors").items()
+        if "lora_" not in name and "modules_to_save" not in name
+    }
+    # As the base was before training: what the adapter brings is not in it.
+    for name in [name for name in tensors if name.endswith(("q_proj.bias", "v_proj.bias"))]:
+        tensors[name] = torch.zeros_like(tensors[name])
+    (tmp_path / "base").mkdir()
+    save_file(tensors, tmp_path / "base/model.safetensors", metadata={"format": "pt"})
+
+    merge_lora(
+        tmp_path / "base",
+        tmp_path / "out",
+        adapter_dir=source / "truth/adapter",
+        config=source / "hf",
+    )
+
+    assert_merged(tmp_path / "out", source, "default", tmp_path)
+
+
+def test_without_a_base_the_hint_is_the_base(fixtures: Path, tmp_path: Path) -> None:
+    source = fixtures / "peft/zero3-olmo2-lora-frozen-excluded"
+    with pytest.raises(DamagedCheckpoint, match="the base has no weight of ") as caught:
+        _merge(source, "default", tmp_path / "out", base=None)
+    assert "--base DIR" in (caught.value.hint or "")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_runs_own_tokenizer_comes_before_the_bases(tmp_path: Path) -> None:
+    state = {name: value for name, value in lora_state().items() if "lora_" in name}
+    base = {"layers.0.q_proj.weight": torch.ones(6, 5).bfloat16()}
+    run = write_checkpoint(tmp_path / "run", state, adapter_config())
+    write_checkpoint(tmp_path / "base", base)
+    for directory in (run, tmp_path / "base"):
+        vocabulary = {"type": "WordLevel", "vocab": {directory.name: 0}}
+        (directory / "tokenizer.json").write_text(json.dumps({"model": vocabulary}))
+    config = {"model_type": "unheard_of", "architectures": ["Unheard"]}
+    (tmp_path / "base/config.json").write_text(json.dumps(config))
+
+    merge_lora(run, tmp_path / "out", base=tmp_path / "base")
+
+    tokenizer = json.loads((tmp_path / "out/tokenizer.json").read_text())
+    assert tokenizer["model"]["vocab"] == {"run": 0}
+    assert json.loads((tmp_path / "out/config.json").read_text())["model_type"] == "unheard_of"
+
+
+# -- the scale ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "scale"),
+    [
+        ({}, 2.0),
+        ({"use_rslora": True}, 4 / 2**0.5),
+        ({"alpha_pattern": {"q_proj": 6}}, 3.0),
+        ({"alpha_pattern": {r"layers\.1\..*": 6}}, 2.0),
+    ],
+)
+def test_the_scale(changes: dict[str, Any], scale: float, tmp_path: Path) -> None:
+    state = lora_state()
+    run = write_checkpoint(tmp_path / "run", state, adapter_config(**changes))
+
+    merge_lora(run, tmp_path / "out", weights_only=True, dtype="fp32")
+
+    name = PREFIX + "layers.0.q_proj."
+    a, b = (state[f"{name}lora_{f}.default.weight"].double() for f in "AB")
+    base = state[f"{name}base_layer.weight"].double()
+    exact = base + (b @ a) * scale
+    # Each of the two is off by (r + 2) roundings at most.
+    error = 2 * 4 * 2.0**-53 * (base.abs() + (b.abs() @ a.abs()) * scale)
+    assert_rounded(load_file(tmp_path / "out/model.safetensors")[NAME], exact, error)
+
+
+def test_alpha_can_be_given(tmp_path: Path) -> None:
+    run = write_checkpoint(tmp_path / "run", lora_state())
+    with pytest.raises(MissingAsset, match="no usable lora_alpha"):
+        merge_lora(run, tmp_path / "out", weights_only=True)
+
+    merge_lora(run, tmp_path / "out", weights_only=True, lora_alpha=4)
+    merge_lora(
+        write_checkpoint(tmp_path / "other", lora_state(), adapter_config()),
+        tmp_path / "same",
+        weights_only=True,
+    )
+
+    assert files_but_manifests(tmp_path / "out") == files_but_manifests(tmp_path / "same")
+
+
+# -- the account -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("factor", "AB")
+def test_a_merge_that_changes_nothing_is_refused(factor: str, tmp_path: Path) -> None:
+    state = lora_state(modules=("q_proj", "v_proj"))
+    state[f"{PREFIX}layers.0.v_proj.lora_{factor}.default.weight"].zero_()
+    config = adapter_config(target_modules=["q_proj", "v_proj"])
+    run = write_checkpoint(tmp_path / "run", state, config)
+    with pytest.raises(UsageError, match=r"leave 1 of 2 targets as they are.*layers.0.v_proj"):
+        merge_lora(run, tmp_path / "out", weights_only=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pair_without_a_target_is_refused(tmp_path: Path) -> None:
+    state = lora_state()
+    del state[PREFIX + "layers.0.q_proj.base_layer.weight"]
+    run = write_checkpoint(tmp_path / "run", state, adapter_config())
+    with pytest.raises(DamagedCheckpoint, match=r"the base has no weight of layers.0.q_proj"):
+        merge_lora(run, tmp_path / "out", weights_only=True)
+
+
+def test_half_a_pair_is_refused(tmp_path: Path) -> None:
+    state = lora_state()
+    del state[PREFIX + "layers.0.q_proj.lora_A.default.weight"]
+    run = write_checkpoint(tmp_path / "run", state, adapter_config())
+    with pytest.raises(DamagedCheckpoint, match=r"lora_B.weight and no lora_A.weight"):
+        merge_lora(run, tmp_path / "out", weights_only=True)
+
+
+def test_a_square_matrix_needs_to_be_told_which_way_it_lies(tmp_path: Path) -> None:
+    run = write_checkpoint(tmp_path / "run", lora_state(rows=5), adapter_config())
+    with pytest.raises(UsageError, match="is square") as caught:
+        merge_lora(run, tmp_path / "out", weights_only=True)
+    assert "fan_in_fan_out" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize("case", TUNERS)
+def test_other_tuners_are_refused(case: str, fixtures: Path, tmp_path: Path) -> None:
+    source = fixtures / "peft" / case
+    with pytest.raises(UnsupportedLayout, match="is not plain LoRA or DoRA"):
+        _merge(source, "default", tmp_path / "out")
+
+
+def test_trained_tokens_need_their_indices(fixtures: Path, tmp_path: Path) -> None:
+    source = fixtures / "peft/zero2-olmo2-new-tokens"
+    config = json.loads((source / "truth/adapter/adapter_config.json").read_text())
+    (tmp_path / "c.json").write_text(json.dumps(config | {"trainable_token_indices": [3]}))
+    with pytest.raises(MissingAsset, match=r"3 rows of model.embed_tokens are trained"):
+        merge_lora(
+            source / "checkpoint",
+            tmp_path / "out",
+            adapter_config=tmp_path / "c.json",
+            config=source / "hf",
+        )
+
+
+def test_consolidate_names_the_commands_for_adapters(fixtures: Path, tmp_path: Path) -> None:
+    source = fixtures / "peft/zero2-olmo2-lora"
+    with pytest.raises(UsageError, match="is of a LoRA model") as caught:
+        consolidate(source / "checkpoint", tmp_path / "out", config=source / "hf")
+    assert "extract-lora" in (caught.value.hint or "")
+    assert "merge-lora" in (caught.value.hint or "")
