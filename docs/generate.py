@@ -22,6 +22,7 @@ import error_messages
 import ckpt_tools
 from ckpt_tools import errors
 from ckpt_tools.cli import cli
+from ckpt_tools.verification.problem import KINDS
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -223,6 +224,15 @@ def messages() -> str:
     return "\n".join(parts)
 
 
+# -- kinds of problems ------------------------------------------------------------------------------
+
+
+def kinds() -> str:
+    """Every kind of problem that verify can find."""
+    rows = [(f"`{kind}`", severity, meaning) for kind, (severity, meaning) in KINDS.items()]
+    return table(("kind", "severity", "meaning"), rows)
+
+
 # -- security ---------------------------------------------------------------------------------------
 
 
@@ -234,6 +244,7 @@ def security() -> str:
 PARTS: dict[str, Callable[[], str]] = {
     "commands": commands,
     "deepspeed": deepspeed,
+    "kinds": kinds,
     "messages": messages,
     "others": others,
     "security": security,

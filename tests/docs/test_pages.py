@@ -34,6 +34,7 @@ def test_the_derived_parts_are_those_of_the_program() -> None:
         "formats.md",
         "messages.md",
         "security.md",
+        "verify.md",
     }
     for path, text in pages.items():
         assert path.read_text() == text, f"{path.name}: `make pages` puts it right"
