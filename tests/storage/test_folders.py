@@ -203,7 +203,7 @@ def test_latest_in_another_folder_is_followed(tmp_path: Path) -> None:
     first, second, _ = split(source, tmp_path, lambda name: [int(name == "latest")])
     shutil.copytree(first / "global_step120", first / "global_step500")
     assert open_checkpoint(first, also=[second]).location.name == "global_step120"
-    with pytest.raises(UsageError, match="2 checkpoints lie here"):
+    with pytest.raises(UsageError, match="there are 2 checkpoints here"):
         open_checkpoint(first)
     assert open_checkpoint(first, also=[second], tag="global_step500").step == 120
 
@@ -465,7 +465,7 @@ LOST = [
     (
         "accelerate/save-model-sharded",
         "model-00002-of-00002.safetensors",
-        "a shard that the index names is missing",
+        "a shard in the index is missing",
     ),
 ]
 
@@ -558,7 +558,7 @@ def test_shards_of_another_step_with_the_same_size_are_refused_by_what_they_say(
     lost.unlink()
     error = refusal(open_checkpoint, first, also=[second])
     assert isinstance(error, DamagedCheckpoint)
-    assert "the files are not of one save: they differ in" in error.fact
+    assert "the files belong to different saves: they differ in" in error.fact
     assert f"Read as one checkpoint: {first}, {second}." in str(error)
 
 

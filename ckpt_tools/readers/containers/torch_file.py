@@ -1,8 +1,7 @@
-"""Files written by ``torch.save``: finds where each storage's bytes lie, reads no tensor data.
+"""Owns the containers of ``torch.save``: the place of each storage's bytes, without reading tensor data.
 
-Both containers that torch writes are known here: the zip file (each storage one uncompressed record)
-and the legacy stream (pickles, then storages one after the other). The pickle inside is read by
-``restricted_pickle``; what the objects mean is the business of the format readers.
+torch writes two containers: the zip file (each storage is one uncompressed record) and the legacy stream
+(pickles, then the storages one after the other). ``restricted_pickle`` reads the pickles in them.
 
 Source: ``torch/serialization.py`` (``_save``, ``_legacy_save``) and ``caffe2/serialize/inline_container.cc``.
 """
@@ -27,7 +26,7 @@ from ckpt_tools.tensors.catalogue import FlatRange, Fragment, Shape, Stored
 from ckpt_tools.tensors.dtypes import DType
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-_COPY_ANEW = "The file is truncated or was overwritten; copy it anew from where it was written."
+_COPY_ANEW = "The file is truncated or was overwritten. Copy it anew from where it was written."
 
 
 @dataclass(slots=True)
@@ -49,15 +48,15 @@ class ZipStorage(StorageRef):
     def data_offset(self) -> int:
         """First byte of the record's data.
 
-        The central directory says where the record's own header is; only that header says how long
-        it is (torch pads it so that data starts at a multiple of 64).
+        The central directory has the place of the record's own header. Only that header has its length
+        (torch pads it so that the data starts at a multiple of 64).
         """
         if self._offset < 0:
             with self.file.open() as stream:
                 start = data_start(stream, self.record, self.path, _COPY_ANEW)
             if start + self.record.file_size > self.file.size:
                 raise DamagedCheckpoint(
-                    f"record {self.record.filename} reaches beyond the end of the file",
+                    f"record {self.record.filename} extends beyond the end of the file",
                     path=self.path,
                     hint=_COPY_ANEW,
                 )
@@ -67,7 +66,7 @@ class ZipStorage(StorageRef):
 
 @dataclass(slots=True)
 class StreamStorage(StorageRef):
-    """A storage of a legacy file; its place is known once the whole stream was walked."""
+    """A storage of a legacy file; its place is known after the whole stream was read."""
 
     file: TorchFile
     dtype: DType
@@ -86,7 +85,7 @@ class StreamStorage(StorageRef):
 
 
 class TorchFile:
-    """One file written by ``torch.save``, or a region of a file that holds many such.
+    """One file written by ``torch.save``, or a region of a file with many of them.
 
     Args:
         path: the file.
@@ -113,7 +112,7 @@ class TorchFile:
             ) from error
         if self.size > rest:
             raise DamagedCheckpoint(
-                f"it should hold {offset + self.size:,} bytes and has {offset + rest:,}",
+                f"it must have {offset + self.size:,} bytes and has {offset + rest:,}",
                 path=path,
                 hint=_COPY_ANEW,
             )
@@ -127,12 +126,12 @@ class TorchFile:
         return io.BufferedReader(Region(open_for_reading(self.path), self.offset, self.size))
 
     def load(self) -> Any:
-        """The object that was saved, tensors as :class:`TensorRef`.
+        """The saved object, with tensors as :class:`TensorRef`.
 
         Raises:
-            DamagedCheckpoint: truncated, or not a file of ``torch.save``.
+            DamagedCheckpoint: the file is truncated, or not written by ``torch.save``.
             UnsafePickle: the objects cannot be built without code from the file.
-            UnsupportedLayout: TorchScript archive, big-endian or compressed records.
+            UnsupportedLayout: it is a TorchScript archive, big-endian, or has compressed records.
         """
         return self._load_zip() if self.is_zip else self._load_legacy()
 
@@ -147,7 +146,7 @@ class TorchFile:
                 pickles = [name for name in records if name.endswith("/data.pkl")]
                 if len(pickles) != 1:
                     raise DamagedCheckpoint(
-                        "a zip file, but not one that torch.save wrote", path=self.path
+                        "a zip file that torch.save did not write", path=self.path
                     )
                 root = pickles[0].removesuffix("data.pkl")
                 self.root = root.removesuffix("/")
@@ -181,7 +180,7 @@ class TorchFile:
                 raise self._compressed()
             if numel * dtype.itemsize > record.file_size:
                 raise DamagedCheckpoint(
-                    f"storage {key} is shorter than it says", path=self.path, hint=_COPY_ANEW
+                    f"storage {key} is shorter than recorded", path=self.path, hint=_COPY_ANEW
                 )
             return storages.setdefault(key, ZipStorage(self, record, dtype, numel))
 
@@ -202,17 +201,17 @@ class TorchFile:
             dtype, key, numel = self._storage_id(pid)
             if dtype is None:
                 raise UnsupportedLayout(
-                    "a storage of an unknown type, of unknown length", path=path
+                    "a storage has an unknown type, so its length is unknown", path=path
                 )
             return storages.setdefault(key, StreamStorage(self, dtype, numel))
 
         with self.open() as stream:
             if stream.read(1) != b"\x80":
-                raise DamagedCheckpoint("not a file that torch.save wrote", path=path)
+                raise DamagedCheckpoint("not a file of torch.save", path=path)
             stream.seek(0)
             magic = unpickle(stream, path)
             if magic != _LEGACY_MAGIC:
-                raise DamagedCheckpoint("a pickle, but not one that torch.save wrote", path=path)
+                raise DamagedCheckpoint("a pickle that torch.save did not write", path=path)
             unpickle(stream, path)
             system = unpickle(stream, path)
             if isinstance(system, dict) and not system.get("little_endian", True):
@@ -239,13 +238,13 @@ class TorchFile:
             end = stream.seek(numel * storage.dtype.itemsize, os.SEEK_CUR)
             if numel != storage.numel or end > self.size:
                 raise DamagedCheckpoint(
-                    f"storage {key} is shorter than it says", path=self.path, hint=_COPY_ANEW
+                    f"storage {key} is shorter than recorded", path=self.path, hint=_COPY_ANEW
                 )
         if any(storage.start < 0 for storage in storages.values()):
             raise DamagedCheckpoint("a storage has no data", path=self.path, hint=_COPY_ANEW)
 
     def _storage_id(self, pid: tuple[Any, ...]) -> tuple[DType | None, str, int]:
-        """Element type (None where it is not known here), key and number of elements."""
+        """Element type (None if unknown), key and number of elements."""
         kinds = (str, object, str, object, int)
         if (
             len(pid) < 5
@@ -253,7 +252,7 @@ class TorchFile:
             or pid[0] != "storage"
             or pid[4] < 0
         ):
-            raise DamagedCheckpoint("an unknown kind of reference in the pickle", path=self.path)
+            raise DamagedCheckpoint("the pickle has an unknown kind of reference", path=self.path)
         return pid[1] if isinstance(pid[1], DType) else None, pid[2], pid[4]
 
 
@@ -281,19 +280,19 @@ def refuse_exchanged(file: TorchFile, rank_of: Callable[[str], object]) -> None:
 
 
 def contiguous(ref: TensorRef, what: str) -> TensorRef:
-    """``ref``, proven to be one contiguous run."""
+    """``ref``, after a check that it is one contiguous run."""
     if not ref.is_contiguous:
         raise UnsupportedLayout(f"{what} is not contiguous", path=ref.storage.path)
     return ref
 
 
 def stored(ref: TensorRef, shape: Shape | None = None) -> Stored:
-    """The tensor that lies whole, as one run, in one file."""
+    """The tensor that is one run of bytes in one file."""
     contiguous(ref, "a tensor")
     shape = ref.shape if shape is None else shape
     if math.prod(shape) != ref.numel:
         raise DamagedCheckpoint(
-            f"a tensor has {ref.numel} elements where {tuple(shape)} was recorded",
+            f"a tensor has {ref.numel} elements, but {tuple(shape)} was recorded",
             path=ref.storage.path,
         )
     fragments = (
