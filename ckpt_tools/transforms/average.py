@@ -1,6 +1,6 @@
-"""A weighted mean of states of one architecture, computed in fp32 and streamed.
+"""Owns the weighted mean of states of one architecture, computed in fp32 and streamed.
 
-Knows tensors; knows no format. Sources: Wortsman et al. 2022, "Model soups" (uniform means of
+Sources: Wortsman et al. 2022, "Model soups" (uniform means of
 fine-tuned models); the annealed OLMo models are such means.
 """
 

@@ -1,4 +1,4 @@
-"""Merges LoRA into its base: ``W' = W + s B A`` computed as it is written, window by window.
+"""Owns the merge of LoRA into its base: ``W' = W + s B A``, computed window by window during the write.
 
 The sum is done in fp32 on the values that the model trained with, and rounded once, to the dtype of the
 output. PEFT's ``merge_and_unload`` does the same in the dtypes of the live model: for a bf16 model it
