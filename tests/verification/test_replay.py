@@ -113,7 +113,7 @@ def test_a_base_of_its_own_is_read_where_it_lay(tmp_path: Path) -> None:
         MANIFEST,
     )
     assert f"{len(recipes)} tensors were not compared" in problem.detail
-    assert f"({base}: it is not there any more)" in problem.detail
+    assert f"({base}: it no longer exists)" in problem.detail
     assert found.checked == []
     # The base alone is one of the sources: it stands for itself.
     (tmp_path / "moved").rename(base)
@@ -136,7 +136,7 @@ def test_a_copy_stands_for_the_first_source(tmp_path: Path) -> None:
     found = against(directory, tmp_path / "other")
     assert {problem.kind for problem in found.problems} == {"tensor-differs"}
     assert {problem.hint for problem in found.problems} == {
-        "It was made of step 2, and the checkpoint is of step 4."
+        "The directory was made from step 2; the checkpoint is step 4."
     }
 
 
@@ -316,7 +316,7 @@ def test_recipes_that_cannot_be_followed(model: Path) -> None:
     written(model, load_file(model / SINGLE) | {"new": torch.zeros(1)})
     record(model, recipes | {"new": "model.gone"}, PLAIN / "checkpoint")
     details = {p.tensor: p.detail for p in against(model, PLAIN / "checkpoint").problems}
-    assert details["new"] == "it was made of model.gone, which the checkpoint does not hold"
+    assert details["new"] == "it was made from model.gone, which the checkpoint does not have"
 
 
 def test_sums_of_another_torch_may_round_otherwise(tmp_path: Path) -> None:
@@ -331,7 +331,7 @@ def test_sums_of_another_torch_may_round_otherwise(tmp_path: Path) -> None:
     (problem,) = against(directory, SAVES / "checkpoint" / "global_step2").problems
 
     assert problem.hint is not None
-    assert problem.hint.startswith("It was computed with torch 2.4.0; torch ")
+    assert problem.hint.startswith("It was computed with torch 2.4.0. torch ")
 
 
 @pytest.mark.parametrize(
