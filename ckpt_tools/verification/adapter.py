@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_tools.errors import listed
+from ckpt_tools.hub.adapter_config import NAME as ADAPTER_CONFIG
 from ckpt_tools.verification.container import Entry
-from ckpt_tools.verification.directory import ADAPTER_CONFIG, read_object
+from ckpt_tools.verification.directory import read_object
 from ckpt_tools.verification.problem import Findings
 from ckpt_tools.verification.run import Run
 

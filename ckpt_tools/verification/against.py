@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -177,7 +176,7 @@ class _Question:
         found = [
             each
             for name, tensor in done.tensors.items()
-            if (each := self._expected(name, tensor, name in done.computed)) is not None
+            if (each := self._expected(name, tensor)) is not None
         ]
         # If the directory was changed later, the manifest may not list every tensor.
         left = {n: h for n, h in self.part.held.items() if n not in self.record.recipes}
@@ -216,7 +215,7 @@ class _Question:
             else:
                 self._add("tensor-extra", "the checkpoint does not have this tensor", name)
         for name, tensor in found.items():
-            if (each := self._expected(name, tensor, False)) is not None:
+            if (each := self._expected(name, tensor)) is not None:
                 yield each
         if not self.record:
             self._note_missing(there, matched.only_second)
@@ -233,7 +232,7 @@ class _Question:
                 severity="warning" if is_buffer else None,
             )
 
-    def _expected(self, name: str, tensor: Tensor, computed: bool) -> Expected | None:
+    def _expected(self, name: str, tensor: Tensor) -> Expected | None:
         """The expected tensor; None, and a problem, if shape or dtype differ."""
         held = self.part.held[name]
         if tensor.shape != held.tensor.shape:
@@ -247,27 +246,16 @@ class _Question:
             detail = f"its dtype is {held.tensor.dtype}; the checkpoint has {tensor.dtype}"
             self._add("tensor-differs", detail, name)
             return None
-        return Expected(held, rounded, tensor.dtype, self._hint(computed))
+        return Expected(held, rounded, tensor.dtype, self._hint())
 
-    def _hint(self, computed: bool) -> str:
+    def _hint(self) -> str:
         """The likely reason, from the manifest."""
         record, step = self.record, self.checkpoint.step
         if record is not None and record.step is not None and step not in (None, record.step):
             return f"The directory was made from step {record.step:,}; the checkpoint is step {step:,}."
-        if record is not None and computed:
-            written, here = record.versions.get("torch"), _installed("torch")
-            if written != here:
-                return f"It was computed with torch {written}. torch {here} may round differently."
         return _ANEW
 
     def _add(self, kind: str, detail: str, name: str | None = None) -> None:
         held = None if name is None else self.part.held.get(name)
         file = None if held is None else held.entry.file
         self.findings.add(kind, detail, file=file, tensor=name, hint=_OTHER)
-
-
-def _installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -19,7 +19,6 @@ from ckpt_tools.verification.container import Container, Entry, parse_json
 from ckpt_tools.verification.problem import Findings
 
 CONFIG = "config.json"
-ADAPTER_CONFIG = "adapter_config.json"
 MANIFEST = "ckpt_tools_manifest.json"
 SHA256SUMS = "SHA256SUMS"
 

@@ -20,7 +20,7 @@ from ckpt_tools.tensors.checkpoint import Checkpoint, Copy
 from ckpt_tools.tensors.derived import cast
 from ckpt_tools.transforms.lora import adapted_names, with_adapter_name
 from ckpt_tools.transforms.prefixes import strip_wrappers
-from ckpt_tools.transforms.recipe import Json, Leaf, is_computed, leaves_of, rebuilt, recipe_leaves
+from ckpt_tools.transforms.recipe import Json, Leaf, leaves_of, rebuilt, recipe_leaves
 
 Leaves = dict[Leaf, Tensor]
 
@@ -33,13 +33,11 @@ class Record:
         recipes: the recipe of each tensor.
         sources: the record of each source.
         weights: the copy that was taken.
-        versions: versions of the packages.
     """
 
     recipes: Mapping[str, Json]
     sources: tuple[Mapping[str, Any], ...]
     weights: Copy
-    versions: Mapping[str, str]
 
     @property
     def step(self) -> int | None:
@@ -55,10 +53,9 @@ def read_record(path: Path) -> Record | None:
         sources = tuple(dict(source) for source in data["sources"])
         weights: Copy = "model" if data["options"].get("weights") == "model" else "master"
         recipes = {name: entry.get("from", name) for name, entry in data["tensors"].items()}
-        versions = {str(k): str(v) for k, v in data["versions"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    return Record(recipes, sources, weights, versions) if sources else None
+    return Record(recipes, sources, weights) if sources else None
 
 
 @dataclass(frozen=True)
@@ -70,14 +67,12 @@ class Replayed:
         elsewhere: tensors that need a tensor that the checkpoint does not have, with the reason.
         broken: tensors whose recipe cannot be followed, with the reason.
         absent: tensors that need a missing source, by the reason.
-        computed: tensors whose recipe adds or multiplies numbers.
     """
 
     tensors: Mapping[str, Tensor]
     elsewhere: Mapping[str, str]
     broken: Mapping[str, str]
     absent: Mapping[str, tuple[str, ...]]
-    computed: frozenset[str]
 
 
 def replay(record: Record, checkpoint: Checkpoint, names: Iterable[str]) -> Replayed:
@@ -117,8 +112,7 @@ def replay(record: Record, checkpoint: Checkpoint, names: Iterable[str]) -> Repl
                 tensors[name] = rebuilt(recipes[name], held)
             except DamagedCheckpoint as error:
                 broken[name] = str(error)
-    computed = frozenset(name for name in begun if is_computed(recipes[name]))
-    return Replayed(tensors, elsewhere, broken, absent, computed)
+    return Replayed(tensors, elsewhere, broken, absent)
 
 
 def _place(record: Record, checkpoint: Checkpoint) -> int:
