@@ -1,4 +1,4 @@
-"""Merges LoRA into its base: ``W' = W + s B A`` computed as it is written, window by window.
+"""Owns the merge of LoRA into its base: ``W' = W + s B A``, computed window by window during the write.
 
 Merges the values that the model trained with. PEFT's ``merge_and_unload`` on an fp32 copy of the model
 computes the same in fp32, in an order that its BLAS chooses.

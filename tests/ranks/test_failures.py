@@ -417,7 +417,7 @@ def test_a_run_that_is_told_to_end_keeps_what_was_done(large: Large, tmp_path: P
 
     assert done.status != 0
     assert not out.exists()
-    assert_told_once(done.said, "Interrupted. What was done is kept")
+    assert_told_once(done.said, "Interrupted. The finished part is kept")
     assert went_on(large.resumed(out, ranks=3))
 
 
@@ -501,7 +501,7 @@ def test_a_disk_that_fills_ends_the_run_and_a_larger_one_lets_it_go_on(
         assert done.status != 0
         assert not seen.exists()
         assert_told_once(done.said, "no space left on the output's disk")
-        assert "the same command with --resume goes on" in done.said
+        assert "Run the same command with --resume" in done.said
         mount("-o", "remount,size=200m", str(disk))
         resumed = ["-m", "ckpt_tools", *large.command(disk / "out", "--resume", "--json")]
         again = ended(popen([*within, sys.executable, *resumed]))
