@@ -26,11 +26,27 @@ from ckpt_tools.tensors.threads import default_workers
 from ckpt_tools.verification.bitwise import Expected, Held, Progress, compare
 from ckpt_tools.verification.container import Entry
 from ckpt_tools.verification.directory import MANIFEST, Directory
+from ckpt_tools.verification.model import written_ties
 from ckpt_tools.verification.problem import Findings
 from ckpt_tools.verification.replay import Record, read_record, replay
+from ckpt_tools.verification.run import Run
 
+ORDER = 80
 _OTHER = "Is it the checkpoint that the directory was made of?"
 _ANEW = "Write the directory anew from this checkpoint, or name the one that it was made of."
+
+
+def check(run: Run) -> None:
+    """Compare the directory with the checkpoint of the request, if there is one."""
+    if run.checkpoint is not None:
+        check_against(
+            run.directory,
+            run.checkpoint,
+            run.findings,
+            ties=written_ties(run.directory, run.reference),
+            workers=run.request.workers,
+            progress=run.request.progress,
+        )
 
 
 def check_against(
