@@ -24,7 +24,7 @@ PIP := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_D
 	$(BIN)/python -m pip
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo quick test lint fix bench clean distclean
+.PHONY: help venv demo quick test lint fix docs pages bench clean distclean
 
 help:
 	@echo "make demo       convert the shipped ZeRO-3 checkpoint, load the result, generate from it"
@@ -32,6 +32,8 @@ help:
 	@echo "make test       run the whole test suite (JOBS=$(JOBS) processes; LOAD=2: beside two that burn the processor)"
 	@echo "make lint       ruff and mypy"
 	@echo "make fix        let ruff repair and format what it can"
+	@echo "make docs       build the documentation as a site with search, in build/site"
+	@echo "make pages      derive the pages of docs/ anew, and what their commands print"
 	@echo "make bench      time ckpt-tools, zero_to_fp32.py and cp on a checkpoint of PARAMS=$(PARAMS) parameters"
 	@echo "make venv       install the pinned dependencies into $(VENV) (the others do it when needed);"
 	@echo "                PYTHON=python3.12 names another interpreter, TORCH=FILE.whl a build of PyTorch"
@@ -69,6 +71,14 @@ fix: $(STAMP)
 	@$(BIN)/ruff check --fix --quiet || true
 	@$(BIN)/ruff format
 
+docs: $(STAMP)
+	@$(BIN)/zensical build --strict --clean
+	@echo "The site is in build/site."
+
+pages: $(STAMP)
+	@$(BIN)/python docs/generate.py
+	@REWRITE=1 $(BIN)/python -m pytest -q tests/docs/test_blocks.py
+
 bench: $(STAMP)
 	@$(MAKE) --no-print-directory $(BENCH)/benchmark.json
 	@$(BIN)/python benchmarks/compare.py $(BENCH)
@@ -78,7 +88,7 @@ $(BENCH)/benchmark.json:
 	@$(BIN)/python benchmarks/make_zero.py $(BENCH) --stage $(STAGE) --params $(PARAMS) --ranks $(RANKS)
 
 clean:
-	@rm -rf demo-output build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	@rm -rf demo-output build dist .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean

@@ -48,7 +48,7 @@ Exit status:
 """
 
 
-# A rank that leaves takes the others along; by then the first has said what is wrong.
+# torchrun ends all ranks when one leaves; the first rank reports the error within this time.
 _LISTEN_SECONDS = 10.0
 
 
@@ -86,7 +86,7 @@ def cli() -> None:
 
 
 def _main_of_later_rank(args: list[str] | None) -> NoReturn:
-    """What is wrong with a command that all ranks were given is said by the first."""
+    """Run a later rank: the first rank alone reports a wrong command line."""
     try:
         cli.main(args=args, prog_name="ckpt-tools", standalone_mode=False)
     except click.ClickException as error:

@@ -1,7 +1,7 @@
-"""Text for a terminal or a log: numbers and durations for people, JSON, and names that can do no harm.
+"""Text for terminals and logs: numbers and durations for people, JSON, and safe names.
 
-Owns :func:`say`, the one way to print a line. Names of files and tensors come from checkpoints; what a
-terminal, a log or a workflow would obey in them is written as escapes.
+Owns :func:`say`, the one way to print a line. Names of files and tensors come from checkpoints, so
+characters that a terminal, a log or a workflow interprets are written as escapes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _LOG_WIDTH = 160
 
 
 def printable(text: str) -> str:
-    """Text with what a terminal, a log or XML would obey or refuse written as escapes."""
+    """Text with the characters that a terminal, a log or XML interprets or refuses as escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -37,7 +37,7 @@ def say(
 
     Args:
         line: the line; characters that are not printable become escapes.
-        label: what stands before it, in color where colors are shown.
+        label: text before the line, in color if colors are shown.
         color: the color of the label, by Click's name.
         bold: whether the label is bold.
         err: print to stderr.
@@ -55,14 +55,14 @@ def print_json(value: Any) -> None:
 
 
 def drawn(draw: Callable[[Console], None]) -> str:
-    """What is drawn on a console as wide as the terminal, or as a log where there is none."""
+    """The text that a function draws on a console as wide as the terminal, or as a log."""
     from rich.console import Console
 
     is_terminal = sys.stdout.isatty()
     text = io.StringIO()
     width = None if is_terminal else _LOG_WIDTH
     draw(Console(file=text, force_terminal=is_terminal, highlight=False, width=width))
-    # A table fills its lines up with spaces.
+    # rich fills lines of a table with spaces.
     return "".join(f"{line.rstrip()}\n" for line in text.getvalue().splitlines())
 
 

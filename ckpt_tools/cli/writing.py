@@ -21,7 +21,7 @@ def write_directory(
     timeout: float,
     **options: Any,
 ) -> None:
-    """Carry out ``convert``, and say what was done."""
+    """Carry out ``convert``, and print the report."""
     ranks = joined_ranks(timeout)
     leads = ranks is None or ranks.leads
     with shown_progress(quiet or as_json or not leads) as progress:

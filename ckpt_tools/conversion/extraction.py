@@ -63,7 +63,7 @@ class _Found:
 
 @dataclass(frozen=True)
 class _Adapters:
-    """Adapters that are planned as soon as PEFT was asked about them; see ``Pending``."""
+    """Adapters that are planned when PEFT has been asked about them; see ``Pending``."""
 
     source: Checkpoint
     request: Request
@@ -110,7 +110,7 @@ def prepare_adapters(sources: Sequence[Checkpoint], request: Request) -> _Adapte
 
 
 def _base_config(options: AssetOptions) -> ConfigSource | None:
-    """The config of the base; one that was not named need not be there."""
+    """The config of the base; None if none was named and none was found."""
     try:
         return find_config(options)
     except MissingAsset:
@@ -152,8 +152,9 @@ def _embeddings(
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Embeddings that are written with an adapter, and why.
 
-    PEFT writes those that it targets; those that were resized; and those that it is told to. Here the
-    checkpoint tells: an embedding that was trained is lost if it is left out.
+    PEFT writes embeddings that are targets, that were resized, or that the caller asks for. Here the
+    checkpoint
+    decides: a trained embedding would be lost if it were left out.
     """
     modules = [name.rpartition(".")[0] for name in adapter.names.plain.values()]
     if config.targets_embeddings(modules):
@@ -172,7 +173,7 @@ def _embeddings(
 
 
 def _vocabulary(base_model: str, request: Request, base: ConfigSource | None) -> int | None:
-    """Rows of the base's embedding before training, where its config is at hand."""
+    """Rows of the base's embedding before training, if its config is known."""
     path = Path(base_model) / "config.json"
     if path.is_file():
         data = read_object(path)
@@ -185,7 +186,7 @@ def _vocabulary(base_model: str, request: Request, base: ConfigSource | None) ->
 
 
 def _left_out(found: Sequence[_Found], state: State) -> list[str]:
-    """What was trained and is no part of an adapter that is written."""
+    """Trained tensors that are not part of an adapter that is written."""
     if "frozen" not in state.kinds.values():
         return []
     written = {name for one in found for name in one.names.values()}
@@ -195,16 +196,18 @@ def _left_out(found: Sequence[_Found], state: State) -> list[str]:
         for name, kind in state.kinds.items()
         if kind == "parameter" and name not in written and name not in known
     ]
-    return [f"trained, but no part of an adapter as PEFT saves it: {listed(lost)}"] if lost else []
+    return [f"trained, but not part of an adapter as PEFT saves it: {listed(lost)}"] if lost else []
 
 
 def _asked(
     found: Sequence[_Found], base: ConfigSource | None
 ) -> tuple[Sequence[_Found], list[str]]:
-    """What PEFT says of the adapters; by the rules alone where it cannot be asked."""
+    """The adapters with PEFT's names; with the names by rule if PEFT cannot be asked."""
     if base is None:
         _need_peft(
-            found, "the base's config.json was not found", "pass --config FILE|DIR, the base's"
+            found,
+            "the base's config.json was not found",
+            "Pass --config FILE|DIR, the config of the base.",
         )
         return found, []
     questions = [_question(one) for one in found]
@@ -212,16 +215,16 @@ def _asked(
         answers = describe_adapters(_model_config(found[0], base), questions)
     except CkptError as error:
         _need_peft(found, error.fact, error.hint or "")
-        return found, [f"names are by rule, PEFT was not asked: {error.fact}"]
+        return found, [f"names are by rule, because PEFT was not asked: {error.fact}"]
     agreed, doubts = [], []
     for one, answer in zip(found, answers, strict=True):
         failure = answer.failure
         if failure is None and not set(answer.names):
-            # A transformers that calls every module otherwise than the one that trained.
-            failure = "it finds none of the names in the model of the base's config"
+            # This transformers names every module differently than the one that trained.
+            failure = "none of the names is in the model of the base's config"
         if failure is not None:
             _need_peft([one], failure, "Pass --config FILE|DIR, the config of its base.")
-            doubts.append(f"names are by rule, PEFT could not say: {failure}")
+            doubts.append(f"names are by rule, because PEFT failed: {failure}")
             agreed.append(one)
         else:
             agreed.append(_as_peft(one, answer))
@@ -259,7 +262,7 @@ def _model_config(one: _Found, base: ConfigSource) -> Mapping[str, object]:
 
 
 def _as_peft(one: _Found, answer: AdapterAnswer) -> _Found:
-    """The adapter with the names that PEFT gives, every tensor accounted for.
+    """The adapter with the names that PEFT gives. Every tensor is accounted for.
 
     Raises:
         UsageError: the config's adapter has other tensors than the checkpoint.
@@ -271,8 +274,8 @@ def _as_peft(one: _Found, answer: AdapterAnswer) -> _Found:
     lacking = [saved for saved in answer.shapes if saved not in names]
     if lacking:
         raise DamagedCheckpoint(
-            f"the config's adapter {adapter.name!r} has {len(lacking)} tensors that the checkpoint has "
-            f"not: {listed(lacking)}",
+            f"the config's adapter {adapter.name!r} has {len(lacking)} tensors that the checkpoint "
+            f"lacks: {listed(lacking)}",
             path=one.config.path,
             missing=lacking,
             hint=hint,
@@ -280,7 +283,7 @@ def _as_peft(one: _Found, answer: AdapterAnswer) -> _Found:
     odd = [name for saved, name in names.items() if saved not in answer.shapes]
     if odd:
         raise UsageError(
-            f"the config's adapter {adapter.name!r} has no such tensors: {listed(odd)}",
+            f"the adapter {adapter.name!r} of the config lacks these tensors: {listed(odd)}",
             path=one.config.path,
             hint=hint,
         )
@@ -299,7 +302,7 @@ def _as_peft(one: _Found, answer: AdapterAnswer) -> _Found:
         unused = [name for name in unused if name not in adapter.state.catalogue.ties]
         if unused:
             raise UsageError(
-                f"the config's adapter {adapter.name!r} has no such tensors: {listed(unused)}",
+                f"the adapter {adapter.name!r} of the config lacks these tensors: {listed(unused)}",
                 path=one.config.path,
                 hint=hint,
             )
@@ -307,7 +310,7 @@ def _as_peft(one: _Found, answer: AdapterAnswer) -> _Found:
         if differ:
             notes = (
                 *notes,
-                f"PEFT's names were taken, not the rules': {listed([s for s, _ in differ])}",
+                f"PEFT's names were taken instead of those by rule: {listed([s for s, _ in differ])}",
             )
     return _Found(adapter, one.config, names, notes)
 

@@ -1,8 +1,7 @@
-"""Compares masters with the 16-bit weights of the same checkpoint: a wrong reading shows here.
+"""Compares masters with the 16-bit weights of the same checkpoint; a wrong reading shows here.
 
-Where a checkpoint holds both copies, the master of each parameter, cast to training dtype, is the
-16-bit weight bit for bit: the engine made the one from the other after its last step. Knows checkpoints
-and comparison; knows no format.
+If a checkpoint holds both copies, the master of each parameter, cast to the training dtype, equals the 16-bit
+weight bit for bit, because the engine makes the weight from the master after each step.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Fits a state to the model that its config describes: names, shapes, ties, and nothing missing.
 
-Owns the questions that need both the tensors and the model: which tied names are written, which tensors
-the model has and the state has not, and whether the config is of this model at all. What a model has is
-found by :mod:`ckpt_tools.hub.reference`, from the config alone. Knows no format and writes nothing.
+Owns the questions that need both the tensors and the model: which tied names are written, which tensors of
+the model are missing, and whether the config describes this model. :mod:`ckpt_tools.hub.reference` finds the
+tensors of a model from its config alone.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ _UNTIED = (
 
 @dataclass(frozen=True)
 class Fitted:
-    """A state that is the model's, name for name.
+    """A state whose names are those of the model.
 
     Attributes:
-        catalogue: what to write, under the names to write it.
-        untied: names that the config ties and that hold values of their own.
+        catalogue: the tensors to write, under their names in the output.
+        untied: names that the config ties but that hold values of their own.
         notes: what was decided.
         warnings: what to look at.
     """
@@ -107,10 +107,10 @@ def fit_to_model(
         *_rounded(ordered, reference, dtype),
     ]
     if taken:
-        warnings.append(f"the checkpoint lacks these, taken from --like: {listed([*taken])}")
+        warnings.append(f"taken from --like, because the checkpoint lacks them: {listed([*taken])}")
     if surplus:
-        warnings.append(f"not of the config's model, written all the same: {listed(surplus)}")
-    # A checkpoint may have dropped second names itself, as Accelerate does: that makes no other output.
+        warnings.append(f"not in the model of the config, but written: {listed(surplus)}")
+    # A checkpoint may lack second names, as Accelerate's do; the output is the same.
     ties = {alias: kept for alias, kept in reference.hub_ties.items() if alias not in ordered}
     notes = _notes(layout, {**ties, **settled.catalogue.ties}, settled.duplicated)
     return Fitted(Catalogue(ordered), settled.untied, tuple(notes), tuple(warnings))
@@ -146,7 +146,7 @@ def ask_model(
 ) -> Answer:
     """Begin to ask which model the config describes; the arguments are those of :func:`fit_to_model`.
 
-    The answer takes seconds, in a process of its own; the caller has other things to do meanwhile.
+    The answer takes seconds and is found in a child process; the caller can work meanwhile.
     """
     like = None if extra is None else set(extra)
     return _ask(catalogue, config, dtype, like, trust=trust, untied=False)
@@ -184,7 +184,7 @@ def _incomplete(
     reference: ReferenceModel,
     config: ConfigSource,
 ) -> UsageError | DamagedCheckpoint:
-    """Another model's config where hardly a name fits; otherwise tensors that were left out."""
+    """The error for missing tensors: the config of another model, or tensors that were left out."""
     if is_adapted(surplus):
         return UsageError(
             f"the checkpoint is of a LoRA model ({listed([n for n in surplus if '.lora_' in n])})",
@@ -215,7 +215,7 @@ def _incomplete(
 def _shape_warnings(
     tensors: Mapping[str, Tensor], reference: ReferenceModel, config: ConfigSource
 ) -> list[str]:
-    """Tensors whose axes stand in another order; any other shape is an error."""
+    """Tensors whose axes have another order; any other shape is an error."""
     turned = []
     for name, saved in reference.saved.items():
         shape = tensors[name].shape
@@ -231,15 +231,15 @@ def _shape_warnings(
         turned.append(name)
     if not turned:
         return []
-    return [f"the axes of these stand in another order than the model's: {listed(turned)}"]
+    return [f"the axes of these have another order than in the model: {listed(turned)}"]
 
 
 def _rounded(tensors: Mapping[str, Tensor], reference: ReferenceModel, dtype: DType) -> list[str]:
-    """What is written in 16 bits although the model computes with it in fp32."""
+    """Tensors that are written in 16 bits although the model computes with them in fp32."""
     kept = {BFLOAT16: reference.float32_under_bfloat16, FLOAT16: reference.float32_under_float16}
     names = [n for n in kept.get(dtype, ()) if n in tensors and tensors[n].dtype == dtype]
     if not names:
         return []
     return [
-        f"the model keeps these in float32, they are written in {dtype}: {listed(sorted(names))}"
+        f"written in {dtype}, although the model keeps them in float32: {listed(sorted(names))}"
     ]

@@ -1,7 +1,6 @@
-"""Finishes one output whose weights are written: its other files, manifest, checksums, verification.
+"""Finishes one output after its weights: the other files, manifest, checksums, verification.
 
-Owns their order: each is of everything before it. Knows nothing of units, journals, ranks, or how an
-output gets its name.
+Owns their order: each covers everything before it.
 """
 
 from __future__ import annotations
@@ -28,15 +27,15 @@ def finish(
     writing: Writing,
     verify: Verify,
 ) -> None:
-    """Write everything of an output but its weights, and take the last look at it.
+    """Write every file of an output but its weights, and verify it if asked.
 
     Args:
-        directory: where it is made; its weights are written.
-        output: what it is.
+        directory: the directory; its weights are already written.
+        output: the planned output.
         digests: the digest of each tensor.
-        unit_bytes: where tensors were cut for their digests.
-        provenance: what it was made of.
-        writing: what is wanted beside it.
+        unit_bytes: size of the units of the digests.
+        provenance: the sources of the output.
+        writing: how it is written.
         verify: raises if the directory is wrong.
 
     Raises:

@@ -119,9 +119,9 @@ def test_what_weights_only_makes_useless_is_said(tmp_path: Path) -> None:
     arguments = ("consolidate", CASE / "checkpoint", tmp_path / "out", "--weights-only")
     done = run(*arguments, "--config", CASE / "hf", "--tokenizer", CASE / "hf")
     assert done.exit_code == 0
-    assert "warning: --config, --tokenizer had no use: --weights-only writes" in done.stderr
+    assert "warning: --config, --tokenizer had no effect: --weights-only writes" in done.stderr
 
-    assert "had no use" not in run(*arguments, "--overwrite").stderr
+    assert "had no effect" not in run(*arguments, "--overwrite").stderr
 
 
 def test_a_dry_run_lists_the_files_and_writes_nothing(tmp_path: Path) -> None:

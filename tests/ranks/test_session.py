@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import random
 import threading
 from datetime import timedelta
@@ -14,16 +13,16 @@ import pytest
 from torch._C._distributed_c10d import HashStore, TCPStore
 
 from ckpt_tools.errors import CkptError, DamagedCheckpoint, OutputFailed, RankFailed
-from ckpt_tools.ranks import Ranks, pulse, session
+from ckpt_tools.ranks import Ranks, pulse
 from tests.ranks.in_threads import Store, at_once, clock, made, together
 from tests.ranks.simulated import SimulatedClock
 
 __all__ = ["clock"]
 
 
-def told(outcomes: list[Any]) -> list[int]:
+def told(ranks: list[Ranks]) -> list[int]:
     """Ranks that tell the user why they ended."""
-    return [rank for rank, error in enumerate(outcomes) if not error.told_elsewhere]
+    return [number for number, own in enumerate(ranks) if own.told_elsewhere is False]
 
 
 def assert_failed(error: Any, fact: str) -> None:
@@ -143,14 +142,14 @@ def test_a_failed_follower_ends_all_with_its_message_told_by_the_leader(
             raise damage
         own.get("never")
 
-    leader, failed, other = together(made(clock, 3), body)
+    leader, failed, other = together(ranks := made(clock, 3), body)
 
     assert failed is damage
     for error in (leader, other):
         assert_failed(error, "rank 1: it ends early")
         assert (error.path, error.tensor, error.hint) == (Path("shard.pt"), "w", "Copy it anew.")
         assert error.exit_code == DamagedCheckpoint.exit_code
-    assert told([leader, failed, other]) == [0]
+    assert told(ranks) == [0]
 
 
 def test_a_failed_leader_ends_all(clock: SimulatedClock) -> None:
@@ -159,12 +158,12 @@ def test_a_failed_leader_ends_all(clock: SimulatedClock) -> None:
             raise OutputFailed("no space left")
         own.get("plan")
 
-    leader, *others = together(made(clock, 3), body)
+    leader, *others = together(ranks := made(clock, 3), body)
 
     assert isinstance(leader, OutputFailed)
     for error in others:
         assert_failed(error, "rank 0: no space left")
-    assert told([leader, *others]) == [0]
+    assert told(ranks) == [0]
 
 
 def test_a_failure_reaches_a_rank_that_waits_for_nothing(clock: SimulatedClock) -> None:
@@ -193,29 +192,27 @@ def test_what_nobody_foresaw_is_told_by_its_name(clock: SimulatedClock) -> None:
 
 
 @pytest.mark.parametrize("end", [SystemExit(143), KeyboardInterrupt()])
-def test_a_signal_stays_a_signal_where_it_came(
-    clock: SimulatedClock, end: BaseException
-) -> None:
+def test_a_signal_stays_a_signal_where_it_came(clock: SimulatedClock, end: BaseException) -> None:
     def body(own: Ranks) -> None:
         if own.rank == 1:
             raise end
         own.get("never")
 
-    leader, failed = together(made(clock, 2), body)
+    leader, failed = together(ranks := made(clock, 2), body)
 
     assert failed is end
     assert_failed(leader, "rank 1: was ended by a signal")
-    assert told([leader, failed]) == [0]
+    assert told(ranks) == [0]
 
 
 def test_of_several_failures_one_is_told(clock: SimulatedClock) -> None:
     def body(own: Ranks) -> None:
         raise OutputFailed(f"no space left for rank {own.rank}")
 
-    outcomes = together(made(clock, 4), body)
+    outcomes = together(ranks := made(clock, 4), body)
 
     assert [type(error) for error in outcomes] == [OutputFailed] * 4
-    assert told(outcomes) == [0]
+    assert told(ranks) == [0]
 
 
 def test_an_error_that_only_follows_from_another_gives_way_to_it(clock: SimulatedClock) -> None:
@@ -268,10 +265,10 @@ def test_others_wait_until_the_leader_has_tidied_up(clock: SimulatedClock) -> No
             own.active()
 
     ranks = made(clock, 2)
-    leader, follower = together(ranks, body)
+    together(ranks, body)
 
     assert left
-    assert told([leader, follower]) == [0]
+    assert told(ranks) == [0]
 
 
 # Ranks that are lost
@@ -309,10 +306,10 @@ def test_where_the_leader_is_dead_the_rank_that_missed_it_speaks(clock: Simulate
             die(own)
         own.get("plan")
 
-    _, *others = together(made(clock, 3), body)
+    _, *others = together(ranks := made(clock, 3), body)
 
     assert all("rank 0 gives no sign of life" in error.fact for error in others)
-    assert len(told(others)) == 1
+    assert len(told(ranks[1:])) == 1
 
 
 def test_where_the_leader_is_dead_a_failed_rank_speaks_for_itself(clock: SimulatedClock) -> None:
@@ -323,11 +320,11 @@ def test_where_the_leader_is_dead_a_failed_rank_speaks_for_itself(clock: Simulat
             raise OutputFailed("no space left")
         own.get("plan")
 
-    _, *others = together(made(clock, 3), body)
+    _, *others = together(ranks := made(clock, 3), body)
 
     assert isinstance(others[0], OutputFailed)
     assert_failed(others[1], "rank 1: no space left")
-    assert told(others) == [0]
+    assert told(ranks[1:]) == [0]
 
 
 def die(own: Ranks) -> None:
@@ -391,21 +388,19 @@ def test_a_rank_that_never_comes_is_waited_for_as_long_as_asked(clock: Simulated
 
 
 def test_a_rank_that_could_not_start_is_named_by_the_first_that_did(clock: SimulatedClock) -> None:
-    store = HashStore()
+    ranks = made(clock, 4)
+    del ranks[1]
 
-    def come(rank: int) -> RankFailed:
-        with pytest.raises(RankFailed, match="rank 1 did not start within 300 s") as raised:
-            session._await_all(store, rank, 4, clock)
-        return raised.value
+    outcomes = at_once([own.await_all for own in ranks], clock)
 
-    calls = [functools.partial(come, rank) for rank in (0, 2, 3)]
-    assert told(at_once(calls, clock)) == [0]
+    for error in outcomes:
+        assert isinstance(error, RankFailed)
+        assert error.fact == "rank 1 did not start within 300 s"
+    assert told(ranks) == [0]
 
 
 def test_ranks_that_have_all_started_wait_no_longer(clock: SimulatedClock) -> None:
-    store = HashStore()
-    calls = [functools.partial(session._await_all, store, rank, 3, clock) for rank in range(3)]
-    assert at_once(calls, clock) == [None] * 3
+    assert at_once([own.await_all for own in made(clock, 3)], clock) == [None] * 3
     assert clock.now() < 5
 
 
@@ -449,11 +444,11 @@ def test_when_the_store_is_gone_every_rank_ends(
         store.gone = True
         own.get("never")
 
-    outcomes = together(made(clock, 3, store=store), body)
+    outcomes = together(ranks := made(clock, 3, store=store), body)
 
     for rank, error in enumerate(outcomes):
         assert_failed(error, f"rank {rank} lost the others (Connection reset by peer)")
-    assert told(outcomes) == [0, 1, 2], "each is the first of its machine"
+    assert told(ranks) == [0, 1, 2], "each is the first of its machine"
 
 
 def test_when_the_store_is_gone_one_rank_of_a_machine_speaks(
@@ -466,8 +461,8 @@ def test_when_the_store_is_gone_one_rank_of_a_machine_speaks(
         store.gone = True
         own.get("never")
 
-    leader, other = together(made(clock, 2, store=store), body)
-    assert (leader.told_elsewhere, other.told_elsewhere) == (False, True)
+    together(ranks := made(clock, 2, store=store), body)
+    assert told(ranks) == [0]
 
 
 def test_a_busy_rank_learns_that_the_store_is_gone(clock: SimulatedClock) -> None:
@@ -503,7 +498,9 @@ def test_ranks_that_were_asked_for_different_things_do_not_work_together(
     clock: SimulatedClock,
 ) -> None:
     outcomes = together(
-        made(clock, 3), lambda own: own.get("never"), lambda own: "--node-local" * (own.rank == 2)
+        ranks := made(clock, 3),
+        lambda own: own.get("never"),
+        lambda own: "--node-local" * (own.rank == 2),
     )
     assert_failed(outcomes[0], "rank 2 was started with --node-local, and rank 0 with")
-    assert told(outcomes) == [0]
+    assert told(ranks) == [0]

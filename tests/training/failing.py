@@ -21,7 +21,7 @@ from torch import nn
 from ckpt_tools import CkptError, training
 from ckpt_tools.tensors import gather
 
-# Of a rank that raises, the others hear at once, and wait until they have; a killed one they miss after a while.
+# The other ranks learn at once of a rank that raises, and after a while of one that was killed.
 TIMEOUT_SECONDS = {"raise": 300.0, "kill": 5.0}
 # Enough that every rank is at its share when the victim fails.
 SIZE, LAYERS = 1024, 8

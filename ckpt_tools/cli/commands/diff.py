@@ -40,8 +40,8 @@ SUMMARY = "What is different between two checkpoints."
     type=click.Choice(["auto", "master", "model"]),
     default="auto",
     show_default=True,
-    help="Of a training checkpoint the optimizer's masters, or the weights that they train. auto: for "
-    "each tensor whichever the other side holds too.",
+    help="For a training checkpoint: the optimizer's masters, or the 16-bit weights. auto: for "
+    "each tensor the copy that the other side holds too.",
 )
 @options.option(
     "--rtol",
@@ -80,15 +80,15 @@ SUMMARY = "What is different between two checkpoints."
 )
 @options.workers
 @options.option(
-    "-q", "--quiet", is_flag=True, help="Print nothing but errors: the exit status tells."
+    "-q", "--quiet", is_flag=True, help="Print nothing but errors. The exit status is the result."
 )
 @options.debug
 @reports_errors
 def command(a: Path, b: Path, top: int, as_json: bool, quiet: bool, **asked: Any) -> None:
-    """Say what is different between the checkpoints A and B.
+    """Show the differences between the checkpoints A and B.
 
-    Both may be of any format: training checkpoints, model or adapter directories, single files. Tensors
-    that were added, removed, reshaped or recast, and those that changed, the largest change first:
+    Both may be of any format: training checkpoints, model or adapter directories, single files. Lists
+    the tensors that were added, removed, reshaped, recast or changed, the largest change first:
     ||a - b|| / ||a||, largest and mean |a - b|, cosine, number of elements.
 
     \b
@@ -110,7 +110,7 @@ def command(a: Path, b: Path, top: int, as_json: bool, quiet: bool, **asked: Any
     except CkptError:
         raise
     except Exception:
-        # Status 1 would say that the two differ.
+        # Status 1 means that the two differ.
         traceback.print_exc()
         sys.exit(_TROUBLE)
     if as_json:
@@ -159,7 +159,7 @@ def _summary(found: Difference) -> str:
 
 
 def _changed(tensors: Sequence[TensorDifference]) -> Iterator[str]:
-    """A table whose last column is the name, so that a long one pushes nothing aside."""
+    """A table with the name in the last column, so that long names move no column."""
     if not tensors:
         return
     heads = ("relative", "max |a-b|", "mean |a-b|", "cosine", "elements")

@@ -24,8 +24,8 @@ SUMMARY = "One attribute of a composite model becomes a directory of its own."
 def command(attr: str, ckpt: Path, out: Path, **asked: Any) -> None:
     """Write one attribute ATTR of a composite model as a Hugging Face directory OUT.
 
-    ATTR is a dotted path, such as `policy` or `module.policy.model`; `ckpt-tools inspect` lists what
-    there is. Only its bytes are read.
+    ATTR is a dotted path, such as `policy` or `module.policy.model`; `ckpt-tools inspect` lists the
+    attributes. Only the bytes of ATTR are read.
 
     \b
     Example:

@@ -23,15 +23,15 @@ SUMMARY = "A PEFT adapter becomes a directory of its own."
     "--base-model",
     group=options.READ,
     metavar="NAME",
-    help="What the base is called, a Hub name or directory, where no config says it.",
+    help="Name of the base, on the Hub or a directory, if no config states it.",
 )
 @options.adapter_writing
 @reports_errors
 def command(ckpt: Path, out: Path, **asked: Any) -> None:
-    """Write an adapter as the directory OUT that PEFT's save_pretrained would have written.
+    """Write an adapter as a directory OUT, as PEFT's save_pretrained writes it.
 
-    Only its bytes are read. adapter_config.json comes from --adapter-config or from near the checkpoint;
-    otherwise it is written from the tensors, and what they do not tell must be given.
+    Only the bytes of the adapter are read. adapter_config.json comes from --adapter-config or from near the
+    checkpoint. Without one it is made from the tensors; give what they do not tell as options.
 
     \b
     Example:

@@ -37,10 +37,10 @@ def command(
     also: tuple[Path, ...],
     as_json: bool,
 ) -> None:
-    """Say what the checkpoint CKPT is, from metadata alone.
+    """Show what the checkpoint CKPT is, from metadata alone.
 
-    Format, ranks, step, parameters, sizes, frozen, tied and adapter tensors, and what is wrong with
-    it, if anything: then the exit status is 4.
+    Shows format, ranks, step, parameters, sizes, frozen, tied and adapter tensors, and problems. If there
+    are problems, the exit status is 4.
 
     \b
     Example:

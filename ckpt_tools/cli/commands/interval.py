@@ -35,13 +35,13 @@ SUMMARY = "How often to checkpoint, and what it costs."
     default="0s",
     show_default=True,
     metavar="T",
-    help="From a failure to the next step: noticing it, a new machine, loading.",
+    help="From a failure to the next step: detection, a new machine, loading.",
 )
 @options.option(
     "--every",
     type=click.IntRange(min=1),
     metavar="N",
-    help="An interval to compare, in steps: the one of today.",
+    help="An interval to compare with, in steps, such as the present one.",
 )
 @options.option("--checkpoint-size", metavar="SIZE", help="Bytes of one checkpoint, such as 140GB.")
 @options.option(
@@ -81,9 +81,9 @@ def command(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Say how often to checkpoint: what saving every N steps costs, and the N that costs least.
+    """Show how often to checkpoint: the cost of saving every N steps, and the N with the least cost.
 
-    The cost is the time of the saves and the expected time that failures undo. A duration T is typed
+    The cost is the time of the saves and the expected time that failures waste. A duration T is typed
     as 12s, 250ms, 1.5h, 9h30m or 2d; a number alone is seconds.
 
     \b

@@ -31,7 +31,7 @@ SUMMARY = "A LoRA adapter and its base become one model."
     group=options.READ,
     type=options.PATH,
     metavar="DIR",
-    help="A Hugging Face directory of the base: what CKPT lacks comes from it.",
+    help="A Hugging Face directory of the base: tensors that CKPT lacks come from it.",
 )
 @options.model_writing
 @reports_errors

@@ -32,7 +32,7 @@ SUMMARY = "Everything that is wrong with a finished directory."
     group=options.CHECK,
     type=options.PATH,
     metavar="CKPT",
-    help="Compare every tensor, bit for bit, with the checkpoint it was made of.",
+    help="Compare every tensor, bit for bit, with the checkpoint that it was made from.",
 )
 @options.option(
     "--also",
@@ -59,7 +59,7 @@ SUMMARY = "Everything that is wrong with a finished directory."
     group=options.CHECK,
     type=options.PATH,
     metavar="DIR",
-    help="With --load: the model that an adapter is for. Default: the one it names, if it is a directory.",
+    help="With --load: the base of an adapter. Default: the directory that the adapter names.",
 )
 @options.option("--strict", group=options.CHECK, is_flag=True, help="Warnings fail too.")
 @options.option(
@@ -86,7 +86,7 @@ SUMMARY = "Everything that is wrong with a finished directory."
     help="Write the report to FILE: JSON for .json, JUnit for .xml, otherwise --format. stdout then shows "
     "text, or the annotations.",
 )
-@options.option("-q", "--quiet", is_flag=True, help="Print no text: the exit status tells.")
+@options.option("-q", "--quiet", is_flag=True, help="Print no text. The exit status is the result.")
 @options.timeout
 @options.debug
 @reports_errors
@@ -99,17 +99,17 @@ def command(
     timeout: float,
     **asked: Any,
 ) -> None:
-    """Say everything that is wrong with the finished directories DIR...
+    """Show everything that is wrong with the finished directories DIR...
 
-    Models and adapters, whoever wrote them: files, index and shards, tensors against the model that the
-    config describes, tokenizer, chat template, generation config, manifest. Structure by default, in
-    seconds at any size; every byte with --read-data.
+    Takes models and adapters of any writer. Checks files, index and shards, tensors against the model of the
+    config, tokenizer, chat template, generation config and manifest. By default only the structure, in
+    seconds at any size; with --read-data every byte.
 
     \b
     Exit status:
       0  clean
       1  problems were found; warnings alone count with --strict
-      2  a directory could not be checked, or the report not be written
+      2  a directory could not be checked, or the report could not be written
 
     \b
     Examples:
@@ -154,7 +154,7 @@ def _format_of(output: Path | None, form: str) -> str:
 
 
 def _look_at(path: Path, *, progress: Callable[[int, int], None] | None, **asked: Any) -> Outcome:
-    """What came of one directory; the next ones are looked at whatever it was."""
+    """The outcome of one directory; an error does not stop the next ones."""
     from ckpt_tools.verification import verify
 
     try:
@@ -164,7 +164,7 @@ def _look_at(path: Path, *, progress: Callable[[int, int], None] | None, **asked
             traceback.print_exc()
         return Outcome(path, None, error)
     except Exception as error:
-        # Status 1 would say that the directory is bad.
+        # Status 1 means that the directory has problems.
         traceback.print_exc()
         return Outcome(path, None, CkptError(f"unforeseen: {type(error).__name__}: {error}"))
 
@@ -183,7 +183,7 @@ def _report(form: str, outcomes: Sequence[Outcome], strict: bool) -> str:
 
 
 def _write(output: Path, text: str) -> None:
-    """Write a file that is there whole or not at all; what is no file, such as a pipe, is written to.
+    """Write a file whole or not at all. A pipe or device is written to directly.
 
     Raises:
         OSError: it cannot be written.
