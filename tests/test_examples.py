@@ -12,14 +12,13 @@ from tests.ranks.launching import REPOSITORY, ended, start
 from tests.support.merges import assert_all_rounded
 
 pytestmark = pytest.mark.slow
-SECONDS = 550
 
 
 def run(name: str, out: Path) -> str:
     """The example under the torchrun that its docstring shows; what it printed."""
     script = REPOSITORY / "examples" / name
     assert f"torchrun --nproc-per-node 2 examples/{name} OUT" in script.read_text()
-    result = ended(start([script, out], ranks=2), SECONDS)
+    result = ended(start([script, out], ranks=2))
     assert result.status == 0, result.stdout + result.stderr
     return result.stdout
 
