@@ -206,7 +206,7 @@ def test_a_disk_without_room_is_status_6(fixtures: Path, small_disk: Path) -> No
 
     assert done.exit_code == 6
     assert "the output needs" in done.stderr
-    assert "  next: Free some room" in done.stderr
+    assert "  next: Free some space" in done.stderr
     assert [path.name for path in small_disk.iterdir()] == ["somebody's"]
 
 

@@ -11,20 +11,20 @@ from __future__ import annotations
 import io
 import math
 import os
-import struct
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout
+from ckpt_tools.readers.containers.records import data_start
 from ckpt_tools.readers.containers.restricted_pickle import Opaque, StorageRef, TensorRef, unpickle
 from ckpt_tools.storage.places import Region
 from ckpt_tools.storage.pool import open_for_reading
 from ckpt_tools.tensors.catalogue import FlatRange, Fragment, Shape, Stored
 from ckpt_tools.tensors.dtypes import DType
 
-_LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _COPY_ANEW = "The file is truncated or was overwritten. Copy it anew from where it was written."
 
@@ -53,16 +53,7 @@ class ZipStorage(StorageRef):
         """
         if self._offset < 0:
             with self.file.open() as stream:
-                stream.seek(self.record.header_offset)
-                header = stream.read(_LOCAL_HEADER.size)
-            if len(header) < _LOCAL_HEADER.size or header[:4] != b"PK\x03\x04":
-                raise DamagedCheckpoint(
-                    f"record {self.record.filename} is not at the place in the zip directory",
-                    path=self.path,
-                    hint=_COPY_ANEW,
-                )
-            name_length, extra_length = _LOCAL_HEADER.unpack(header)[-2:]
-            start = self.record.header_offset + _LOCAL_HEADER.size + name_length + extra_length
+                start = data_start(stream, self.record, self.path, _COPY_ANEW)
             if start + self.record.file_size > self.file.size:
                 raise DamagedCheckpoint(
                     f"record {self.record.filename} extends beyond the end of the file",
@@ -104,6 +95,7 @@ class TorchFile:
     Attributes:
         size: bytes in the region.
         is_zip: False for torch's legacy container.
+        root: after :meth:`load`, the folder of the records. ``torch.save`` to a path names it after the file.
     """
 
     def __init__(self, path: Path, offset: int = 0, length: int | None = None) -> None:
@@ -127,6 +119,7 @@ class TorchFile:
         if not self.size:
             raise DamagedCheckpoint("the file is empty", path=path, hint=_COPY_ANEW)
         self.is_zip = magic == b"PK\x03\x04"
+        self.root: str | None = None
 
     def open(self) -> io.BufferedReader:
         """A stream of the region."""
@@ -146,12 +139,17 @@ class TorchFile:
         try:
             with self.open() as stream, zipfile.ZipFile(stream) as archive:
                 records = {info.filename: info for info in archive.infolist()}
+                if not any(info.CRC for info in records.values()):
+                    # Saved without checksums: torch.serialization.set_crc32_options(False).
+                    for info in records.values():
+                        info.CRC = None  # type: ignore[assignment]
                 pickles = [name for name in records if name.endswith("/data.pkl")]
                 if len(pickles) != 1:
                     raise DamagedCheckpoint(
                         "a zip file that torch.save did not write", path=self.path
                     )
                 root = pickles[0].removesuffix("data.pkl")
+                self.root = root.removesuffix("/")
                 if f"{root}constants.pkl" in records:
                     raise UnsupportedLayout(
                         "a TorchScript archive, not a checkpoint", path=self.path
@@ -256,6 +254,29 @@ class TorchFile:
         ):
             raise DamagedCheckpoint("the pickle has an unknown kind of reference", path=self.path)
         return pid[1] if isinstance(pid[1], DType) else None, pid[2], pid[4]
+
+
+def refuse_exchanged(file: TorchFile, rank_of: Callable[[str], object]) -> None:
+    """Refuse a rank's file that was saved as the file of another rank.
+
+    Files whose root has no such name are let pass: ``torch.save`` to a stream calls it ``archive``, and users
+    rename files.
+
+    Args:
+        file: a file that was loaded.
+        rank_of: the rank that a file name states; None for other names.
+
+    Raises:
+        DamagedCheckpoint: the records are under the name of another rank's file.
+    """
+    saved_as = f"{file.root}{file.path.suffix}"
+    if rank_of(saved_as) not in (None, rank_of(file.path.name)):
+        raise DamagedCheckpoint(
+            f"its content was saved as {saved_as}: files of two ranks were exchanged, or one was "
+            "copied over the other",
+            path=file.path,
+            hint="Copy the files of this checkpoint again from where they were written.",
+        )
 
 
 def contiguous(ref: TensorRef, what: str) -> TensorRef:

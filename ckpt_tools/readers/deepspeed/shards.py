@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout
 from ckpt_tools.readers.containers.restricted_pickle import Opaque, TensorRef
-from ckpt_tools.readers.containers.torch_file import TorchFile
+from ckpt_tools.readers.containers.torch_file import TorchFile, refuse_exchanged
 from ckpt_tools.readers.deepspeed.agreement import (
     NODE_LOCAL,
     SAME_SAVE,
@@ -198,7 +198,7 @@ def _in_parallel(read: Callable[[Path], T], paths: Sequence[Path]) -> list[T]:
 def _read_model(path: Path) -> ModelState:
     match = MODEL_FILE.fullmatch(path.name)
     assert match is not None
-    content = TorchFile(path).load()
+    content = _load_own(path, MODEL_FILE)
     if not isinstance(content, dict) or "module" not in content:
         raise DamagedCheckpoint(
             "not a model file of DeepSpeed: `module` is missing", path=path, hint=SAME_SAVE
@@ -211,10 +211,23 @@ def _read_model(path: Path) -> ModelState:
     return ModelState(path, rank, content)
 
 
+def _load_own(path: Path, names: re.Pattern[str]) -> Any:
+    """The content of a rank's file that was saved as the file of this rank."""
+
+    def rank_of(name: str) -> tuple[int, int] | None:
+        match = names.fullmatch(name)
+        return None if match is None else (int(match["dp"] or 0), int(match["mp"]))
+
+    file = TorchFile(path)
+    content = file.load()
+    refuse_exchanged(file, rank_of)
+    return content
+
+
 def _read_optim(path: Path) -> OptimState:
     match = OPTIM_FILE.fullmatch(path.name)
     assert match is not None
-    content = TorchFile(path).load()
+    content = _load_own(path, OPTIM_FILE)
     state = content.get("optimizer_state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict):
         raise DamagedCheckpoint("not an optimizer file of DeepSpeed", path=path, hint=SAME_SAVE)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from ckpt_tools.errors import DamagedCheckpoint, UnsafePickle, UnsupportedLayout, listed
 from ckpt_tools.readers.containers.restricted_pickle import Opaque
-from ckpt_tools.readers.containers.torch_file import TorchFile
+from ckpt_tools.readers.containers.torch_file import TorchFile, refuse_exchanged
 from ckpt_tools.readers.rank_files.copies import differ
 from ckpt_tools.readers.rank_files.dtensor import Part, Run, part_of
 from ckpt_tools.readers.trainer_state import trainer_step
@@ -174,8 +174,17 @@ def _config(directory: Path, world_size: int) -> dict[str, object]:
     return dict(config)
 
 
+def _rank_in(name: str) -> int | None:
+    """The rank that the name of a file states; None for files of no rank."""
+    match = _RANK.search(name)
+    known = any(pattern.fullmatch(name) for pattern in _NAMES.values())
+    return int(match[0]) if match is not None and known else None
+
+
 def _read_rank(rank: int, path: Path) -> _RankFile:
-    content = TorchFile(path).load()
+    file = TorchFile(path)
+    content = file.load()
+    refuse_exchanged(file, _rank_in)
     if not isinstance(content, dict):
         raise DamagedCheckpoint("its content is not a state dict", path=path)
     flat = [name for name in content if str(name).rpartition(".")[2] in _FLAT]

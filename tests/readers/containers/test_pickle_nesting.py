@@ -10,7 +10,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -202,12 +201,9 @@ def test_a_legacy_file_with_pickles_larger_than_a_look_is_read(tmp_path: Path) -
 def test_a_class_within_classes_without_end_is_refused_at_once() -> None:
     """Each is named after all around it, which would take the square of the length."""
     names = name("builtins", "getattr") * DEEP + name("x", "Y") + (value("a") + b"\x86R") * DEEP
-    started = time.monotonic()
 
     with pytest.raises(DamagedCheckpoint, match="the name of a class is too long"):
         unpickle(io.BytesIO(b"\x80\x04" + names + b"."), "some/file.pt")
-
-    assert time.monotonic() - started < 20
 
 
 # The looking itself, on what is no attack.

@@ -260,7 +260,9 @@ def test_a_rank_of_a_smaller_world_is_found_out(tmp_path: Path) -> None:
 def test_a_surplus_rank_is_named(tmp_path: Path) -> None:
     directory = damage.copy_of(STAGE_2, tmp_path)
     last = damage.optim_files(directory)[2]
-    damage.take_over(last, directory, last.name.replace("rank_2_", "rank_3_"))
+    surplus = last.name.replace("rank_2_", "rank_3_")
+    damage.take_over(last, directory, surplus)
+    damage.as_saved_here(directory / surplus)
     error = damaged(directory)
     assert error.fact == "there are optim_states files of ranks 3, but the save had 3 ranks"
     assert error.hint == APART
