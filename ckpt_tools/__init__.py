@@ -15,44 +15,47 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ckpt_tools import training as training
-    from ckpt_tools.checkpoint import Checkpoint
-    from ckpt_tools.compat import get_fp32_state_dict_from_zero_checkpoint, merge_fsdp_weights
-    from ckpt_tools.convert import (
+    from ckpt_tools.analysis.difference import Difference, TensorDifference, diff
+    from ckpt_tools.analysis.inspection import Inspection, inspect
+    from ckpt_tools.analysis.interval import CheckpointInterval, checkpoint_interval
+    from ckpt_tools.conversion.api import (
         average,
         consolidate,
         extract_lora,
         merge_lora,
         open_checkpoint,
     )
-    from ckpt_tools.difference import Difference, TensorDifference, diff
+    from ckpt_tools.conversion.compat import (
+        get_fp32_state_dict_from_zero_checkpoint,
+        merge_fsdp_weights,
+    )
+    from ckpt_tools.conversion.report import Report
     from ckpt_tools.errors import CkptError
-    from ckpt_tools.inspection import Inspection, inspect
-    from ckpt_tools.interval import CheckpointInterval, checkpoint_interval
-    from ckpt_tools.report import Report
+    from ckpt_tools.tensors.checkpoint import Checkpoint
     from ckpt_tools.verification import Problem, Verdict, verify
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Checkpoint": "ckpt_tools.checkpoint",
-    "CheckpointInterval": "ckpt_tools.interval",
+    "Checkpoint": "ckpt_tools.tensors.checkpoint",
+    "CheckpointInterval": "ckpt_tools.analysis.interval",
     "CkptError": "ckpt_tools.errors",
-    "Difference": "ckpt_tools.difference",
-    "Inspection": "ckpt_tools.inspection",
+    "Difference": "ckpt_tools.analysis.difference",
+    "Inspection": "ckpt_tools.analysis.inspection",
     "Problem": "ckpt_tools.verification",
-    "Report": "ckpt_tools.report",
-    "TensorDifference": "ckpt_tools.difference",
+    "Report": "ckpt_tools.conversion.report",
+    "TensorDifference": "ckpt_tools.analysis.difference",
     "Verdict": "ckpt_tools.verification",
-    "average": "ckpt_tools.convert",
-    "checkpoint_interval": "ckpt_tools.interval",
-    "consolidate": "ckpt_tools.convert",
-    "diff": "ckpt_tools.difference",
-    "extract_lora": "ckpt_tools.convert",
-    "get_fp32_state_dict_from_zero_checkpoint": "ckpt_tools.compat",
-    "inspect": "ckpt_tools.inspection",
-    "merge_fsdp_weights": "ckpt_tools.compat",
-    "merge_lora": "ckpt_tools.convert",
-    "open_checkpoint": "ckpt_tools.convert",
+    "average": "ckpt_tools.conversion.api",
+    "checkpoint_interval": "ckpt_tools.analysis.interval",
+    "consolidate": "ckpt_tools.conversion.api",
+    "diff": "ckpt_tools.analysis.difference",
+    "extract_lora": "ckpt_tools.conversion.api",
+    "get_fp32_state_dict_from_zero_checkpoint": "ckpt_tools.conversion.compat",
+    "inspect": "ckpt_tools.analysis.inspection",
+    "merge_fsdp_weights": "ckpt_tools.conversion.compat",
+    "merge_lora": "ckpt_tools.conversion.api",
+    "open_checkpoint": "ckpt_tools.conversion.api",
     "verify": "ckpt_tools.verification",
 }
 

@@ -91,7 +91,7 @@ CALLS: dict[str, Payload] = {
     ),
     "os.system by STACK_GLOBAL": lambda c: call(stack_name("os", "system"), touch(c)),
     "an attribute of our own module": lambda c: call(
-        PROTOCOL_4 + stack_name("ckpt_tools.places", "os.system"), touch(c)
+        PROTOCOL_4 + stack_name("ckpt_tools.storage.places", "os.system"), touch(c)
     ),
     "an attribute of torch": lambda c: call(
         PROTOCOL_4 + stack_name("torch", "os.system"), touch(c)

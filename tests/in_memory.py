@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from ckpt_tools.files import FileFacts
+from ckpt_tools.storage.pool import FileFacts
 
 SHORT = 509
 

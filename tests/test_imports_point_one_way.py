@@ -76,7 +76,7 @@ STRANGERS = {
     },  # a check that shares code with the writer checks nothing
 }
 # The one circle: `Tensor.load()` is a convenience, and asks for `gather` only when it is called.
-CIRCLES = {("ckpt_tools.catalogue", "ckpt_tools.gather")}
+CIRCLES = {("ckpt_tools.tensors.catalogue", "ckpt_tools.tensors.gather")}
 VAGUE_NAMES = {"base", "common", "helper", "helpers", "misc", "util", "utils"}
 HEAVY = {"accelerate", "deepspeed", "peft", "torch", "transformers"}
 IMPORTERS = {"__import__", "import_module", "importlib.import_module"}
@@ -300,64 +300,100 @@ Rule = Callable[[Module], list[str]]
 # Each rule with modules that break it: (name, source).
 BREACHES: list[tuple[Rule, str, str]] = [
     (has_a_layer, "ckpt_tools.novelty", ""),
-    (imports_point_down, "ckpt_tools.dtypes", "import ckpt_tools.catalogue"),
+    (imports_point_down, "ckpt_tools.tensors.dtypes", "import ckpt_tools.tensors.catalogue"),
     (
         imports_point_down,
-        "ckpt_tools.readers.zero",
+        "ckpt_tools.readers.deepspeed.reader",
         "def f():\n    from .. import plan, write",
     ),
-    (imports_point_down, "ckpt_tools.readers.zero", "from ..convert import consolidate"),
-    (imports_point_down, "ckpt_tools.plan", "from . import cli"),
-    (imports_point_down, "ckpt_tools.write", "from ckpt_tools import consolidate"),
-    (imports_point_down, "ckpt_tools.write", "import ckpt_tools\nckpt_tools.consolidate()"),
-    (imports_point_down, "ckpt_tools.convert", "importlib.import_module('ckpt_tools.cli.main')"),
+    (
+        imports_point_down,
+        "ckpt_tools.readers.deepspeed.reader",
+        "from ..convert import consolidate",
+    ),
+    (imports_point_down, "ckpt_tools.writing.layout", "from . import cli"),
+    (imports_point_down, "ckpt_tools.writing.bytes", "from ckpt_tools import consolidate"),
+    (imports_point_down, "ckpt_tools.writing.bytes", "import ckpt_tools\nckpt_tools.consolidate()"),
+    (
+        imports_point_down,
+        "ckpt_tools.conversion.api",
+        "importlib.import_module('ckpt_tools.cli.main')",
+    ),
     (
         strangers_do_not_meet,
-        "ckpt_tools.readers.zero",
+        "ckpt_tools.readers.deepspeed.reader",
         "from ckpt_tools.transforms import cast",
     ),
     (strangers_do_not_meet, "ckpt_tools.transforms.cast", "from ckpt_tools import readers"),
     (
         strangers_do_not_meet,
         "ckpt_tools.verification",
-        "if True:\n    from ckpt_tools.plan import Plan",
+        "if True:\n    from ckpt_tools.writing.layout import Plan",
     ),
-    (deepspeed_only_in_training, "ckpt_tools.convert", "from deepspeed.utils import zero_to_fp32"),
-    (torch_distributed_only_in_ranks, "ckpt_tools.write", "from torch import distributed"),
-    (torch_distributed_only_in_ranks, "ckpt_tools.write", "import torch.distributed.tensor"),
+    (
+        deepspeed_only_in_training,
+        "ckpt_tools.conversion.api",
+        "from deepspeed.utils import zero_to_fp32",
+    ),
+    (torch_distributed_only_in_ranks, "ckpt_tools.writing.bytes", "from torch import distributed"),
     (
         torch_distributed_only_in_ranks,
-        "ckpt_tools.write",
+        "ckpt_tools.writing.bytes",
+        "import torch.distributed.tensor",
+    ),
+    (
+        torch_distributed_only_in_ranks,
+        "ckpt_tools.writing.bytes",
         "torch.distributed.barrier()",
     ),
-    (only_the_command_line_prints_or_exits, "ckpt_tools.convert", "print('done')"),
-    (only_the_command_line_prints_or_exits, "ckpt_tools.convert", "import sys\nsys.exit(1)"),
-    (only_the_command_line_prints_or_exits, "ckpt_tools.convert", "raise SystemExit(1)"),
-    (runs_no_code_from_a_checkpoint, "ckpt_tools.readers.zero", "pickle.load(f)"),
-    (runs_no_code_from_a_checkpoint, "ckpt_tools.readers.zero", "from pickle import loads"),
+    (only_the_command_line_prints_or_exits, "ckpt_tools.conversion.api", "print('done')"),
+    (only_the_command_line_prints_or_exits, "ckpt_tools.conversion.api", "import sys\nsys.exit(1)"),
+    (only_the_command_line_prints_or_exits, "ckpt_tools.conversion.api", "raise SystemExit(1)"),
+    (runs_no_code_from_a_checkpoint, "ckpt_tools.readers.deepspeed.reader", "pickle.load(f)"),
     (
         runs_no_code_from_a_checkpoint,
-        "ckpt_tools.readers.zero",
+        "ckpt_tools.readers.deepspeed.reader",
+        "from pickle import loads",
+    ),
+    (
+        runs_no_code_from_a_checkpoint,
+        "ckpt_tools.readers.deepspeed.reader",
         "pickle.Unpickler(f)",
     ),
-    (runs_no_code_from_a_checkpoint, "ckpt_tools.readers.zero", "torch.load(f)"),
-    (runs_no_code_from_a_checkpoint, "ckpt_tools.readers.zero", "read(f, weights_only=False)"),
-    (runs_no_code_from_a_checkpoint, "ckpt_tools.assets", "load(d, trust_remote_code=True)"),
-    (says_what_it_owns, "ckpt_tools.plan", "x = 1"),
-    (is_read_in_one_sitting, "ckpt_tools.plan", "x = 1\n" * (MAX_LINES + 1)),
+    (runs_no_code_from_a_checkpoint, "ckpt_tools.readers.deepspeed.reader", "torch.load(f)"),
+    (
+        runs_no_code_from_a_checkpoint,
+        "ckpt_tools.readers.deepspeed.reader",
+        "read(f, weights_only=False)",
+    ),
+    (runs_no_code_from_a_checkpoint, "ckpt_tools.hub", "load(d, trust_remote_code=True)"),
+    (says_what_it_owns, "ckpt_tools.writing.layout", "x = 1"),
+    (is_read_in_one_sitting, "ckpt_tools.writing.layout", "x = 1\n" * (MAX_LINES + 1)),
     (has_a_name_that_explains, "ckpt_tools.readers.utils", ""),
 ]
 # What looks like a breach and is none.
 ALLOWED: list[tuple[Rule, str, str]] = [
     (imports_point_down, "ckpt_tools.cli.main", "from ckpt_tools import __version__, convert"),
-    (imports_point_down, "ckpt_tools.readers.zero", "from ckpt_tools import __version__, errors"),
-    (imports_point_down, "ckpt_tools.write", "import ckpt_tools\nckpt_tools.__file__"),
-    (imports_point_down, "ckpt_tools.readers.zero", "from .torch_file import TorchFile"),
+    (
+        imports_point_down,
+        "ckpt_tools.readers.deepspeed.reader",
+        "from ckpt_tools import __version__, errors",
+    ),
+    (imports_point_down, "ckpt_tools.writing.bytes", "import ckpt_tools\nckpt_tools.__file__"),
+    (
+        imports_point_down,
+        "ckpt_tools.readers.deepspeed.reader",
+        "from .torch_file import TorchFile",
+    ),
     (deepspeed_only_in_training, "ckpt_tools.training", "def f():\n    import deepspeed"),
     (torch_distributed_only_in_ranks, "ckpt_tools.ranks", "import torch.distributed"),
     (only_the_command_line_prints_or_exits, "ckpt_tools.cli.main", "print('done')"),
-    (runs_no_code_from_a_checkpoint, "ckpt_tools.readers.zero", "class R(pickle.Unpickler): pass"),
-    (runs_no_code_from_a_checkpoint, "ckpt_tools.assets", "torch.load(f, weights_only=True)"),
+    (
+        runs_no_code_from_a_checkpoint,
+        "ckpt_tools.readers.deepspeed.reader",
+        "class R(pickle.Unpickler): pass",
+    ),
+    (runs_no_code_from_a_checkpoint, "ckpt_tools.hub", "torch.load(f, weights_only=True)"),
 ]
 RULES = list(dict.fromkeys(rule for rule, _, _ in BREACHES))
 

@@ -23,15 +23,15 @@ from typing import NoReturn
 
 import pytest
 
-from ckpt_tools.reference import process
+from ckpt_tools.hub.reference import process
 
 # How it is done outside the tests.
 cold_child = process.run_child
 
 _ROOT = Path(__file__).resolve().parent.parent
 _IMPORTED = {
-    "ckpt_tools.reference.child": ("torch", "transformers.modeling_utils"),
-    "ckpt_tools.reference.peft_child": ("torch", "peft"),
+    "ckpt_tools.hub.reference.child": ("torch", "transformers.modeling_utils"),
+    "ckpt_tools.hub.reference.peft_child": ("torch", "peft"),
 }
 _STREAMS = ("in", "out", "err")
 

@@ -44,7 +44,7 @@ def command(
     Example:
       ckpt-tools average run/global_step400 run/global_step500 soup --config base-model
     """
-    from ckpt_tools.convert import average
+    from ckpt_tools.conversion.api import average
 
     mean = partial(average, ckpts, out, coefficients=coefficients)
     write_directory(mean, **options)

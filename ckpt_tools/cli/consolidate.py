@@ -28,6 +28,6 @@ def command(ckpt: Path, out: Path, **options: Any) -> None:
       ckpt-tools consolidate run/global_step500 model --config base-model
       ckpt-tools consolidate run model --tag global_step500 --dtype fp32
     """
-    from ckpt_tools.convert import consolidate
+    from ckpt_tools.conversion.api import consolidate
 
     write_directory(partial(consolidate, ckpt, out), **options)

@@ -15,7 +15,7 @@ from ckpt_tools.cli.shared import debug_option, print_json, reports_errors
 from ckpt_tools.errors import CkptError
 
 if TYPE_CHECKING:
-    from ckpt_tools.difference import Difference, TensorDifference
+    from ckpt_tools.analysis.difference import Difference, TensorDifference
 
 _PATH = click.Path(path_type=Path)
 _DIFFERENT = 1
@@ -86,7 +86,7 @@ def command(a: Path, b: Path, top: int, as_json: bool, quiet: bool, **options: A
       ckpt-tools diff run/global_step400 run/global_step500
       ckpt-tools diff run/global_step500 model --format json
     """
-    from ckpt_tools.difference import diff
+    from ckpt_tools.analysis.difference import diff
 
     try:
         with shown_progress(quiet or as_json, "comparing") as progress:

@@ -28,6 +28,6 @@ def command(attr: str, ckpt: Path, out: Path, **options: Any) -> None:
     Example:
       ckpt-tools extract-attr policy run/global_step500 policy --config base-model
     """
-    from ckpt_tools.convert import consolidate
+    from ckpt_tools.conversion.api import consolidate
 
     write_directory(partial(consolidate, ckpt, out, attribute=attr), **options)

@@ -35,6 +35,6 @@ def command(ckpt: Path, out: Path, **options: Any) -> None:
     Example:
       ckpt-tools extract-lora run/global_step500 adapter --lora-alpha 32 --base-model allenai/OLMo-2-0425-1B
     """
-    from ckpt_tools.convert import extract_lora
+    from ckpt_tools.conversion.api import extract_lora
 
     write_directory(partial(extract_lora, ckpt, out), **options)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from ckpt_tools.analysis.inspection import Group, Inspection, inspect
 from ckpt_tools.cli.shared import (
     also_option,
     count_text,
@@ -18,7 +19,6 @@ from ckpt_tools.cli.shared import (
     print_json,
     reports_errors,
 )
-from ckpt_tools.inspection import Group, Inspection, inspect
 
 _LISTED = 8
 

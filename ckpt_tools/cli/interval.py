@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from ckpt_tools.analysis.interval import CheckpointInterval, Cost, checkpoint_interval, draw
+from ckpt_tools.analysis.interval.quantities import LONGEST, duration_text
 from ckpt_tools.cli.shared import (
     debug_option,
     json_option,
@@ -14,8 +16,6 @@ from ckpt_tools.cli.shared import (
     print_json,
     reports_errors,
 )
-from ckpt_tools.interval import CheckpointInterval, Cost, checkpoint_interval, draw
-from ckpt_tools.interval.quantities import LONGEST, duration_text
 
 
 @click.command("interval")

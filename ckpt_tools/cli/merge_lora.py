@@ -41,6 +41,6 @@ def command(ckpt: Path, out: Path, **options: Any) -> None:
     Example:
       ckpt-tools merge-lora run/global_step500 merged --base base-model
     """
-    from ckpt_tools.convert import merge_lora
+    from ckpt_tools.conversion.api import merge_lora
 
     write_directory(partial(merge_lora, ckpt, out), **options)

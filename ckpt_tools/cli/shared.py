@@ -98,7 +98,7 @@ def reports_errors(function: F) -> F:
 
 def _say_what_is_left(out: Path | None, end: BaseException) -> None:
     """After an interruption; of several ranks one speaks."""
-    from ckpt_tools.publish import how_to_go_on, leftovers
+    from ckpt_tools.writing.publish import how_to_go_on, leftovers
 
     if getattr(end, "told_elsewhere", is_later_rank()):
         return

@@ -24,7 +24,7 @@ from ckpt_tools.cli.shared import (
 )
 
 if TYPE_CHECKING:
-    from ckpt_tools.report import Report
+    from ckpt_tools.conversion.report import Report
 
 F = TypeVar("F", bound=Callable[..., Any])
 

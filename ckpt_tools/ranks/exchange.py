@@ -1,6 +1,6 @@
 """Bytes that only one process can reach, sent to those that write them.
 
-Each rank offers places (:class:`~ckpt_tools.places.Place`): directories of its machine, its own memory. To
+Each rank offers places (``Place``): directories of its machine, its own memory. To
 the others each is a place like any, whose files are read by asking that rank: a request of a fixed size, an
 answer of as many bytes as were asked for, at most :data:`REQUEST_BYTES`. Both travel through
 torch.distributed with gloo, because the bytes are in host memory, in a group of this module's own, so that a
@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from ckpt_tools.errors import RankFailed
-from ckpt_tools.places import FileFacts, Place, Readable, read_fully
 from ckpt_tools.ranks.line import first_line
 from ckpt_tools.ranks.pulse import SEE_THERE
 from ckpt_tools.ranks.session import Ranks
+from ckpt_tools.storage.places import FileFacts, Place, Readable, read_fully
 
 if TYPE_CHECKING:
     import torch
@@ -237,11 +237,11 @@ class _Elsewhere:
     number: int
 
     def listing(self) -> Mapping[str, FileFacts]:
-        """See :meth:`ckpt_tools.places.Place.listing`."""
+        """See :meth:`ckpt_tools.storage.places.Place.listing`."""
         return self.exchange.listings[self.source][self.number]
 
     def open(self, relative: str) -> Readable:
-        """See :meth:`ckpt_tools.places.Place.open`."""
+        """See :meth:`ckpt_tools.storage.places.Place.open`."""
         return _Asked(self.exchange, self.source, self.number, relative)
 
 
@@ -255,7 +255,7 @@ class _Asked:
         self._lock = threading.Lock()
 
     def read_into(self, view: memoryview, offset: int) -> int:
-        """See :meth:`ckpt_tools.places.Readable.read_into`."""
+        """See :meth:`ckpt_tools.storage.places.Readable.read_into`."""
         with self._lock:  # answers to two requests of one tag could not be told apart
             part = view[:REQUEST_BYTES]
             return self._exchange.ask(

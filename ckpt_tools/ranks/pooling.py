@@ -1,7 +1,7 @@
 """Checkpoints of which each machine holds only its own files: DeepSpeed's node-local storage, local NVMe.
 
 The ranks pool what they see under the paths that all of them name: each machine's files are a place of a
-:class:`~ckpt_tools.files.Pool`, one's own first, so that a rank reads from its own disk what lies there and
+``Pool``, one's own first, so that a rank reads from its own disk what lies there and
 asks for the rest. Knows directories and ranks; knows nothing of what the files are.
 """
 
@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckpt_tools.files import DirectoryPlace, FileFacts, Place, Pool, Readable
 from ckpt_tools.ranks.exchange import Exchange
 from ckpt_tools.ranks.session import Ranks
+from ckpt_tools.storage.pool import DirectoryPlace, FileFacts, Place, Pool, Readable
 
 
 @contextmanager
@@ -66,12 +66,12 @@ class _Offered:
     label: str = "this machine"
 
     def listing(self) -> Mapping[str, FileFacts]:
-        """See :meth:`ckpt_tools.places.Place.listing`."""
+        """See :meth:`ckpt_tools.storage.places.Place.listing`."""
         found: dict[str, FileFacts] = {}
         for place in reversed(self.pool.places):  # the first that has a file counts
             found.update(place.listing().items())
         return found
 
     def open(self, relative: str) -> Readable:
-        """See :meth:`ckpt_tools.places.Place.open`."""
+        """See :meth:`ckpt_tools.storage.places.Place.open`."""
         return self.pool.open(relative)

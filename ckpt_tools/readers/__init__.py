@@ -16,9 +16,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Protocol, cast
 
-from ckpt_tools.checkpoint import Checkpoint, Location
 from ckpt_tools.errors import AmbiguousCheckpoint, DamagedCheckpoint, NotACheckpoint, UsageError
-from ckpt_tools.files import local_paths, searched
+from ckpt_tools.storage.pool import local_paths, searched
+from ckpt_tools.tensors.checkpoint import Checkpoint, Location
 
 # Formats that training state may be exported to, into the same directory.
 FINISHED = ("huggingface",)

@@ -18,11 +18,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from ckpt_tools.checkpoint import Checkpoint, Location, Weight
 from ckpt_tools.errors import DamagedCheckpoint
-from ckpt_tools.readers import dcp, zero
+from ckpt_tools.readers import dcp
+from ckpt_tools.readers.containers.weight_files import entry_points, read_weight_files
+from ckpt_tools.readers.deepspeed import reader as zero
 from ckpt_tools.readers.trainer_state import is_trainer_directory, trainer_step
-from ckpt_tools.readers.weight_files import entry_points, read_weight_files
+from ckpt_tools.tensors.checkpoint import Checkpoint, Location, Weight
 
 NAME = "accelerate"
 _PLAIN = re.compile(r"((?:pytorch_)?model(?:_\d+)?)\.(?:safetensors|bin)(?:\.index\.json)?")

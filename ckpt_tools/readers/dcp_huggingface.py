@@ -17,13 +17,13 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from ckpt_tools.catalogue import Box, Shape, Stored
-from ckpt_tools.checkpoint import Checkpoint, Kind, Location, Weight
-from ckpt_tools.dtypes import DType
 from ckpt_tools.errors import DamagedCheckpoint, UsageError
-from ckpt_tools.readers.dcp_boxes import Piece, assembled, held_whole, sharding_info
-from ckpt_tools.readers.dcp_names import step_in
-from ckpt_tools.readers.safetensors_file import SafetensorsFile, read_safetensors
+from ckpt_tools.readers.containers.safetensors_file import SafetensorsFile, read_safetensors
+from ckpt_tools.readers.dcp.boxes import Piece, assembled, held_whole, sharding_info
+from ckpt_tools.readers.dcp.names import step_in
+from ckpt_tools.tensors.catalogue import Box, Shape, Stored
+from ckpt_tools.tensors.checkpoint import Checkpoint, Kind, Location, Weight
+from ckpt_tools.tensors.dtypes import DType
 
 NAME = "torch-dcp-huggingface"
 _SHARD = re.compile(r"shard-(\d+)-model-(\d+)-of-(\d+)\.safetensors")

@@ -20,11 +20,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from ckpt_tools.catalogue import Box, Shape
-from ckpt_tools.dtypes import DType
 from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout
-from ckpt_tools.readers.restricted_pickle import Opaque, TensorRef
-from ckpt_tools.readers.torch_file import contiguous
+from ckpt_tools.readers.containers.restricted_pickle import Opaque, TensorRef
+from ckpt_tools.readers.containers.torch_file import contiguous
+from ckpt_tools.tensors.catalogue import Box, Shape
+from ckpt_tools.tensors.dtypes import DType
 
 Spans = tuple[tuple[int, int], ...]
 # A strided placement makes a span of each chunk; there are as many as ranks of a tensor-parallel group.

@@ -1,7 +1,7 @@
 """Hugging Face model directories as input, and what the Transformers Trainer adds to one.
 
 Owns the names of the files that make a directory one; what they hold is read by
-:mod:`~ckpt_tools.readers.weight_files`. Adapters are another format.
+:mod:`~ckpt_tools.readers.containers.weight_files`. Adapters are another format.
 
 Source: ``transformers/utils/__init__.py`` (``SAFE_WEIGHTS_NAME`` and its neighbours).
 """
@@ -11,10 +11,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ckpt_tools.checkpoint import Checkpoint, Location, Weight
 from ckpt_tools.errors import DamagedCheckpoint
+from ckpt_tools.readers.containers.weight_files import entry_points, read_weight_files
 from ckpt_tools.readers.trainer_state import trainer_step, trainer_world_size
-from ckpt_tools.readers.weight_files import entry_points, read_weight_files
+from ckpt_tools.tensors.checkpoint import Checkpoint, Location, Weight
 
 NAME = "huggingface"
 _SINGLE = ("model.safetensors", "pytorch_model.bin")

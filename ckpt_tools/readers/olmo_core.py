@@ -3,7 +3,7 @@
 Owns what OLMo-core adds to the format: where its files lie, what ``train/rank0.pt`` and ``.metadata.json``
 say of the run, and the names of tensors in Hugging Face's Olmo2 and Olmo3, which are a matter of renaming
 alone. Other models of OLMo-core (pre-norm, mixtures of experts) keep their names. The bytes are the business
-of :mod:`~ckpt_tools.readers.dcp`; the config that is made of OLMo-core's is that of the assets.
+of :mod:`~ckpt_tools.readers.dcp.reader`; the config that is made of OLMo-core's is that of the assets.
 
 Sources: OLMo-core ``train/checkpoint.py`` (files) and ``nn/hf/convert.py`` (names), read at commit fa6c5014
 (3.0).
@@ -18,11 +18,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ckpt_tools.checkpoint import Checkpoint, Location
 from ckpt_tools.errors import CkptError, UsageError
 from ckpt_tools.readers import dcp
-from ckpt_tools.readers.dcp_metadata import is_dcp_directory, read_metadata
-from ckpt_tools.readers.torch_file import TorchFile
+from ckpt_tools.readers.containers.torch_file import TorchFile
+from ckpt_tools.readers.dcp.metadata import is_dcp_directory, read_metadata
+from ckpt_tools.tensors.checkpoint import Checkpoint, Location
 
 NAME = "olmo-core"
 _STATE = "model_and_optim"

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from contextlib import closing
 
 from ckpt_tools.errors import DamagedCheckpoint
-from ckpt_tools.files import open_for_reading
-from ckpt_tools.places import read_fully
+from ckpt_tools.readers.containers.torch_file import ZipStorage
 from ckpt_tools.readers.dtensor import Run
-from ckpt_tools.readers.torch_file import ZipStorage
+from ckpt_tools.storage.places import read_fully
+from ckpt_tools.storage.pool import open_for_reading
 
 _BLOCK = 1 << 20
 

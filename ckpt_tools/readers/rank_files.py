@@ -19,16 +19,16 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from ckpt_tools.catalogue import Box, FlatRange, Stored
-from ckpt_tools.checkpoint import Checkpoint, Location, Weight
 from ckpt_tools.errors import DamagedCheckpoint, UnsafePickle, UnsupportedLayout
-from ckpt_tools.readers.dcp_boxes import assembled
-from ckpt_tools.readers.deferred import DeferredFragment
+from ckpt_tools.readers.containers.restricted_pickle import Opaque
+from ckpt_tools.readers.containers.torch_file import TorchFile
+from ckpt_tools.readers.dcp.boxes import assembled
 from ckpt_tools.readers.dtensor import Part, Run, part_of
 from ckpt_tools.readers.rank_copies import differ
-from ckpt_tools.readers.restricted_pickle import Opaque
-from ckpt_tools.readers.torch_file import TorchFile
 from ckpt_tools.readers.trainer_state import trainer_step
+from ckpt_tools.tensors.catalogue import Box, FlatRange, Stored
+from ckpt_tools.tensors.checkpoint import Checkpoint, Location, Weight
+from ckpt_tools.tensors.deferred import DeferredFragment
 
 NAME = "rank-files"
 # The set that a file belongs to, and who calls files so.

@@ -1,6 +1,6 @@
 """What goes beside the weights of a live model: its config, tokenizer and adapter config, as files.
 
-Owns the way from live objects to the files that :mod:`ckpt_tools.assets` and :mod:`ckpt_tools.adapters` find
+Owns the way from live objects to the files that ``hub`` and ``adapter`` find
 near a checkpoint, so that a save and a conversion treat them alike. They are written to a directory that is
 gone after the save. The objects are asked for their own words; none is changed, and transformers and peft are
 not imported for it.
@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckpt_tools.assets.adapter_config import NAME as ADAPTER_CONFIG
 from ckpt_tools.errors import MissingAsset
+from ckpt_tools.hub.adapter_config import NAME as ADAPTER_CONFIG
 from ckpt_tools.training.wrappers import class_name, innermost
 
 

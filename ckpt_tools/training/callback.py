@@ -16,8 +16,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from ckpt_tools.conversion.options import PathLike
 from ckpt_tools.errors import OutputFailed, UsageError
-from ckpt_tools.options import PathLike
 from ckpt_tools.training.saving import save
 
 LEDGER = ".clean-checkpoints.json"

@@ -14,10 +14,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from ckpt_tools.catalogue import FlatRange
-from ckpt_tools.checkpoint import Copy, Kind
-from ckpt_tools.dtypes import FLOAT32
 from ckpt_tools.errors import UnsupportedLayout
+from ckpt_tools.tensors.catalogue import FlatRange
+from ckpt_tools.tensors.checkpoint import Copy, Kind
+from ckpt_tools.tensors.dtypes import FLOAT32
 from ckpt_tools.training.holding import Held, Piece, dtype_of, whole
 
 _SAVE_WITH_ENGINE = "Save with engine.save_checkpoint; ckpt-tools consolidate reads that."

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ckpt_tools.checkpoint import Kind
 from ckpt_tools.errors import UnsupportedLayout
 from ckpt_tools.readers.dtensor import Sharding, Spans, local_boxes, local_spans
+from ckpt_tools.tensors.checkpoint import Kind
 from ckpt_tools.training.holding import Held, Piece, dtype_of
 
 

@@ -16,7 +16,7 @@ _ENGINE = "DeepSpeedEngine"
 
 @dataclass(frozen=True)
 class Facts:
-    """What a checkpoint says of itself besides its tensors; see :class:`ckpt_tools.checkpoint.Checkpoint`."""
+    """What a checkpoint says of itself besides its tensors; see ``Checkpoint``."""
 
     step: int | None
     world_size: int | None

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from ckpt_tools.catalogue import FlatRange
 from ckpt_tools.errors import UnsupportedLayout
+from ckpt_tools.tensors.catalogue import FlatRange
 from ckpt_tools.training.holding import Held, Holding, Piece, dtype_of, kind_of, whole
 from ckpt_tools.training.wrappers import is_a
 

@@ -12,10 +12,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ckpt_tools.catalogue import Box, FlatRange, Shape
-from ckpt_tools.checkpoint import Copy, Kind
-from ckpt_tools.dtypes import BY_NAME, DType
 from ckpt_tools.errors import UnsupportedLayout
+from ckpt_tools.tensors.catalogue import Box, FlatRange, Shape
+from ckpt_tools.tensors.checkpoint import Copy, Kind
+from ckpt_tools.tensors.dtypes import BY_NAME, DType
 
 if TYPE_CHECKING:
     import torch

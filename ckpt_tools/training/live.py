@@ -1,6 +1,6 @@
 """A model in training as a checkpoint: all processes' memory, read through one catalogue.
 
-Owns the step from what each process holds to one :class:`~ckpt_tools.checkpoint.Checkpoint`. Each offers its
+Owns the step from what each process holds to one ``Checkpoint``. Each offers its
 pieces as a file, laid out so that equal slices lie at equal offsets on all ranks. What every rank holds whole
 is read by each from its own memory, if all have the same digest of it, and otherwise from the leader's. The
 leader alone puts the parts together and proves that they tile. Knows no frameworks and no outputs.
@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, overload
 
 import xxhash
 
-from ckpt_tools.catalogue import Box, FlatRange, Fragment, Shape, Stored
-from ckpt_tools.checkpoint import LIVE, Checkpoint, Copy, Kind, Location, Weight
-from ckpt_tools.dtypes import DType
 from ckpt_tools.errors import AttributeNotFound, UnsupportedLayout
-from ckpt_tools.files import Pool
 from ckpt_tools.ranks import Exchange, Ranks
-from ckpt_tools.readers.dcp_boxes import assembled
+from ckpt_tools.readers.dcp.boxes import assembled
+from ckpt_tools.storage.pool import Pool
+from ckpt_tools.tensors.catalogue import Box, FlatRange, Fragment, Shape, Stored
+from ckpt_tools.tensors.checkpoint import LIVE, Checkpoint, Copy, Kind, Location, Weight
+from ckpt_tools.tensors.dtypes import DType
 from ckpt_tools.training.facts import Facts
 from ckpt_tools.training.holding import Held, Holding
 from ckpt_tools.training.memory import Memory, Row, copy_bytes, synchronize

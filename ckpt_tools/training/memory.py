@@ -14,8 +14,8 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ckpt_tools.places import FileFacts, Readable
-from ckpt_tools.regions import window_slabs
+from ckpt_tools.storage.places import FileFacts, Readable
+from ckpt_tools.tensors.regions import window_slabs
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +47,7 @@ class Row:
         self._tensors.append(tensor)
 
     def read_into(self, view: memoryview, offset: int) -> int:
-        """See :meth:`ckpt_tools.places.Readable.read_into`."""
+        """See :meth:`ckpt_tools.storage.places.Readable.read_into`."""
         count = min(len(view), max(self.size - offset, 0))
         view = view[:count]
         at = max(bisect_right(self._offsets, offset) - 1, 0)
@@ -80,11 +80,11 @@ class Memory:
         self._rows = dict(rows)
 
     def listing(self) -> Mapping[str, FileFacts]:
-        """See :meth:`ckpt_tools.places.Place.listing`."""
+        """See :meth:`ckpt_tools.storage.places.Place.listing`."""
         return {name: FileFacts(row.size, 0) for name, row in self._rows.items()}
 
     def open(self, relative: str) -> Readable:
-        """See :meth:`ckpt_tools.places.Place.open`."""
+        """See :meth:`ckpt_tools.storage.places.Place.open`."""
         try:
             return self._rows[relative]
         except KeyError:

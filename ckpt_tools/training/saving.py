@@ -15,14 +15,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckpt_tools.assets import AssetOptions
-from ckpt_tools.delivery import follow
+from ckpt_tools.conversion.extraction import Extraction, run_extraction
+from ckpt_tools.conversion.pipeline import Clock, Request, run
 from ckpt_tools.errors import UsageError
-from ckpt_tools.extraction import Extraction, run_extraction
-from ckpt_tools.output import Writing
-from ckpt_tools.pipeline import Clock, Request, run
+from ckpt_tools.hub import AssetOptions
+from ckpt_tools.model.state import DTypeChoice, only_state
 from ckpt_tools.ranks import Ranks, from_process_group
-from ckpt_tools.state import DTypeChoice, only_state
 from ckpt_tools.training.beside import beside
 from ckpt_tools.training.facts import engine_of, facts_of
 from ckpt_tools.training.holding import Holding
@@ -30,11 +28,13 @@ from ckpt_tools.training.live import offered, part_of
 from ckpt_tools.training.state_dict import holding_of
 from ckpt_tools.training.wrappers import attribute_of, innermost, unwrapped
 from ckpt_tools.transforms.prefixes import strip_wrappers
-from ckpt_tools.write import default_workers
+from ckpt_tools.writing.bytes import default_workers
+from ckpt_tools.writing.delivery import follow
+from ckpt_tools.writing.output import Writing
 
 if TYPE_CHECKING:
-    from ckpt_tools.options import PathLike
-    from ckpt_tools.report import Report
+    from ckpt_tools.conversion.options import PathLike
+    from ckpt_tools.conversion.report import Report
 
 TIMEOUT_SECONDS = 600.0
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ckpt_tools.checkpoint import Kind
 from ckpt_tools.errors import UnsupportedLayout
+from ckpt_tools.tensors.checkpoint import Kind
 from ckpt_tools.training import deepspeed, dtensors, flat_params
 from ckpt_tools.training.holding import Held, Holding, first_names, kind_of, whole
 from ckpt_tools.training.wrappers import Unwrapped

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ckpt_tools.catalogue import Catalogue, Computed, Shape, Tensor, Values
-from ckpt_tools.dtypes import FLOAT32, DType
 from ckpt_tools.errors import UsageError
+from ckpt_tools.tensors.catalogue import Catalogue, Computed, Shape, Tensor, Values
+from ckpt_tools.tensors.dtypes import FLOAT32, DType
 
 if TYPE_CHECKING:
     import torch

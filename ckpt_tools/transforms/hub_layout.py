@@ -3,7 +3,7 @@
 transformers 5 holds many models in memory under other names and shapes than on the hub. A state is in
 one layout or the other, which is seen from the names and shapes that only one of them has; a state in
 the hub's (from transformers 4, say) keeps its tensors, one in the live model's gets views and joins of
-them. Everything about the model is in the :class:`~ckpt_tools.reference.ReferenceModel`; this module
+them. Everything about the model is in the :class:`~ckpt_tools.hub.reference.ReferenceModel`; this module
 knows nothing of transformers or of data.
 """
 
@@ -13,11 +13,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from ckpt_tools.catalogue import Catalogue, Shape, Tensor
 from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout, UsageError
-from ckpt_tools.lazy import Concat, view
-from ckpt_tools.reference import ReferenceModel, SavedTensor
-from ckpt_tools.reference.recipes import Computed, Joined, Live, Recipe, Strided, leaves
+from ckpt_tools.hub.reference import ReferenceModel, SavedTensor
+from ckpt_tools.hub.reference.recipes import Computed, Joined, Live, Recipe, Strided, leaves
+from ckpt_tools.tensors.catalogue import Catalogue, Shape, Tensor
+from ckpt_tools.tensors.derived import Concat, view
 
 Layout: TypeAlias = Literal["live", "hub", "same"]
 

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import permutations
 
-from ckpt_tools.catalogue import Shape
 from ckpt_tools.errors import DamagedCheckpoint
+from ckpt_tools.tensors.catalogue import Shape
 from ckpt_tools.transforms.lora import Part, listed, plain_name
 
 

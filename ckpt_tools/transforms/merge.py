@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from ckpt_tools.catalogue import Computed, Shape, Tensor, Values
-from ckpt_tools.dtypes import FLOAT32, DType
-from ckpt_tools.lazy import Concat, cast, view
+from ckpt_tools.tensors.catalogue import Computed, Shape, Tensor, Values
+from ckpt_tools.tensors.derived import Concat, cast, view
+from ckpt_tools.tensors.dtypes import FLOAT32, DType
 
 if TYPE_CHECKING:
     import torch

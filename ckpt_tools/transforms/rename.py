@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ckpt_tools.catalogue import Catalogue
+from ckpt_tools.tensors.catalogue import Catalogue
 
 
 def rename(catalogue: Catalogue, names: Mapping[str, str]) -> Catalogue:

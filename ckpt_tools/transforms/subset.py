@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from ckpt_tools.catalogue import Catalogue
 from ckpt_tools.errors import AttributeNotFound
+from ckpt_tools.tensors.catalogue import Catalogue
 
 
 def take_attribute(catalogue: Catalogue, path: str) -> Catalogue:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from ckpt_tools.catalogue import Catalogue, Tensor
+from ckpt_tools.tensors.catalogue import Catalogue, Tensor
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from ckpt_tools.checkpoint import Checkpoint
 from ckpt_tools.errors import UsageError
 from ckpt_tools.ranks import Ranks
+from ckpt_tools.tensors.checkpoint import Checkpoint
 from ckpt_tools.verification.adapter import check_adapters
 from ckpt_tools.verification.config import check_config, read_config
 from ckpt_tools.verification.data import Progress, check_data, help_to_read
@@ -171,7 +171,7 @@ def _verdict(path: Path, options: _Options) -> Verdict:
 def _opened(checkpoint: str | Path | Checkpoint, also: Sequence[str | Path]) -> Checkpoint:
     if isinstance(checkpoint, Checkpoint):
         return checkpoint
-    from ckpt_tools.folders import read_as_one
-    from ckpt_tools.opening import open_weights
+    from ckpt_tools.readers.opening import open_weights
+    from ckpt_tools.storage.folders import read_as_one
 
     return open_weights(read_as_one(Path(checkpoint), also))

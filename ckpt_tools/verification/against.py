@@ -17,13 +17,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
-from ckpt_tools.catalogue import Catalogue, FlatRange, Fragment, Stored, Tensor
-from ckpt_tools.checkpoint import Checkpoint
 from ckpt_tools.errors import CkptError
-from ckpt_tools.lazy import cast
-from ckpt_tools.matching import Side, alike, match, side_of
-from ckpt_tools.opening import open_weights
-from ckpt_tools.readers.weight_files import read_weight_files
+from ckpt_tools.model.matching import Side, alike, match, side_of
+from ckpt_tools.readers.containers.weight_files import read_weight_files
+from ckpt_tools.readers.opening import open_weights
+from ckpt_tools.tensors.catalogue import Catalogue, FlatRange, Fragment, Stored, Tensor
+from ckpt_tools.tensors.checkpoint import Checkpoint
+from ckpt_tools.tensors.derived import cast
 from ckpt_tools.verification.bitwise import Expected, Held, Progress, compare
 from ckpt_tools.verification.container import Entry
 from ckpt_tools.verification.directory import MANIFEST, Directory

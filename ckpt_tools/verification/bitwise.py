@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
-from ckpt_tools.catalogue import Tensor
-from ckpt_tools.dtypes import DType
 from ckpt_tools.errors import CkptError
+from ckpt_tools.tensors.catalogue import Tensor
+from ckpt_tools.tensors.dtypes import DType
+from ckpt_tools.tensors.windows import Meter, Window, same_bits, visit_windows
 from ckpt_tools.verification.container import Entry
 from ckpt_tools.verification.directory import Directory
 from ckpt_tools.verification.problem import Findings
-from ckpt_tools.windows import Meter, Window, same_bits, visit_windows
 
 if TYPE_CHECKING:
     import torch

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ckpt_tools.assets.architectures import contradiction
-from ckpt_tools.assets.config import embedding_rows, text_value
-from ckpt_tools.dtypes import BY_NAME, DType
-from ckpt_tools.reference import ReferenceModel
+from ckpt_tools.hub.architectures import contradiction
+from ckpt_tools.hub.config import embedding_rows, text_value
+from ckpt_tools.hub.reference import ReferenceModel
+from ckpt_tools.tensors.dtypes import BY_NAME, DType
 from ckpt_tools.verification.container import Entry
 from ckpt_tools.verification.directory import CONFIG, Directory, read_object
 from ckpt_tools.verification.problem import Findings, listed

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckpt_tools.dtypes import BY_SAFETENSORS_NAME, DType
+from ckpt_tools.tensors.dtypes import BY_SAFETENSORS_NAME, DType
 from ckpt_tools.verification.problem import Findings
 
 _MAX_HEADER = 100_000_000

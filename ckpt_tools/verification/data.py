@@ -14,8 +14,8 @@ from pathlib import Path
 
 import xxhash
 
+from ckpt_tools.hub.reference import ReferenceModel
 from ckpt_tools.ranks import Ranks
-from ckpt_tools.reference import ReferenceModel
 from ckpt_tools.verification.container import Entry
 from ckpt_tools.verification.directory import MANIFEST, Directory
 from ckpt_tools.verification.manifest import Manifest, read_sums

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ckpt_tools.reference.process import run_child
+from ckpt_tools.hub.reference.process import run_child
 from ckpt_tools.verification.container import Entry
 from ckpt_tools.verification.directory import ADAPTER_CONFIG, CONFIG, Directory
 from ckpt_tools.verification.problem import Findings

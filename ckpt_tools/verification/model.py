@@ -1,7 +1,7 @@
 """The tensors against the model that the config describes: missing, unexpected, misshapen, tied.
 
 Owns the comparison of what lies in the files with what transformers itself would have written, which
-:mod:`ckpt_tools.reference` finds without weights. Where a directory is laid out as another version of
+:mod:`ckpt_tools.hub.reference` finds without weights. Where a directory is laid out as another version of
 transformers did it, that layout is taken. It must not know files or data.
 """
 
@@ -11,9 +11,9 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
-from ckpt_tools.assets.config import text_value
 from ckpt_tools.errors import CkptError, UsageError
-from ckpt_tools.reference import Live, ReferenceModel, SavedTensor, describe, leaves
+from ckpt_tools.hub.config import text_value
+from ckpt_tools.hub.reference import Live, ReferenceModel, SavedTensor, describe, leaves
 from ckpt_tools.verification.config import is_quantized, note_vocabulary
 from ckpt_tools.verification.container import Entry
 from ckpt_tools.verification.directory import CONFIG, Directory

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ckpt_tools.catalogue import FlatRange, Stored
 from ckpt_tools.errors import CkptError
-from ckpt_tools.readers.weight_files import read_weight_files
+from ckpt_tools.readers.containers.weight_files import read_weight_files
+from ckpt_tools.tensors.catalogue import FlatRange, Stored
 from ckpt_tools.verification.container import Entry
 from ckpt_tools.verification.problem import Findings
 

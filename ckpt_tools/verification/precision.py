@@ -5,8 +5,8 @@ Owns what a mixture of dtypes means. It must not know how tensors are stored.
 
 from __future__ import annotations
 
-from ckpt_tools.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
-from ckpt_tools.reference import ReferenceModel
+from ckpt_tools.hub.reference import ReferenceModel
+from ckpt_tools.tensors.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
 from ckpt_tools.verification.config import dominant_dtype, is_quantized
 from ckpt_tools.verification.directory import Directory
 from ckpt_tools.verification.problem import Findings, listed

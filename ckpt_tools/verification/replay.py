@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_tools import readers
-from ckpt_tools.catalogue import Tensor
-from ckpt_tools.checkpoint import Checkpoint, Copy
 from ckpt_tools.errors import CkptError, DamagedCheckpoint
-from ckpt_tools.lazy import cast
-from ckpt_tools.opening import open_weights
-from ckpt_tools.recipe import Json, Leaf, is_computed, leaves_of, rebuilt, recipe_leaves
+from ckpt_tools.readers.opening import open_weights
+from ckpt_tools.tensors.catalogue import Tensor
+from ckpt_tools.tensors.checkpoint import Checkpoint, Copy
+from ckpt_tools.tensors.derived import cast
 from ckpt_tools.transforms.lora import adapted_names, with_adapter_name
 from ckpt_tools.transforms.prefixes import strip_wrappers
+from ckpt_tools.transforms.recipe import Json, Leaf, is_computed, leaves_of, rebuilt, recipe_leaves
 
 Leaves = dict[Leaf, Tensor]
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from fnmatch import fnmatch
 from typing import Any
 
-from ckpt_tools.reference.process import run_child
+from ckpt_tools.hub.reference.process import run_child
 from ckpt_tools.verification.directory import Directory
 from ckpt_tools.verification.generation import judge_generation, read_generation
 from ckpt_tools.verification.problem import Findings

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 
-from ckpt_tools.reference import Live, ReferenceModel, leaves
+from ckpt_tools.hub.reference import Live, ReferenceModel, leaves
 from ckpt_tools.verification.container import Entry
 from ckpt_tools.verification.directory import ADAPTER_CONFIG, Directory
 from ckpt_tools.verification.problem import Findings, Severity

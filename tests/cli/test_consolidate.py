@@ -313,7 +313,7 @@ def test_no_training_framework_is_imported(tmp_path: Path, command: list[object]
     )
 
     loaded = set(done.stderr.partition("loaded: ")[2].split())
-    assert "ckpt_tools.readers.zero" in loaded
+    assert "ckpt_tools.readers.deepspeed.reader" in loaded
     assert not loaded & {"deepspeed", "peft", "accelerate", "transformers"}
     assert command[0] != "inspect" or not loaded & {"torch", "numpy"}
     assert command[0] == "inspect" or "torch" in loaded

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ckpt_tools import difference
+from ckpt_tools.analysis import difference
 from tests.cli.test_consolidate import PROGRAM, run, run_program
 from tests.conftest import FIXTURES
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.test_consolidate import run, run_program
-from tests.test_write import small_disk
+from tests.writing.test_bytes import small_disk
 
 __all__ = ["small_disk"]
 

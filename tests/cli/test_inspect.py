@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.cli.test_consolidate import run, run_program
-from tests.test_end_to_end import CASES, Case, every
+from tests.conversion.test_end_to_end import CASES, Case, every
 
 CURRENT = [case for case in CASES if not case.path.name.startswith("old-")]
 

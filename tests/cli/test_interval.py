@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ckpt_tools.interval import TrainingRun, expected_cost
+from ckpt_tools.analysis.interval import TrainingRun, expected_cost
 from tests.cli.test_consolidate import run, run_program
 from tests.cli.test_help import README, options
 

@@ -19,9 +19,9 @@ from typing import Any
 from unittest import mock
 
 import ckpt_tools
-from ckpt_tools import delivery
 from ckpt_tools.errors import RankFailed
 from ckpt_tools.ranks import from_environment
+from ckpt_tools.writing import delivery
 
 RANK = int(os.environ["RANK"])
 

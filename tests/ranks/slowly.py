@@ -9,8 +9,8 @@ import sys
 import time
 from typing import Any
 
-from ckpt_tools import write
 from ckpt_tools.cli import main
+from ckpt_tools.writing import bytes as write
 
 write_block = write.Outputs.write
 

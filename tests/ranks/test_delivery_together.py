@@ -16,8 +16,8 @@ from torch._C._distributed_c10d import HashStore
 
 import ckpt_tools
 import ckpt_tools.verification.data
-from ckpt_tools import write
 from ckpt_tools.errors import OutputFailed, RankFailed
+from ckpt_tools.writing import bytes as write
 from tests.conftest import FIXTURES
 from tests.ranks.in_threads import each, hurried, made
 
@@ -89,8 +89,8 @@ def test_nothing_is_removed_while_another_rank_writes_there(
 
 ZERO = FIXTURES / "zero" / "zero2-bf16-llama-3ranks" / "checkpoint"
 LONG_STEPS = {
-    "ckpt_tools.masters.first_difference": {},
-    "ckpt_tools.manifest._digest": {"sha256": True},
+    "ckpt_tools.conversion.masters.first_difference": {},
+    "ckpt_tools.writing.manifest._digest": {"sha256": True},
     "ckpt_tools.verification.data.scan": {"verify": True},
 }
 

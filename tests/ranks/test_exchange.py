@@ -16,8 +16,8 @@ import pytest
 from torch._C._distributed_c10d import HashStore
 
 from ckpt_tools.errors import OutputFailed, RankFailed
-from ckpt_tools.places import FileFacts, Place, Readable, read_fully
 from ckpt_tools.ranks import Exchange, Ranks, exchange
+from ckpt_tools.storage.places import FileFacts, Place, Readable, read_fully
 from tests.ranks.in_threads import hurried, made, together
 
 __all__ = ["hurried"]

@@ -185,12 +185,18 @@ def test_what_one_rank_meets_every_rank_raises_and_the_next_command_works(tmp_pa
     good = FIXTURES / "zero" / "zero2-bf16-llama-3ranks" / "checkpoint"
     cases: list[dict[str, Any]] = [
         {"arguments": [zstd]},
-        {"arguments": [good], "changed": changed(2, "ckpt_tools.delivery", "write", "no function")},
+        {
+            "arguments": [good],
+            "changed": changed(2, "ckpt_tools.writing.delivery", "write", "no function"),
+        },
         {
             "arguments": [good],
             "changed": changed(1, "ckpt_tools.ranks.session", "__version__", "0.0.1"),
         },
-        {"arguments": [good], "changed": changed(2, "ckpt_tools.delivery", "__version__", "0.0.1")},
+        {
+            "arguments": [good],
+            "changed": changed(2, "ckpt_tools.writing.delivery", "__version__", "0.0.1"),
+        },
         {"arguments": [tmp_path / "nothing"]},
         {"arguments": [good]},
     ]

@@ -19,10 +19,10 @@ import torch
 from safetensors.torch import load_file
 
 from ckpt_tools import readers
-from ckpt_tools.catalogue import Tensor
-from ckpt_tools.checkpoint import Checkpoint
 from ckpt_tools.errors import UsageError
-from ckpt_tools.gather import Gatherer, Slice
+from ckpt_tools.tensors.catalogue import Tensor
+from ckpt_tools.tensors.checkpoint import Checkpoint
+from ckpt_tools.tensors.gather import Gatherer, Slice
 
 FIXTURES = Path(__file__).resolve().parents[2] / "fixtures"
 Tensors = dict[str, torch.Tensor]

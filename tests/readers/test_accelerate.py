@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ckpt_tools import inspect, open_checkpoint, readers
-from ckpt_tools.checkpoint import Checkpoint
 from ckpt_tools.errors import (
     AmbiguousCheckpoint,
     CkptError,
@@ -25,6 +24,7 @@ from ckpt_tools.errors import (
     UsageError,
 )
 from ckpt_tools.readers import accelerate
+from ckpt_tools.tensors.checkpoint import Checkpoint
 from tests import damage
 from tests.hostile import CALLS, splice
 from tests.readers.contract import FIXTURES, Case, ReaderContract, Tensors, assert_same

@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import Placement, Replicate, Shard, _StridedShard
 
-from ckpt_tools.catalogue import Box, Fragment, Shape, Stored
-from ckpt_tools.dtypes import FLOAT32, DType
 from ckpt_tools.errors import CkptError, DamagedCheckpoint, UnsupportedLayout
+from ckpt_tools.readers.containers.restricted_pickle import Opaque, StorageRef, TensorRef
 from ckpt_tools.readers.dtensor import (
     Part,
     Sharding,
@@ -24,7 +23,8 @@ from ckpt_tools.readers.dtensor import (
     local_spans,
     part_of,
 )
-from ckpt_tools.readers.restricted_pickle import Opaque, StorageRef, TensorRef
+from ckpt_tools.tensors.catalogue import Box, Fragment, Shape, Stored
+from ckpt_tools.tensors.dtypes import FLOAT32, DType
 
 HERE = Path("rank_0.pt")
 

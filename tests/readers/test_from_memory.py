@@ -16,20 +16,15 @@ import pytest
 import torch
 
 from ckpt_tools import average, consolidate, extract_lora, inspect, open_checkpoint, readers
-from ckpt_tools.checkpoint import Checkpoint
 from ckpt_tools.errors import CkptError, DamagedCheckpoint
-from ckpt_tools.files import DirectoryPlace, Pool, PooledPath
-from ckpt_tools.readers.deferred import settle
+from ckpt_tools.storage.pool import DirectoryPlace, Pool, PooledPath
+from ckpt_tools.tensors.checkpoint import Checkpoint
+from ckpt_tools.tensors.deferred import settle
 from tests.in_memory import Memory
-from tests.readers import (
-    test_accelerate,
-    test_dcp,
-    test_dcp_huggingface,
-    test_olmo_core,
-    test_rank_files,
-    test_zero,
-)
+from tests.readers import test_accelerate, test_dcp_huggingface, test_olmo_core, test_rank_files
 from tests.readers.contract import FIXTURES, Case, assert_same, bits
+from tests.readers.dcp import test_dcp
+from tests.readers.deepspeed import test_reader
 
 EVERY = sorted(path.parent for path in FIXTURES.glob("*/*/checkpoint"))
 
@@ -77,7 +72,7 @@ class FromMemory:
         assert not any(isinstance(place, PooledPath) for place in again.near)
 
 
-class TestZero(FromMemory, test_zero.TestEveryZeroFixture): ...
+class TestZero(FromMemory, test_reader.TestEveryZeroFixture): ...
 
 
 class TestDcp(FromMemory, test_dcp.TestEveryDcpFixture): ...

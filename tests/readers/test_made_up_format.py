@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from ckpt_tools import average, consolidate, inspect, open_checkpoint, readers
 from ckpt_tools.errors import DamagedCheckpoint, NotACheckpoint, UsageError
 from tests.conftest import FIXTURES
-from tests.test_end_to_end import bits, different, written
+from tests.conversion.test_end_to_end import bits, different, written
 
 LIVE = FIXTURES / "zero" / "zero3-bf16-olmo2-chat-2ranks"
 
@@ -27,9 +27,9 @@ READER = '''
 
 import json
 
-from ckpt_tools.catalogue import FlatRange, Fragment, Stored
-from ckpt_tools.checkpoint import Checkpoint, Location, Weight
-from ckpt_tools.dtypes import BY_NAME
+from ckpt_tools.tensors.catalogue import FlatRange, Fragment, Stored
+from ckpt_tools.tensors.checkpoint import Checkpoint, Location, Weight
+from ckpt_tools.tensors.dtypes import BY_NAME
 
 NAME = "cabinet"
 

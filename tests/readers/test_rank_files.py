@@ -21,8 +21,6 @@ from torch.distributed.tensor.placement_types import Placement, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ckpt_tools import inspect, open_checkpoint, readers
-from ckpt_tools.catalogue import FlatRange
-from ckpt_tools.checkpoint import Checkpoint
 from ckpt_tools.errors import (
     AmbiguousCheckpoint,
     CkptError,
@@ -31,7 +29,9 @@ from ckpt_tools.errors import (
     UnsupportedLayout,
     UsageError,
 )
-from ckpt_tools.readers.deferred import settle
+from ckpt_tools.tensors.catalogue import FlatRange
+from ckpt_tools.tensors.checkpoint import Checkpoint
+from ckpt_tools.tensors.deferred import settle
 from tests import damage
 from tests.hostile import CALLS, splice
 from tests.readers.contract import FIXTURES, Case, ReaderContract, Tensors, assert_same, opened

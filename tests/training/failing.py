@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ckpt_tools import CkptError, gather, training
+from ckpt_tools import CkptError, training
+from ckpt_tools.tensors import gather
 
 TIMEOUT_SECONDS = 30.0
 # Enough that every rank is at its share when the victim fails.

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from ckpt_tools.catalogue import Box
 from ckpt_tools.errors import UnsupportedLayout
+from ckpt_tools.tensors.catalogue import Box
 from ckpt_tools.training.dtensors import held_of, is_dtensor
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from ckpt_tools.catalogue import FlatRange
 from ckpt_tools.errors import UnsupportedLayout
+from ckpt_tools.tensors.catalogue import FlatRange
 from ckpt_tools.training.flat_params import holding_of, is_flat
 
 

@@ -11,8 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from ckpt_tools.catalogue import Box, FlatRange, Stored
-from ckpt_tools.checkpoint import Checkpoint, Kind
 from ckpt_tools.errors import (
     AttributeNotFound,
     CkptError,
@@ -21,6 +19,8 @@ from ckpt_tools.errors import (
     UnsupportedLayout,
 )
 from ckpt_tools.ranks import Ranks
+from ckpt_tools.tensors.catalogue import Box, FlatRange, Stored
+from ckpt_tools.tensors.checkpoint import Checkpoint, Kind
 from ckpt_tools.training.facts import Facts
 from ckpt_tools.training.holding import Held, Holding, Piece, dtype_of, whole
 from ckpt_tools.training.live import EvenSlices, offered, part_of

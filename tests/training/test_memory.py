@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from ckpt_tools.places import read_fully
+from ckpt_tools.storage.places import read_fully
 from ckpt_tools.training.memory import ALIGNMENT, Memory, Row, copy_bytes, synchronize
 
 

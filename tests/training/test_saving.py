@@ -144,7 +144,7 @@ def test_an_existing_output_is_replaced_when_asked_for(tmp_path: Path) -> None:
 def test_a_save_that_fails_cannot_be_resumed_and_keeps_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ckpt_tools import delivery
+    from ckpt_tools.writing import delivery
 
     finish = delivery._finish_all
 
@@ -154,7 +154,7 @@ def test_a_save_that_fails_cannot_be_resumed_and_keeps_nothing(
 
     monkeypatch.setattr(delivery, "_finish_all", failing)
     # As after some seconds of writing.
-    monkeypatch.setattr("ckpt_tools.journal.has_proof", lambda home: True)
+    monkeypatch.setattr("ckpt_tools.writing.journal.has_proof", lambda home: True)
     with pytest.raises(OutputFailed) as error:
         save(nn.Linear(512, 512), tmp_path / "out")
 

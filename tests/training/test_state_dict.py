@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from ckpt_tools.catalogue import FlatRange
 from ckpt_tools.errors import UnsupportedLayout
+from ckpt_tools.tensors.catalogue import FlatRange
 from ckpt_tools.training.state_dict import holding_of
 from ckpt_tools.training.wrappers import Unwrapped
 

@@ -1,7 +1,7 @@
 """What comes out is what ``save_pretrained`` of the live model writes, key for key and bit for bit.
 
 The table names a tiny config for each architecture; the truth is transformers' own file. The child
-process of ``ckpt_tools.reference`` is called in this one, because transformers is loaded here anyway.
+process of ``ckpt_tools.hub.reference`` is called in this one, because transformers is loaded here anyway.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from ckpt_tools.catalogue import Catalogue, FlatRange, Fragment, Stored
-from ckpt_tools.dtypes import BFLOAT16, BY_NAME, FLOAT32
 from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout, UsageError
-from ckpt_tools.reference import LiveTensor, ReferenceModel, SavedTensor, _parsed, child
-from ckpt_tools.reference.recipes import Computed, Live
+from ckpt_tools.hub.reference import LiveTensor, ReferenceModel, SavedTensor, _parsed, child
+from ckpt_tools.hub.reference.recipes import Computed, Live
+from ckpt_tools.tensors.catalogue import Catalogue, FlatRange, Fragment, Stored
+from ckpt_tools.tensors.dtypes import BFLOAT16, BY_NAME, FLOAT32
 from ckpt_tools.transforms.hub_layout import HubLayout, hub_layout
 
 Config = dict[str, Any]
@@ -547,7 +547,7 @@ def test_names_of_float32_tensors_are_known_in_both_layouts(tmp_path: Path) -> N
 
 
 def test_a_cast_state_is_cast_still(tmp_path: Path) -> None:
-    from ckpt_tools.lazy import cast
+    from ckpt_tools.tensors.derived import cast
 
     case = Case("OlmoeForCausalLM", tmp_path)
     state = Catalogue({name: cast(t, BFLOAT16) for name, t in case.state().items()})

@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ckpt_tools.catalogue import Tensor
-from ckpt_tools.dtypes import BFLOAT16
-from ckpt_tools.gather import Gatherer, load
-from ckpt_tools.lazy import cast
-from ckpt_tools.readers.weight_files import read_weight_files
+from ckpt_tools.readers.containers.weight_files import read_weight_files
+from ckpt_tools.tensors.catalogue import Tensor
+from ckpt_tools.tensors.derived import cast
+from ckpt_tools.tensors.dtypes import BFLOAT16
+from ckpt_tools.tensors.gather import Gatherer, load
 from ckpt_tools.transforms import merge
 from ckpt_tools.transforms.merge import Merged, MergedBias, merged_experts, with_rows
 
@@ -159,7 +159,7 @@ def test_rows_are_replaced(
 
 
 def _turned(tensor: Tensor) -> Tensor:
-    from ckpt_tools.lazy import view
+    from ckpt_tools.tensors.derived import view
 
     rows, columns = tensor.shape
     return view(tensor, 0, (columns, rows), (1, columns))

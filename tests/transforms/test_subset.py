@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from ckpt_tools.catalogue import Catalogue, Stored
-from ckpt_tools.dtypes import FLOAT32
 from ckpt_tools.errors import AttributeNotFound
+from ckpt_tools.tensors.catalogue import Catalogue, Stored
+from ckpt_tools.tensors.dtypes import FLOAT32
 from ckpt_tools.transforms.subset import attributes, take_attribute
 
 

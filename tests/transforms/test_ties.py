@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ckpt_tools.catalogue import Catalogue, FlatRange, Fragment, Stored, Tensor
-from ckpt_tools.dtypes import BFLOAT16
+from ckpt_tools.tensors.catalogue import Catalogue, FlatRange, Fragment, Stored, Tensor
+from ckpt_tools.tensors.dtypes import BFLOAT16
 from ckpt_tools.transforms.rename import rename
 from ckpt_tools.transforms.ties import Settled, settle_ties
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ckpt_tools import open_checkpoint
-from ckpt_tools.recipe import Json
+from ckpt_tools.transforms.recipe import Json
 from ckpt_tools.verification.against import check_against
 from ckpt_tools.verification.directory import Directory, list_directory
 from ckpt_tools.verification.layout import read_weights

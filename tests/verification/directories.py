@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import transformers
 
-from ckpt_tools import consolidate, extract_lora, reference
-from ckpt_tools.reference import child
+from ckpt_tools import consolidate, extract_lora
+from ckpt_tools.hub import reference
+from ckpt_tools.hub.reference import child
 from ckpt_tools.verification import KINDS, Verdict, verify
 from tests.conftest import FIXTURES
 from tests.transforms.test_hub_layout import ARCHITECTURES, fill

@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ckpt_tools import open_checkpoint, reference
+from ckpt_tools import open_checkpoint
 from ckpt_tools.errors import NotACheckpoint
-from ckpt_tools.reference import child
+from ckpt_tools.hub import reference
+from ckpt_tools.hub.reference import child
 from ckpt_tools.verification.against import check_against
 from ckpt_tools.verification.problem import Findings
 from tests.verification.beside import (

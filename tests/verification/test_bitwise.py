@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ckpt_tools import open_checkpoint, windows
+from ckpt_tools import open_checkpoint
+from ckpt_tools.tensors import windows
 from ckpt_tools.verification.against import check_against
 from ckpt_tools.verification.problem import Findings, Problem
 from tests.verification.beside import (

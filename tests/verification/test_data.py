@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ckpt_tools.dtypes import ALL
 from ckpt_tools.errors import NotACheckpoint
+from ckpt_tools.tensors.dtypes import ALL
 from ckpt_tools.verification import scan as scanning
 from ckpt_tools.verification import verify
 from ckpt_tools.verification.container import Entry

@@ -400,7 +400,7 @@ class TestAdapters:
 class TestTheProcess:
     @pytest.fixture(autouse=True)
     def a_real_one(self, in_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
-        from ckpt_tools.reference.process import run_child
+        from ckpt_tools.hub.reference.process import run_child
 
         monkeypatch.setattr(loading, "run_child", run_child)
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 import transformers
 
-from ckpt_tools import consolidate, reference
+from ckpt_tools import consolidate
 from ckpt_tools.errors import CkptError
+from ckpt_tools.hub import reference
 from ckpt_tools.verification import Verdict, verify
 from tests.conftest import FIXTURES
 from tests.transforms.test_hub_layout import ARCHITECTURES

@@ -12,15 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ckpt_tools import open_checkpoint, reference
-from ckpt_tools.assets import AssetOptions, find_config
-from ckpt_tools.catalogue import Tensor
-from ckpt_tools.dtypes import BFLOAT16
-from ckpt_tools.fit import fit_to_model
-from ckpt_tools.merging import merged_state
-from ckpt_tools.recipe import Json, Leaf, described, leaf_names, leaves_of
-from ckpt_tools.reference import child
-from ckpt_tools.state import cast_state, model_state
+from ckpt_tools import open_checkpoint
+from ckpt_tools.hub import AssetOptions, find_config, reference
+from ckpt_tools.hub.reference import child
+from ckpt_tools.model.fit import fit_to_model
+from ckpt_tools.model.merging import merged_state
+from ckpt_tools.model.state import cast_state, model_state
+from ckpt_tools.tensors.catalogue import Tensor
+from ckpt_tools.tensors.dtypes import BFLOAT16
+from ckpt_tools.transforms.recipe import Json, Leaf, described, leaf_names, leaves_of
 from tests.adapted import base_directory, facts
 from tests.conftest import FIXTURES
 from tests.verification.beside import (

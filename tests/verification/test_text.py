@@ -614,7 +614,7 @@ class TestWhatIsBeside:
 class TestTheProcess:
     @pytest.fixture(autouse=True)
     def a_real_one(self, in_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
-        from ckpt_tools.reference.process import run_child
+        from ckpt_tools.hub.reference.process import run_child
 
         monkeypatch.setattr(text, "run_child", run_child)
 

@@ -1,0 +1,1 @@
+"""Answers that write nothing: inspect, diff, interval."""

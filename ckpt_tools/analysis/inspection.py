@@ -1,0 +1,219 @@
+"""What a checkpoint is, from metadata alone: the value behind ``ckpt-tools inspect``.
+
+Reads no tensor data, imports no torch, writes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ckpt_tools import readers
+from ckpt_tools.errors import CkptError
+from ckpt_tools.storage.folders import read_as_one
+from ckpt_tools.tensors.checkpoint import Checkpoint, Weight
+from ckpt_tools.tensors.dtypes import BY_SHORT_NAME, DType
+from ckpt_tools.transforms.prefixes import strip_wrappers
+
+_ADAPTER_MARKS = (
+    "lora_",
+    "modules_to_save",
+    "prompt_encoder",
+    "ia3_",
+    "vera_lambda",
+    "oft_",
+    "hada_",
+)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some of the tensors: how many, of how many elements, of how many bytes in training dtype."""
+
+    tensors: int
+    parameters: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The facts of a checkpoint.
+
+    Attributes:
+        path: its directory.
+        format: the reader's name for it.
+        title: what it is, for a person.
+        name: tag or folder.
+        step: optimizer step, where known.
+        world_size: ranks that wrote it, where known.
+        framework: what wrote it, with its version where known.
+        details: further facts of the format, such as ``stage``.
+        parameters: distinct elements of parameters, trained and frozen.
+        files: number of files.
+        bytes_on_disk: bytes of all files.
+        weight_bytes: bytes of them that a conversion reads.
+        training_dtype: dtype of most elements in the model.
+        dtypes: dtype name to elements trained in it.
+        trained, frozen, buffers: the tensors by kind.
+        tied: second names, each with the name it is listed under.
+        adapters: adapter name to its tensors.
+        attributes: top-level attribute to its tensors.
+        wrappers: prefixes that a conversion strips, with the number of names.
+        output_bytes: bytes of the tensors of an output, for each dtype.
+        remarks: what is odd.
+        problems: what is wrong.
+    """
+
+    path: Path
+    format: str
+    title: str
+    name: str
+    step: int | None = None
+    world_size: int | None = None
+    framework: str | None = None
+    details: Mapping[str, object] | None = None
+    parameters: int = 0
+    files: int = 0
+    bytes_on_disk: int = 0
+    weight_bytes: int = 0
+    training_dtype: str | None = None
+    dtypes: Mapping[str, int] | None = None
+    trained: Group | None = None
+    frozen: Group | None = None
+    buffers: Group | None = None
+    tied: Mapping[str, str] | None = None
+    adapters: Mapping[str, Group] | None = None
+    attributes: Mapping[str, Group] | None = None
+    wrappers: Mapping[str, int] | None = None
+    output_bytes: Mapping[str, int] | None = None
+    remarks: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The inspection as plain JSON values."""
+        return {**asdict(self), "path": str(self.path)}
+
+
+def inspect(
+    path: str | os.PathLike[str],
+    *,
+    tag: str | None = None,
+    model: int | None = None,
+    format: str | None = None,
+    also: Sequence[str | os.PathLike[str]] = (),
+) -> Inspection:
+    """Look at a checkpoint without reading its tensors.
+
+    Raises:
+        NotACheckpoint, UsageError: there is no one checkpoint under the path. A checkpoint that is
+            there but damaged is no error here: its ``problems`` say what is wrong.
+    """
+    place = read_as_one(Path(path), also)
+    location = readers.locate(place, tag, model=model, format=format)
+    try:
+        return _facts(readers.read(location))
+    except CkptError as error:
+        sizes = list(_sizes(location.directory))
+        return Inspection(
+            path=Path(str(location.directory)),
+            format=location.format,
+            title=f"{location.format} checkpoint",
+            name=location.name,
+            files=len(sizes),
+            bytes_on_disk=sum(sizes),
+            remarks=location.remarks,
+            problems=(str(error),),
+        )
+
+
+def _sizes(directory: Path) -> Iterator[int]:
+    """Bytes of each file of a checkpoint that something is wrong with."""
+    for entry in directory.iterdir():
+        if entry.is_file():
+            with suppress(CkptError):  # copies that differ have no one size
+                yield entry.stat().st_size
+
+
+def _facts(checkpoint: Checkpoint) -> Inspection:
+    weights = checkpoint.weights
+    stripped = strip_wrappers([*weights, *checkpoint.ties])
+    named = {stripped.names[name]: weight for name, weight in weights.items()}
+    parameters = {name: w for name, w in named.items() if w.kind != "buffer"}
+    return Inspection(
+        path=Path(str(checkpoint.location.directory)),
+        format=checkpoint.location.format,
+        title=checkpoint.title,
+        name=checkpoint.location.name,
+        step=checkpoint.step,
+        world_size=checkpoint.world_size,
+        framework=checkpoint.framework,
+        details=checkpoint.details,
+        parameters=sum(math.prod(w.shape) for w in parameters.values()),
+        files=len(checkpoint.files),
+        bytes_on_disk=checkpoint.bytes_on_disk,
+        weight_bytes=checkpoint.catalogue().nbytes,
+        training_dtype=str(checkpoint.training_dtype) if checkpoint.training_dtype else None,
+        dtypes=_by_dtype(named.values()),
+        trained=_group(w for w in named.values() if w.kind == "parameter"),
+        frozen=_group(w for w in named.values() if w.kind == "frozen"),
+        buffers=_group(w for w in named.values() if w.kind == "buffer"),
+        tied={stripped.names[a]: stripped.names[k] for a, k in checkpoint.ties.items()},
+        adapters=_grouped(named, _adapter),
+        attributes=_grouped(named, lambda name: name.split(".")[0]),
+        wrappers=stripped.removed,
+        output_bytes=_output_bytes(named),
+        remarks=checkpoint.remarks,
+    )
+
+
+def _group(weights: Iterable[Weight]) -> Group:
+    held = list(weights)
+    numels = [math.prod(weight.shape) for weight in held]
+    nbytes = sum(n * w.dtype.itemsize for n, w in zip(numels, held, strict=True))
+    return Group(len(held), sum(numels), nbytes)
+
+
+def _grouped(weights: Mapping[str, Weight], key: Any) -> dict[str, Group]:
+    groups: dict[str, list[Weight]] = {}
+    for name, weight in weights.items():
+        label = key(name)
+        if label is not None:
+            groups.setdefault(label, []).append(weight)
+    return {label: _group(members) for label, members in groups.items()}
+
+
+def _adapter(name: str) -> str | None:
+    """Name of the PEFT adapter that a tensor belongs to: the segment after its kind."""
+    path = name.split(".")
+    for index, segment in enumerate(path[:-1]):
+        if segment.startswith(_ADAPTER_MARKS):
+            return path[index + 1]
+    return None
+
+
+def _by_dtype(weights: Iterable[Weight]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for weight in weights:
+        name = str(weight.dtype)
+        counts[name] = counts.get(name, 0) + math.prod(weight.shape)
+    return counts
+
+
+def _output_bytes(weights: Mapping[str, Weight]) -> dict[str, int]:
+    """Bytes of the output's tensors for each ``--dtype``, and of the adapters alone."""
+
+    def size(weight: Weight, dtype: DType | None) -> int:
+        cast = dtype if dtype is not None and weight.dtype.is_floating else weight.dtype
+        return math.prod(weight.shape) * cast.itemsize
+
+    choices: dict[str, DType | None] = {"auto": None, **BY_SHORT_NAME}
+    sizes = {c: sum(size(w, d) for w in weights.values()) for c, d in choices.items()}
+    adapters = [w for name, w in weights.items() if _adapter(name) is not None]
+    if adapters:
+        sizes["adapter"] = sum(size(w, None) for w in adapters)
+    return sizes

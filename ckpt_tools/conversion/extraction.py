@@ -1,0 +1,367 @@
+"""The pipeline of extract-lora: adapters of a checkpoint become directories that PEFT could have written.
+
+    state -> sort names -> config of each adapter -> what PEFT writes of it -> check masters
+        -> plan -> write -> publish
+
+Which tensors are written is said by rules over names (:mod:`ckpt_tools.transforms.lora`) and, where base
+and adapter have configs, by PEFT itself; PEFT is right where the two differ. Only those tensors are read.
+Knows no format and no command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckpt_tools.conversion.masters import check_masters
+from ckpt_tools.conversion.pipeline import Clock, report
+from ckpt_tools.conversion.report import Report
+from ckpt_tools.errors import (
+    CkptError,
+    DamagedCheckpoint,
+    MissingAsset,
+    UnsupportedLayout,
+    UsageError,
+)
+from ckpt_tools.hub import AssetOptions, ConfigSource, find_config
+from ckpt_tools.hub.adapter_config import (
+    AdapterConfig,
+    adapter_config_file,
+    with_given,
+)
+from ckpt_tools.hub.config import finish, text_value
+from ckpt_tools.hub.files import AssetFile, read_object
+from ckpt_tools.hub.reference.adapters import AdapterAnswer, AdapterQuestion, describe_adapters
+from ckpt_tools.hub.sources import nearby
+from ckpt_tools.hub.tokenizer import find_tokenizer
+from ckpt_tools.model.adapter import Adapter, base_shapes, state_names, trained_dtype
+from ckpt_tools.model.state import DTypeChoice, State, cast_state, main_dtype, model_state
+from ckpt_tools.storage.pool import folders_of
+from ckpt_tools.tensors.catalogue import Catalogue
+from ckpt_tools.tensors.checkpoint import Checkpoint, Copy
+from ckpt_tools.transforms.lora import (
+    choose_adapter,
+    free_embeddings,
+    listed,
+    saved_names,
+    targeted_embeddings,
+)
+from ckpt_tools.writing.delivery import deliver
+from ckpt_tools.writing.layout import plan
+from ckpt_tools.writing.manifest import Provenance
+from ckpt_tools.writing.output import Output, Writing
+from ckpt_tools.writing.publish import check_target
+
+_ALL = "all"
+_DEFAULT = "default"
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """What is asked of one extraction; the arguments of :func:`ckpt_tools.extract_lora`, made ready.
+
+    Attributes:
+        needs_base: whether the base model's name must be known; PEFT itself leaves it empty where it is not.
+    """
+
+    target: Path
+    adapter: str | None
+    adapter_config: Path | None
+    lora_alpha: float | None
+    base_model: str | None
+    assets: AssetOptions
+    dtype: DTypeChoice
+    copy: Copy
+    check_all_masters: bool
+    writing: Writing
+    needs_base: bool = True
+
+
+@dataclass(frozen=True)
+class _Found:
+    """An adapter, its config and the tensors that are written of it: their names in the state."""
+
+    adapter: Adapter
+    config: AdapterConfig
+    names: Mapping[str, str]
+    notes: tuple[str, ...]
+
+
+def run_extraction(source: Checkpoint, request: Extraction, clock: Clock) -> Report:
+    """Write one adapter of a checkpoint, or all.
+
+    Raises:
+        CkptError: see :mod:`ckpt_tools.errors`; nothing was written.
+    """
+    options = request.assets
+    named = (options.config, options.tokenizer, request.adapter_config)
+    if not request.writing.dry_run:
+        inputs = [*folders_of(source.location.directory), *filter(None, named)]
+        check_target(request.target, inputs, overwrite=request.writing.overwrite)
+    state = model_state(source, request.copy)
+    names = state_names(state)
+    chosen = (
+        list(names.adapters)
+        if request.adapter == _ALL and names.adapters
+        else [choose_adapter(names, request.adapter)]
+    )
+    base_config = _base_config(options)
+    shapes = base_shapes(state.catalogue, names)
+    found = [
+        _described(Adapter(name, state, names, shapes), request, base_config) for name in chosen
+    ]
+    warnings = list(_left_out(found, state))
+    found, doubts = _asked(found, base_config)
+    clock.lap("read")
+    checked = 0
+    if request.copy == "master":
+        checked = check_masters(
+            source,
+            every_element=request.check_all_masters,
+            workers=request.writing.workers,
+            progress=request.writing.active,
+        )
+    clock.lap("check")
+    outputs = [_output(one, request) for one in found]
+    clock.lap("plan")
+    options_read = {"weights": request.copy, "dtype": request.dtype, "adapter": request.adapter}
+    provenance = Provenance("extract-lora", (source,), options_read)
+    delivered = deliver(request.target, outputs, request.writing, provenance)
+    clock.lap("write")
+    others = [name for name in names.adapters if name not in chosen]
+    return report(
+        source,
+        outputs,
+        delivered,
+        request.writing,
+        clock,
+        target=request.target,
+        title=None,
+        copy=request.copy,
+        checked=checked,
+        notes=(
+            *state.notes,
+            *(note for one in found for note in (*one.config.notes, *one.notes)),
+            *([f"left out: adapters {listed(others)}"] if others else []),
+        ),
+        warnings=(*source.remarks, *warnings, *doubts),
+    )
+
+
+def _base_config(options: AssetOptions) -> ConfigSource | None:
+    """The config of the base; one that was not named need not be there."""
+    try:
+        return find_config(options)
+    except MissingAsset:
+        if options.config is not None:
+            raise
+        return None
+
+
+def _described(adapter: Adapter, request: Extraction, base: ConfigSource | None) -> _Found:
+    """Config and names by the rules."""
+    adapter.refuse_empty()
+    data = {} if base is None else base.data
+    architecture = next(iter(data.get("architectures") or ()), None)
+    config = adapter.configured(
+        request.adapter_config,
+        request.assets.search,
+        architecture,
+        data.get("_name_or_path") or None,
+    )
+    config = with_given(
+        config,
+        lora_alpha=request.lora_alpha,
+        base_model=request.base_model,
+        for_file=request.needs_base,
+    )
+    embeddings, notes = _embeddings(adapter, config, request, base)
+    names = saved_names(
+        adapter.names,
+        adapter.name,
+        bias=config.bias,
+        embeddings=embeddings,
+        aliases=adapter.state.catalogue.ties,
+    )
+    return _Found(adapter, config, names, notes)
+
+
+def _embeddings(
+    adapter: Adapter, config: AdapterConfig, request: Extraction, base: ConfigSource | None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Embeddings that are written with an adapter, and why.
+
+    PEFT writes those that it targets; those that were resized; and those that it is told to. Here the
+    checkpoint tells: an embedding that was trained is lost if it is left out.
+    """
+    modules = [name.rpartition(".")[0] for name in adapter.names.plain.values()]
+    if config.targets_embeddings(modules):
+        return targeted_embeddings(adapter.names, adapter.name), ()
+    free = free_embeddings(adapter.names)
+    state = adapter.state
+    if any(kind == "frozen" for kind in state.kinds.values()):
+        trained = [name for name in free if state.kinds.get(name) == "parameter"]
+        if trained:
+            return free, (f"trained beside the adapter, and written with it: {listed(free)}",)
+    before = _vocabulary(str(config.data.get("base_model_name_or_path")), request, base)
+    rows = {state.catalogue[name].shape[0] for name in free}
+    if before is None or not rows or rows == {before}:
+        return (), ()
+    return free, (f"resized from {before} rows, and written with the adapter: {listed(free)}",)
+
+
+def _vocabulary(base_model: str, request: Extraction, base: ConfigSource | None) -> int | None:
+    """Rows of the base's embedding before training, where its config is at hand."""
+    path = Path(base_model) / "config.json"
+    if path.is_file():
+        data = read_object(path)
+    elif request.assets.config is not None and base is not None:
+        data = dict(base.data)
+    else:
+        return None
+    size = text_value(data, "vocab_size")
+    return size if isinstance(size, int) else None
+
+
+def _left_out(found: list[_Found], state: State) -> list[str]:
+    """What was trained and is no part of an adapter that is written."""
+    if "frozen" not in state.kinds.values():
+        return []
+    written = {name for one in found for name in one.names.values()}
+    known = {part.name for parts in found[0].adapter.names.adapters.values() for part in parts}
+    lost = [
+        name
+        for name, kind in state.kinds.items()
+        if kind == "parameter" and name not in written and name not in known
+    ]
+    return [f"trained, but no part of an adapter as PEFT saves it: {listed(lost)}"] if lost else []
+
+
+def _asked(found: list[_Found], base: ConfigSource | None) -> tuple[list[_Found], list[str]]:
+    """What PEFT says of the adapters; by the rules alone where it cannot be asked."""
+    if base is None:
+        _need_peft(
+            found, "the base's config.json was not found", "pass --config FILE|DIR, the base's"
+        )
+        return found, []
+    questions = [_question(one) for one in found]
+    try:
+        answers = describe_adapters(_model_config(found[0], base), questions)
+    except CkptError as error:
+        _need_peft(found, error.fact, error.hint or "")
+        return found, [f"names are by rule, PEFT was not asked: {error.fact}"]
+    agreed, doubts = [], []
+    for one, answer in zip(found, answers, strict=True):
+        failure = answer.failure
+        if failure is None and not set(answer.names):
+            # A transformers that calls every module otherwise than the one that trained.
+            failure = "it finds none of the names in the model of the base's config"
+        if failure is not None:
+            _need_peft([one], failure, "Pass --config FILE|DIR, the config of its base.")
+            doubts.append(f"names are by rule, PEFT could not say: {failure}")
+            agreed.append(one)
+        else:
+            agreed.append(_as_peft(one, answer))
+    return agreed, doubts
+
+
+def _need_peft(found: list[_Found], why: str, hint: str) -> None:
+    """Raise UnsupportedLayout for adapters whose names only PEFT knows."""
+    for one in found:
+        if not one.config.is_lora:
+            raise UnsupportedLayout(
+                f"what PEFT saves of a {one.config.data.get('peft_type')} adapter is not known: {why}",
+                hint=hint,
+            )
+
+
+def _question(one: _Found) -> AdapterQuestion:
+    names = one.adapter.names
+    others = {p.name for a, ps in names.adapters.items() if a != one.adapter.name for p in ps}
+    live = [name for old, name in names.live.items() if old not in others]
+    free = set(free_embeddings(names))
+    wanted = any(name in free for name in one.names.values())
+    return AdapterQuestion(one.adapter.name, one.config.data, live, wanted)
+
+
+def _model_config(one: _Found, base: ConfigSource) -> Mapping[str, object]:
+    """The base's config, with the vocabulary that the state has."""
+    catalogue = one.adapter.state.catalogue
+    shapes = {
+        plain: (catalogue[name].dtype, catalogue[name].shape)
+        for name, plain in one.adapter.names.plain.items()
+    }
+    floating = {name: catalogue[name] for name in one.names.values()}
+    return finish(base, shapes, dtype=main_dtype(floating), untied=False).data
+
+
+def _as_peft(one: _Found, answer: AdapterAnswer) -> _Found:
+    """The adapter with the names that PEFT gives, every tensor accounted for.
+
+    Raises:
+        UsageError: the config's adapter has other tensors than the checkpoint.
+    """
+    adapter = one.adapter
+    held = {live: name for name, live in adapter.names.live.items()}
+    names = {saved: held[live] for saved, live in answer.names.items()}
+    hint = "Pass the --adapter-config and --config that the adapter was trained with."
+    lacking = [saved for saved in answer.shapes if saved not in names]
+    if lacking:
+        raise DamagedCheckpoint(
+            f"the config's adapter {adapter.name!r} has {len(lacking)} tensors that the checkpoint has "
+            f"not: {listed(lacking)}",
+            path=one.config.path,
+            missing=lacking,
+            hint=hint,
+        )
+    odd = [name for saved, name in names.items() if saved not in answer.shapes]
+    if odd:
+        raise UsageError(
+            f"the config's adapter {adapter.name!r} has no such tensors: {listed(odd)}",
+            path=one.config.path,
+            hint=hint,
+        )
+    for saved, name in names.items():
+        if adapter.state.catalogue[name].shape != answer.shapes[saved]:
+            raise UsageError(
+                f"its shape is {adapter.state.catalogue[name].shape}, and the config's adapter has "
+                f"{answer.shapes[saved]}",
+                path=one.config.path,
+                tensor=name,
+                hint=hint,
+            )
+    notes = one.notes
+    if one.config.is_lora:
+        unused = [part.name for part in adapter.parts if part.name not in names.values()]
+        unused = [name for name in unused if name not in adapter.state.catalogue.ties]
+        if unused:
+            raise UsageError(
+                f"the config's adapter {adapter.name!r} has no such tensors: {listed(unused)}",
+                path=one.config.path,
+                hint=hint,
+            )
+        differ = sorted(set(names.items()) ^ set(one.names.items()))
+        if differ:
+            notes = (
+                *notes,
+                f"PEFT's names were taken, not the rules': {listed([s for s, _ in differ])}",
+            )
+    return _Found(adapter, one.config, names, notes)
+
+
+def _output(one: _Found, request: Extraction) -> Output:
+    state = one.adapter.state
+    tensors = {saved: state.catalogue[name] for saved, name in one.names.items()}
+    dtypes = {saved: trained_dtype(state, name) for saved, name in one.names.items()}
+    cast = cast_state(State(Catalogue(tensors), dtypes, {}), request.dtype)
+    # PEFT never shards an adapter.
+    layout = plan(cast, stem="adapter_model", max_shard_size=max(cast.nbytes, 1))
+    folder = one.adapter.name if request.adapter == _ALL and one.adapter.name != _DEFAULT else ""
+    beside = () if folder else _tokenizer(request.assets)
+    return Output(folder, layout, (adapter_config_file(one.config), *beside))
+
+
+def _tokenizer(options: AssetOptions) -> tuple[AssetFile, ...]:
+    found = find_tokenizer(options.tokenizer, nearby(options))
+    return () if found is None else found.files

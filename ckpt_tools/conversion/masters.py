@@ -1,0 +1,82 @@
+"""Compares masters with the 16-bit weights of the same checkpoint: a wrong reading shows here.
+
+Where a checkpoint holds both copies, the master of each parameter, cast to training dtype, is the
+16-bit weight bit for bit: the engine made the one from the other after its last step. Knows checkpoints
+and comparison; knows no format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+from ckpt_tools.errors import DamagedCheckpoint
+from ckpt_tools.tensors.checkpoint import Checkpoint, Weight
+from ckpt_tools.tensors.compare import first_difference, sample_windows
+from ckpt_tools.tensors.derived import cast
+from ckpt_tools.tensors.gather import Gatherer
+
+
+def check_masters(
+    checkpoint: Checkpoint,
+    *,
+    every_element: bool,
+    workers: int,
+    progress: Callable[[], None] | None = None,
+) -> int:
+    """Compare a sample of each parameter, or all of it.
+
+    Args:
+        checkpoint: what to check.
+        every_element: compare all elements, not only some of each run. A checkpoint with doubts
+            about its own layout is always compared in full.
+        workers: number of threads.
+        progress: called after each parameter, from any worker's thread.
+
+    Returns:
+        The number of parameters compared; 0 where the checkpoint holds one copy only.
+
+    Raises:
+        DamagedCheckpoint: one differs.
+    """
+    full = every_element or bool(checkpoint.doubts)
+    pairs = list(_pairs(checkpoint))
+    if not pairs:
+        return 0
+
+    def check(share: list[tuple[str, Weight]]) -> None:
+        with Gatherer() as gatherer:
+            for name, weight in share:
+                assert weight.master is not None and weight.model is not None
+                master = cast(weight.master, weight.model.dtype)
+                windows = None if full else sample_windows(master)
+                at = first_difference(gatherer, master, weight.model, windows)
+                if at is not None:
+                    raise _differs(checkpoint, name, weight, at)
+                if progress is not None:
+                    progress()
+
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(check, [pairs[i::workers] for i in range(workers)]))
+    return len(pairs)
+
+
+def _pairs(checkpoint: Checkpoint) -> Iterator[tuple[str, Weight]]:
+    for name, weight in checkpoint.weights.items():
+        if weight.master is not None and weight.model is not None and weight.master.numel:
+            yield name, weight
+
+
+def _differs(checkpoint: Checkpoint, name: str, weight: Weight, at: int) -> DamagedCheckpoint:
+    assert weight.master is not None
+    source = next(
+        (move.file for move in weight.master.moves(at, at + 1)), checkpoint.location.directory
+    )
+    reason = f" ({checkpoint.doubts[0]})" if checkpoint.doubts else ""
+    return DamagedCheckpoint(
+        f"its master, cast to {weight.dtype}, is not its 16-bit weight (element {at:,}){reason}",
+        path=source,
+        tensor=name,
+        hint="Files of two saves lie together, a file was damaged, or the layout was read wrongly. "
+        "--weights model takes the 16-bit weights instead.",
+    )

@@ -1,0 +1,328 @@
+"""``adapter_config.json``: where it is found, what the tensors say of it, and what must be given.
+
+Owns the search, the inference from tensors where there is no file, and the check of a file against the
+tensors. A value that neither a file nor the tensors nor the user determines is never filled in: alpha
+and the name of the base model are asked for. Knows names and shapes; knows no data and writes nothing.
+
+Sources: ``peft/config.py`` (``save_pretrained``: sorted keys, two spaces, no newline at the end),
+``peft/utils/other.py`` (``get_pattern_key``), ``peft/tuners/tuners_utils.py``
+(``check_target_module_exists``).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ckpt_tools.errors import MissingAsset, UsageError
+from ckpt_tools.hub.files import AssetFile, read_object
+
+NAME = "adapter_config.json"
+_DEFAULT = "default"
+# PEFT's EMBEDDING_LAYER_NAMES.
+_EMBEDDINGS = ("embed_tokens", "lm_head")
+# PEFT's name of the task for the end of a class name; others have none that is certain.
+_TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The settings of an adapter.
+
+    Attributes:
+        data: the content of ``adapter_config.json``.
+        path: the file it is from; None where it was inferred.
+        notes: what was decided.
+    """
+
+    data: Mapping[str, Any]
+    path: Path | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether the adapter is LoRA or a variant of it."""
+        return self.data.get("peft_type") == "LORA"
+
+    @property
+    def bias(self) -> str:
+        """Which biases belong to the adapter."""
+        return str(self.data.get("bias") or "none")
+
+    @property
+    def token_indices(self) -> Any:
+        """Rows of the embedding that are trained: a list, or a list by module."""
+        return self.data.get("trainable_token_indices") or self.data.get("token_indices")
+
+    def rank(self, module: str) -> int:
+        """``r`` of a module: that of the first pattern that fits, or the common one.
+
+        Raises:
+            MissingAsset: the config has none.
+        """
+        value = self._by_pattern("rank_pattern", "r", module)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise self._lacks("r", value)
+        return value
+
+    def alpha(self, module: str) -> float:
+        """``lora_alpha`` of a module.
+
+        Raises:
+            MissingAsset: the config has none, or none that does anything.
+        """
+        value = self._by_pattern("alpha_pattern", "lora_alpha", module)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+            raise self._lacks("lora_alpha", value)
+        return value
+
+    def scale(self, module: str) -> float:
+        """``alpha / r`` of a module; ``alpha / sqrt(r)`` under rsLoRA."""
+        rank = self.rank(module)
+        return self.alpha(module) / (math.sqrt(rank) if self.data.get("use_rslora") else rank)
+
+    def targets_embeddings(self, modules: Iterable[str]) -> bool:
+        """Whether PEFT takes one of ``modules`` to be a targeted embedding, and saves its base layer."""
+        named = self.data.get("target_modules") or ()
+        if self.token_indices is not None or named == "all-linear":
+            return False
+        if not isinstance(named, str):
+            return any(name in named for name in _EMBEDDINGS)
+        last = {module: module.rpartition(".")[2] for module in modules}
+        return any(re.fullmatch(named, module) for module in modules if last[module] in _EMBEDDINGS)
+
+    def _by_pattern(self, patterns: str, common: str, module: str) -> Any:
+        found = self.data.get(patterns) or {}
+        key = next((key for key in found if re.match(rf"(.*\.)?({key})$", module)), None)
+        return found[key] if key is not None else self.data.get(common)
+
+    def _lacks(self, key: str, value: object) -> MissingAsset:
+        option = " --lora-alpha X or" if key == "lora_alpha" else ""
+        return MissingAsset(
+            f"the adapter's config has no usable {key} (it says {json.dumps(value)})",
+            path=self.path,
+            hint=f"pass{option} --adapter-config FILE|DIR, the config that the adapter was trained with",
+        )
+
+
+def find_adapter_config(
+    named: Path | None, search: Sequence[Path], adapter: str, *, alone: bool
+) -> AdapterConfig | None:
+    """The config of an adapter: the one named, else the nearest one; None where there is none.
+
+    PEFT writes the config of ``default`` into the directory itself and others into folders of their names.
+
+    Args:
+        named: ``--adapter-config``, a file or a directory.
+        search: directories near the checkpoint, nearest first.
+        adapter: the adapter's name.
+        alone: whether it is the only adapter, so that any config there is must be its own.
+
+    Raises:
+        MissingAsset: ``named`` holds no config of it.
+        DamagedCheckpoint: a file is not a JSON object.
+    """
+    if named is not None and named.is_file():
+        return _read(named)
+    for directory in (named,) if named is not None else search:
+        places = [directory / adapter / NAME]
+        if adapter == _DEFAULT or alone:
+            places.append(directory / NAME)
+        path = next((path for path in places if path.is_file()), None)
+        if path is not None:
+            return _read(path)
+    if named is None:
+        return None
+    raise MissingAsset(
+        f"--adapter-config holds no {NAME} of adapter {adapter!r}",
+        path=named,
+        hint=f"pass the file, or a directory with {NAME} or {adapter}/{NAME}",
+    )
+
+
+def _read(path: Path) -> AdapterConfig:
+    data = read_object(path)
+    if not isinstance(data.get("peft_type"), str):
+        raise MissingAsset(
+            "it is no adapter's config: it has no peft_type",
+            path=path,
+            hint=f"pass --adapter-config the {NAME} that PEFT wrote",
+        )
+    return AdapterConfig(data, path)
+
+
+def with_given(
+    config: AdapterConfig, *, lora_alpha: float | None, base_model: str | None, for_file: bool
+) -> AdapterConfig:
+    """The config with what the user gave, fit to be written or used.
+
+    Args:
+        config: as found or inferred.
+        lora_alpha: ``--lora-alpha``.
+        base_model: ``--base-model``.
+        for_file: whether it will be written: a base model must then be known.
+
+    Raises:
+        MissingAsset: alpha or the base model is not known.
+        UsageError: alpha is not positive.
+    """
+    data = dict(config.data)
+    notes = list(config.notes)
+    if lora_alpha is not None:
+        if not (math.isfinite(lora_alpha) and lora_alpha > 0):
+            raise UsageError(
+                f"--lora-alpha {lora_alpha:g} would switch the adapter off",
+                hint="Pass the lora_alpha of the training run.",
+            )
+        before = data.get("lora_alpha")
+        data["lora_alpha"] = int(lora_alpha) if float(lora_alpha).is_integer() else lora_alpha
+        if before is not None and before != lora_alpha:
+            notes.append(f"lora_alpha set to {lora_alpha:g} (was {before})")
+    if base_model is not None:
+        data["base_model_name_or_path"] = base_model
+    changed = AdapterConfig(data, config.path, tuple(notes))
+    if config.is_lora:
+        changed.alpha("")
+    if for_file and not data.get("base_model_name_or_path"):
+        raise MissingAsset(
+            "the base model of the adapter is not known",
+            path=config.path,
+            hint="pass --base-model NAME, the Hub name or directory that the run started from",
+        )
+    return changed
+
+
+def adapter_config_file(config: AdapterConfig) -> AssetFile:
+    """The file as PEFT writes it: an adapter that is loaded is not trained on."""
+    data = {**config.data, "inference_mode": True}
+    content = json.dumps(data, indent=2, sort_keys=True).encode()
+    return AssetFile(NAME, content=content)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the tensors of a LoRA adapter say of its config.
+
+    Attributes:
+        ranks: ``r`` of each adapted module.
+        parameters: of those, the ones that are parameters of a module, by name (``target_parameters``).
+        modules: all modules of the base that hold a weight; empty where the base is not there.
+        replaced: modules saved whole.
+        dora: modules with a magnitude vector.
+        biased_factors: modules whose ``B`` has a bias.
+        bias: ``none``, ``all``, ``lora_only``; None where the tensors do not tell.
+        transposed: whether weights are stored (in, out); None where shapes do not tell.
+    """
+
+    ranks: Mapping[str, int]
+    parameters: frozenset[str]
+    modules: frozenset[str]
+    replaced: tuple[str, ...]
+    dora: frozenset[str]
+    biased_factors: frozenset[str]
+    bias: str | None
+    transposed: bool | None
+
+
+def infer(evidence: Evidence, architecture: str | None, base_model: str | None) -> AdapterConfig:
+    """The config of a LoRA adapter, from its tensors.
+
+    Raises:
+        MissingAsset: the tensors do not determine something that loading needs.
+    """
+    modules = [module for module in evidence.ranks if module not in evidence.parameters]
+    _require(evidence.bias is not None, "whether biases were trained")
+    _require(evidence.dora in (frozenset(), frozenset(modules)), "which modules use DoRA")
+    _require(
+        evidence.biased_factors in (frozenset(), frozenset(modules)), "which modules use lora_bias"
+    )
+    rank = Counter(evidence.ranks.values()).most_common(1)[0][0]
+    data: dict[str, Any] = {
+        "base_model_name_or_path": base_model,
+        "bias": evidence.bias,
+        "inference_mode": True,
+        "lora_bias": bool(evidence.biased_factors),
+        "modules_to_save": list(evidence.replaced) or None,
+        "peft_type": "LORA",
+        "r": rank,
+        "rank_pattern": {m: r for m, r in evidence.ranks.items() if r != rank},
+        "target_modules": _targets(modules, evidence.modules),
+        "use_dora": bool(evidence.dora),
+    }
+    if evidence.transposed is not None:
+        # PEFT finds it by itself where it is not written.
+        data["fan_in_fan_out"] = evidence.transposed
+    if evidence.parameters:
+        data["target_parameters"] = sorted(evidence.parameters)
+    ends = (task for end, task in _TASKS.items() if architecture and architecture.endswith(end))
+    if (task := next(ends, None)) is not None:
+        data["task_type"] = task
+    notes = (
+        f"no {NAME} was found: written from the tensors (r {rank}, {len(modules)} modules)",
+        "use_rslora and alpha_pattern leave no trace in tensors and are off; --adapter-config has them",
+    )
+    return AdapterConfig(data, None, notes)
+
+
+def _require(known: bool, what: str) -> None:
+    if not known:
+        raise MissingAsset(
+            f"no {NAME} was found, and the tensors do not tell {what}",
+            hint=f"pass --adapter-config FILE|DIR, the {NAME} of the training run",
+        )
+
+
+def _targets(modules: Iterable[str], all_modules: frozenset[str]) -> list[str]:
+    """Last names of the modules, where every module of that name is adapted; else full names."""
+    adapted = set(modules)
+    targets: dict[str, None] = {}
+    for module in adapted:
+        last = module.rpartition(".")[2]
+        alike = {other for other in all_modules if other.rpartition(".")[2] == last}
+        targets[last if alike and alike <= adapted else module] = None
+    return sorted(targets)
+
+
+def check(config: AdapterConfig, ranks: Mapping[str, int]) -> None:
+    """Refuse a LoRA config that is not of these tensors.
+
+    Args:
+        config: a config that was found.
+        ranks: ``r`` of each adapted module, from the shapes; a parameter by its own name.
+
+    Raises:
+        UsageError: it is of another adapter.
+    """
+    targets = config.data.get("target_modules") or ()
+    parameters = config.data.get("target_parameters") or ()
+    hint = "Pass --adapter-config FILE|DIR, the config that this adapter was trained with."
+    for module, rank in ranks.items():
+        if config.rank(module) != rank:
+            raise UsageError(
+                f"r of {module} is {rank} in the checkpoint and {config.rank(module)} in the config",
+                path=config.path,
+                hint=hint,
+            )
+        if not _is_targeted(module, targets) and not _is_targeted(module, parameters):
+            raise UsageError(
+                f"the checkpoint adapts {module}, which the config does not target",
+                path=config.path,
+                hint=hint,
+            )
+
+
+def _is_targeted(module: str, targets: str | Sequence[str]) -> bool:
+    if isinstance(targets, str):
+        return targets == "all-linear" or re.fullmatch(targets, module) is not None
+    return any(module == target or module.endswith(f".{target}") for target in targets)

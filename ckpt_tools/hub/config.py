@@ -1,0 +1,276 @@
+"""``config.json``: where it is found, and what the tensors make of it.
+
+Owns the search for a model's config and the few values that the conversion itself decides: dtype,
+vocabulary size, tying and, when absent, the class. Everything else is kept as it was read. It must
+not know tokenizers or generation, and it never fills in a number that neither the config nor the
+tensors hold.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ckpt_tools.errors import MissingAsset
+from ckpt_tools.hub import architectures, olmo_core
+from ckpt_tools.hub.files import read_object
+from ckpt_tools.hub.sources import AssetOptions, nearby
+from ckpt_tools.tensors.dtypes import DType
+
+CONFIG_NAME = "config.json"
+
+# Sub-configs that describe the language model inside a composite one.
+_TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
+_NOT_MODELS = ("quantization_config", "compression_config", "generation_config")
+
+# In T5 and its relatives tie_word_embeddings=false means, too, that the decoder's output is not
+# scaled before the head: writing it would change what the model computes.
+_TIE_SCALES_OUTPUT = (
+    "longt5",
+    "mt5",
+    "pop2piano",
+    "switch_transformers",
+    "t5",
+    "udop",
+    "umt5",
+)
+
+Shapes = Mapping[str, tuple[DType, tuple[int, ...]]]
+
+
+@dataclass(frozen=True)
+class ConfigSource:
+    """A model config as it was found.
+
+    Attributes:
+        path: the file.
+        data: its content.
+    """
+
+    path: Path
+    data: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class FinishedConfig:
+    """A model config that fits the output.
+
+    Attributes:
+        data: the content of the output's ``config.json``.
+        notes: what was changed or decided.
+        warnings: what the user should look at.
+    """
+
+    data: dict[str, Any]
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def find_config(options: AssetOptions) -> ConfigSource:
+    """The model config: ``--config``, else the nearest one.
+
+    A ``config.json`` without ``model_type`` and ``architectures`` (DeepSpeed's) is no model config:
+    it is passed over in a search and refused when it was named. One that OLMo-core saved states the
+    model in its own terms, and is translated.
+
+    Raises:
+        MissingAsset: there is none; every place looked at is named.
+        DamagedCheckpoint: the file is not a JSON object.
+    """
+    if options.config is not None:
+        return _named_config(options.config)
+    places = []
+    for directory in nearby(options):
+        path = directory / CONFIG_NAME
+        if not path.is_file():
+            places.append(str(directory))
+            continue
+        data = _model_config(read_object(path), path)
+        if data is not None:
+            return ConfigSource(path, data)
+        places.append(f"{directory} (its config.json is not a model's)")
+    raise MissingAsset(
+        f"no config.json of a model was found; looked in: {', '.join(places) or 'no directory'}",
+        hint="pass --config FILE|DIR (or --like DIR), or --weights-only to write the weights alone",
+    )
+
+
+def _model_config(data: dict[str, Any], path: Path) -> dict[str, Any] | None:
+    if olmo_core.is_experiment(data):
+        return olmo_core.hub_config(data, path)
+    return data if _is_model_config(data) else None
+
+
+def _named_config(named: Path) -> ConfigSource:
+    path = named / CONFIG_NAME if named.is_dir() else named
+    if not path.is_file():
+        raise MissingAsset(
+            "--config names no config.json",
+            path=path,
+            hint="pass --config a file, or a directory on this machine that holds config.json",
+        )
+    data = _model_config(read_object(path), path)
+    if data is None:
+        raise MissingAsset(
+            "--config is not a model's config: it has neither model_type nor architectures",
+            path=path,
+            hint="pass --config the config.json of the model, as save_pretrained writes it",
+        )
+    return ConfigSource(path, data)
+
+
+def _is_model_config(data: Mapping[str, Any]) -> bool:
+    named = data.get("model_type"), data.get("architectures")
+    return isinstance(named[0], str) or (isinstance(named[1], list) and bool(named[1]))
+
+
+def of_attribute(source: ConfigSource, path: str) -> ConfigSource:
+    """The config of one attribute of a composite model.
+
+    A composite config may hold its parts' configs (``policy``, ``policy_config``); one that does
+    not is taken to be the attribute's own.
+    """
+    data: Mapping[str, Any] = source.data
+    for segment in path.split("."):
+        for key in (segment, f"{segment}_config"):
+            part = data.get(key)
+            if isinstance(part, Mapping) and "model_type" in part:
+                data = part
+                break
+    return ConfigSource(source.path, data)
+
+
+def finish(source: ConfigSource, tensors: Shapes, *, dtype: DType, untied: bool) -> FinishedConfig:
+    """The config with the values that the output decides.
+
+    Args:
+        source: the config as found.
+        tensors: name to dtype and shape of every output tensor.
+        dtype: dtype of the output as a whole.
+        untied: whether tied names hold different values and both were written.
+
+    Raises:
+        MissingAsset: ``architectures`` is absent, and the tensors do not determine it.
+    """
+    config = copy.deepcopy(dict(source.data))
+    notes: list[str] = []
+    warnings: list[str] = []
+    if untied:
+        _untie(config, notes, warnings)
+    _set_architectures(config, source.path, tensors, notes, warnings)
+    _set_dtype(config, dtype, notes)
+    _set_vocabulary(config, tensors, notes)
+    if "quantization_config" in config and not _is_quantised(tensors):
+        warnings.append(
+            "config.json has a quantization_config, but every tensor is plain floating point:"
+            " loaders will try to quantise or refuse; remove it unless that is meant"
+        )
+    return FinishedConfig(config, tuple(notes), tuple(warnings))
+
+
+def embedding_rows(tensors: Shapes) -> int | None:
+    """Rows of the input embedding of tokens; None when there is none, or several that differ."""
+    shapes = [tensors[name][1] for name in architectures.input_embeddings(tensors)]
+    rows = {shape[0] for shape in shapes if len(shape) == 2}
+    return rows.pop() if len(rows) == 1 else None
+
+
+def text_value(config: Mapping[str, Any], key: str) -> Any:
+    """A value of the config, or else of the language model inside it; None when neither has it."""
+    for place in (config, *text_configs(config)):
+        if place.get(key) is not None:
+            return place[key]
+    return None
+
+
+def text_configs(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The sub-configs that describe a language model, outermost first."""
+    for key, nested in _sub_configs(config):
+        if key in _TEXT_CONFIGS:
+            yield nested
+
+
+def _sub_configs(config: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for key, value in config.items():
+        if not isinstance(value, dict) or key in _NOT_MODELS:
+            continue
+        if key.endswith("_config") or "model_type" in value:
+            yield key, value
+            yield from _sub_configs(value)
+
+
+def _untie(config: dict[str, Any], notes: list[str], warnings: list[str]) -> None:
+    if config.get("model_type") in _TIE_SCALES_OUTPUT:
+        warnings.append(
+            "the tied tensors hold different values, but tie_word_embeddings was left as it was:"
+            f" in {config['model_type']} models it also scales the output; transformers 5 sees that"
+            " the tensors differ and keeps both, transformers 4 ties them again"
+        )
+        return
+    for place in (config, *text_configs(config)):
+        place["tie_word_embeddings"] = False
+    for _, nested in _sub_configs(config):
+        if "tie_word_embeddings" in nested:
+            nested["tie_word_embeddings"] = False
+    notes.append("tie_word_embeddings set to false: the tied tensors hold different values")
+
+
+def _set_architectures(
+    config: dict[str, Any], path: Path, tensors: Shapes, notes: list[str], warnings: list[str]
+) -> None:
+    names = config.get("architectures")
+    if names:
+        odd = architectures.contradiction(str(names[0]), tensors)
+        if odd is not None:
+            warnings.append(
+                f"config.json names {names[0]}, but the tensors hold {odd}, which that class does"
+                " not have; pass the --config of the model that was trained"
+            )
+        return
+    model_type = str(config.get("model_type"))
+    if "auto_map" in config or not architectures.is_known(model_type):
+        warnings.append(
+            f"config.json has no architectures, and model type {model_type!r} has custom code or is"
+            " unknown to the installed transformers: none were written"
+        )
+        return
+    tied = config.get("tie_word_embeddings")
+    name, evidence = architectures.infer(model_type, tensors, tied=tied, path=path)
+    config["architectures"] = [name]
+    notes.append(f"architectures set to {name}: model type {model_type!r}, and {evidence}")
+
+
+def _set_dtype(config: dict[str, Any], dtype: DType, notes: list[str]) -> None:
+    before = config.get("dtype", config.get("torch_dtype"))
+    config["dtype"] = dtype.name
+    for place in (config, *(nested for _, nested in _sub_configs(config))):
+        for key in ("dtype", "torch_dtype"):
+            if isinstance(place.get(key), str):
+                place[key] = dtype.name
+    if before != dtype.name:
+        notes.append(f"dtype set to {dtype.name} (was {before or 'absent'})")
+
+
+def _set_vocabulary(config: dict[str, Any], tensors: Shapes, notes: list[str]) -> None:
+    rows = embedding_rows(tensors)
+    if rows is None:
+        return
+    texts = list(text_configs(config))
+    # As `resize_token_embeddings` does: beside a language model's own, the outer value means little
+    # (PaliGemma's stays what it was) and is left as it is.
+    places = [place for place in texts if "vocab_size" in place]
+    if not places:
+        places = [config] if "vocab_size" in config or not texts else texts[:1]
+    for place in places:
+        before = place.get("vocab_size")
+        if before != rows:
+            place["vocab_size"] = rows
+            notes.append(f"vocab_size set to {rows}, the rows of the embedding (was {before})")
+
+
+def _is_quantised(tensors: Shapes) -> bool:
+    """Whether any tensor is of integers or of eight-bit floats."""
+    return any(not dtype.is_floating or dtype.itemsize < 2 for dtype, _ in tensors.values())

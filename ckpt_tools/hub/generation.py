@@ -1,0 +1,306 @@
+"""``generation_config.json``: which tokens end a text, taken from the tokenizer and checked.
+
+Owns the four ways to come by the file (none, a given file, OLMo's rule, automatic) and the checks
+that an id exists in the embedding and in the vocabulary. It must not know how tokens are stored or
+what else is in the output. An id is written only when the tokenizer or a config states it.
+
+A model counts as OLMo when its ``model_type`` starts with ``olmo`` or is ``flex_olmo`` or
+``hf_olmo``, or when its chat template holds the word OLMo in any case (``Molmo`` is another model).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ckpt_tools.errors import MissingAsset, UsageError
+from ckpt_tools.hub.architectures import never_generates
+from ckpt_tools.hub.config import text_value
+from ckpt_tools.hub.files import AssetFile, json_bytes, read_object
+from ckpt_tools.hub.tokenizer import Role, Tokenizer
+
+GENERATION_NAME = "generation_config.json"
+MODES = ("auto", "olmo", "none")
+
+# open-instruct's rule, in this order (get_olmo3_generation_config).
+OLMO_END_TOKENS = ("<|im_end|>", "<|endoftext|>")
+
+_OLMO_MODEL = re.compile(r"olmo.*|flex_olmo|hf_olmo")
+_OLMO_TEMPLATE = re.compile(r"(?<![a-z])olmo", re.IGNORECASE)
+_CHECKED_IDS = ("eos_token_id", "bos_token_id", "pad_token_id", "decoder_start_token_id")
+_ROLES: tuple[Role, ...] = ("eos", "bos", "pad")
+_ONLY_IN_CONFIG = ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
+
+# Flags of sampling and the values that switch them off; transformers refuses to save others
+# without do_sample.
+_SAMPLING_OFF: Mapping[str, float | None] = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 50,
+    "min_p": None,
+    "top_h": None,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+}
+_OTHER_MODES = "pass --generation-config none, or FILE to give your own"
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The outcome: a file or none, and what to tell about it.
+
+    Attributes:
+        file: the output's ``generation_config.json``, or None for no such file.
+        notes: what was decided.
+        warnings: what the user should look at.
+    """
+
+    file: AssetFile | None
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the choice of a generation config depends on.
+
+    Attributes:
+        config: the finished model config.
+        config_path: where it was found.
+        tokenizer: the output's tokenizer, or None when there is none.
+        rows: rows of the input embedding, or None when they are not known.
+        places: directories where the source's own generation config may lie, in order.
+    """
+
+    config: Mapping[str, Any]
+    config_path: Path
+    tokenizer: Tokenizer | None
+    rows: int | None
+    places: tuple[Path, ...]
+
+
+def choose(mode: str, model: Model) -> Generation:
+    """The generation config of the output.
+
+    Args:
+        mode: ``auto``, ``olmo``, ``none``, or the path of a file or directory.
+        model: what it is for.
+
+    Raises:
+        MissingAsset: the file that was named, or a token that OLMo's rule needs, is not there.
+        UsageError: an id is no row of the embedding, or is no number.
+        DamagedCheckpoint: a generation config or tokenizer file is damaged.
+    """
+    if mode == "none":
+        return Generation(None, notes=("no generation_config.json, as asked",))
+    if mode == "olmo":
+        return _olmo(model)
+    if mode == "auto":
+        return _auto(model)
+    return _given(_named_file(mode), model)
+
+
+def is_olmo(config: Mapping[str, Any], tokenizer: Tokenizer | None) -> bool:
+    """Whether model type or chat template says OLMo.
+
+    Raises:
+        DamagedCheckpoint: a file that holds the chat template is damaged.
+    """
+    if _OLMO_MODEL.fullmatch(str(config.get("model_type"))):
+        return True
+    template = tokenizer.chat_template if tokenizer is not None else None
+    return template is not None and _OLMO_TEMPLATE.search(template) is not None
+
+
+def _auto(model: Model) -> Generation:
+    classes = [str(name) for name in model.config.get("architectures") or ()]
+    if classes and all(never_generates(name) for name in classes):
+        return Generation(
+            None, notes=(f"no generation_config.json: {classes[0]} does not generate text",)
+        )
+    olmo = is_olmo(model.config, model.tokenizer)
+    if olmo and model.tokenizer is not None:
+        return _olmo(model)
+    files = (place / GENERATION_NAME for place in model.places)
+    own = next((path for path in files if path.is_file()), None)
+    if own is not None:
+        found = _given(own, model)
+        if not olmo:
+            return found
+        unchecked = f"no tokenizer was found, so the token ids of {own} were not checked by name"
+        return Generation(found.file, found.notes, (*found.warnings, unchecked))
+    if olmo:
+        absent = "no generation_config.json: OLMo's end tokens need a tokenizer (--tokenizer DIR)"
+        return Generation(None, warnings=(absent,))
+    return _from_ids(model)
+
+
+def _olmo(model: Model) -> Generation:
+    if model.tokenizer is None:
+        raise MissingAsset(
+            "OLMo's generation config needs the ids of "
+            f"{' and '.join(OLMO_END_TOKENS)}, and no tokenizer was found",
+            hint=f"pass --tokenizer DIR, or {_OTHER_MODES}",
+        )
+    ends = [_required_id(token, model.tokenizer) for token in OLMO_END_TOKENS]
+    for token, number in zip(OLMO_END_TOKENS, ends, strict=True):
+        _check_row(f"{token} of the tokenizer", number, model.rows, model.tokenizer.directory)
+    data: dict[str, Any] = {"eos_token_id": ends}
+    warnings: list[str] = []
+    pad = model.tokenizer.special("pad")
+    if pad is not None:
+        number = _required_id(pad, model.tokenizer)
+        if _is_row(number, model.rows):
+            data["pad_token_id"] = number
+        else:
+            warnings.append(_pad_left_out(f"id {number} of the padding token {pad}", model.rows))
+    note = (
+        f"generation_config.json by OLMo's rule: greedy, ends at {' or '.join(OLMO_END_TOKENS)}"
+        f" (ids {', '.join(map(str, ends))})"
+    )
+    return Generation(_written(data), notes=(note,), warnings=tuple(warnings))
+
+
+def _required_id(token: str, tokenizer: Tokenizer) -> int:
+    number = tokenizer.id_of(token)
+    if number is None:
+        raise MissingAsset(
+            f"the tokenizer has no token {token}, which OLMo's generation config needs",
+            path=tokenizer.directory,
+            hint=f"pass --tokenizer DIR with a tokenizer that has it, or {_OTHER_MODES}",
+        )
+    return number
+
+
+def _from_ids(model: Model) -> Generation:
+    """A generation config of the tokenizer's own tokens, or of config.json where it has none."""
+    data: dict[str, Any] = {}
+    warnings: list[str] = []
+    origins: list[str] = []
+    for role in _ROLES:
+        key = f"{role}_token_id"
+        value: Any = _tokenizer_id(role, model.tokenizer, warnings)
+        origin = "config.json" if value is None else "the tokenizer"
+        if value is None:
+            value = text_value(model.config, key)
+        numbers = [number for _, number in _ids({key: value}, model.config_path)]
+        if role == "pad" and not all(_is_row(number, model.rows) for number in numbers):
+            warnings.append(_pad_left_out(f"the padding id {value} of {origin}", model.rows))
+            continue
+        for number in numbers:
+            _check_row(f"{key} of {origin}", number, model.rows, model.config_path)
+        if numbers:
+            data[key] = value
+            origins.append(f"{key} of {origin}")
+    for key in _ONLY_IN_CONFIG:
+        value = text_value(model.config, key)
+        if value is not None:
+            data[key] = value
+            origins.append(f"{key} of config.json")
+    if not data:
+        return Generation(None, notes=("no generation_config.json: no special tokens are known",))
+    note = f"generation_config.json made of {', '.join(origins)}"
+    return Generation(_written(data), notes=(note,), warnings=tuple(warnings))
+
+
+def _tokenizer_id(role: Role, tokenizer: Tokenizer | None, warnings: list[str]) -> int | None:
+    token = tokenizer.special(role) if tokenizer is not None else None
+    if tokenizer is None or token is None:
+        return None
+    number = tokenizer.id_of(token)
+    if number is None:
+        warnings.append(f"the tokenizer names {token} as its {role} token but does not have it")
+    return number
+
+
+def _pad_left_out(what: str, rows: int | None) -> str:
+    """A padding id outside the embedding is common: a token added without a resize, or -1."""
+    extent = f"the {rows} rows of the embedding" if rows is not None else "any embedding"
+    return f"{what} lies outside {extent}: pad_token_id was left out of generation_config.json"
+
+
+def _named_file(named: str) -> Path:
+    path = Path(named)
+    file = path / GENERATION_NAME if path.is_dir() else path
+    if not file.is_file():
+        raise MissingAsset(
+            "--generation-config is neither a mode nor a generation config on this machine",
+            path=file,
+            hint=f"pass {', '.join(MODES)}, a file, or a directory that holds {GENERATION_NAME}",
+        )
+    return file
+
+
+def _given(path: Path, model: Model) -> Generation:
+    """A generation config as it is, after its ids were checked."""
+    data = read_object(path)
+    warnings: list[str] = []
+    known = model.tokenizer.id_count if model.tokenizer is not None else None
+    for key, number in _ids(data, path):
+        if key == "pad_token_id" and number < 0:
+            warnings.append(f"{path} has pad_token_id {number}, which no model can look up")
+            continue
+        _check_row(key, number, model.rows, path)
+        if known is not None and number >= known:
+            warnings.append(
+                f"{path} has {key} {number}, but the tokenizer's ids end at {known - 1}"
+            )
+    flags = _sampling_flags(data)
+    if flags:
+        warnings.append(
+            f"{path} sets {', '.join(flags)} without do_sample; it was copied as it is, but"
+            " transformers refuses to save it again after a change"
+        )
+    file = AssetFile(GENERATION_NAME, source=path)
+    return Generation(
+        file, notes=(f"generation_config.json copied from {path}",), warnings=tuple(warnings)
+    )
+
+
+def _ids(data: Mapping[str, Any], path: Path) -> Iterator[tuple[str, int]]:
+    """Every id that is set, with its key.
+
+    Raises:
+        UsageError: one is not a whole number, such as the null that other converters write for an
+            unknown token.
+    """
+    for key in _CHECKED_IDS:
+        value = data.get(key)
+        if value is None:
+            continue
+        for number in value if isinstance(value, list) else [value]:
+            if not isinstance(number, int) or isinstance(number, bool):
+                raise UsageError(
+                    f"{key} holds {number!r}, which is no token id",
+                    path=path,
+                    hint=f"correct the file, or {_OTHER_MODES}",
+                )
+            yield key, number
+
+
+def _check_row(what: str, number: int, rows: int | None, path: Path) -> None:
+    if not _is_row(number, rows):
+        extent = f"has {rows} rows" if rows is not None else "has no negative rows"
+        raise UsageError(
+            f"{what} is id {number}, but the model's embedding {extent}",
+            path=path,
+            hint=f"pass --tokenizer DIR, the one the model was trained with, or {_OTHER_MODES}",
+        )
+
+
+def _is_row(number: int, rows: int | None) -> bool:
+    return number >= 0 and (rows is None or number < rows)
+
+
+def _sampling_flags(data: Mapping[str, Any]) -> list[str]:
+    if data.get("do_sample") is True:
+        return []
+    return [key for key, off in _SAMPLING_OFF.items() if data.get(key) not in (None, off)]
+
+
+def _written(data: Mapping[str, Any]) -> AssetFile:
+    return AssetFile(GENERATION_NAME, content=json_bytes(data))

@@ -1,0 +1,252 @@
+"""What model does a config describe? Names, shapes and the layout that ``save_pretrained`` writes.
+
+Owns the question and its answer, a :class:`ReferenceModel`; a child process (``child.py``) finds it
+with transformers, so that this process imports neither transformers nor torch for it. Asking starts the
+child and returns at once: the caller reads metadata meanwhile. An answer is kept for the life of the
+process. It must not know checkpoints, tensors' data or where a config came from.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Collection, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from ckpt_tools.errors import UsageError
+from ckpt_tools.hub.reference.process import ask
+from ckpt_tools.hub.reference.recipes import (
+    Computed,
+    Joined,
+    Live,
+    Recipe,
+    Shape,
+    Strided,
+    from_json,
+    leaves,
+)
+
+__all__ = [
+    "Answer",
+    "Computed",
+    "Joined",
+    "Live",
+    "LiveTensor",
+    "Recipe",
+    "ReferenceModel",
+    "SavedTensor",
+    "Strided",
+    "describe",
+    "leaves",
+    "start",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class LiveTensor:
+    """A tensor of the model in memory, as its ``state_dict`` names it."""
+
+    shape: Shape
+    kind: Literal["parameter", "buffer"]
+
+
+@dataclass(frozen=True, slots=True)
+class SavedTensor:
+    """A tensor of the directory that ``save_pretrained`` writes.
+
+    Attributes:
+        shape: sizes.
+        recipe: how it is made of live tensors; ``Live`` of a name where it is one of them.
+    """
+
+    shape: Shape
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class ReferenceModel:
+    """A model as transformers builds and saves it, without weights.
+
+    Attributes:
+        architecture: name of the model class.
+        model_type: the config's model type.
+        live: what ``state_dict()`` of the model in memory holds, in its order: parameters and
+            persistent buffers, tied names each for itself.
+        saved: what ``save_pretrained`` writes, in its order, under hub names.
+        tied: what it would also write, under hub names, for each of ``ties`` that was not tied.
+        ties: live names that it leaves out, each with the live name that it keeps in its place.
+        aliases: names that hub directories of this model may have instead, each with its live name.
+        ignored: live names that it never writes (``_keys_to_ignore_on_save``).
+        float32_under_bfloat16: live and hub names of what a model loaded in bf16 holds in fp32:
+            ``_keep_in_fp32_modules_strict``, and what its constructor makes in fp32.
+        float32_under_float16: the same for fp16, where ``_keep_in_fp32_modules`` counts too.
+        dispensable: live names that a directory may lack (``_keys_to_ignore_on_load_missing``).
+        passed_over: of ``like_names``, those that loading passes over in silence where the model has no
+            such tensor (``_keys_to_ignore_on_load_unexpected``).
+    """
+
+    architecture: str
+    model_type: str
+    live: Mapping[str, LiveTensor]
+    saved: Mapping[str, SavedTensor]
+    tied: Mapping[str, SavedTensor]
+    ties: Mapping[str, str]
+    aliases: Mapping[str, str]
+    ignored: frozenset[str]
+    float32_under_bfloat16: frozenset[str]
+    float32_under_float16: frozenset[str]
+    dispensable: frozenset[str] = frozenset()
+    passed_over: frozenset[str] = frozenset()
+
+    @cached_property
+    def hub_names(self) -> Mapping[str, str]:
+        """The hub name of each live tensor that is written as it is, tied ones included."""
+        hub = {**self.saved, **self.tied}
+        return {t.recipe.name: name for name, t in hub.items() if isinstance(t.recipe, Live)}
+
+    @cached_property
+    def hub_ties(self) -> Mapping[str, str]:
+        """``ties`` under hub names."""
+        names = self.hub_names
+        return {names.get(a, a): names.get(k, k) for a, k in self.ties.items()}
+
+
+class Answer:
+    """An answer that is being found."""
+
+    def __init__(self, future: Future[ReferenceModel | None]) -> None:
+        self._future = future
+
+    @property
+    def done(self) -> bool:
+        """Whether :meth:`result` returns or raises at once."""
+        return self._future.done()
+
+    def result(self) -> ReferenceModel | None:
+        """Wait for the answer; see :func:`describe` for what it is and what is raised."""
+        return self._future.result()
+
+
+_answers: dict[str, Answer] = {}
+_answers_lock = threading.Lock()
+
+
+def start(
+    config: Mapping[str, Any],
+    *,
+    like_names: Collection[str] | None = None,
+    code_dir: Path | None = None,
+    trust_remote_code: bool = False,
+) -> Answer:
+    """Begin to find what model ``config`` describes; :func:`describe` has the arguments."""
+    architecture = next(iter(config.get("architectures") or ()), None)
+    question = json.dumps(
+        {
+            "config": dict(config),
+            "architecture": architecture,
+            "like_names": None if like_names is None else sorted(like_names),
+            "code_dir": None if code_dir is None else str(code_dir.resolve()),
+            "trust_remote_code": trust_remote_code and code_dir is not None,
+        },
+        sort_keys=True,
+    )
+    with _answers_lock:
+        answer = _answers.get(question)
+        if answer is None:
+            answer = _answers[question] = Answer(Future())
+            if isinstance(architecture, str) and "model_type" in config:
+                # A daemon: a run that fails meanwhile does not wait for the child.
+                threading.Thread(target=_find, args=(question, answer._future), daemon=True).start()
+            else:
+                answer._future.set_result(None)
+    return answer
+
+
+def describe(
+    config: Mapping[str, Any],
+    *,
+    like_names: Collection[str] | None = None,
+    code_dir: Path | None = None,
+    trust_remote_code: bool = False,
+) -> ReferenceModel | None:
+    """What transformers says of the model that a finished ``config.json`` describes.
+
+    Args:
+        config: the config; its first architecture is the model class.
+        like_names: the tensor names of a directory that the model would be loaded from. The layout
+            is then the one that a model loaded from it is saved in; otherwise the one of a model
+            made from the config alone.
+        code_dir: the directory of the config, where custom code lies beside it.
+        trust_remote_code: whether custom code from ``code_dir`` may be run, in the child process.
+
+    Returns:
+        The answer, or None where transformers has no such model: custom code that is not trusted,
+        a model type or architecture that the installed version does not know.
+
+    Raises:
+        UsageError: transformers refuses the config.
+        CkptError: the child process failed.
+    """
+    return start(
+        config, like_names=like_names, code_dir=code_dir, trust_remote_code=trust_remote_code
+    ).result()
+
+
+def _find(question: str, future: Future[ReferenceModel | None]) -> None:
+    try:
+        future.set_result(_parsed(ask(f"{__name__}.child", question)))
+    except BaseException as error:
+        future.set_exception(error)
+
+
+def _parsed(answer: Mapping[str, Any]) -> ReferenceModel | None:
+    if "invalid" in answer:
+        raise UsageError(
+            f"transformers cannot build a model from the config: {answer['invalid']}",
+            hint="Pass the config that the model was trained with, --config FILE.",
+        )
+    if "unknown" in answer:
+        return None
+    model = answer["model"]
+    live = {
+        name: LiveTensor(tuple(shape), "parameter" if is_parameter else "buffer")
+        for name, (shape, is_parameter) in model["live"].items()
+    }
+    ties = model["ties"]
+    saved: dict[str, SavedTensor] = {}
+    tied: dict[str, SavedTensor] = {}
+    for name, (shape, form) in model["saved"].items():
+        recipe = from_json(form)
+        is_tied = any(isinstance(leaf, Live) and leaf.name in ties for leaf in leaves(recipe))
+        (tied if is_tied else saved)[name] = SavedTensor(tuple(shape), recipe)
+    return ReferenceModel(
+        architecture=model["architecture"],
+        model_type=model["model_type"],
+        live=live,
+        saved=saved,
+        tied=tied,
+        ties=ties,
+        aliases=model["aliases"],
+        ignored=frozenset(model["ignored"]),
+        float32_under_bfloat16=_both_names(model["float32_under_bfloat16"], {**saved, **tied}),
+        float32_under_float16=_both_names(model["float32_under_float16"], {**saved, **tied}),
+        dispensable=frozenset(model["dispensable"]),
+        passed_over=frozenset(model["passed_over"]),
+    )
+
+
+def _both_names(live: list[str], saved: Mapping[str, SavedTensor]) -> frozenset[str]:
+    """The live names, and the hub names of tensors that are made of nothing else."""
+    names = set(live)
+    made = {
+        name
+        for name, tensor in saved.items()
+        if all(isinstance(leaf, Live) and leaf.name in names for leaf in leaves(tensor.recipe))
+    }
+    # A hub name that is the live name of something else would say too much.
+    others = {name for name, tensor in saved.items() if name not in made}
+    return frozenset((names | made) - others)

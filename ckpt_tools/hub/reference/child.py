@@ -1,0 +1,239 @@
+"""The child process: asks transformers what model a config describes, and prints the answer as JSON.
+
+Owns every use of transformers' modeling code. It runs apart because that code takes seconds and
+megabytes to import and imports accelerate and peft where they are installed; here they are made to look
+absent. The model is built on the meta device, so nothing depends on its size, and no code outside
+transformers runs unless the question says so. It must not read tensor data or know of checkpoints.
+
+Reads one JSON object on standard input, prints one on standard output; whatever libraries print goes
+to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from ckpt_tools.hub.reference.recipes import to_json
+
+# Not needed to build a model, and slow or forbidden to import.
+_ABSENT = ("accelerate", "peft", "deepspeed", "sklearn", "tensorflow", "flax")
+
+
+def main() -> None:
+    """Answer the question on standard input."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    question = json.load(sys.stdin)
+    for name in _ABSENT:
+        sys.modules[name] = None  # type: ignore[assignment]
+    json.dump(_answer(question), answers)
+    answers.close()
+
+
+def _answer(question: Mapping[str, Any]) -> dict[str, Any]:
+    from transformers.utils import logging
+
+    log: Any = logging
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    config = dict(question["config"])
+    # Weights that training saved are not quantized, and placement needs no quantizer either.
+    config.pop("quantization_config", None)
+    try:
+        found = find_classes(config, question)
+    except Exception as error:
+        return {"invalid": f"{type(error).__name__}: {error}"}
+    if found is None:
+        return {"unknown": True}
+    model_class, parsed = found
+    try:
+        model = build_on_meta(model_class, parsed)
+    except Exception as error:
+        return {"invalid": f"{type(error).__name__}: {error}"}
+    return {"model": _describe(model, question["like_names"])}
+
+
+def find_classes(config: dict[str, Any], question: Mapping[str, Any]) -> tuple[Any, Any] | None:
+    """The model class and the parsed config, None where transformers has no such class."""
+    import transformers
+
+    architecture, model_type = question["architecture"], config["model_type"]
+    # Imports torch only where there is such a class.
+    model_class = getattr(transformers, architecture, None)
+    if model_class is None and not question["trust_remote_code"]:
+        return None
+    from transformers import PreTrainedModel
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if isinstance(model_class, type) and issubclass(model_class, PreTrainedModel):
+        config_class: Any = model_class.config_class
+        if config_class.model_type != model_type:
+            if model_type not in CONFIG_MAPPING:
+                return None
+            config_class = CONFIG_MAPPING[model_type]
+        # Infinity and NaN are tagged objects in the file.
+        return model_class, config_class.from_dict(config_class._decode_special_floats(config))
+    if not question["trust_remote_code"]:
+        return None
+    return _custom_classes(architecture, config, question["code_dir"])
+
+
+def _custom_classes(
+    architecture: str, config: dict[str, Any], code_dir: str
+) -> tuple[Any, Any] | None:
+    """The classes that the files beside the config define; only asked for on explicit request."""
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    places = config.get("auto_map") or {}
+    place = next((v for v in places.values() if str(v).endswith(f".{architecture}")), None)
+    if place is None or "AutoConfig" not in places:
+        return None
+    config_class: Any = get_class_from_dynamic_module(places["AutoConfig"], code_dir)
+    return get_class_from_dynamic_module(place, code_dir), config_class.from_dict(config)
+
+
+def build_on_meta(model_class: Any, config: Any) -> Any:
+    """The model without weights; what it creates in fp32 under a 16-bit default stays apparent."""
+    import torch
+    from transformers import initialization
+
+    config._attn_implementation = "eager"
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with (
+            torch.device("meta"),
+            initialization.no_init_weights(),
+            initialization.meta_device_safe_creation_ops(),
+        ):
+            model = model_class(config)
+    finally:
+        torch.set_default_dtype(default)
+    model.tie_weights()
+    return model
+
+
+def _describe(model: Any, like_names: Collection[str] | None) -> dict[str, Any]:
+    from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+    state = model.state_dict()
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    ignored = [name for name in model._keys_to_ignore_on_save or () if name in state]
+    written = {name: tensor for name, tensor in state.items() if name not in ignored}
+    kept = remove_tied_weights_from_state_dict(dict(written), model)
+    names = {_storage(tensor): name for name, tensor in kept.items()}
+    ties = {name: names[_storage(written[name])] for name in written if name not in kept}
+    # Tied names with tensors of their own, to see what each would be saved as.
+    untied = {
+        name: tensor.new_empty(tensor.shape) if name in ties else tensor
+        for name, tensor in written.items()
+    }
+    saved = _saved(model, untied, None)
+    aliases: dict[str, str] = {}
+    if like_names is not None:
+        aliases = {hub: live for hub, (_, live) in saved.items() if isinstance(live, str)}
+        # What transformers would write after loading the directory is not always under its names:
+        # some of its renamings match names that they need not touch.
+        for conversions in (_conversions_used(model, like_names), []):
+            other = _saved(model, untied, conversions)
+            saved = min(other, saved, key=lambda s: len(_written(s, ties) ^ set(like_names)))
+    float32 = _kept_in_float32(model, state)
+    return {
+        "architecture": type(model).__name__,
+        "model_type": model.config.model_type,
+        "live": {name: [list(tensor.shape), name in parameters] for name, tensor in state.items()},
+        "saved": saved,
+        "aliases": aliases,
+        "ties": ties,
+        "ignored": ignored,
+        "dispensable": sorted(_matching_loads(model, "missing", state)),
+        "passed_over": sorted(_matching_loads(model, "unexpected", like_names or ())),
+        "float32_under_bfloat16": sorted(float32["bfloat16"]),
+        "float32_under_float16": sorted(float32["float16"]),
+    }
+
+
+def _saved(
+    model: Any, state: Mapping[str, Any], conversions: list[Any] | None
+) -> dict[str, tuple[list[int], Any]]:
+    """Shape and recipe of everything that ``save_pretrained`` makes of a state.
+
+    Args:
+        model: the model.
+        state: what of its state is written.
+        conversions: those that were used when it was loaded; None for a model made from its config.
+    """
+    import torch
+    from transformers.core_model_loading import revert_weight_conversion
+
+    from ckpt_tools.hub.reference.tracing import Tracer
+
+    model._weight_conversions = conversions
+    with torch.no_grad(), Tracer(state) as tracer:
+        # The conversion takes its input apart; the dict is a copy for it.
+        saved = revert_weight_conversion(model, dict(state))
+    return {
+        name: (list(tensor.shape), to_json(tracer.recipe(tensor))) for name, tensor in saved.items()
+    }
+
+
+def _written(saved: Mapping[str, tuple[list[int], Any]], ties: Mapping[str, str]) -> set[str]:
+    """The hub names of what is not left out because it is tied."""
+    return {name for name, (_, recipe) in saved.items() if str(recipe) not in ties}
+
+
+def _conversions_used(model: Any, names: Collection[str]) -> list[Any]:
+    """The conversions that loading a directory with these names would use and keep for saving."""
+    from transformers import core_model_loading as loading
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    conversions = get_model_conversion_mapping(model)
+    renamings = [c for c in conversions if isinstance(c, loading.WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, loading.WeightConverter)]
+    state = model.state_dict()
+    for name in sorted(names, key=loading.dot_natural_key):
+        loading.rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+    return [conversion for conversion in conversions if conversion.was_used()]
+
+
+def _kept_in_float32(model: Any, state: Mapping[str, Any]) -> dict[str, set[str]]:
+    """For each 16-bit dtype, the live names that a model loaded in it holds in fp32."""
+    import torch
+
+    created = {name for name, tensor in state.items() if tensor.dtype == torch.float32}
+    return {
+        str(dtype).removeprefix("torch."): created | _matching(model._get_dtype_plan(dtype), state)
+        for dtype in (torch.bfloat16, torch.float16)
+    }
+
+
+def _matching_loads(model: Any, kind: str, names: Iterable[str]) -> set[str]:
+    """Names that loading does not report as missing, or as unexpected."""
+    patterns = set(getattr(model, f"_keys_to_ignore_on_load_{kind}") or ())
+    if kind == "unexpected":
+        # Once saved with every model (`PreTrainedModel._adjust_missing_and_unexpected_keys`).
+        patterns |= {r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"}
+    return {name for name in names if any(re.search(pattern, name) for pattern in patterns)}
+
+
+def _matching(patterns: Iterable[str], names: Iterable[str]) -> set[str]:
+    from transformers.core_model_loading import build_glob_alternation
+
+    globs: list[Any] = list(patterns)
+    if not globs:
+        return set()
+    alternation, _, _ = build_glob_alternation(globs)
+    return {name for name in names if alternation.search(name)}
+
+
+def _storage(tensor: Any) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,283 @@
+"""The tokenizer and processor files, and the few facts that are read from them.
+
+Owns which files a tokenizer is made of, where it is found, and a small reader of token ids and chat
+templates that needs no transformers. Files are copied byte for byte and always from one directory:
+a tokenizer written anew by another version, or mixed from two, breaks silently. It must not know
+configs or generation. transformers is imported only for vocabularies in forms that are not read
+here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from ckpt_tools.errors import DamagedCheckpoint, MissingAsset
+from ckpt_tools.hub.custom_code import code_files
+from ckpt_tools.hub.files import AssetFile, read_json, read_object
+
+Role = Literal["eos", "bos", "pad"]
+
+# Any of these makes a directory one with a tokenizer: what AutoTokenizer can start from.
+_VOCABULARIES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tekken.json",
+    "vocab.json",
+    "vocab.txt",
+    "tokenizer.model*",
+    "spiece.model",
+    "sentencepiece*.model",
+    "spm*.model",
+    "*.tiktoken",
+    "*.spm",
+    "bpe.codes",
+    "prophetnet.tokenizer",
+)
+# What lies beside a vocabulary: merges and tables of single tokenizers, special tokens, templates.
+_BESIDE_VOCABULARY = (
+    "*.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "vocab.bpe",
+    "encoder.json",
+    "dict.txt",
+    "emoji.json",
+    "entity_vocab.json",
+    "target_vocab.json",
+    "vocab-src.json",
+    "vocab-tgt.json",
+    "byte_maps.json",
+    "normalizer.json",
+    "word_shape.json",
+    "word_pronunciation.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+)
+_PROCESSORS = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "audio_tokenizer_config.json",
+)
+_WITH_AUTO_MAP = ("tokenizer_config.json", *_PROCESSORS)
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """The tokenizer of one directory.
+
+    Attributes:
+        directory: where its files lie.
+    """
+
+    directory: Path
+
+    @cached_property
+    def files(self) -> tuple[AssetFile, ...]:
+        """Every file of the tokenizer and its processor, and their custom code.
+
+        Raises:
+            MissingAsset: custom code that is named is not there.
+            DamagedCheckpoint: a JSON file that must be read is damaged.
+        """
+        patterns = (*_VOCABULARIES, *_BESIDE_VOCABULARY, *_PROCESSORS)
+        return _copies(self.directory, patterns)
+
+    @cached_property
+    def chat_template(self) -> str | None:
+        """The default chat template, as transformers would choose it.
+
+        Raises:
+            DamagedCheckpoint: a file that holds templates is damaged.
+        """
+        jinja = self.directory / "chat_template.jinja"
+        if jinja.is_file():
+            return jinja.read_text(encoding="utf-8", errors="replace")
+        template = self._settings.get("chat_template")
+        if template is None:
+            template = self._object("chat_template.json").get("chat_template")
+        if isinstance(template, list):
+            items = [item for item in template if isinstance(item, dict)]
+            named = {item.get("name"): item.get("template") for item in items}
+            template = named.get("default", next(iter(named.values()), None))
+        return template if isinstance(template, str) else None
+
+    def special(self, role: Role) -> str | None:
+        """The text of the end, begin or padding token, or None when the tokenizer names none.
+
+        Raises:
+            DamagedCheckpoint: a file that names it is damaged.
+        """
+        for place in (self._settings, self._object("special_tokens_map.json")):
+            token = place.get(f"{role}_token")
+            text = token.get("content") if isinstance(token, dict) else token
+            if isinstance(text, str):
+                return text
+        return None
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token by its exact text, or None when the tokenizer does not have it.
+
+        Raises:
+            DamagedCheckpoint: two files give the token different ids, or a file is damaged.
+            MissingAsset: the vocabulary is of a form that only transformers reads, and it cannot.
+        """
+        found = {name: ids[token] for name, ids in self._vocabularies.items() if token in ids}
+        if len(set(found.values())) > 1:
+            listed = ", ".join(f"{number} in {name}" for name, number in found.items())
+            raise DamagedCheckpoint(
+                f"token {token} has more than one id: {listed}",
+                path=self.directory,
+                hint="pass --tokenizer DIR, the tokenizer that the model was trained with",
+            )
+        if found:
+            return next(iter(found.values()))
+        if "tokenizer.json" in self._vocabularies:
+            return None
+        return self._ids_by_transformers.get(token)
+
+    @cached_property
+    def id_count(self) -> int | None:
+        """One more than the highest id of a ``tokenizer.json``; None for other vocabularies.
+
+        Raises:
+            DamagedCheckpoint: a vocabulary file is damaged.
+        """
+        if "tokenizer.json" not in self._vocabularies:
+            return None
+        ids = (number for ids in self._vocabularies.values() for number in ids.values())
+        return max(ids, default=-1) + 1
+
+    @cached_property
+    def _settings(self) -> dict[str, Any]:
+        return self._object("tokenizer_config.json")
+
+    def _object(self, name: str) -> dict[str, Any]:
+        path = self.directory / name
+        return read_object(path) if path.is_file() else {}
+
+    @cached_property
+    def _vocabularies(self) -> Mapping[str, Mapping[str, int]]:
+        """Token to id, for each file that says so in plain JSON."""
+        tables: dict[str, Mapping[str, int]] = {}
+        path = self.directory / "tokenizer.json"
+        if path.is_file():
+            tables["tokenizer.json"] = _fast_vocabulary(path)
+        tables["tokenizer_config.json"] = _added(self._settings.get("added_tokens_decoder"))
+        tables["added_tokens.json"] = _numbers(self._object("added_tokens.json"))
+        return tables
+
+    @cached_property
+    def _ids_by_transformers(self) -> Mapping[str, int]:
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(self.directory), local_files_only=True, trust_remote_code=False
+            )
+            vocabulary: Mapping[str, int] = tokenizer.get_vocab()
+        except Exception as error:  # transformers raises whatever the backend at hand raises
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise MissingAsset(
+                f"the vocabulary cannot be read without code from the tokenizer or a missing"
+                f" package: {reason}",
+                path=self.directory,
+                hint="pass --tokenizer DIR with a tokenizer.json, or --generation-config none|FILE",
+            ) from error
+        return vocabulary
+
+
+def find_tokenizer(named: Path | None, places: tuple[Path, ...]) -> Tokenizer | None:
+    """The tokenizer that was named, or the first one among the places; None when there is none.
+
+    Args:
+        named: ``--tokenizer``.
+        places: directories to look in, in order.
+
+    Raises:
+        MissingAsset: ``named`` is not a directory with a tokenizer.
+    """
+    if named is None:
+        return next((Tokenizer(place) for place in places if _has_any(place, _VOCABULARIES)), None)
+    if not named.is_dir():
+        raise MissingAsset(
+            "--tokenizer is not a directory",
+            path=named,
+            hint="pass the directory on this machine that holds tokenizer.json (not a Hub name)",
+        )
+    if not _has_any(named, _VOCABULARIES):
+        raise MissingAsset(
+            "--tokenizer holds no tokenizer",
+            path=named,
+            hint="pass a directory with tokenizer.json, tokenizer_config.json or tokenizer.model",
+        )
+    return Tokenizer(named)
+
+
+def processor_files(places: tuple[Path, ...]) -> tuple[AssetFile, ...]:
+    """Processor files of the first place that has any: a model of images alone has no tokenizer.
+
+    Raises:
+        MissingAsset: custom code that is named is not there.
+        DamagedCheckpoint: a processor file is damaged.
+    """
+    place = next((place for place in places if _has_any(place, _PROCESSORS)), None)
+    return () if place is None else _copies(place, _PROCESSORS)
+
+
+def _has_any(directory: Path, patterns: tuple[str, ...]) -> bool:
+    return next(_matches(directory, patterns), None) is not None
+
+
+def _matches(directory: Path, patterns: tuple[str, ...]) -> Any:
+    return (path for pattern in patterns for path in directory.glob(pattern) if path.is_file())
+
+
+def _copies(directory: Path, patterns: tuple[str, ...]) -> tuple[AssetFile, ...]:
+    files: dict[PurePosixPath, AssetFile] = {}
+    for path in _matches(directory, patterns):
+        name = PurePosixPath(path.relative_to(directory).as_posix())
+        files[name] = AssetFile(str(name), source=path)
+        if str(name) in _WITH_AUTO_MAP:
+            hint = f"put it there, or remove auto_map from {name}"
+            for code in code_files(read_object(path).get("auto_map"), directory, hint=hint):
+                files[PurePosixPath(code.name)] = code
+    return tuple(files[name] for name in sorted(files))
+
+
+def _fast_vocabulary(path: Path) -> dict[str, int]:
+    """Token to id from a ``tokenizer.json``; tokens added later win, as in tokenizers."""
+    data = read_json(path)
+    try:
+        vocabulary = data["model"]["vocab"]
+        if isinstance(vocabulary, list):  # Unigram: a list of pieces with their scores
+            vocabulary = {piece[0]: number for number, piece in enumerate(vocabulary)}
+        added = {token["content"]: token["id"] for token in data.get("added_tokens") or ()}
+        return _numbers({**vocabulary, **added})
+    except (KeyError, TypeError, IndexError) as error:
+        raise DamagedCheckpoint(
+            "is not a tokenizer: it has no vocabulary where the tokenizers library keeps it",
+            path=path,
+            hint="restore the file from where the model came from, or pass --tokenizer DIR",
+        ) from error
+
+
+def _added(decoder: Any) -> dict[str, int]:
+    """Token to id from ``added_tokens_decoder``, which is keyed by the id as text."""
+    entries = decoder.items() if isinstance(decoder, dict) else ()
+    return {
+        token["content"]: int(number)
+        for number, token in entries
+        if isinstance(token, dict) and isinstance(token.get("content"), str) and number.isdecimal()
+    }
+
+
+def _numbers(table: Mapping[str, Any]) -> dict[str, int]:
+    """The entries that are ids; whatever else a damaged or foreign file holds is no id."""
+    return {token: number for token, number in table.items() if isinstance(number, int)}

@@ -1,0 +1,1 @@
+"""The state of one model: which copy, which adapter, what is merged, how it fits the config."""

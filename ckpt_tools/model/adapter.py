@@ -1,0 +1,211 @@
+"""An adapter in a state: its tensors, what they adapt, and the config that goes with them.
+
+Owns what extracting and merging both need to know of an adapter before any data moves. A directory that
+PEFT wrote is read into the same form as a training checkpoint: a state with the adapter's name in its
+names. Knows states, names and configs; knows no output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from ckpt_tools.errors import DamagedCheckpoint, MissingAsset, UsageError
+from ckpt_tools.hub.adapter_config import (
+    NAME,
+    AdapterConfig,
+    Evidence,
+    check,
+    find_adapter_config,
+    infer,
+)
+from ckpt_tools.model.state import State
+from ckpt_tools.readers.containers.weight_files import entry_points, read_weight_files
+from ckpt_tools.tensors.catalogue import Catalogue, Shape, Tensor
+from ckpt_tools.tensors.dtypes import DType
+from ckpt_tools.transforms.lora import (
+    AdaptedNames,
+    Part,
+    adapted_names,
+    listed,
+    plain_name,
+    with_adapter_name,
+)
+from ckpt_tools.transforms.lora_targets import Factors, Target, factors, find_targets
+
+_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One adapter of a state.
+
+    Attributes:
+        name: its name.
+        state: the state that holds it.
+        names: the names of the state, sorted.
+        base: shapes of the base by plain name; of another model than the state's where that has none.
+    """
+
+    name: str
+    state: State
+    names: AdaptedNames
+    base: Mapping[str, Shape]
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Its tensors."""
+        return self.names.adapters[self.name]
+
+    @cached_property
+    def pairs(self) -> dict[str, Factors]:
+        """Its LoRA factors, by wrapper."""
+        return factors(self.parts)
+
+    @cached_property
+    def targets(self) -> dict[str, Target]:
+        """What each pair adapts."""
+        catalogue = self.state.catalogue
+        shapes = {
+            name: catalogue[name].shape for pair in self.pairs.values() for name in pair.names
+        }
+        return find_targets(self.pairs, shapes, self.base)
+
+    def refuse_empty(self) -> None:
+        """Raise DamagedCheckpoint if one of its tensors has no elements."""
+        empty = [part.name for part in self.parts if not self.state.catalogue[part.name].numel]
+        if empty:
+            raise DamagedCheckpoint(
+                f"{len(empty)} tensors of adapter {self.name!r} are empty: {listed(empty)}",
+                hint="They were saved without being gathered from their ranks; use the ZeRO checkpoint "
+                "itself, which holds them whole.",
+            )
+
+    def configured(
+        self,
+        named: Path | None,
+        search: Sequence[Path],
+        architecture: str | None,
+        base_model: str | None,
+    ) -> AdapterConfig:
+        """Its config: the one found, checked against the tensors, or one inferred from them.
+
+        Args:
+            named: ``--adapter-config``.
+            search: where to look otherwise.
+            architecture: class of the base model, where known.
+            base_model: what the base model is called, where known.
+
+        Raises:
+            MissingAsset: there is none, and the tensors do not determine one.
+            UsageError: the one found is of another adapter.
+        """
+        alone = len(self.names.adapters) == 1
+        found = find_adapter_config(named, search, self.name, alone=alone)
+        if found is not None:
+            if found.is_lora and self.pairs:
+                check(found, self._ranks(found))
+            return found
+        if any(not part.is_lora and not part.replaces for part in self.parts) or not self.pairs:
+            kinds = {part.container for part in self.parts if not part.is_lora}
+            raise MissingAsset(
+                f"no {NAME} of adapter {self.name!r} was found, and only that of a LoRA can be inferred "
+                f"(it has {listed(sorted(kinds))})",
+                hint=f"pass --adapter-config FILE|DIR, the {NAME} of the training run",
+            )
+        return infer(self._evidence(), architecture, base_model)
+
+    def _ranks(self, config: AdapterConfig) -> dict[str, int]:
+        """``r`` by key; without the base the rank of stacked experts is not in the shapes."""
+        parameters = config.data.get("target_parameters")
+        return {
+            target.key: target.rank
+            for target in self.targets.values()
+            if target.weight is not None or not parameters
+        }
+
+    def _evidence(self) -> Evidence:
+        targets = self.targets
+        wrapped = {module for module in self.pairs if ".base_layer" in module}
+        if wrapped and not all(targets[module].is_parameter for module in wrapped):
+            raise MissingAsset(
+                "the adapter is of single parameters, and without the base their names are unknown",
+                hint=f"pass --adapter-config FILE|DIR, the {NAME} of the training run",
+            )
+        plain = [(plain_name(inner), name) for name, inner in self.names.base.items()]
+        matrices = [module for module, t in targets.items() if not self.pairs[module].embedding]
+        ways = {targets[m].transposed for m in matrices if not targets[m].is_parameter}
+        return Evidence(
+            ranks={target.key: target.rank for target in targets.values()},
+            parameters=frozenset(t.key for t in targets.values() if t.is_parameter),
+            modules=frozenset(n.removesuffix(".weight") for n, _ in plain if n.endswith(".weight")),
+            replaced=tuple(dict.fromkeys(p.module for p in self.parts if p.replaces)),
+            dora=frozenset(targets[m].key for m, p in self.pairs.items() if p.magnitude),
+            biased_factors=frozenset(targets[m].key for m, p in self.pairs.items() if p.bias),
+            bias=self._bias(),
+            transposed=ways.pop() if len(ways) == 1 and self.base else None,
+        )
+
+    def _bias(self) -> str | None:
+        """Which biases of the base were trained, where the checkpoint tells."""
+        biases = {name for name, inner in self.names.base.items() if inner.endswith(".bias")}
+        if not biases:
+            return "none"
+        if "frozen" not in self.state.kinds.values():
+            return None
+        trained = {name for name in biases if self.state.kinds.get(name) == "parameter"}
+        wrapped = {f"{module}.base_layer.bias" for module in self.pairs}
+        of_lora = {name for name in biases if self.names.base[name] in wrapped}
+        known = {
+            frozenset[str](): "none",
+            frozenset(of_lora): "lora_only",
+            frozenset(biases): "all",
+        }
+        return known.get(frozenset(trained)) if trained else "none"
+
+
+def base_shapes(catalogue: Catalogue, names: AdaptedNames) -> dict[str, Shape]:
+    """Shapes of the base by plain name."""
+    return {plain: catalogue[name].shape for name, plain in names.plain.items()}
+
+
+def state_names(state: State) -> AdaptedNames:
+    """The names of a state, second names included, sorted into adapters and base."""
+    return adapted_names([*state.catalogue, *state.catalogue.ties])
+
+
+def trained_dtype(state: State, name: str) -> DType:
+    """The dtype that a tensor had in the model, be ``name`` its first or second."""
+    return state.dtypes[state.catalogue.ties.get(name, name)]
+
+
+def read_adapter_directory(directory: Path, adapter: str) -> tuple[State, AdapterConfig]:
+    """The state and config of a directory that PEFT wrote.
+
+    Args:
+        directory: the directory.
+        adapter: the name to give the adapter.
+
+    Raises:
+        MissingAsset: weights or config are not there.
+        DamagedCheckpoint: a file is truncated.
+    """
+    entry = next((directory / n for n in entry_points(_WEIGHTS) if (directory / n).is_file()), None)
+    config = find_adapter_config(None, [directory], adapter, alone=True)
+    if entry is None or config is None:
+        raise MissingAsset(
+            f"it holds no {_WEIGHTS[0]}" if entry is None else f"it holds no {NAME}",
+            path=directory,
+            hint="pass --adapter-dir a directory that PEFT's save_pretrained wrote",
+        )
+    held = read_weight_files(entry)
+    tensors: dict[str, Tensor] = {
+        with_adapter_name(name, adapter): tensor for name, tensor in held.tensors.items()
+    }
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+    state = State(Catalogue(tensors), dtypes, dict.fromkeys(tensors, "parameter"))
+    if adapter not in state_names(state).adapters:
+        raise UsageError("it holds no tensor of an adapter", path=entry)
+    return state, config

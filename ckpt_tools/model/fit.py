@@ -1,0 +1,248 @@
+"""Fits a state to the model that its config describes: names, shapes, ties, and nothing missing.
+
+Owns the questions that need both the tensors and the model: which tied names are written, which tensors
+the model has and the state has not, and whether the config is of this model at all. What a model has is
+found by :mod:`ckpt_tools.hub.reference`, from the config alone. Knows no format and writes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from ckpt_tools.errors import DamagedCheckpoint, UsageError
+from ckpt_tools.hub import ConfigSource
+from ckpt_tools.hub.config import finish
+from ckpt_tools.hub.reference import Answer, ReferenceModel, start
+from ckpt_tools.tensors.catalogue import Catalogue, Tensor
+from ckpt_tools.tensors.compare import first_difference
+from ckpt_tools.tensors.dtypes import BFLOAT16, FLOAT16, DType
+from ckpt_tools.tensors.gather import Gatherer
+from ckpt_tools.transforms.hub_layout import HubLayout, hub_layout
+from ckpt_tools.transforms.lora import is_adapted
+from ckpt_tools.transforms.ties import settle_ties
+
+_SHOWN = 6
+_UNKNOWN = (
+    "transformers has no such model (custom code?): names, shapes and completeness were not checked"
+)
+_UNTIED = (
+    "{} is tied in the config but holds values of its own: both are written, and "
+    "tie_word_embeddings becomes false"
+)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A state that is the model's, name for name.
+
+    Attributes:
+        catalogue: what to write, under the names to write it.
+        untied: names that the config ties and that hold values of their own.
+        notes: what was decided.
+        warnings: what to look at.
+    """
+
+    catalogue: Catalogue
+    untied: tuple[str, ...]
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    @classmethod
+    def unchecked(cls, catalogue: Catalogue) -> Fitted:
+        """The state as it is."""
+        notes = tuple(
+            f"{a} shares its values with {k}, which is written" for a, k in catalogue.ties.items()
+        )
+        return cls(catalogue, (), notes, ())
+
+
+def fit_to_model(
+    catalogue: Catalogue,
+    config: ConfigSource,
+    extra: Catalogue | None,
+    dtype: DType,
+    *,
+    trust: bool = False,
+) -> Fitted:
+    """Make the state fit the model of ``config``.
+
+    Args:
+        catalogue: the state, wrappers stripped, in the dtypes of the output.
+        config: the model's config.
+        extra: tensors to take where the state lacks them (``--like``).
+        dtype: dtype of the output as a whole.
+        trust: whether custom code beside the config may be run, in a process of its own.
+
+    Raises:
+        UsageError: the config is of another model.
+        DamagedCheckpoint: tensors of the model are missing.
+    """
+    like = None if extra is None else set(extra)
+    reference = _ask(catalogue, config, dtype, like, trust=trust, untied=False).result()
+    if reference is None:
+        fitted = Fitted.unchecked(catalogue)
+        return Fitted(fitted.catalogue, (), fitted.notes, (_UNKNOWN,))
+    layout = hub_layout(catalogue, reference)
+    known = {**reference.saved, **reference.tied}
+    settled = settle_ties(layout.catalogue, reference.hub_ties, known, _equal)
+    if settled.untied:
+        reference = (
+            _ask(catalogue, config, dtype, like, trust=trust, untied=True).result() or reference
+        )
+    tensors = dict(settled.catalogue.items())
+    lacking = [name for name in reference.saved if name not in tensors]
+    taken = {name: extra[name] for name in lacking if name in extra} if extra is not None else {}
+    tensors |= taken
+    missing = [name for name in lacking if name not in tensors]
+    surplus = [name for name in tensors if name not in reference.saved]
+    if missing:
+        raise _incomplete(missing, surplus, tensors, reference, config)
+    ordered = {name: tensors[name] for name in (*reference.saved, *surplus)}
+    warnings = [
+        *(_UNTIED.format(name) for name in settled.untied),
+        *_shape_warnings(tensors, reference, config),
+        *_rounded(ordered, reference, dtype),
+    ]
+    if taken:
+        warnings.append(f"the checkpoint lacks these, taken from --like: {_listed([*taken])}")
+    if surplus:
+        warnings.append(f"not of the config's model, written all the same: {_listed(surplus)}")
+    # A checkpoint may have dropped second names itself, as Accelerate does: that makes no other output.
+    ties = {alias: kept for alias, kept in reference.hub_ties.items() if alias not in ordered}
+    notes = _notes(layout, {**ties, **settled.catalogue.ties}, settled.duplicated)
+    return Fitted(Catalogue(ordered), settled.untied, tuple(notes), tuple(warnings))
+
+
+def _notes(layout: HubLayout, ties: Mapping[str, str], duplicated: Sequence[str]) -> list[str]:
+    notes = []
+    if layout.renamed:
+        old, new = next(iter(layout.renamed.items()))
+        notes.append(f"{len(layout.renamed)} tensors got their hub names, such as {new} ({old})")
+    if layout.converted:
+        new, parts = next(iter(layout.converted.items()))
+        notes.append(
+            f"{len(layout.converted)} tensors were brought into the hub's layout, such as {new} "
+            f"(from {_listed(parts, 2)})"
+        )
+    if layout.ignored:
+        notes.append(f"left out, as save_pretrained does: {_listed(layout.ignored)}")
+    notes += [f"{alias} is tied to {kept} and left out" for alias, kept in ties.items()]
+    notes += [
+        f"{name} is tied in training but not in the config; written twice" for name in duplicated
+    ]
+    return notes
+
+
+def anticipate(
+    catalogue: Catalogue,
+    config: ConfigSource,
+    extra: Catalogue | None,
+    dtype: DType,
+    *,
+    trust: bool = False,
+) -> None:
+    """Have the question that :func:`fit_to_model` will ask answered in the background.
+
+    The answer takes seconds, in a process of its own; the caller has other things to do meanwhile.
+    """
+    like = None if extra is None else set(extra)
+    _ask(catalogue, config, dtype, like, trust=trust, untied=False)
+
+
+def _ask(
+    catalogue: Catalogue,
+    config: ConfigSource,
+    dtype: DType,
+    like: Collection[str] | None,
+    *,
+    trust: bool,
+    untied: bool,
+) -> Answer:
+    shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in catalogue.items()}
+    return start(
+        finish(config, shapes, dtype=dtype, untied=untied).data,
+        like_names=like,
+        code_dir=config.path.parent if trust else None,
+        trust_remote_code=trust,
+    )
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    if a.dtype != b.dtype:
+        return False
+    with Gatherer() as gatherer:
+        return first_difference(gatherer, a, b) is None
+
+
+def _listed(names: Sequence[str], shown: int = _SHOWN) -> str:
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
+
+
+def _incomplete(
+    missing: Sequence[str],
+    surplus: Sequence[str],
+    tensors: Mapping[str, Tensor],
+    reference: ReferenceModel,
+    config: ConfigSource,
+) -> UsageError | DamagedCheckpoint:
+    """Another model's config where hardly a name fits; otherwise tensors that were left out."""
+    if is_adapted(surplus):
+        return UsageError(
+            f"the checkpoint is of a LoRA model ({_listed([n for n in surplus if '.lora_' in n])})",
+            path=config.path,
+            hint="extract-lora writes the adapter, merge-lora the model with the adapter merged; "
+            "--weights-only writes the tensors under the names that they have.",
+        )
+    if len(missing) == len(reference.saved) or len(surplus) > len(tensors) // 2:
+        tops = sorted({name.split(".")[0] for name in tensors})
+        return UsageError(
+            f"the config describes {reference.architecture}, whose tensors are called "
+            f"{_listed(missing[:2])}; those of the checkpoint are called {_listed(surplus[:2])}",
+            path=config.path,
+            hint=f"Top-level attributes of the checkpoint: {', '.join(tops)}. Pass the config of the "
+            "model that was trained, write one attribute with extract-attr, or pass --weights-only "
+            "to write the tensors under these names.",
+        )
+    return DamagedCheckpoint(
+        f"{len(missing)} tensors of {reference.architecture} are not in the checkpoint: "
+        f"{_listed(missing, 50)}",
+        path=config.path,
+        missing=missing,
+        hint="Frozen parameters are left out when a run saves with exclude_frozen_parameters. "
+        "--like DIR takes them from a Hugging Face directory of the base model.",
+    )
+
+
+def _shape_warnings(
+    tensors: Mapping[str, Tensor], reference: ReferenceModel, config: ConfigSource
+) -> list[str]:
+    """Tensors whose axes stand in another order; any other shape is an error."""
+    turned = []
+    for name, saved in reference.saved.items():
+        shape = tensors[name].shape
+        if shape == saved.shape:
+            continue
+        if sorted(shape) != sorted(saved.shape):
+            raise UsageError(
+                f"its shape is {shape}, but the config describes {saved.shape}",
+                path=config.path,
+                tensor=name,
+                hint="Pass the config of the model that was trained (--config FILE|DIR).",
+            )
+        turned.append(name)
+    if not turned:
+        return []
+    return [f"the axes of these stand in another order than the model's: {_listed(turned)}"]
+
+
+def _rounded(tensors: Mapping[str, Tensor], reference: ReferenceModel, dtype: DType) -> list[str]:
+    """What is written in 16 bits although the model computes with it in fp32."""
+    kept = {BFLOAT16: reference.float32_under_bfloat16, FLOAT16: reference.float32_under_float16}
+    names = [n for n in kept.get(dtype, ()) if n in tensors and tensors[n].dtype == dtype]
+    if not names:
+        return []
+    return [
+        f"the model keeps these in float32, they are written in {dtype}: {_listed(sorted(names))}"
+    ]

@@ -1,0 +1,279 @@
+"""The state of a merged model: an adapter's updates put into the base, name by name.
+
+Owns which tensor of the base meets which of the adapter, and the account of it: every pair is used,
+every target changes, or the merge is refused. The arithmetic is in
+:mod:`ckpt_tools.transforms.merge`. Knows states and adapters; knows no output and moves no data but to
+see that no factor is all zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from ckpt_tools.errors import DamagedCheckpoint, MissingAsset, UnsupportedLayout, UsageError
+from ckpt_tools.hub.adapter_config import AdapterConfig
+from ckpt_tools.model.adapter import Adapter, state_names, trained_dtype
+from ckpt_tools.model.state import DTypeChoice, State
+from ckpt_tools.tensors.catalogue import Catalogue, Tensor
+from ckpt_tools.tensors.checkpoint import Kind
+from ckpt_tools.tensors.derived import cast
+from ckpt_tools.tensors.dtypes import DType
+from ckpt_tools.tensors.gather import load
+from ckpt_tools.transforms.lora import choose_adapter, listed, plain_name
+from ckpt_tools.transforms.lora_targets import Factors, Target
+from ckpt_tools.transforms.merge import Merged, MergedBias, merged_experts, with_rows
+
+_TOKENS = "trainable_tokens_delta"
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A tensor of the base, with its training dtype and kind."""
+
+    tensor: Tensor
+    dtype: DType
+    kind: Kind
+
+
+def merged_state(
+    states: Sequence[State],
+    *,
+    adapter_state: State | None,
+    adapter: str | None,
+    configure: Callable[[Adapter], AdapterConfig],
+    dtype: DTypeChoice,
+) -> State:
+    """The state of the base with an adapter merged into it.
+
+    The values that are merged are those that the model trained with: masters are cast to the training
+    dtype first. With ``fp32`` and ``keep`` they are taken as they lie.
+
+    Args:
+        states: the checkpoint, and perhaps a base model to take what it lacks from.
+        adapter_state: the state that holds the adapter, if it is not the checkpoint.
+        adapter: its name, where there are several.
+        configure: finds the adapter's config.
+        dtype: the dtype of the output.
+
+    Raises:
+        DamagedCheckpoint: a pair is incomplete, or the base lacks its target.
+        UsageError: a target would stay as it is, or the adapter is not LoRA.
+    """
+    state, *others = states
+    base, ties = _base(state, others)
+    source = state if adapter_state is None else adapter_state
+    names = state_names(source)
+    shapes = {name: held.tensor.shape for name, held in base.items()}
+    shapes |= {a: shapes[k] for a, k in ties.items() if k in shapes}
+    chosen = Adapter(choose_adapter(names, adapter), source, names, shapes)
+    chosen.refuse_empty()
+    config = configure(chosen)
+    _refuse_other_tuners(chosen, config)
+    as_trained = dtype not in ("fp32", "keep")
+
+    def taken(name: str) -> Tensor:
+        tensor = source.catalogue[name]
+        return cast(tensor, trained_dtype(source, name)) if as_trained else tensor
+
+    def original(name: str) -> _Held:
+        held = base[ties.get(name, name)]
+        return replace(held, tensor=cast(held.tensor, held.dtype)) if as_trained else held
+
+    changed = _replaced(chosen, taken, from_directory=adapter_state is not None)
+    for pair in chosen.pairs.values():
+        target = chosen.targets[pair.module]
+        if target.weight is None:
+            raise _no_target(target, bool(others))
+        held = changed.get(target.weight) or original(target.weight)
+        merged = _merge(held.tensor, pair, target, config, taken)
+        changed[target.weight] = replace(held, tensor=merged)
+        if pair.bias is not None:
+            name = f"{target.key}.bias"
+            if name not in base and name not in ties:
+                raise UnsupportedLayout(
+                    f"{target.key} has no bias to merge lora_B's into",
+                    tensor=pair.bias,
+                    hint="PEFT cannot merge it either; use the adapter beside its base (extract-lora).",
+                )
+            held = changed.get(name) or original(name)
+            bias = MergedBias(held.tensor, taken(pair.bias), config.scale(target.key))
+            changed[name] = replace(held, tensor=bias)
+    for name, indices, rows in _token_rows(chosen, config):
+        held = changed.get(name) or original(name)
+        changed[name] = replace(held, tensor=with_rows(held.tensor, taken(rows), indices))
+    _refuse_unchanged(chosen, taken)
+    merged_state = _assembled(base, ties, changed)
+    return replace(
+        merged_state,
+        notes=(*state.notes, *config.notes, *_notes(chosen)),
+        warnings=state.warnings,
+    )
+
+
+def _base(state: State, others: Sequence[State]) -> tuple[dict[str, _Held], dict[str, str]]:
+    """The base under plain names, and its ties: the checkpoint's own, then what it lacks."""
+    names = state_names(state).plain
+    catalogue = state.catalogue
+    base = {
+        plain: _Held(catalogue[name], state.dtypes[name], state.kinds[name])
+        for name, plain in names.items()
+        if name in state.dtypes
+    }
+    ties = {
+        names[alias]: names[kept]
+        for alias, kept in catalogue.ties.items()
+        if alias in names and kept in names and names[alias] != names[kept]
+    }
+    for other in others:
+        for name, tensor in other.catalogue.items():
+            # Quantized weights cannot be added to; the other model has them as they were before.
+            if name not in ties and (name not in base or not base[name].tensor.dtype.is_floating):
+                base[name] = _Held(tensor, other.dtypes[name], "frozen")
+        for alias, kept in other.catalogue.ties.items():
+            if alias not in base and kept in base:
+                ties.setdefault(alias, kept)
+    return base, ties
+
+
+def _replaced(
+    adapter: Adapter, taken: Callable[[str], Tensor], *, from_directory: bool
+) -> dict[str, _Held]:
+    """What stands in the place of a tensor of the base.
+
+    Modules that were saved whole; and in a directory of PEFT's everything that is not the adapter's own.
+    """
+    names = dict(adapter.names.plain) if from_directory else {}
+    names |= {
+        part.name: plain_name(f"{part.module}.{part.tail}")
+        for part in adapter.parts
+        if part.replaces
+    }
+    return {
+        plain: _Held(taken(name), trained_dtype(adapter.state, name), "parameter")
+        for name, plain in names.items()
+    }
+
+
+def _merge(
+    base: Tensor,
+    pair: Factors,
+    target: Target,
+    config: AdapterConfig,
+    taken: Callable[[str], Tensor],
+) -> Tensor:
+    transposed = target.transposed
+    if transposed is None and target.experts == 1:
+        # The shapes of square matrices do not tell, and PEFT wrote which way it took them.
+        transposed = config.data.get("fan_in_fan_out")
+    if transposed is None:
+        raise UsageError(
+            f"{target.key} is square, and nothing tells whether it is stored (in, out) or (out, in)",
+            hint="Pass --adapter-config FILE|DIR with PEFT's fan_in_fan_out.",
+        )
+    a, b, scale = taken(pair.a), taken(pair.b), config.scale(target.key)
+    if len(base.shape) == 3:
+        return merged_experts(base, a, b, scale, transposed=transposed)
+    magnitude = None if pair.magnitude is None else taken(pair.magnitude)
+    return Merged(base, a, b, scale, transposed, magnitude)
+
+
+def _token_rows(adapter: Adapter, config: AdapterConfig) -> Iterator[tuple[str, list[int], str]]:
+    """For each embedding with trained rows: its name, which rows, and the tensor that holds them."""
+    for part in adapter.parts:
+        if part.container != _TOKENS:
+            continue
+        module = plain_name(part.module)
+        indices = config.token_indices
+        if isinstance(indices, Mapping):
+            found = [v for key, v in indices.items() if f".{module}".endswith(f".{key}")]
+            # A tied head has the rows of the embedding, and the config names only that.
+            indices = found[0] if found else next(iter(indices.values()), None)
+        rows = adapter.state.catalogue[part.name].shape[0]
+        if not isinstance(indices, list) or len(set(indices)) != rows:
+            raise MissingAsset(
+                f"{rows} rows of {module} are trained, and the adapter's config does not say which",
+                path=config.path,
+                hint="pass --adapter-config FILE|DIR, the config that the adapter was trained with",
+            )
+        yield f"{module}.weight", indices, part.name
+
+
+def _refuse_other_tuners(adapter: Adapter, config: AdapterConfig) -> None:
+    odd = [
+        part.name
+        for part in adapter.parts
+        if not (part.is_lora or part.replaces or part.container == _TOKENS)
+    ]
+    variants = [
+        key for key in ("use_qalora", "arrow_config", "alora_invocation_tokens", "use_bdlora")
+        if config.data.get(key)
+    ]  # fmt: skip
+    if odd or variants:
+        raise UnsupportedLayout(
+            f"adapter {adapter.name!r} is not plain LoRA or DoRA: {listed(odd or variants)}",
+            hint="extract-lora writes it as an adapter; PEFT's merge_and_unload may merge that.",
+        )
+
+
+def _refuse_unchanged(adapter: Adapter, taken: Callable[[str], Tensor]) -> None:
+    """Refuse a merge that would leave a target as it is: ``B A`` is zero where a factor is."""
+    unchanged = [
+        adapter.targets[pair.module].key
+        for pair in adapter.pairs.values()
+        if pair.magnitude is None
+        and not all(bool(load(taken(name)).any()) for name in (pair.b, pair.a))
+    ]
+    if unchanged:
+        raise UsageError(
+            f"merging would leave {len(unchanged)} of {len(adapter.pairs)} targets as they are, since "
+            f"a factor is all zeros: {listed(unchanged)}",
+            hint="The adapter was saved before it was trained, or not trained there. Is it the right "
+            "checkpoint (--tag)?",
+        )
+
+
+def _no_target(target: Target, has_other: bool) -> DamagedCheckpoint:
+    hint = (
+        "--base is of another model, or its experts lie one by one where the adapter has them fused."
+        if has_other
+        else "The base was left out of the checkpoint; --base DIR takes it from a Hugging Face directory."
+    )
+    return DamagedCheckpoint(f"the base has no weight of {target.key}", hint=hint)
+
+
+def _assembled(
+    base: Mapping[str, _Held], ties: Mapping[str, str], changed: Mapping[str, _Held]
+) -> State:
+    """Base and changes in one; a tied name whose other end was changed keeps the value that it had."""
+    held = {name: changed.get(name, held) for name, held in base.items()}
+    still: dict[str, str] = {}
+    for alias, kept in ties.items():
+        if alias in changed:
+            held[alias] = changed[alias]
+        elif kept in changed:
+            held[alias] = base[kept]
+        else:
+            still[alias] = kept
+    held |= changed
+    return State(
+        Catalogue({name: h.tensor for name, h in held.items()}, still),
+        {name: h.dtype for name, h in held.items()},
+        {name: h.kind for name, h in held.items()},
+    )
+
+
+def _notes(adapter: Adapter) -> list[str]:
+    replaced = len({part.module for part in adapter.parts if part.replaces})
+    dora = sum(pair.magnitude is not None for pair in adapter.pairs.values())
+    notes = [
+        f"merged adapter {adapter.name!r}: {len(adapter.pairs)} of {len(adapter.pairs)} LoRA pairs"
+        + (f" ({dora} DoRA)" if dora else "")
+        + (f", {replaced} modules replaced whole" if replaced else "")
+    ]
+    others = [name for name in adapter.names.adapters if name != adapter.name]
+    if others:
+        notes.append(f"left out: adapters {listed(others)}")
+    if adapter.names.outside:
+        notes.append(f"not of the adapted model, left out: {listed(adapter.names.outside)}")
+    return notes

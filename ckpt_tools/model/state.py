@@ -1,0 +1,125 @@
+"""The state of one model in a checkpoint: its tensors under the model's own names, and their dtypes.
+
+Owns what happens to every checkpoint before it meets a config: choosing the copy, taking an attribute,
+taking wrappers off the names, and casting. Knows checkpoints and transforms; knows no config and no
+output.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from ckpt_tools.errors import UsageError
+from ckpt_tools.tensors.catalogue import Catalogue, Tensor
+from ckpt_tools.tensors.checkpoint import Checkpoint, Copy, Kind
+from ckpt_tools.tensors.derived import cast
+from ckpt_tools.tensors.dtypes import BY_SHORT_NAME, DType
+from ckpt_tools.transforms.average import average
+from ckpt_tools.transforms.prefixes import strip_wrappers
+from ckpt_tools.transforms.rename import rename
+from ckpt_tools.transforms.subset import take_attribute
+
+DTypeChoice = Literal["auto", "keep", "fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class State:
+    """The tensors of one model.
+
+    Attributes:
+        catalogue: the tensors as they lie, under the model's own names.
+        dtypes: for each name, the dtype it had in the model during training.
+        kinds: for each name, whether it was trained, frozen or a buffer, as far as the format tells.
+        notes: what was done to it.
+        warnings: what to look at.
+    """
+
+    catalogue: Catalogue
+    dtypes: Mapping[str, DType]
+    kinds: Mapping[str, Kind]
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def model_state(checkpoint: Checkpoint, copy: Copy, attribute: str | None = None) -> State:
+    """The state of the whole model, or of one attribute of a composite one.
+
+    Raises:
+        UsageError: the checkpoint does not keep this copy.
+        AttributeNotFound: it has no such attribute.
+    """
+    whole = checkpoint.catalogue(copy)
+    removed: dict[str, int] = {}
+
+    def unwrapped(catalogue: Catalogue) -> Catalogue:
+        stripped = strip_wrappers([*catalogue, *catalogue.ties])
+        removed.update(stripped.removed)
+        return rename(catalogue, stripped.names)
+
+    if attribute is None:
+        catalogue = unwrapped(whole)
+    else:
+        # A path may be spelt with the wrappers that stand in the names, or without them.
+        as_spelt = any(name.startswith(f"{attribute}.") for name in whole)
+        catalogue = unwrapped(take_attribute(whole if as_spelt else unwrapped(whole), attribute))
+    weights = {id(whole[name]): weight for name, weight in checkpoint.weights.items()}
+    held = {name: weights[id(tensor)] for name, tensor in catalogue.items()}
+    return State(
+        catalogue,
+        {name: weight.dtype for name, weight in held.items()},
+        {name: weight.kind for name, weight in held.items()},
+        tuple(f"stripped {where} from {count} names" for where, count in removed.items()),
+    )
+
+
+def only_state(states: Sequence[State]) -> State:
+    """The state of a conversion of one checkpoint, as it is."""
+    (state,) = states
+    return state
+
+
+def mean_state(states: Sequence[State], coefficients: Sequence[float] | None) -> State:
+    """The weighted mean of states; what is not a tensor is the first one's.
+
+    Raises:
+        UsageError: names or shapes differ, or the coefficients do not fit.
+    """
+    mean = average([state.catalogue for state in states], coefficients)
+    return replace(states[0], catalogue=mean)
+
+
+def cast_state(state: State, choice: DTypeChoice) -> Catalogue:
+    """The tensors in the dtypes of the output; only floating ones are cast.
+
+    Raises:
+        UsageError: ``choice`` is no dtype.
+    """
+    if choice == "keep":
+        return state.catalogue
+    if choice != "auto" and choice not in BY_SHORT_NAME:
+        raise UsageError(f"{choice!r} is no dtype", hint="Choose auto, keep, fp32, bf16 or fp16.")
+    tensors = {
+        name: cast(tensor, state.dtypes[name] if choice == "auto" else BY_SHORT_NAME[choice])
+        for name, tensor in state.catalogue.items()
+    }
+    return Catalogue(tensors, state.catalogue.ties)
+
+
+def main_dtype(tensors: Mapping[str, Tensor]) -> DType:
+    """The dtype of most floating elements: what ``config.json`` calls the model's dtype.
+
+    Raises:
+        UsageError: no tensor is floating.
+    """
+    counts: Counter[DType] = Counter()
+    for tensor in tensors.values():
+        if tensor.dtype.is_floating:
+            counts[tensor.dtype] += max(tensor.numel, 1)
+    if not counts:
+        raise UsageError(
+            "the checkpoint holds no floating-point tensor", hint="Pass --weights-only."
+        )
+    return counts.most_common(1)[0][0]

@@ -1,0 +1,1 @@
+"""Files that hold tensors: torch zip archives, pickles, safetensors. Read without running code."""

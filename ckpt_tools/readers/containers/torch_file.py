@@ -1,0 +1,281 @@
+"""Files written by ``torch.save``: finds where each storage's bytes lie, reads no tensor data.
+
+Both containers that torch writes are known here: the zip file (each storage one uncompressed record)
+and the legacy stream (pickles, then storages one after the other). The pickle inside is read by
+``restricted_pickle``; what the objects mean is the business of the format readers.
+
+Source: ``torch/serialization.py`` (``_save``, ``_legacy_save``) and ``caffe2/serialize/inline_container.cc``.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import struct
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout
+from ckpt_tools.readers.containers.restricted_pickle import Opaque, StorageRef, TensorRef, unpickle
+from ckpt_tools.storage.places import Region
+from ckpt_tools.storage.pool import open_for_reading
+from ckpt_tools.tensors.catalogue import FlatRange, Fragment, Shape, Stored
+from ckpt_tools.tensors.dtypes import DType
+
+_LOCAL_HEADER = struct.Struct("<4s5H3I2H")
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_COPY_ANEW = "The file is truncated or was overwritten; copy it anew from where it was written."
+
+
+@dataclass(slots=True)
+class ZipStorage(StorageRef):
+    """A storage that is a record of a torch zip file."""
+
+    file: TorchFile
+    record: zipfile.ZipInfo
+    dtype: DType
+    numel: int
+    _offset: int = -1
+
+    @property
+    def path(self) -> Path:
+        """The file that holds it."""
+        return self.file.path
+
+    @property
+    def data_offset(self) -> int:
+        """First byte of the record's data.
+
+        The central directory says where the record's own header is; only that header says how long
+        it is (torch pads it so that data starts at a multiple of 64).
+        """
+        if self._offset < 0:
+            with self.file.open() as stream:
+                stream.seek(self.record.header_offset)
+                header = stream.read(_LOCAL_HEADER.size)
+            if len(header) < _LOCAL_HEADER.size or header[:4] != b"PK\x03\x04":
+                raise DamagedCheckpoint(
+                    f"record {self.record.filename} is not where the directory says",
+                    path=self.path,
+                    hint=_COPY_ANEW,
+                )
+            name_length, extra_length = _LOCAL_HEADER.unpack(header)[-2:]
+            start = self.record.header_offset + _LOCAL_HEADER.size + name_length + extra_length
+            if start + self.record.file_size > self.file.size:
+                raise DamagedCheckpoint(
+                    f"record {self.record.filename} reaches beyond the end of the file",
+                    path=self.path,
+                    hint=_COPY_ANEW,
+                )
+            self._offset = self.file.offset + start
+        return self._offset
+
+
+@dataclass(slots=True)
+class StreamStorage(StorageRef):
+    """A storage of a legacy file; its place is known once the whole stream was walked."""
+
+    file: TorchFile
+    dtype: DType
+    numel: int
+    start: int = -1
+
+    @property
+    def path(self) -> Path:
+        """The file that holds it."""
+        return self.file.path
+
+    @property
+    def data_offset(self) -> int:
+        """First byte of its data."""
+        return self.start
+
+
+class TorchFile:
+    """One file written by ``torch.save``, or a region of a file that holds many such.
+
+    Args:
+        path: the file.
+        offset: the first byte of the region.
+        length: bytes of the region; None for all up to the end of the file.
+
+    Attributes:
+        size: bytes in the region.
+        is_zip: False for torch's legacy container.
+    """
+
+    def __init__(self, path: Path, offset: int = 0, length: int | None = None) -> None:
+        self.path = path
+        self.offset = offset
+        try:
+            rest = path.stat().st_size - offset
+            self.size = rest if length is None else length
+            with self.open() as stream:
+                magic = stream.read(4)
+        except OSError as error:
+            raise DamagedCheckpoint(
+                f"cannot be read ({error.strerror})", path=path, hint="Check its permissions."
+            ) from error
+        if self.size > rest:
+            raise DamagedCheckpoint(
+                f"it should hold {offset + self.size:,} bytes and has {offset + rest:,}",
+                path=path,
+                hint=_COPY_ANEW,
+            )
+        if not self.size:
+            raise DamagedCheckpoint("the file is empty", path=path, hint=_COPY_ANEW)
+        self.is_zip = magic == b"PK\x03\x04"
+
+    def open(self) -> io.BufferedReader:
+        """A stream of the region."""
+        return io.BufferedReader(Region(open_for_reading(self.path), self.offset, self.size))
+
+    def load(self) -> Any:
+        """The object that was saved, tensors as :class:`TensorRef`.
+
+        Raises:
+            DamagedCheckpoint: truncated, or not a file of ``torch.save``.
+            UnsafePickle: the objects cannot be built without code from the file.
+            UnsupportedLayout: TorchScript archive, big-endian or compressed records.
+        """
+        return self._load_zip() if self.is_zip else self._load_legacy()
+
+    def _load_zip(self) -> Any:
+        try:
+            with self.open() as stream, zipfile.ZipFile(stream) as archive:
+                records = {info.filename: info for info in archive.infolist()}
+                pickles = [name for name in records if name.endswith("/data.pkl")]
+                if len(pickles) != 1:
+                    raise DamagedCheckpoint(
+                        "a zip file, but not one that torch.save wrote", path=self.path
+                    )
+                root = pickles[0].removesuffix("data.pkl")
+                if f"{root}constants.pkl" in records:
+                    raise UnsupportedLayout(
+                        "a TorchScript archive, not a checkpoint", path=self.path
+                    )
+                if records[pickles[0]].compress_type != zipfile.ZIP_STORED:
+                    raise self._compressed()
+                order = f"{root}byteorder"
+                if order in records and archive.read(order) != b"little":
+                    raise UnsupportedLayout("written on a big-endian machine", path=self.path)
+                data = archive.read(pickles[0])
+        except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, ValueError) as error:
+            raise DamagedCheckpoint(
+                f"not a complete torch file ({error})", path=self.path, hint=_COPY_ANEW
+            ) from error
+
+        storages: dict[str, ZipStorage] = {}
+
+        def resolve(pid: tuple[Any, ...]) -> ZipStorage | Opaque:
+            dtype, key, numel = self._storage_id(pid)
+            if dtype is None:
+                return Opaque(*pid)
+            record = records.get(f"{root}data/{key}")
+            if record is None:
+                raise DamagedCheckpoint(
+                    f"storage {key} is missing", path=self.path, hint=_COPY_ANEW
+                )
+            if record.compress_type != zipfile.ZIP_STORED:
+                raise self._compressed()
+            if numel * dtype.itemsize > record.file_size:
+                raise DamagedCheckpoint(
+                    f"storage {key} is shorter than it says", path=self.path, hint=_COPY_ANEW
+                )
+            return storages.setdefault(key, ZipStorage(self, record, dtype, numel))
+
+        return unpickle(io.BytesIO(data), str(self.path), resolve)
+
+    def _compressed(self) -> UnsupportedLayout:
+        return UnsupportedLayout(
+            "its records are compressed; torch.save never does that",
+            path=self.path,
+            hint="Unpack and repack the file without compression.",
+        )
+
+    def _load_legacy(self) -> Any:
+        path = str(self.path)
+        storages: dict[str, StreamStorage] = {}
+
+        def resolve(pid: tuple[Any, ...]) -> StreamStorage:
+            dtype, key, numel = self._storage_id(pid)
+            if dtype is None:
+                raise UnsupportedLayout(
+                    "a storage of an unknown type, of unknown length", path=path
+                )
+            return storages.setdefault(key, StreamStorage(self, dtype, numel))
+
+        with self.open() as stream:
+            if stream.read(1) != b"\x80":
+                raise DamagedCheckpoint("not a file that torch.save wrote", path=path)
+            stream.seek(0)
+            magic = unpickle(stream, path)
+            if magic != _LEGACY_MAGIC:
+                raise DamagedCheckpoint("a pickle, but not one that torch.save wrote", path=path)
+            unpickle(stream, path)
+            system = unpickle(stream, path)
+            if isinstance(system, dict) and not system.get("little_endian", True):
+                raise UnsupportedLayout("written on a big-endian machine", path=path)
+            saved = unpickle(stream, path, resolve)
+            keys = unpickle(stream, path)
+            if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+                raise DamagedCheckpoint("its list of storages is malformed", path=path)
+            self._place_storages(stream, storages, keys)
+        return saved
+
+    def _place_storages(
+        self, stream: io.BufferedReader, storages: dict[str, StreamStorage], keys: Any
+    ) -> None:
+        for key in keys:
+            header = stream.read(8)
+            storage = storages.get(key)
+            if storage is None or len(header) < 8:
+                raise DamagedCheckpoint(
+                    f"storage {key} is missing", path=self.path, hint=_COPY_ANEW
+                )
+            storage.start = stream.tell()
+            numel = int.from_bytes(header, "little")
+            end = stream.seek(numel * storage.dtype.itemsize, os.SEEK_CUR)
+            if numel != storage.numel or end > self.size:
+                raise DamagedCheckpoint(
+                    f"storage {key} is shorter than it says", path=self.path, hint=_COPY_ANEW
+                )
+        if any(storage.start < 0 for storage in storages.values()):
+            raise DamagedCheckpoint("a storage has no data", path=self.path, hint=_COPY_ANEW)
+
+    def _storage_id(self, pid: tuple[Any, ...]) -> tuple[DType | None, str, int]:
+        """Element type (None where it is not known here), key and number of elements."""
+        kinds = (str, object, str, object, int)
+        if (
+            len(pid) < 5
+            or not all(map(isinstance, pid, kinds))
+            or pid[0] != "storage"
+            or pid[4] < 0
+        ):
+            raise DamagedCheckpoint("an unknown kind of reference in the pickle", path=self.path)
+        return pid[1] if isinstance(pid[1], DType) else None, pid[2], pid[4]
+
+
+def contiguous(ref: TensorRef, what: str) -> TensorRef:
+    """``ref``, proven to be one contiguous run."""
+    if not ref.is_contiguous:
+        raise UnsupportedLayout(f"{what} is not contiguous", path=ref.storage.path)
+    return ref
+
+
+def stored(ref: TensorRef, shape: Shape | None = None) -> Stored:
+    """The tensor that lies whole, as one run, in one file."""
+    contiguous(ref, "a tensor")
+    shape = ref.shape if shape is None else shape
+    if math.prod(shape) != ref.numel:
+        raise DamagedCheckpoint(
+            f"a tensor has {ref.numel} elements where {tuple(shape)} was recorded",
+            path=ref.storage.path,
+        )
+    fragments = (
+        [Fragment(ref.storage.path, ref.byte_offset, FlatRange(0, ref.numel))] if ref.numel else []
+    )
+    return Stored(ref.dtype, shape, fragments)

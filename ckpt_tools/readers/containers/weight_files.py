@@ -1,0 +1,116 @@
+"""A model's weights as plain files: safetensors or ``torch.save``, in one file or in shards with an index.
+
+Owns the agreement of index and shards, and second names of tensors that share their bytes. Which file of a
+directory is a model's is the business of the format readers.
+
+Source: ``transformers/utils/hub.py`` (``get_checkpoint_shard_files``), ``transformers/utils/__init__.py``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckpt_tools.errors import DamagedCheckpoint
+from ckpt_tools.readers.containers.restricted_pickle import TensorRef
+from ckpt_tools.readers.containers.safetensors_file import read_safetensors
+from ckpt_tools.readers.containers.torch_file import TorchFile, stored
+from ckpt_tools.tensors.catalogue import Stored
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFiles:
+    """The weights that one file, or the shards of one index, hold.
+
+    Attributes:
+        tensors: each under its name, in the order of the index or of the file.
+        ties: for each second name of a tensor, the name it is listed under.
+        files: the files with weights, and their sizes in bytes.
+    """
+
+    tensors: Mapping[str, Stored]
+    ties: Mapping[str, str]
+    files: Mapping[Path, int]
+
+
+def entry_points(names: Iterable[str]) -> Iterator[str]:
+    """Names of files to look for: an index comes before the single file that it replaced."""
+    for name in names:
+        yield from (f"{name}.index.json", name)
+
+
+def read_weight_files(entry: Path) -> WeightFiles:
+    """Read headers.
+
+    Args:
+        entry: a file with weights, or an index of shards beside it.
+
+    Raises:
+        DamagedCheckpoint: a shard is missing or truncated, or index and shards disagree.
+    """
+    weight_map = _read_index(entry) if entry.suffix == ".json" else None
+    names = sorted(set(weight_map.values())) if weight_map is not None else [entry.name]
+    tensors: dict[str, Stored] = {}
+    ties: dict[str, str] = {}
+    for name in names:
+        path = entry.parent / name
+        if not path.is_file():
+            raise DamagedCheckpoint(
+                "a shard that the index names is missing", path=path, missing=[name]
+            )
+        held, shared = _read_file(path)
+        for key in held.keys() & tensors.keys():
+            raise DamagedCheckpoint("it lies in two shards", path=path, tensor=key)
+        tensors |= held
+        ties |= shared
+    if weight_map is not None:
+        _agree(entry, weight_map, (*tensors, *ties))
+        tensors = {key: tensors[key] for key in weight_map if key in tensors}
+    files = {entry.parent / name: (entry.parent / name).stat().st_size for name in names}
+    return WeightFiles(tensors, ties, files)
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        if not all(Path(name).name == name for name in weight_map.values()):
+            raise ValueError("a shard outside the directory")
+        if not weight_map:
+            raise ValueError("it names no shard")
+        return dict(weight_map)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpoint(f"not an index of shards ({error})", path=path) from error
+
+
+def _read_file(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """The tensors of one file, and second names of tensors that share their bytes."""
+    if path.suffix == ".safetensors":
+        return dict(read_safetensors(path).tensors), {}
+    content = TorchFile(path).load()
+    if not isinstance(content, dict):
+        raise DamagedCheckpoint("it holds no state dict", path=path)
+    tensors: dict[str, Stored] = {}
+    ties: dict[str, str] = {}
+    places: dict[object, str] = {}
+    for key, ref in content.items():
+        if not isinstance(ref, TensorRef):
+            if str(key).endswith("_extra_state"):  # what a module keeps for itself, no weight
+                continue
+            raise DamagedCheckpoint("it is not a tensor", path=path, tensor=str(key))
+        place = (ref.byte_offset, ref.shape, ref.stride, ref.dtype) if ref.numel else key
+        first = places.setdefault(place, key)
+        if first == key:
+            tensors[key] = stored(ref)
+        else:
+            ties[key] = first
+    return tensors, ties
+
+
+def _agree(index: Path, weight_map: dict[str, str], names: Iterable[str]) -> None:
+    odd = sorted(set(weight_map) ^ set(names))
+    if odd:
+        raise DamagedCheckpoint(
+            f"index and shards differ in {len(odd)} tensors", path=index, tensor=odd[0]
+        )

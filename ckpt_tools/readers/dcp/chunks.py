@@ -1,0 +1,272 @@
+"""The bytes of a chunk: where the elements of a box lie in the file that a rank wrote.
+
+Each chunk is by itself what ``torch.save`` makes of one tensor, at its place in the rank's file. Its pickle
+is checked against the metadata, and its elements are read where they lie. Two kinds do not lie as elements in
+row-major order, and are copied to a temporary file that is removed at exit: chunks compressed with zstd, and
+chunks of a permuted tensor (channels last, a transposed weight), which torch saves as they are.
+
+Source: ``torch/distributed/checkpoint/filesystem.py`` (``_write_item``, ``_SerialCpuLoader``) and
+``_extension.py`` (``ZStandard``), read at torch 2.13.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from ckpt_tools.errors import DamagedCheckpoint, OutputFailed, UnsafePickle, UnsupportedLayout
+from ckpt_tools.readers.containers.restricted_pickle import TensorRef
+from ckpt_tools.readers.containers.torch_file import TorchFile
+from ckpt_tools.readers.dcp.metadata import Chunk
+from ckpt_tools.storage.places import Region
+from ckpt_tools.storage.pool import local_paths, open_for_reading, read_at
+from ckpt_tools.tensors.catalogue import Box, FlatRange, Fragment, Shape
+from ckpt_tools.tensors.deferred import DeferredFragment
+from ckpt_tools.tensors.dtypes import DType
+
+_ZSTD = "stream.zstd/1"
+_BLOCK = 1 << 20
+# Of a zip record's own header: how it begins, and where in it the checksum of the content is.
+_RECORD = b"PK\x03\x04"
+_CHECKSUM_AT = 14
+# More than torch adds to the elements of one tensor: what expands further was not written by it.
+_MOST_OVERHEAD = 1 << 20
+STALE = (
+    "The file is of another save than the metadata, truncated or damaged; copy both anew from where "
+    "they were written."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Head:
+    """The bytes of a chunk before its elements, and where in them the checksum of the elements is."""
+
+    content: bytes
+    checksum: int
+
+    def begins(self, content: bytes) -> bool:
+        """Whether another chunk of the same length, dtype and shape begins alike, checksum aside."""
+        at, end = self.checksum, self.checksum + 4
+        return content[:at] == self.content[:at] and content[end:] == self.content[end:]
+
+
+class ChunkStore:
+    """What the chunks of one checkpoint share.
+
+    Chunks of one shape begin with the same bytes, and there may be thousands of a shape: the first is
+    taken apart, the others are compared with it. What cannot be read where it lies goes to a temporary
+    directory, which is removed with this object or at exit.
+    """
+
+    def __init__(self) -> None:
+        self.heads: dict[tuple[DType, Shape, int], _Head] = {}
+        self._lock = threading.Lock()
+        self._directory: tempfile.TemporaryDirectory[str] | None = None
+
+    def __reduce__(self) -> tuple[Callable[..., ChunkStore], tuple[()]]:
+        """To another process it goes empty: its temporary directory is of this machine."""
+        return ChunkStore, ()
+
+    @contextlib.contextmanager
+    def new_file(self, source: Path) -> Iterator[tuple[Path, IO[bytes]]]:
+        """A new file, and the stream to fill it.
+
+        Raises:
+            OutputFailed: there is no room for it.
+        """
+        try:
+            with self._lock:
+                if self._directory is None:
+                    self._directory = tempfile.TemporaryDirectory(prefix="ckpt-tools-")
+            with tempfile.NamedTemporaryFile(dir=self._directory.name, delete=False) as stream:
+                yield Path(stream.name), stream
+        except OSError as error:
+            raise OutputFailed(
+                f"a part of it cannot be unpacked into {tempfile.gettempdir()} ({error.strerror})",
+                path=source,
+                hint="Set TMPDIR to a directory with room for the weights.",
+            ) from error
+
+
+class ChunkFragment(DeferredFragment):
+    """A box that lies in a rank's file as ``torch.save`` wrote it.
+
+    Args:
+        region: which elements it holds.
+        source: the rank's file.
+        chunk: where it lies there.
+        dtype: element type that the metadata states.
+        store: shared by the chunks of the checkpoint.
+    """
+
+    __slots__ = ("_chunk", "_dtype", "_source", "_store")
+    _chunk: Chunk
+    _dtype: DType
+    _source: Path
+    _store: ChunkStore
+
+    def __init__(
+        self, region: FlatRange | Box, source: Path, chunk: Chunk, dtype: DType, store: ChunkStore
+    ) -> None:
+        super().__init__(region)
+        object.__setattr__(self, "_source", source)
+        object.__setattr__(self, "_chunk", chunk)
+        object.__setattr__(self, "_dtype", dtype)
+        object.__setattr__(self, "_store", store)
+
+    def __reduce__(self) -> tuple[Callable[..., Fragment], tuple[object, ...]]:
+        """To another process; what was unpacked on this machine is unpacked there anew."""
+        if self._chunk.extent.transforms:
+            parts = (self.region, self._source, self._chunk, self._dtype, self._store)
+            return ChunkFragment, parts
+        return super().__reduce__()
+
+    def find_place(self) -> tuple[Path, int]:
+        """Where the elements lie, checked against the metadata.
+
+        Raises:
+            DamagedCheckpoint: the chunk is not what the metadata says.
+            UnsafePickle: its pickle cannot be read without running code.
+            UnsupportedLayout: it is compressed and the package to unpack it is missing.
+            OutputFailed: there is no room to unpack it.
+        """
+        path, extent = self._source, self._chunk.extent
+        if extent.transforms:
+            return self._checked(TorchFile(self._unpacked(path)))
+        key = (self._dtype, self._chunk.sizes, extent.length)
+        head = self._store.heads.get(key)
+        if head is not None and head.begins(self._first(len(head.content))):
+            return path, extent.start + len(head.content)
+        file = TorchFile(path, extent.start, extent.length)
+        place = self._checked(file)
+        if place[0] == path:
+            self._store.heads[key] = self._head(place[1] - extent.start)
+        return place
+
+    def _checked(self, file: TorchFile) -> tuple[Path, int]:
+        """Where the elements lie, after the pickle was held against the metadata."""
+        path, start = self._source, self._chunk.extent.start
+        try:
+            ref = file.load()
+        except UnsafePickle:
+            raise
+        except DamagedCheckpoint as error:
+            raise self._wrong(path, f"no tensor at byte {start:,} ({error.fact})") from error
+        if not isinstance(ref, TensorRef):
+            raise self._wrong(path, f"at byte {start:,} lies no tensor")
+        if (ref.dtype, ref.shape) != (self._dtype, self._chunk.sizes):
+            raise self._wrong(
+                path,
+                f"at byte {start:,} lies a tensor {ref.dtype} {ref.shape}, where the metadata "
+                f"describes {self._dtype} {self._chunk.sizes}",
+            )
+        if ref.is_contiguous:
+            return file.path, ref.byte_offset
+        return self._unfolded(path, ref), 0
+
+    def _first(self, count: int) -> bytes:
+        """The first bytes of the chunk."""
+        try:
+            return read_at(self._source, self._chunk.extent.start, count)
+        except OSError as error:
+            raise self._wrong(self._source, f"cannot be read ({error.strerror})") from error
+
+    def _head(self, length: int) -> _Head:
+        """The head of a chunk that was taken apart: it ends with the record of the elements."""
+        content = self._first(length)
+        return _Head(content, content.rindex(_RECORD) + _CHECKSUM_AT)
+
+    def _wrong(self, path: Path, fact: str) -> DamagedCheckpoint:
+        return DamagedCheckpoint(fact, path=path, hint=STALE)
+
+    def _unpacked(self, path: Path) -> Path:
+        """The chunk, decompressed."""
+        try:
+            import zstandard
+        except ImportError:
+            raise UnsupportedLayout(
+                "its chunks are compressed with zstd, and the package `zstandard` is not installed",
+                path=path,
+                hint='Install it: pip install "ckpt-tools[zstd]"',
+            ) from None
+        extent = self._chunk.extent
+        room = math.prod(self._chunk.sizes) * self._dtype.itemsize + _MOST_OVERHEAD
+        with self._store.new_file(path) as (copy, stream):
+            try:
+                with (
+                    _run(path, extent.start, extent.length) as packed,
+                    zstandard.ZstdDecompressor().stream_reader(packed) as plain,
+                ):
+                    while block := plain.read(_BLOCK):
+                        stream.write(block)
+                        room -= len(block)
+                        if room < 0:
+                            raise self._wrong(path, "a compressed chunk holds more than its tensor")
+            except zstandard.ZstdError as error:
+                raise self._wrong(path, f"a compressed chunk is damaged ({error})") from error
+        return copy
+
+    def _unfolded(self, path: Path, ref: TensorRef) -> Path:
+        """The elements of a permuted tensor in row-major order."""
+        import numpy
+
+        itemsize = ref.dtype.itemsize
+        last = sum((n - 1) * stride for n, stride in zip(ref.shape, ref.stride, strict=True))
+        place, start = self._on_this_machine(ref, (last + 1) * itemsize)
+        held = numpy.memmap(place, dtype=f"V{itemsize}", mode="r", offset=start, shape=(last + 1,))
+        whole = numpy.lib.stride_tricks.as_strided(
+            held, ref.shape, tuple(stride * itemsize for stride in ref.stride), writeable=False
+        )
+        rows = max(1, _BLOCK * ref.shape[0] // (ref.numel * itemsize))
+        with self._store.new_file(path) as (copy, stream):
+            for row in range(0, ref.shape[0], rows):
+                stream.write(whole[row : row + rows].tobytes())
+        return copy
+
+    def _on_this_machine(self, ref: TensorRef, length: int) -> tuple[Path, int]:
+        """A file that can be mapped, and where in it the elements begin."""
+        path = ref.storage.path
+        if here := local_paths(path):
+            return here[0], ref.byte_offset
+        with (
+            self._store.new_file(path) as (copy, stream),
+            _run(path, ref.byte_offset, length) as elements,
+        ):
+            shutil.copyfileobj(elements, stream, _BLOCK)
+        return copy, 0
+
+
+def _run(path: Path, offset: int, length: int) -> io.BufferedReader:
+    """A run of a file's bytes as a stream."""
+    return io.BufferedReader(Region(open_for_reading(path), offset, length))
+
+
+def check_transforms(chunk: Chunk, path: Path) -> None:
+    """Refuse what this module cannot undo.
+
+    Raises:
+        UnsupportedLayout: the chunk was encrypted, or compressed in another way than zstd.
+    """
+    if chunk.extent.transforms not in ((), (_ZSTD,)):
+        raise UnsupportedLayout(
+            f"its chunks were written through {', '.join(chunk.extent.transforms)}",
+            path=path,
+            hint=f"Only {_ZSTD} is known. Save the checkpoint again without extensions.",
+        )
+
+
+def is_bare(chunk: Chunk, dtype: DType) -> bool:
+    """Whether a chunk's bytes are its elements alone, as in a safetensors file.
+
+    What ``torch.save`` writes is always longer than the elements.
+    """
+    extent = chunk.extent
+    return not extent.transforms and extent.length == math.prod(chunk.sizes) * dtype.itemsize

@@ -1,0 +1,321 @@
+"""The ``.metadata`` of a torch Distributed Checkpoint: which bytes of which file hold which box of what.
+
+Owns the pickle's classes, which are read as names and states without torch, and the merge of the files that
+each rank writes when a run saves without collectives (``__R.metadata``). What the bytes look like inside is
+the business of :mod:`~ckpt_tools.readers.dcp.chunks`, what the names mean that of
+:mod:`~ckpt_tools.readers.dcp.names`.
+
+Source: ``torch/distributed/checkpoint/metadata.py`` and ``filesystem.py`` (``_StorageInfo``, ``finish``),
+read at torch 2.13. The state of these classes has been the same since torch 2.0, but for fields that were
+added and are optional here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import io
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ckpt_tools.errors import CkptError, DamagedCheckpoint
+from ckpt_tools.readers.containers.restricted_pickle import Opaque, unpickle
+from ckpt_tools.tensors.catalogue import Shape
+from ckpt_tools.tensors.dtypes import DType
+
+GLOBAL_FILE = ".metadata"
+RANK_FILE = re.compile(r"__(\d+)\.metadata")
+DATA_FILE = re.compile(r"__(\d+)_\d+\.distcp")
+KeyPath = tuple[str | int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A run of bytes in a data file.
+
+    Attributes:
+        file: name of the file, relative to the checkpoint's directory.
+        start: first byte.
+        length: bytes, as they lie there.
+        transforms: what the bytes were put through, such as ``stream.zstd/1``.
+    """
+
+    file: str
+    start: int
+    length: int
+    transforms: tuple[str, ...]
+
+
+# By flat name and first index; None for what is no tensor.
+_Extents = dict[tuple[str, Shape | None], Extent]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A box of a tensor and where it lies: first index, sizes, bytes."""
+
+    offsets: Shape
+    sizes: Shape
+    extent: Extent
+
+
+@dataclass(frozen=True, slots=True)
+class SavedTensor:
+    """A tensor of the checkpoint.
+
+    Attributes:
+        dtype: element type; None for one that is not known here.
+        shape: sizes of the whole.
+        chunks: its boxes, in no order, not yet proven to tile it.
+    """
+
+    dtype: DType | None
+    shape: Shape
+    chunks: tuple[Chunk, ...]
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What one save recorded.
+
+    Attributes:
+        tensors: every tensor, optimizer states included, by flat name.
+        objects: everything else: pickles of numbers, strings, lists.
+        paths: for each flat name, the keys it lay under in the nested state; empty where not recorded.
+        version: of the format, where recorded.
+        writer: the top module of the class that describes the storage: ``torch`` or another library.
+        ranks: number of ranks that wrote metadata of their own; None for the one global file.
+    """
+
+    tensors: Mapping[str, SavedTensor]
+    objects: Mapping[str, Extent]
+    paths: Mapping[str, KeyPath]
+    version: str | None
+    writer: str
+    ranks: int | None = None
+
+    def extents(self) -> Iterator[Extent]:
+        """Every run of bytes that is named."""
+        for tensor in self.tensors.values():
+            for chunk in tensor.chunks:
+                yield chunk.extent
+        yield from self.objects.values()
+
+    def path_of(self, name: str) -> KeyPath:
+        """The keys a flat name lay under; itself where the nesting was not recorded."""
+        return self.paths.get(name) or (name,)
+
+
+def is_dcp_directory(directory: Path) -> bool:
+    """Whether a directory holds metadata of this format, or data files that lost theirs."""
+    try:
+        names = [entry.name for entry in directory.iterdir()]
+    except OSError:
+        return False
+    return (GLOBAL_FILE in names and (directory / GLOBAL_FILE).is_file()) or any(
+        RANK_FILE.fullmatch(name) or DATA_FILE.fullmatch(name) for name in names
+    )
+
+
+def read_metadata(directory: Path) -> Metadata:
+    """The metadata of the checkpoint in ``directory``.
+
+    The last answer is kept: a large checkpoint's metadata takes seconds to read, and is wanted once to find
+    out which models there are and once to read one.
+
+    Raises:
+        DamagedCheckpoint: metadata is missing, truncated, contradictory or of two saves.
+        UnsafePickle: it cannot be read without running code from it.
+    """
+    files = _metadata_files(directory)
+    stamps = [(path, path.stat().st_mtime_ns, path.stat().st_size) for path in files]
+    return _read_files(tuple(stamps))
+
+
+def _metadata_files(directory: Path) -> list[Path]:
+    by_rank = {
+        int(match[1]): entry
+        for entry in directory.iterdir()
+        if (match := RANK_FILE.fullmatch(entry.name))
+    }
+    whole = directory / GLOBAL_FILE
+    if by_rank and whole.is_file():
+        raise DamagedCheckpoint(
+            f"{GLOBAL_FILE} lies beside {by_rank[min(by_rank)].name}: two saves went into one directory",
+            path=directory,
+            hint="Data files of the older save may be overwritten. Delete the metadata of the older save.",
+        )
+    if by_rank:
+        lost = [f"__{rank}.metadata" for rank in range(max(by_rank)) if rank not in by_rank]
+        if lost:
+            raise DamagedCheckpoint(
+                f"metadata of {len(lost)} ranks is missing: {', '.join(lost[:6])}",
+                path=directory,
+                missing=lost,
+                hint="It was saved without collectives, one file a rank. Copy the files of every node "
+                "into one directory, or name the other nodes' folders with --also DIR.",
+            )
+        return [by_rank[rank] for rank in sorted(by_rank)]
+    if not whole.is_file():
+        raise DamagedCheckpoint(
+            f"there are data files, but no {GLOBAL_FILE}",
+            path=directory,
+            missing=[GLOBAL_FILE],
+            hint="It is written last, by one rank: the save did not finish, or it lies on another node, "
+            "whose folder can be named with --also DIR.",
+        )
+    return [whole]
+
+
+@lru_cache(maxsize=1)
+def _read_files(stamps: tuple[tuple[Path, int, int], ...]) -> Metadata:
+    parts = [_read_file(path) for path, _, _ in stamps]
+    if stamps[0][0].name == GLOBAL_FILE:
+        return parts[0]
+    return _merged(parts, [path for path, _, _ in stamps])
+
+
+def _read_file(path: Path) -> Metadata:
+    try:
+        with path.open("rb") as stream, _garbage_kept():
+            return _parse(unpickle(io.BytesIO(stream.read()), str(path)), path)
+    except CkptError:
+        raise
+    except OSError as error:
+        raise DamagedCheckpoint(f"cannot be read ({error.strerror})", path=path) from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DamagedCheckpoint(
+            f"not metadata of a torch Distributed Checkpoint ({type(error).__name__}: {error})",
+            path=path,
+            hint="The file is damaged or of another format; copy it anew from where it was written.",
+        ) from error
+
+
+@contextlib.contextmanager
+def _garbage_kept() -> Iterator[None]:
+    """No search for garbage while a million small objects are made, which takes as long as making them."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _parse(saved: Any, path: Path) -> Metadata:
+    if _class(saved) != "Metadata":
+        raise ValueError(f"it holds {_class(saved)}")
+    state = saved.state
+    writer = "torch"
+    extents: _Extents = {}
+    names: dict[Any, str] = {}
+    for index, info in (state["storage_data"] or {}).items():
+        offset = index.state.get("offset")
+        place = None if offset is None else _sizes(offset)
+        extents[index.state["fqn"], place] = _extent(info.state, names)
+        writer = info.global_name.partition(".")[0]
+    tensors: dict[str, SavedTensor] = {}
+    objects: dict[str, Extent] = {}
+    for name, entry in state["state_dict_metadata"].items():
+        if _class(entry) == "TensorStorageMetadata":
+            tensors[name] = _tensor(name, entry.state, extents, path)
+        elif _class(entry) == "BytesStorageMetadata":
+            objects[name] = _lookup(extents, name, None, path)
+        else:
+            raise ValueError(f"an entry of class {_class(entry)}")
+    paths = state.get("planner_data")
+    known = paths if isinstance(paths, dict) else {}
+    return Metadata(
+        tensors=tensors,
+        objects=objects,
+        paths={n: tuple(p) for n, p in known.items() if isinstance(p, tuple | list)},
+        version=state.get("version"),
+        writer=writer,
+    )
+
+
+def _class(value: Any) -> str:
+    name = value.global_name if isinstance(value, Opaque) else type(value).__name__
+    return str(name).rpartition(".")[2]
+
+
+def _sizes(value: Any) -> Shape:
+    sizes = tuple(value)
+    for n in sizes:
+        if type(n) is not int or n < 0:
+            raise ValueError(f"sizes {sizes}")
+    return sizes
+
+
+def _extent(info: Mapping[str, Any], names: dict[Any, str]) -> Extent:
+    start, length = info["offset"], info["length"]
+    name = names.get(info["relative_path"])
+    if name is None:
+        name = names[info["relative_path"]] = _inner_name(info["relative_path"])
+    if not isinstance(start, int) or not isinstance(length, int) or min(start, length) < 0:
+        raise ValueError(f"a run of bytes at {start!r} of {length!r}")
+    return Extent(name, start, length, tuple(info.get("transform_descriptors") or ()))
+
+
+def _inner_name(name: Any) -> str:
+    path = PurePosixPath(name)
+    if not path.parts or path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"a data file outside the directory: {name}")
+    return str(path)
+
+
+def _tensor(name: str, state: Mapping[str, Any], extents: _Extents, path: Path) -> SavedTensor:
+    dtype = state["properties"].state[0]
+    shape = _sizes(state["size"])
+    chunks = []
+    for chunk in state["chunks"]:
+        offsets, sizes = _sizes(chunk.state["offsets"]), _sizes(chunk.state["sizes"])
+        if len(offsets) != len(shape) or len(sizes) != len(shape):
+            raise ValueError(f"a chunk of another rank in {name}")
+        chunks.append(Chunk(offsets, sizes, _lookup(extents, name, offsets, path)))
+    return SavedTensor(dtype if isinstance(dtype, DType) else None, shape, tuple(chunks))
+
+
+def _lookup(extents: _Extents, name: str, offsets: Shape | None, path: Path) -> Extent:
+    try:
+        return extents[name, offsets]
+    except KeyError:
+        where = "" if offsets is None else f" at {offsets}"
+        raise DamagedCheckpoint(
+            f"it has a part{where} that no file holds",
+            path=path,
+            tensor=name,
+            hint="The metadata is damaged or was edited; copy it anew from where it was written.",
+        ) from None
+
+
+def _merged(parts: list[Metadata], files: list[Path]) -> Metadata:
+    """One metadata of those of all ranks; what several ranks wrote alike is taken from the first."""
+    tensors: dict[str, SavedTensor] = {}
+    objects: dict[str, Extent] = {}
+    paths: dict[str, KeyPath] = {}
+    for part, path in zip(parts, files, strict=True):
+        for name, tensor in part.tensors.items():
+            first = tensors.get(name)
+            if first is None:
+                tensors[name] = tensor
+                continue
+            if (first.dtype, first.shape) != (tensor.dtype, tensor.shape):
+                raise DamagedCheckpoint(
+                    f"it is {tensor.dtype} {tensor.shape} here, and {first.dtype} {first.shape} in the "
+                    "metadata of another rank: files of different saves",
+                    path=path,
+                    tensor=name,
+                )
+            held = {(chunk.offsets, chunk.sizes) for chunk in first.chunks}
+            new = [c for c in tensor.chunks if (c.offsets, c.sizes) not in held]
+            tensors[name] = SavedTensor(first.dtype, first.shape, (*first.chunks, *new))
+        objects = {**part.objects, **objects}
+        paths = {**part.paths, **paths}
+    first_part = parts[0]
+    return Metadata(tensors, objects, paths, first_part.version, first_part.writer, len(parts))

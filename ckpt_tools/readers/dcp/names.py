@@ -1,0 +1,158 @@
+"""Which entries of a torch Distributed Checkpoint are a model's, and under which names.
+
+A checkpoint is one flat mapping of everything that a training loop handed to ``dcp.save``: a model under its
+own names or below keys of the loop's choosing, optimizer, scheduler, progress. The metadata records the keys
+that each entry lay under, so nothing is guessed from dots: a model is a group of tensors that lay in one
+dict, and an optimizer is told by its ``param_groups`` or by its key. Pure: no I/O, no bytes.
+
+Sources: ``torch/distributed/checkpoint/_nested_dict.py`` (the paths), ``state_dict.py`` (optimizers),
+torchtitan ``components/checkpointer/dcp.py`` (a flat model among other keys), Lightning's FSDP strategy
+(``optimizer_0``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+
+from ckpt_tools.readers.dcp.metadata import KeyPath, Metadata
+
+# Keys that training loops put beside a model, never inside one.
+_OPTIMIZER_KEYS = {"optim", "optims", "optimizer", "optimizers"}
+_TRAINING_KEYS = _OPTIMIZER_KEYS | {
+    "dataloader",
+    "grad_scaler",
+    "lr_scheduler",
+    "lr_schedulers",
+    "optim_state",
+    "optim_state_dict",
+    "optimizer_state",
+    "optimizer_state_dict",
+    "optimizer_states",
+    "rng",
+    "rng_state",
+    "rng_states",
+    "sampler",
+    "scaler",
+    "scheduler",
+    "schedulers",
+    "train_state",
+    "trainer",
+    "trainer_state",
+}
+_NUMBER = re.compile(r"_\d+$")
+_STEP = re.compile(r"(?:^|[-_.])(?:(?:global_)?step|checkpoint|iter)[-_]?(\d+)$")
+_STEP_KEYS = {"step", "global_step", "current_step"}
+TOP = "top"
+
+
+def models(metadata: Metadata) -> dict[str, dict[str, str]]:
+    """The models of a checkpoint.
+
+    Returns:
+        For each model, by the keys it lay under (``app.model``, or ``top`` for a flat one): name in
+        the model to flat name in the checkpoint, in the order of the state dict.
+    """
+    optimizers = _optimizer_roots(metadata)
+    groups: dict[KeyPath, dict[str, str]] = {}
+    for flat in _in_order(metadata.tensors, metadata.paths):
+        path = metadata.path_of(flat)
+        if not _is_beside_a_model(path, optimizers):
+            groups.setdefault(path[:-1], {})[str(path[-1])] = flat
+    # A counter or a seed that lies as a tensor among plain numbers makes no model.
+    sized = {
+        root: names
+        for root, names in groups.items()
+        if any(len(metadata.tensors[flat].shape) > 1 for flat in names.values())
+    }
+    return {label(root): names for root, names in sized.items()}
+
+
+def label(root: KeyPath) -> str:
+    """What a person calls the dict that lay under these keys."""
+    return ".".join(map(str, root)) or TOP
+
+
+def left_alone(metadata: Metadata, taken: Iterable[str]) -> dict[str, int]:
+    """Number of entries that are not among the flat names ``taken``, by the key that tells them apart."""
+    taken = set(taken)
+    roots = {metadata.path_of(flat)[:-1] for flat in taken}
+    counts: dict[str, int] = {}
+    for flat in (*metadata.tensors, *metadata.objects):
+        if flat not in taken:
+            path = metadata.path_of(flat)
+            depth = 1
+            while depth < len(path) - 1 and any(root[:depth] == path[:depth] for root in roots):
+                depth += 1
+            key = label(path[:depth]) if len(path) > 1 else str(path[0]).split(".")[0]
+            counts[key] = counts.get(key, 0) + 1
+    return counts
+
+
+def objects_of(metadata: Metadata, root: str) -> list[str]:
+    """Entries of a model's dict that are no tensors, by their names in it, ``_extra_state`` aside."""
+    return [
+        str(path[-1])
+        for path in map(metadata.path_of, metadata.objects)
+        if label(path[:-1]) == root
+        and not _is_beside_a_model(path, frozenset())
+        and (root != TOP or "." in str(path[-1]))
+    ]
+
+
+def step_names(metadata: Metadata) -> list[str]:
+    """Flat names of entries that say how many steps were taken, the most direct first."""
+    optimizers = _optimizer_roots(metadata)
+    recorded: list[str] = []
+    counted: list[str] = []
+    for flat in (*metadata.objects, *metadata.tensors):
+        path = metadata.path_of(flat)
+        if _is_of_optimizer(path, optimizers):
+            # Adam counts its steps, once for each parameter; one is enough.
+            tensor = metadata.tensors.get(flat)
+            if not counted and tensor and not tensor.shape and str(path[-1]).endswith("step"):
+                counted.append(flat)
+        elif path[-1] in _STEP_KEYS:
+            recorded.append(flat)
+    return sorted(recorded, key=lambda flat: len(metadata.path_of(flat))) + counted
+
+
+def step_in(name: str) -> int | None:
+    """The number of steps that a directory is named for: ``step-200``, ``global_step200``."""
+    match = _STEP.search(name)
+    return int(match[1]) if match else None
+
+
+def _in_order(names: Mapping[str, object], order: Mapping[str, object]) -> Iterator[str]:
+    """``names`` in another mapping's order: that of the state dict, where the entries are as written."""
+    yield from (name for name in order if name in names)
+    yield from (name for name in names if name not in order)
+
+
+def _optimizer_roots(metadata: Metadata) -> frozenset[KeyPath]:
+    """Where optimizers lay: beside each ``param_groups``, nested or flattened into one key."""
+    roots = set()
+    for flat in (*metadata.objects, *metadata.tensors):
+        path = metadata.path_of(flat)
+        for depth, key in enumerate(path):
+            if str(key).split(".")[0] == "param_groups":
+                roots.add(path[:depth])
+    return frozenset(roots)
+
+
+def _is_beside_a_model(path: KeyPath, optimizers: frozenset[KeyPath]) -> bool:
+    return (
+        _is_of_optimizer(path, optimizers)
+        or any(_NUMBER.sub("", str(key)).lower() in _TRAINING_KEYS for key in path[:-1])
+        # What a module keeps for itself: bytes, or tensors that are no weights.
+        or any(str(key).rpartition(".")[2] == "_extra_state" for key in path)
+    )
+
+
+def _is_of_optimizer(path: KeyPath, optimizers: frozenset[KeyPath]) -> bool:
+    if len(path) == 1 and str(path[0]).split(".")[0] in _OPTIMIZER_KEYS:
+        return True
+    return any(
+        path[:depth] in optimizers and str(path[depth]).split(".")[0] in {"state", "param_groups"}
+        for depth in range(len(path))
+    ) or any(_NUMBER.sub("", str(key)).lower() in _OPTIMIZER_KEYS for key in path[:-1])

@@ -1,0 +1,201 @@
+"""Proof that the shard files in a directory are those of one save of one run.
+
+Owns the comparison of what every file states about itself: ranks, world size, step, version, settings.
+A missing rank, or one of another step, is found here before anything is made of the contents. Knows
+nothing of how files are read or of what their tensors mean.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ckpt_tools.errors import DamagedCheckpoint
+from ckpt_tools.readers.containers.restricted_pickle import TensorRef
+
+NODE_LOCAL = (
+    "If the run saved to node-local storage, they lie on the other machines: copy every machine's "
+    "folder here, or name it with --also DIR."
+)
+SAME_SAVE = "Keep the files of one save in a directory of their own; move the others away."
+
+
+@dataclass(frozen=True)
+class ModelState:
+    """What is used of a ``*_model_states.pt`` file."""
+
+    path: Path
+    rank: int
+    content: dict[str, Any]
+
+    def get(self, key: str) -> Any:
+        """A top-level entry, or None."""
+        return self.content.get(key)
+
+
+@dataclass(frozen=True)
+class OptimState:
+    """What is used of a ``*_optim_states.pt`` file."""
+
+    path: Path
+    rank: int
+    stage: int | None
+    flat_groups: Sequence[TensorRef]
+    intervals: Sequence[Sequence[TensorRef]] | None
+    content: dict[str, Any]
+    config: dict[str, Any]
+    version: str | None
+    step: object
+    hyperparameters: object
+    param_shapes: object
+
+    def get(self, key: str) -> Any:
+        """An entry of ``optimizer_state_dict``, or None."""
+        return self.content.get(key)
+
+
+def stated_world_size(
+    directory: Path, first: ModelState, optims: Sequence[OptimState], stage: int
+) -> int:
+    """The data-parallel world size that the files state."""
+    counts: Counter[int] = Counter()
+    for optim in optims:
+        count = optim.get("partition_count")
+        counts[max(count, default=0) if isinstance(count, list) else int(count or 0)] += 1
+    if len(counts) > 1:
+        raise mixed(
+            directory, "world size", {o.path.name: o.get("partition_count") for o in optims}
+        )
+    stated = next(iter(counts), 0)
+    dp = first.get("dp_world_size")
+    if not stated:
+        return int(dp or max(len(optims), 1))
+    if stage and isinstance(dp, int) and dp != stated:
+        raise DamagedCheckpoint(
+            f"{first.path.name} was written by {dp} ranks, the optimizer files by {stated}",
+            path=directory,
+            hint=SAME_SAVE,
+        )
+    return stated
+
+
+def check_ranks(
+    stage: int,
+    world_size: int,
+    directory: Path,
+    models: Sequence[ModelState],
+    optims: Sequence[OptimState],
+) -> None:
+    """Every rank has its files, and no file is of a rank that did not exist."""
+    expected = range(world_size)
+    kinds: list[tuple[str, set[int], Sequence[ModelState] | Sequence[OptimState]]] = []
+    if optims:
+        kinds.append(("optim", {o.rank for o in optims}, optims))
+    if stage == 3:
+        kinds.append(("model", {m.rank for m in models}, models))
+    for kind, present, states in kinds:
+        missing = [rank for rank in expected if rank not in present]
+        extra = sorted(present - set(expected))
+        example = states[0].path.name
+        rank_text = re.compile(r"zero_pp_rank_\d+_")
+        if missing:
+            names = [rank_text.sub(f"zero_pp_rank_{rank}_", example) for rank in missing]
+            raise DamagedCheckpoint(
+                f"{len(missing)} of {world_size} {kind}_states files are missing: ranks "
+                f"{_ranges(missing)}",
+                path=directory,
+                missing=names,
+                hint=f"Expected {names[0]}"
+                + (" and so on. " if len(names) > 1 else ". ")
+                + NODE_LOCAL,
+            )
+        if extra:
+            raise DamagedCheckpoint(
+                f"{kind}_states files of ranks {_ranges(extra)} lie here, but the save had "
+                f"{world_size} ranks",
+                path=directory,
+                hint=SAME_SAVE,
+            )
+    if stage < 3 and len(models) > 1:
+        raise DamagedCheckpoint(
+            f"model files of ZeRO-3 lie beside optimizer files of stage {stage}",
+            path=directory,
+            hint=SAME_SAVE,
+        )
+
+
+def check_agreement(
+    directory: Path, models: Sequence[ModelState], optims: Sequence[OptimState]
+) -> None:
+    """Steps, versions and settings are the same in all files."""
+    for key, meaning in (
+        ("global_steps", "step"),
+        ("dp_world_size", "world size"),
+        ("ds_version", "DeepSpeed version"),
+        ("global_samples", "number of samples"),
+        ("skipped_steps", "number of skipped steps"),
+    ):
+        _agree(directory, meaning, {m.path.name: m.get(key) for m in models})
+    named = {o.path.name: o for o in optims}
+    _agree(directory, "optimizer step", {n: o.step for n, o in named.items()})
+    _agree(directory, "optimizer settings", {n: o.hyperparameters for n, o in named.items()})
+    _agree(
+        directory,
+        "number of flat groups",
+        {n: len(o.flat_groups) for n, o in named.items()},
+    )
+    everything = {m.path.name: m.get("ds_version") for m in models}
+    everything |= {n: o.version for n, o in named.items() if o.version is not None}
+    _agree(directory, "DeepSpeed version", everything)
+    settings = {m.path.name: _settings(m.get("ds_config")) for m in models}
+    settings |= {n: _settings(o.config) for n, o in named.items()}
+    _agree(directory, "training settings (ds_config)", settings)
+
+
+def _settings(config: Any) -> object:
+    """The part of ``ds_config`` that is the same on every rank of a run; None where not recorded."""
+    if not isinstance(config, dict) or not config:
+        return None
+    keys = ("optimizer", "bf16", "fp16", "train_batch_size", "gradient_accumulation_steps")
+    zero = config.get("zero_optimization")
+    stage = zero.get("stage") if isinstance(zero, dict) else None
+    return repr([(key, config.get(key)) for key in keys] + [("stage", stage)])
+
+
+def _agree(directory: Path, meaning: str, values: dict[str, Any]) -> None:
+    known = {name: value for name, value in values.items() if value is not None}
+    if any(value != next(iter(known.values())) for value in known.values()):
+        raise mixed(directory, meaning, known)
+
+
+def mixed(directory: Path, meaning: str, values: dict[str, Any]) -> DamagedCheckpoint:
+    """The error for files of several saves, naming those in the minority."""
+    common, _ = Counter(map(repr, values.values())).most_common(1)[0]
+    odd = {name: value for name, value in values.items() if repr(value) != common}
+    name, value = next(iter(odd.items()))
+    more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
+    shown = (
+        (f" ({value!r} in {name}{more}, {common} in the others)")
+        if len(common) < 40
+        else (f" ({name}{more} differ from the others)")
+    )
+    return DamagedCheckpoint(
+        f"the files are not of one save: they differ in {meaning}{shown}",
+        path=directory,
+        hint=SAME_SAVE,
+    )
+
+
+def _ranges(ranks: Sequence[int]) -> str:
+    """``[0, 1, 2, 5]`` as ``0-2, 5``."""
+    spans: list[list[int]] = []
+    for rank in ranks:
+        if spans and rank == spans[-1][1] + 1:
+            spans[-1][1] = rank
+        else:
+            spans.append([rank, rank])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)

@@ -1,0 +1,278 @@
+"""Where the elements of each parameter lie in the flat groups of a ZeRO checkpoint.
+
+Pure arithmetic over metadata that was already read. Three layouts, each one function:
+
+* stages 1 and 2, and ``BF16_Optimizer``: per parameter group one flat vector, parameters one after the
+  other (with recorded alignment paddings between them), cut into equal partitions; the padding at the
+  end is cut from what each rank saved, or, by ``BF16_Optimizer``, kept and its length recorded;
+* stage 3: per sub-group, each rank holds its slice of ``ceil(numel / world_size)`` elements of each
+  parameter; only the last slices are padded;
+* stage 0: flat or unflattened groups in one file, without names.
+
+Sources: ``stage_1_and_2.py`` (``_get_groups_without_padding``, ``flatten_dense_tensors_aligned``),
+``bf16_optimizer.py`` (``_setup_for_real_optimizer``), ``stage3.py``, ``partition_parameters.py``
+(``partition_numel``), ``utils/zero_to_fp32.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+from ckpt_tools.errors import DamagedCheckpoint
+from ckpt_tools.readers.containers.restricted_pickle import Opaque, TensorRef
+from ckpt_tools.readers.containers.torch_file import contiguous
+from ckpt_tools.readers.deepspeed.flat import FlatVector, match_by_value, named_weights
+from ckpt_tools.readers.deepspeed.shards import ShardSet
+from ckpt_tools.tensors.catalogue import FlatRange, Fragment, Shape, Stored
+from ckpt_tools.tensors.dtypes import DType
+
+
+class RankSlices(Sequence[Fragment]):
+    """The slices of one stage 3 parameter, one a rank, made on demand.
+
+    A model of a thousand parameters on a thousand ranks has a million of them; what all parameters
+    of a sub-group share (the files and where their flat groups begin) is kept once.
+
+    Args:
+        files: each rank's file.
+        bases: byte in each file where the sub-group's flat vector begins.
+        position: element of the flat vector where the parameter's slice begins, on every rank.
+        numel: elements of the whole parameter.
+        dtype: element type.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[Path],
+        bases: Sequence[int],
+        position: int,
+        numel: int,
+        dtype: DType,
+    ) -> None:
+        self._files = files
+        self._bases = bases
+        self._shift = position * dtype.itemsize
+        self._numel = numel
+        self._slice = math.ceil(numel / len(files))
+        self._count = math.ceil(numel / self._slice) if numel else 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> Fragment: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Fragment]: ...
+    def __getitem__(self, index: int | slice) -> Fragment | Sequence[Fragment]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(self._count))]
+        rank = range(self._count)[index]
+        start = rank * self._slice
+        return Fragment(
+            self._files[rank],
+            self._bases[rank] + self._shift,
+            FlatRange(start, min(start + self._slice, self._numel)),
+        )
+
+
+def group_shapes(shapes: Any, path: Path) -> list[dict[str, Shape]]:
+    """``param_shapes`` as a list of groups; up to DeepSpeed 0.5 it was one mapping for all."""
+    groups = [shapes] if isinstance(shapes, Mapping) else shapes
+    if not isinstance(groups, list) or not all(isinstance(group, Mapping) for group in groups):
+        raise DamagedCheckpoint("its param_shapes are missing or malformed", path=path)
+    return [{name: tuple(shape) for name, shape in group.items()} for group in groups]
+
+
+def partitioned_masters(shards: ShardSet) -> tuple[dict[str, Stored], list[str]]:
+    """Masters of stages 1 and 2 and of ``BF16_Optimizer``.
+
+    Returns:
+        The masters by name, and the doubts: groups whose recorded slice mappings contradict the
+        order of the parameters, so that the values themselves must be compared.
+
+    Raises:
+        DamagedCheckpoint: the partitions do not hold what the parameters need.
+    """
+    masters: dict[str, Stored] = {}
+    doubts: list[str] = []
+    groups = group_shapes(shards.param_shapes, shards.first.path)
+    held = len(shards.optims[0].flat_groups)
+    if isinstance(shards.param_shapes, Mapping):
+        return _matched_masters(shards, groups[0])
+    if held != len(groups):
+        raise DamagedCheckpoint(
+            f"{held} flat groups for {len(groups)} groups of parameters",
+            path=shards.optims[0].path,
+        )
+    for index, shapes in enumerate(groups):
+        parts = _partitions(shards, index)
+        gaps = _alignment_paddings(shards, index, len(shapes))
+        end = 0
+        for gap, (name, shape) in zip(gaps, shapes.items(), strict=True):
+            start, end = end, end + math.prod(shape)
+            masters[name] = parts.tensor(start, shape, name)
+            end += gap
+        parts.check_used(end, shards.world_size)
+        if not _mappings_agree(shards, index, shapes, gaps, parts):
+            doubts.append(f"the recorded slice mappings of group {index} contradict its order")
+    return masters, doubts
+
+
+def _matched_masters(
+    shards: ShardSet, shapes: Mapping[str, Shape]
+) -> tuple[dict[str, Stored], list[str]]:
+    """Masters of DeepSpeed up to 0.5, whose one mapping is not always in the order of the vectors."""
+    vectors = [_partitions(shards, index) for index in range(len(shards.optims[0].flat_groups))]
+    module = named_weights(shards.first.content)
+    order = {name: module[name] for name in shapes if name in module}
+    masters = match_by_value(vectors, order, slack=2 * shards.world_size)
+    if masters is None:
+        raise DamagedCheckpoint(
+            "the masters fit no order of the module's weights",
+            path=shards.optims[0].path,
+            hint="Files of two saves lie together, or a file was damaged. --weights model takes the "
+            "16-bit weights instead.",
+        )
+    return masters, ["DeepSpeed up to 0.5 did not record the order of parameters faithfully"]
+
+
+def _partitions(shards: ShardSet, group: int) -> FlatVector:
+    refs, lengths = [], []
+    if shards.optims[0].intervals is not None:
+        # Interval by interval, the partitions of all ranks follow each other.
+        columns = zip(
+            *(optim.intervals[group] for optim in shards.optims if optim.intervals), strict=True
+        )
+        refs = [contiguous(ref, "a partition") for interval in columns for ref in interval]
+        return FlatVector(refs, [ref.numel for ref in refs])
+    for optim in shards.optims:
+        ref = contiguous(optim.flat_groups[group], f"flat group {group}")
+        padding = 0
+        if shards.is_bf16_optimizer:
+            paddings = optim.get("group_paddings") or []
+            padding = int(paddings[group]) if group < len(paddings) else 0
+        refs.append(ref)
+        lengths.append(max(ref.numel - padding, 0))
+    return FlatVector(refs, lengths)
+
+
+def _alignment_paddings(shards: ShardSet, group: int, count: int) -> Sequence[int]:
+    recorded = shards.optims[0].get("param_alignment_paddings")
+    if not recorded:
+        return [0] * count
+    gaps = recorded[group]
+    if len(gaps) != count:
+        raise DamagedCheckpoint(
+            f"{len(gaps)} alignment paddings for {count} parameters of group {group}",
+            path=shards.optims[0].path,
+            hint="The model file is of another save than the optimizer files.",
+        )
+    return [int(gap) for gap in gaps]
+
+
+def _mappings_agree(
+    shards: ShardSet,
+    group: int,
+    shapes: Mapping[str, Shape],
+    gaps: Sequence[int],
+    parts: FlatVector,
+) -> bool:
+    """Whether each rank's recorded fragments are those that the order of parameters gives."""
+    for rank, optim in enumerate(shards.optims):
+        mappings = optim.get("param_slice_mappings")
+        if not isinstance(mappings, list) or group >= len(mappings):
+            continue
+        low, high = parts.starts[rank], parts.starts[rank + 1]
+        position = 0
+        for gap, (name, shape) in zip(gaps, shapes.items(), strict=True):
+            start, stop = max(position, low), min(position + math.prod(shape), high)
+            address = mappings[group].get(name)
+            state = address.state if isinstance(address, Opaque) else None
+            expected = {"numel": stop - start, "start": start - low} if start < stop else None
+            if state is not None and (expected is None or state != expected):
+                return False
+            if state is None and expected is not None:
+                return False
+            position += math.prod(shape) + gap
+    return True
+
+
+def sliced_masters(shards: ShardSet) -> dict[str, Stored]:
+    """Masters of stage 3.
+
+    Raises:
+        DamagedCheckpoint: the sub-groups do not hold what the parameters need.
+    """
+    world_size = shards.world_size
+    files = [optim.path for optim in shards.optims]
+    lengths = [group.numel for group in shards.optims[0].flat_groups]
+    dtypes = [group.dtype for group in shards.optims[0].flat_groups]
+    for optim in shards.optims:
+        if len(optim.flat_groups) == len(dtypes) and dtypes != [g.dtype for g in optim.flat_groups]:
+            raise DamagedCheckpoint(
+                "its sub-groups are of other dtypes than those of rank 0",
+                path=optim.path,
+                hint="The file is of another save or run; keep the files of one save apart.",
+            )
+        found = [contiguous(group, "a flat group").numel for group in optim.flat_groups]
+        if found != lengths:
+            raise DamagedCheckpoint(
+                f"its sub-groups have {found} elements, those of rank 0 {lengths}",
+                path=optim.path,
+                hint="The file is of another save or run; keep the files of one save apart.",
+            )
+    masters: dict[str, Stored] = {}
+    group, position, bases = -1, 0, [0] * world_size
+    dtype = None
+    for shapes in group_shapes(shards.param_shapes, shards.first.path):
+        for name, shape in shapes.items():
+            numel = math.prod(shape)
+            count = math.ceil(numel / world_size)
+            while numel and (group < 0 or position == lengths[group]) and group + 1 < len(lengths):
+                group, position = group + 1, 0
+                refs = [optim.flat_groups[group] for optim in shards.optims]
+                bases = [ref.byte_offset for ref in refs]
+                dtype = refs[0].dtype
+            if dtype is None or (numel and position + count > lengths[group]):
+                raise DamagedCheckpoint(
+                    f"sub-group {group} ends before it",
+                    path=files[0],
+                    tensor=name,
+                    hint="The model files are of another save than the optimizer files.",
+                )
+            slices = RankSlices(files, bases, position, numel, dtype)
+            masters[name] = Stored(dtype, shape, slices)
+            position += count
+    left = (lengths[group] - position if group >= 0 else 0) + sum(lengths[group + 1 :])
+    if left:
+        raise DamagedCheckpoint(
+            f"the sub-groups hold {left:,} elements a rank more than the parameters need",
+            path=files[0],
+            hint="The model files are of another save than the optimizer files.",
+        )
+    return masters
+
+
+def sliced_frozen(shards: ShardSet) -> dict[str, Stored]:
+    """Frozen parameters of stage 3: each rank's model file holds its slice."""
+    shapes = shards.first.get("frozen_param_shapes") or {}
+    frozen: dict[str, Stored] = {}
+    for name, recorded in shapes.items():
+        shape = tuple(recorded)
+        fragments: list[Fragment] = []
+        start, numel, dtype = 0, math.prod(shape), None
+        for model in shards.models:
+            ref = (model.get("frozen_param_fragments") or {}).get(name)
+            if not isinstance(ref, TensorRef):
+                raise DamagedCheckpoint("its frozen slice is missing", path=model.path, tensor=name)
+            dtype = dtype or ref.dtype
+            stop = min(start + contiguous(ref, name).numel, numel)
+            if stop > start:
+                fragments.append(Fragment(model.path, ref.byte_offset, FlatRange(start, stop)))
+            start = stop
+        assert dtype is not None
+        frozen[name] = Stored(dtype, shape, fragments)
+    return frozen

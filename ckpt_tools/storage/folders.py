@@ -1,0 +1,165 @@
+"""Folders of several machines as one checkpoint: what ``--also DIR`` means.
+
+Owns the question which part of the tree a folder is a copy of. People name what they copied: the run, with
+its ``latest``, or the directory of one save in it. Names tell which it is; where they do not, two folders are
+of one level if both hold data files or neither does. Knows names of files, and no format.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from ckpt_tools.errors import UsageError
+from ckpt_tools.storage.pool import DirectoryPlace, Pool, PooledPath
+
+# A checkpoint's directory is at most this far below what people name.
+_LEVELS = 3
+_DATA = re.compile(r".*\.(pt|bin|pth|safetensors|distcp|metadata)")
+# What frameworks call the directory of one save among others.
+_SAVE = re.compile(r"(?:step[-_]?|checkpoint[-_]|epoch[-_]?|iter(?:ation)?[-_]?)(\d+)")
+
+
+def read_as_one(path: Path, also: Sequence[str | os.PathLike[str]]) -> Path:
+    """The path of a checkpoint whose files lie under it and in further folders.
+
+    Args:
+        path: as readers take it.
+        also: directories with further files of it, each a copy of the same directory, of one above it or
+            of one in it.
+
+    Returns:
+        ``path`` in a ``Pool``; ``path`` itself where there is nothing else, or where
+        it is in a pool already. Processes that ask for the same folders get pools of one key.
+
+    Raises:
+        UsageError: one of ``also`` is no directory, cannot be read, or is not a copy of any of these.
+    """
+    if not also or isinstance(path, PooledPath) or not path.exists():
+        return path
+    root = path.parent if path.is_file() else path
+    places = [DirectoryPlace(root), *places_of(root, also)]
+    key = "\0".join(f"{os.path.abspath(place.root)}\0{place.under}" for place in places)
+    with _unreadable_is_told(root):
+        pool = Pool(root, places, key=key)
+    return pool.path(path.name) if path.is_file() else pool.path()
+
+
+def places_of(root: Path, also: Sequence[str | os.PathLike[str]]) -> list[DirectoryPlace]:
+    """Further folders of a checkpoint's directory, each at its place in the tree.
+
+    Raises:
+        UsageError: as of :func:`read_as_one`.
+    """
+    known = [DirectoryPlace(root)]
+    for folder in map(Path, also):
+        if not folder.is_dir():
+            raise UsageError(
+                "it is not a directory" if folder.exists() else "no such directory",
+                path=folder,
+                hint="--also takes a folder of this machine with further files of the checkpoint.",
+            )
+        with _unreadable_is_told(folder):
+            known.append(_aligned(root, folder, known))
+    return known[1:]
+
+
+@contextmanager
+def _unreadable_is_told(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or directory
+        raise UsageError(f"cannot be read ({error.strerror})", path=where) from error
+
+
+def _aligned(root: Path, folder: Path, known: Sequence[DirectoryPlace]) -> DirectoryPlace:
+    """The folder at its place in the tree.
+
+    Raises:
+        UsageError: what it is a copy of cannot be told.
+    """
+    if _name(folder) == _name(root):
+        return DirectoryPlace(folder)
+    inside = [*_inside(root, folder), *_below(root, folder, known)]
+    likely = [place for place in inside if _alike(place, known)]
+    same = DirectoryPlace(folder)
+    if likely or (inside and not _alike(same, known)):
+        return (likely or inside)[0]
+    saves = [_SAVE.findall(_name(directory))[-1:] for directory in (root, folder)]
+    if all(saves) and saves[0] != saves[1]:
+        raise UsageError(
+            f"by its name it is of another save than {root}",
+            path=folder,
+            hint="Name folders of one save.",
+        )
+    if not _alike(same, known) and _holds_data(folder) != _holds_data(root):
+        raise _not_alike(root, folder)
+    return same
+
+
+def _name(directory: Path) -> str:
+    return directory.resolve().name
+
+
+def _inside(root: Path, folder: Path) -> Iterator[DirectoryPlace]:
+    """The copy of ``root`` in a folder that is a copy of what lies above it."""
+    parts = root.resolve().parts[1:]
+    for count in range(1, min(_LEVELS, len(parts)) + 1):
+        candidate = folder.joinpath(*parts[-count:])
+        if candidate.is_dir():
+            yield DirectoryPlace(candidate)
+
+
+def _below(root: Path, folder: Path, known: Sequence[DirectoryPlace]) -> Iterator[DirectoryPlace]:
+    """The folder as a copy of a directory in ``root``, which a copy of ``root`` or ``latest`` names."""
+    parts = folder.resolve().parts[1:]
+    for count in range(1, min(_LEVELS, len(parts)) + 1):
+        under = "/".join(parts[-count:])
+        beside = [place.root / under for place in known if not place.under]
+        if any(other.is_dir() and not other.samefile(folder) for other in beside):
+            yield DirectoryPlace(folder, under)
+    if _latest(root) == parts[-1]:
+        yield DirectoryPlace(folder, parts[-1])
+
+
+def _latest(root: Path) -> str | None:
+    try:
+        return (root / "latest").read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return None
+
+
+def _alike(place: DirectoryPlace, known: Sequence[DirectoryPlace]) -> bool:
+    """Whether a folder has a name in common with what is known of its place in the tree, ranks aside."""
+    beside = [other.root / place.under for other in known if not other.under]
+    beside += [other.root for other in known if other.under and other.under == place.under]
+    return any(_kinds(place.root) & _kinds(other) for other in beside)
+
+
+def _kinds(directory: Path) -> set[str]:
+    try:
+        return {re.sub(r"\d+", "0", entry.name) for entry in directory.iterdir()}
+    except OSError:
+        return set()
+
+
+def _holds_data(directory: Path) -> bool:
+    return any(_DATA.fullmatch(name) for name in _kinds(directory))
+
+
+def _not_alike(root: Path, folder: Path) -> UsageError:
+    if _holds_data(root):
+        hint = f"Expected a folder with further files of {_name(root)}: {folder / _name(root)} is not there."
+    else:
+        names = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+        hint = (
+            f"Expected a copy of {_name(root)}, or of a directory in it under the same name: "
+            f"{', '.join(names[:8]) or 'there is none'}."
+        )
+    return UsageError(
+        f"it is not a copy of {root} nor of a directory in it", path=folder, hint=hint
+    )

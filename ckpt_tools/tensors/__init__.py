@@ -1,0 +1,1 @@
+"""What a tensor is, which bytes hold it, and reading them."""

@@ -1,0 +1,336 @@
+"""The value in the middle: a map from tensor name to dtype, shape and the bytes that hold it.
+
+Owns what a tensor *is* to every other module. A :class:`Stored` tensor lies in files, as fragments that
+tile it: every element in exactly one fragment, proven when the value is built, so that nothing
+downstream asks again. Any tensor answers one question, :meth:`Tensor.moves`: which runs of file bytes
+put the elements of a row-major window in place. Transforms wrap tensors and rewrite the answer; the
+writer carries it out. This module does no I/O, imports no torch and knows no format.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Protocol
+
+from ckpt_tools.errors import DamagedCheckpoint
+from ckpt_tools.tensors.dtypes import DType
+from ckpt_tools.tensors.regions import Box as Box
+from ckpt_tools.tensors.regions import FlatRange as FlatRange
+from ckpt_tools.tensors.regions import Shape as Shape
+from ckpt_tools.tensors.regions import collapsed, intersection
+from ckpt_tools.tensors.regions import row_major_strides as row_major_strides
+from ckpt_tools.tensors.regions import window_slabs as window_slabs
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Fragment:
+    """A contiguous run of bytes in a file that holds one region of a tensor.
+
+    Attributes:
+        file: the file.
+        offset: first byte of the run.
+        region: which elements it holds, in row-major order.
+    """
+
+    file: Path
+    offset: int
+    region: FlatRange | Box
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """One contiguous run of source elements and its place in a window.
+
+    Attributes:
+        source: the file that holds the run, or the computed tensor that it is part of.
+        offset: its first byte in the file, or in the row-major computed tensor.
+        dtype: element type in the source.
+        sizes: shape of the run; its product is the number of elements.
+        at: index in the window of the run's first element.
+        strides: distance in the window, in elements, between neighbours along each of ``sizes``.
+        dtypes: types the elements pass through on their way, the last being the window's; a cast
+            to bf16 and back to fp32 is two steps, and both are made.
+    """
+
+    source: Path | Computed
+    offset: int
+    dtype: DType
+    sizes: Shape
+    at: int
+    strides: Shape
+    dtypes: tuple[DType, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Source bytes of the run."""
+        return math.prod(self.sizes) * self.dtype.itemsize
+
+    @property
+    def file(self) -> Path:
+        """The file, of a run that lies in one."""
+        assert isinstance(self.source, Path)
+        return self.source
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is a copy of bytes: nothing is cast, and it stays one run in the window."""
+        return (
+            isinstance(self.source, Path)
+            and self.strides == (1,)
+            and all(dtype == self.dtype for dtype in self.dtypes)
+        )
+
+
+class Tensor(ABC):
+    """A tensor that is described, not held.
+
+    Attributes:
+        dtype: element type.
+        shape: sizes.
+    """
+
+    dtype: DType
+    shape: Shape
+
+    @abstractmethod
+    def moves(self, start: int, stop: int) -> Iterable[Move]:
+        """The moves that fill the window of elements ``[start, stop)``, row-major."""
+
+    @property
+    @abstractmethod
+    def pieces(self) -> int:
+        """Number of runs that it is read from."""
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes."""
+        return self.numel * self.dtype.itemsize
+
+    def load(self) -> torch.Tensor:
+        """Read the whole tensor into memory.
+
+        Returns:
+            A new contiguous CPU tensor of this dtype and shape.
+
+        Raises:
+            DamagedCheckpoint: a file ended before its bytes.
+        """
+        from ckpt_tools.tensors.gather import load
+
+        return load(self)
+
+
+@dataclass(frozen=True)
+class Stored(Tensor):
+    """A tensor that lies in files.
+
+    Attributes:
+        dtype: element type in the files.
+        shape: sizes.
+        fragments: the runs that hold it, proven to tile it exactly; flat ranges in rising order. A
+            sequence that makes its fragments on demand is welcome where there are many.
+
+    Raises:
+        DamagedCheckpoint: an element is held by no fragment, or by more than one.
+    """
+
+    dtype: DType
+    shape: Shape
+    fragments: Sequence[Fragment]
+
+    def __post_init__(self) -> None:
+        if self._is_flat:
+            _prove_ranges_tile(self.fragments, self.numel)
+        else:
+            _prove_boxes_tile(self.fragments, self.shape)
+
+    @property
+    def _is_flat(self) -> bool:
+        return not self.fragments or isinstance(self.fragments[0].region, FlatRange)
+
+    @property
+    def pieces(self) -> int:
+        """Number of fragments."""
+        return len(self.fragments)
+
+    def moves(self, start: int, stop: int) -> Iterator[Move]:
+        """The parts of the fragments that lie in the window."""
+        if self._is_flat:
+            return self._flat_moves(start, stop)
+        return self._box_moves(start, stop)
+
+    def _flat_moves(self, start: int, stop: int) -> Iterator[Move]:
+        itemsize = self.dtype.itemsize
+        first = bisect_right(self.fragments, start, key=_range_start) - 1
+        for index in range(max(first, 0), len(self.fragments)):
+            fragment = self.fragments[index]
+            region = fragment.region
+            assert isinstance(region, FlatRange)
+            if region.start >= stop:
+                return
+            low, high = max(start, region.start), min(stop, region.stop)
+            if low < high:
+                yield Move(
+                    fragment.file,
+                    fragment.offset + (low - region.start) * itemsize,
+                    self.dtype,
+                    (high - low,),
+                    low - start,
+                    (1,),
+                )
+
+    def _box_moves(self, start: int, stop: int) -> Iterator[Move]:
+        itemsize = self.dtype.itemsize
+        strides = row_major_strides(self.shape)
+        slabs = list(window_slabs(self.shape, start, stop))
+        for fragment in self.fragments:
+            box = fragment.region
+            assert isinstance(box, Box)
+            local_strides = row_major_strides(box.sizes)
+            for slab in slabs:
+                part = intersection(slab, box)
+                if part is None:
+                    continue
+                local = sum(
+                    (p - b) * s
+                    for p, b, s in zip(part.offsets, box.offsets, local_strides, strict=True)
+                )
+                place = sum(p * s for p, s in zip(part.offsets, strides, strict=True))
+                sizes, steps = collapsed(part.sizes, strides)
+                yield Move(
+                    fragment.file,
+                    fragment.offset + local * itemsize,
+                    self.dtype,
+                    sizes,
+                    place - start,
+                    steps,
+                )
+
+
+class Values(Protocol):
+    """How a computed tensor gets at the elements of the tensors that it is computed from."""
+
+    def window(self, tensor: Tensor, start: int, stop: int) -> torch.Tensor:
+        """Flat elements ``[start, stop)`` of ``tensor``, shape ``(stop - start,)``."""
+
+    def whole(self, tensor: Tensor) -> torch.Tensor:
+        """All of a small tensor, in its shape; kept for the next window that needs it."""
+
+
+class Computed(Tensor):
+    """A tensor whose elements are computed from those of others, window by window."""
+
+    @abstractmethod
+    def compute(self, start: int, stop: int, values: Values) -> torch.Tensor:
+        """Flat elements ``[start, stop)``: shape ``(stop - start,)``, of this tensor's dtype."""
+
+    def moves(self, start: int, stop: int) -> Iterator[Move]:
+        """The window itself, as one run of this tensor."""
+        offset = start * self.dtype.itemsize
+        yield Move(self, offset, self.dtype, (stop - start,), 0, (1,))
+
+
+class Catalogue(Mapping[str, Tensor]):
+    """An immutable, ordered map from tensor name to tensor.
+
+    Args:
+        tensors: the tensors, in the order in which the model names them.
+        ties: for each name that is another name of one of ``tensors``, that tensor's name.
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], ties: Mapping[str, str] | None = None
+    ) -> None:
+        self._tensors = dict(tensors)
+        self.ties = MappingProxyType(dict(ties or {}))
+        for alias, kept in self.ties.items():
+            if kept not in self._tensors or alias in self._tensors:
+                raise ValueError(f"tie {alias!r} -> {kept!r} does not fit the tensors")
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[self.ties.get(name, name)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, tied ones once."""
+        return sum(tensor.nbytes for tensor in self._tensors.values())
+
+    @property
+    def numel(self) -> int:
+        """Elements of all tensors, tied ones once."""
+        return sum(tensor.numel for tensor in self._tensors.values())
+
+
+def _range_start(fragment: Fragment) -> int:
+    assert isinstance(fragment.region, FlatRange)
+    return fragment.region.start
+
+
+def _prove_ranges_tile(fragments: Sequence[Fragment], numel: int) -> None:
+    end = 0
+    for fragment in fragments:
+        region = fragment.region
+        if not isinstance(region, FlatRange):
+            raise DamagedCheckpoint("flat and boxed fragments in one tensor", path=fragment.file)
+        if region.start != end or region.stop < region.start:
+            raise DamagedCheckpoint(
+                f"its fragments leave a hole or overlap at element {min(end, region.start):,}",
+                path=fragment.file,
+            )
+        end = region.stop
+    if end != numel:
+        where = fragments[-1].file if fragments else None
+        raise DamagedCheckpoint(f"its fragments hold {end:,} of {numel:,} elements", path=where)
+
+
+def _prove_boxes_tile(fragments: Sequence[Fragment], shape: Shape) -> None:
+    """Cut the tensor along every border of every box: each cell must lie in one box."""
+    boxes = [fragment.region for fragment in fragments]
+    cuts = []
+    for axis, size in enumerate(shape):
+        borders = {0, size}
+        for fragment, box in zip(fragments, boxes, strict=True):
+            if not isinstance(box, Box) or len(box.sizes) != len(shape):
+                raise DamagedCheckpoint("a fragment of another rank", path=fragment.file)
+            low, high = box.offsets[axis], box.offsets[axis] + box.sizes[axis]
+            if low < 0 or high > size or high < low:
+                raise DamagedCheckpoint("a fragment outside its tensor", path=fragment.file)
+            borders |= {low, high}
+        cuts.append({border: index for index, border in enumerate(sorted(borders))})
+    covered: set[tuple[int, ...]] = set()
+    for fragment, box in zip(fragments, boxes, strict=True):
+        assert isinstance(box, Box)
+        if not box.numel:
+            continue
+        spans = [
+            range(cut[low], cut[low + size])
+            for cut, low, size in zip(cuts, box.offsets, box.sizes, strict=True)
+        ]
+        for cell in product(*spans):
+            if cell in covered:
+                raise DamagedCheckpoint("two fragments hold the same elements", path=fragment.file)
+            covered.add(cell)
+    if math.prod(shape) and len(covered) != math.prod(len(cut) - 1 for cut in cuts):
+        where = fragments[-1].file if fragments else None
+        raise DamagedCheckpoint("its fragments do not hold all of its elements", path=where)

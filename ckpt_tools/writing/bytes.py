@@ -1,0 +1,256 @@
+"""Writes planned files: the only module that writes tensor bytes.
+
+Each worker is a thread with one block buffer and one ``Gatherer``: it takes the
+next block, fills the buffer, digests it, and writes it where the plan says. Reading, casting, digesting
+and writing release the interpreter lock, so threads suffice within a machine; each casts on one core,
+because the cores are taken by the other workers. Knows units and file descriptors; knows nothing of
+names, formats, ranks or directories' final places.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from ckpt_tools.errors import OutputFailed
+from ckpt_tools.tensors.gather import Gatherer, casting_on_one_core
+from ckpt_tools.writing.layout import Plan
+from ckpt_tools.writing.units import Block, Units
+
+Progress = Callable[[int], None]
+Record = Callable[[Block, Sequence[bytes]], None]
+_MAX_WORKERS = 16
+# The sources that all workers have open, and as many again for whatever else the process does.
+_OTHER_FILES = 2 * 64 * _MAX_WORKERS
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a write did.
+
+    Attributes:
+        bytes_read: bytes read from the sources.
+        bytes_written: bytes of tensor data written.
+        move_seconds: time in which the bytes were moved.
+        sync_seconds: time in which the disk was waited for afterwards.
+    """
+
+    bytes_read: int = 0
+    bytes_written: int = 0
+    move_seconds: float = 0.0
+    sync_seconds: float = 0.0
+
+
+def default_workers() -> int:
+    """One worker for each processor that this process may use, up to 16."""
+    return min(len(os.sched_getaffinity(0)), _MAX_WORKERS)
+
+
+def laid_out(plan: Plan, directory: Path) -> set[str]:
+    """The names of those files of ``plan`` that are in ``directory``: of its size, with its header."""
+    return {
+        file.name
+        for file in plan.files
+        if _is_laid_out(directory / file.name, file.header, file.size)
+    }
+
+
+def lay_out(plan: Plan, directory: Path) -> None:
+    """Make every file of ``plan`` in ``directory``: of its size, with its header; and the index.
+
+    What :func:`laid_out` finds there is left as it is.
+
+    Args:
+        plan: the layout.
+        directory: an existing directory.
+
+    Raises:
+        OutputFailed: the disk is full or refused a write.
+    """
+    there = laid_out(plan, directory)
+    for file in plan.files:
+        if file.name not in there:
+            _make(directory / file.name, file.header, file.size)
+    if plan.index is not None:
+        name, content = plan.index
+        _make(directory / name, content, len(content))
+
+
+def _is_laid_out(path: Path, header: bytes, size: int) -> bool:
+    try:
+        with path.open("rb") as stream:
+            return os.fstat(stream.fileno()).st_size == size and stream.read(len(header)) == header
+    except OSError:
+        return False
+
+
+def _make(path: Path, start: bytes, size: int) -> None:
+    try:
+        path.unlink(missing_ok=True)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            os.ftruncate(fd, size)
+            _write_all(fd, start, 0, path)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise refused(error, path) from error
+
+
+class Outputs:
+    """The files of one plan, open for writing. Close it after use."""
+
+    def __init__(self, plan: Plan, directory: Path) -> None:
+        _allow_open_files(len(plan.files))
+        self._directory = directory
+        self._stack = ExitStack()
+        self._fds: list[int] = []
+        try:
+            for file in plan.files:
+                fd = os.open(directory / file.name, os.O_RDWR | os.O_CLOEXEC)
+                self._stack.callback(os.close, fd)
+                self._fds.append(fd)
+        except OSError as error:
+            self._stack.close()
+            raise refused(error, directory) from error
+
+    def __enter__(self) -> Outputs:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    def write(self, file: int, data: memoryview, offset: int) -> None:
+        """Write ``data`` at byte ``offset`` of file number ``file``."""
+        _write_all(self._fds[file], data, offset, self._directory)
+
+    def sync(self, files: Iterable[int]) -> None:
+        """Wait until the bytes of these files are on disk.
+
+        Raises:
+            OutputFailed: the disk refused.
+        """
+        fds = [self._fds[file] for file in files]
+        try:
+            with ThreadPoolExecutor(min(len(fds), 8) or 1) as pool:
+                list(pool.map(os.fsync, fds))
+        except OSError as error:
+            raise refused(error, self._directory) from error
+
+
+def _allow_open_files(count: int) -> None:
+    """Raise the process's limit of open files, often 1,024, where so many more would pass it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + _OTHER_FILES
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def write(
+    units: Units,
+    outputs: Outputs,
+    todo: Sequence[range],
+    *,
+    workers: int | None = None,
+    progress: Progress | None = None,
+    record: Record | None = None,
+    ended: threading.Event | None = None,
+) -> Written:
+    """Write units of a plan, and wait until they are on disk.
+
+    Args:
+        units: the plan's units; its tensors are read from wherever they lie.
+        outputs: its files.
+        todo: the units to write.
+        workers: number of threads; the files do not depend on it.
+        progress: called with the number of bytes after each block, from any worker's thread.
+        record: called with each block and its digests once it is written, from any worker's thread.
+        ended: once it is set no further block is begun; not all was written then.
+
+    Raises:
+        DamagedCheckpoint: a source file ended early or cannot be read.
+        OutputFailed: the disk is full or refused a write.
+    """
+    started = time.monotonic()
+    blocks = _Shared(block for part in todo for block in units.blocks(part))
+    stop = threading.Event()
+    touched: set[int] = set()
+
+    def work() -> tuple[int, int]:
+        buffer = bytearray(units.block_bytes)
+        done = 0
+        with Gatherer() as gatherer:
+            while not stop.is_set() and (block := blocks.take()) is not None:
+                if ended is not None and ended.is_set():
+                    break
+                gatherer.fill(buffer, block.slices)
+                view = memoryview(buffer)[: block.nbytes]
+                digests = units.digests(block, view) if record is not None else ()
+                outputs.write(block.file, view, block.offset)
+                touched.add(block.file)
+                done += block.nbytes
+                if record is not None:
+                    record(block, digests)
+                if progress is not None:
+                    progress(block.nbytes)
+            return gatherer.bytes_read, done
+
+    count = workers or default_workers()
+    with casting_on_one_core(), ThreadPoolExecutor(count) as pool:
+        try:
+            jobs = [pool.submit(work) for _ in range(count)]
+            wait(jobs, return_when=FIRST_EXCEPTION)
+        finally:
+            stop.set()
+        done = [job.result() for job in jobs]
+    moved = time.monotonic()
+    outputs.sync(touched)
+    bytes_read, bytes_written = map(sum, zip(*done, strict=True))
+    return Written(bytes_read, bytes_written, moved - started, time.monotonic() - moved)
+
+
+class _Shared:
+    """An iterator of blocks that threads take from in turn."""
+
+    def __init__(self, blocks: Iterator[Block]) -> None:
+        self._blocks = blocks
+        self._lock = threading.Lock()
+
+    def take(self) -> Block | None:
+        with self._lock:
+            return next(self._blocks, None)
+
+
+def _write_all(fd: int, data: bytes | memoryview, offset: int, path: Path) -> None:
+    view = memoryview(data)
+    while view:
+        try:
+            count = os.pwrite(fd, view, offset)
+        except OSError as error:
+            raise refused(error, path) from error
+        view, offset = view[count:], offset + count
+
+
+def refused(error: OSError, path: Path) -> OutputFailed:
+    """What a disk's refusal means."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        hint = "Free some room, or name an output on another disk."
+        return OutputFailed("no space left on the output's disk", path=path, hint=hint)
+    return OutputFailed(f"cannot be written ({error.strerror})", path=path)

@@ -1,0 +1,351 @@
+"""Delivers planned outputs: every rank writes its share, and the directory appears when all is proven.
+
+Owns the order of things from a plan to a published directory: agree on the plan, lay out the files, write
+the shares, finish each output, and the one rename. One process delivers alone; of several the leader does,
+and the others :func:`follow`. Knows plans, units and ranks; knows no formats and nothing of how a plan came
+about.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from ckpt_tools import __version__
+from ckpt_tools.errors import OutputFailed, RankFailed
+from ckpt_tools.ranks import Ranks
+from ckpt_tools.writing import journal
+from ckpt_tools.writing.bytes import Outputs, Written, laid_out, lay_out, write
+from ckpt_tools.writing.finishing import finish
+from ckpt_tools.writing.manifest import Provenance
+from ckpt_tools.writing.output import Output, Writing
+from ckpt_tools.writing.publish import Partial, check_room, leftovers, partial_directory
+from ckpt_tools.writing.units import Units
+
+_SHOW_SECONDS = 0.2
+_COUNTS = ("bytes_read", "bytes_written")
+_SECONDS = ("move_seconds", "sync_seconds")
+
+
+@dataclass(frozen=True)
+class Delivered:
+    """What was written.
+
+    Attributes:
+        written: of all ranks together; seconds are those of the slowest.
+        files: bytes of every file, by its path in the output.
+        notes: what a person should know of it.
+    """
+
+    written: Written
+    files: Mapping[str, int]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What every rank needs to know to write its share.
+
+    Attributes:
+        home: where the journal is.
+        directories: where each output is made.
+        units: those of each output.
+        done: what an earlier run proved.
+    """
+
+    home: Path
+    directories: tuple[Path, ...]
+    units: tuple[Units, ...]
+    done: journal.Proven
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What one rank wrote: the digests of its units, by output."""
+
+    written: Written
+    digests: Mapping[int, Mapping[int, bytes]]
+
+
+def deliver(
+    target: Path, outputs: Sequence[Output], writing: Writing, provenance: Provenance
+) -> Delivered | None:
+    """Write the outputs and put them in place together; nothing is done in a dry run.
+
+    Raises:
+        CkptError: the target appeared meanwhile, a source is damaged, the disk refused, another rank
+            failed, or verify found the result wrong.
+    """
+    if writing.dry_run:
+        return None
+    units = tuple(Units(output.layout) for output in outputs)
+    identity = journal.Identity(
+        __version__,
+        provenance.identity(),
+        provenance.options,
+        _plan_digest(outputs, units, provenance),
+    )
+    with ExitStack() as locked:
+        found = _found(target, identity, locked) if writing.resume else None
+        if found is None:
+            check_room(target, sum(output.nbytes for output in outputs))
+        if writing.ranks is not None:
+            _agree(units, writing.ranks)
+        with partial_directory(target, overwrite=writing.overwrite, resume=found) as partial:
+            if found is None:
+                locked.callback(journal.Lock(partial.home).close)
+                journal.begin(partial.home, identity)
+            try:
+                directories = tuple(partial.path / output.folder for output in outputs)
+                done = _laid_out(partial, directories, units)
+                job = _Job(partial.home, directories, units, done)
+                with writing.ranks.ending_all() if writing.ranks is not None else nullcontext():
+                    if writing.ranks is not None:
+                        # Units are most of it, and known to all since they agreed on them.
+                        writing.ranks.put("job", replace(job, units=()))
+                    with _shown(job, writing) as progress:
+                        shares = _write_shares(job, writing, progress)
+                    _finish_all(job, outputs, shares, provenance, writing)
+                    files = _sizes(partial.path)
+            finally:
+                proven = found is not None or journal.has_proof(partial.home)
+                partial.keep = writing.resumable and proven
+    return Delivered(_together([share.written for share in shares]), files, _notes(job))
+
+
+def _found(target: Path, identity: journal.Identity, locked: ExitStack) -> Path | None:
+    """The home of an earlier run to go on with; nobody else writes there until ``locked`` is closed."""
+    home = journal.find(leftovers(target), identity)
+    if home is None:
+        return None
+    locked.callback(journal.Lock(home).close)
+    # The run that wrote there may have ended in the meantime, and taken it along.
+    return home if journal.identity_of(home) == identity else None
+
+
+def follow(ranks: Ranks, workers: int) -> Any:
+    """Write this rank's share of whatever the leader delivers.
+
+    Returns:
+        What the leader reports.
+
+    Raises:
+        CkptError: as :func:`deliver`.
+    """
+    if ranks.first(("plan", "report")) == "plan":
+        units = ranks.get("plan")
+        _agree(units, ranks)
+        job = replace(ranks.get("job"), units=units)
+        if not job.home.is_dir():
+            raise OutputFailed(
+                f"machine {ranks.names[ranks.rank]} does not see it",
+                path=job.home,
+                hint="OUT must lie on a file system that all machines see, under the same path.",
+            )
+        _write_shares(job, Writing(workers, ranks=ranks), None)
+    return ranks.get("report")
+
+
+def _agree(units: tuple[Units, ...], ranks: Ranks) -> None:
+    """Give the leader's plan to all, and see that all understand it alike."""
+    if ranks.leads:
+        ranks.put("plan", units)
+    answers = ranks.gather("agreed", _layout_digest(units, ranks.machines))
+    for rank, answer in enumerate(answers or ()):
+        if answer != answers[0]:  # type: ignore[index]
+            raise RankFailed(
+                f"rank {rank} understands the plan otherwise than rank 0",
+                hint="Every machine must run the same version of ckpt-tools.",
+            )
+
+
+def _layout_digest(units: tuple[Units, ...], machines: Sequence[int]) -> str:
+    digest = xxhash.xxh3_128(__version__.encode())
+    for each in units:
+        for file in each.plan.files:
+            digest.update(file.name.encode() + file.header)
+        digest.update(each.plan.index[1] if each.plan.index else b"")
+        digest.update(str([each.share(rank, machines) for rank in range(len(machines))]).encode())
+        for name, tensor in each.plan.tensors.items():
+            for move in tensor.moves(0, min(tensor.numel, 1)):
+                digest.update(f"{name} {move.offset} {move.dtype}".encode())
+    return digest.hexdigest()
+
+
+def _plan_digest(outputs: Sequence[Output], units: Sequence[Units], provenance: Provenance) -> str:
+    digest = xxhash.xxh3_128(json.dumps(dict(provenance.options)).encode())
+    for output, each in zip(outputs, units, strict=True):
+        digest.update(f"{output.folder} {each.nbytes}".encode())
+        for file in output.layout.files:
+            digest.update(file.name.encode() + file.header)
+        for name, tensor in output.layout.tensors.items():
+            digest.update(f"{name} {provenance.recipe(tensor)}".encode())
+    return digest.hexdigest()
+
+
+def _laid_out(
+    partial: Partial, directories: Sequence[Path], units: Sequence[Units]
+) -> dict[int, dict[int, bytes]]:
+    """Make every weight file that is not there yet; what is proven of the others."""
+    plans = [each.plan for each in units]
+    placed = list(zip(directories, plans, strict=True))
+    _clear(partial.path, {folder / file.name for folder, plan in placed for file in plan.files})
+    whole = {number: laid_out(plan, folder) for number, (folder, plan) in enumerate(placed)}
+    journal.keep(partial.home, whole)
+    for folder, plan in placed:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputFailed(f"cannot be made ({error.strerror})", path=folder) from error
+        lay_out(plan, folder)
+    return journal.proven(partial.home, whole)
+
+
+def _clear(directory: Path, weights: set[Path]) -> None:
+    """Remove what an earlier run wrote after its weights; this one may be asked for other files."""
+    try:
+        for path in sorted(directory.rglob("*"), reverse=True):
+            if not path.is_dir():
+                if path not in weights:
+                    path.unlink()
+            elif not any(path.iterdir()):
+                path.rmdir()
+    except OSError as error:
+        raise OutputFailed(f"cannot be cleared ({error.strerror})", path=directory) from error
+
+
+def _write_shares(
+    job: _Job, writing: Writing, progress: Callable[[int], None] | None
+) -> list[_Share]:
+    """Write this rank's share, and wait for the others; the leader gets what all of them wrote."""
+    ranks = writing.ranks
+    rank, machines = (0, (0,)) if ranks is None else (ranks.rank, ranks.machines)
+    digests: dict[int, dict[int, bytes]] = {}
+    written = []
+
+    def moved(nbytes: int) -> None:
+        if ranks is not None:
+            ranks.active(nbytes)
+        if progress is not None:
+            progress(nbytes)
+
+    for number, (directory, units) in enumerate(zip(job.directories, job.units, strict=True)):
+        todo = journal.gaps(units.share(rank, machines), job.done.get(number, {}))
+        names = [file.name for file in units.plan.files]
+        with Outputs(units.plan, directory) as outputs:
+            with journal.Log(job.home, number, outputs, names) as log:
+                written.append(
+                    write(
+                        units,
+                        outputs,
+                        todo,
+                        workers=writing.workers,
+                        progress=moved,
+                        record=log.record,
+                        ended=None if ranks is None else ranks.failed,
+                    )
+                )
+            digests[number] = log.digests
+        if ranks is not None:
+            ranks.check()
+    share = _Share(_summed(written), digests)
+    if ranks is None:
+        return [share]
+    return ranks.gather("written", share) or []
+
+
+@contextmanager
+def _shown(job: _Job, writing: Writing) -> Iterator[Callable[[int], None] | None]:
+    """Tell how far all ranks together are; of one process, how far it is."""
+    progress, ranks = writing.progress, writing.ranks
+    if progress is None:
+        yield None
+        return
+    total = sum(units.plan.tensor_bytes for units in job.units)
+    before, lock = _done_bytes(job), threading.Lock()
+    done = before
+    progress(done, total)
+
+    def add(nbytes: int) -> None:
+        nonlocal done
+        with lock:
+            done += nbytes
+            progress(done, total)
+
+    if ranks is None:
+        yield add
+        return
+    ended = threading.Event()
+
+    def poll() -> None:
+        while not ended.wait(_SHOW_SECONDS) and not ranks.failed.is_set():
+            progress(before + ranks.nbytes(), total)
+
+    thread = threading.Thread(target=poll, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield None
+    finally:
+        ended.set()
+        thread.join()
+    progress(total, total)
+
+
+def _finish_all(
+    job: _Job,
+    outputs: Sequence[Output],
+    shares: Sequence[_Share],
+    provenance: Provenance,
+    writing: Writing,
+) -> None:
+    # Folders before what they lie in: the manifest of a directory is of all that is below it.
+    inward = sorted(enumerate(outputs), key=lambda pair: pair[1].folder, reverse=True)
+    for number, output in inward:
+        digests = dict(job.done.get(number, {}))
+        for share in shares:
+            digests |= share.digests.get(number, {})
+        directory, units = job.directories[number], job.units[number]
+        finish(directory, output, units.tensor_digests(digests), units.nbytes, provenance, writing)
+
+
+def _sizes(directory: Path) -> dict[str, int]:
+    paths = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {path.relative_to(directory).as_posix(): path.stat().st_size for path in paths}
+
+
+def _done_bytes(job: _Job) -> int:
+    total = 0
+    for number, done in job.done.items():
+        spans = map(job.units[number].span, done)
+        total += sum(stop - start for _, start, stop in spans)
+    return total
+
+
+def _notes(job: _Job) -> tuple[str, ...]:
+    done = _done_bytes(job)
+    if not done:
+        return ()
+    return (f"went on with what an earlier run had proven: {done:,} bytes were not written again",)
+
+
+def _summed(parts: Sequence[Written]) -> Written:
+    """What one rank did, output by output."""
+    return Written(
+        *(sum(getattr(part, name) for part in parts) for name in _COUNTS),
+        *(sum(getattr(part, name) for part in parts) for name in _SECONDS),
+    )
+
+
+def _together(parts: Sequence[Written]) -> Written:
+    """What all ranks did, side by side."""
+    return Written(
+        *(sum(getattr(part, name) for part in parts) for name in _COUNTS),
+        *(max(getattr(part, name) for part in parts) for name in _SECONDS),
+    )

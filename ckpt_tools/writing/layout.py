@@ -1,0 +1,195 @@
+"""Lays out the output: tensors to files, files to bytes. Pure arithmetic, no I/O.
+
+The files are exactly those that ``save_pretrained`` and ``safetensors.torch.save_file`` write for the same
+tensors: the same shards, names, order within a file, header and index.
+
+Sources: ``huggingface_hub.serialization`` (shards), ``safetensors/src/tensor.rs`` (order, header),
+``transformers/modeling_utils.py`` (index).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from huggingface_hub import split_state_dict_into_shards_factory
+
+from ckpt_tools.errors import UsageError
+from ckpt_tools.tensors.catalogue import Tensor
+from ckpt_tools.tensors.dtypes import DType
+
+INDEX_SUFFIX = ".index.json"
+_BLOCK_BYTES = 2 << 20
+_MAX_BLOCK_BYTES = 32 << 20
+# With many ranks a block holds a piece of each; below this size of piece disks do seeks, not reads.
+_WORTHWHILE_READ = 128 << 10
+
+# The order in which safetensors lays out dtypes within a file, by descending alignment.
+_LAYOUT_ORDER = (
+    *("U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16"),
+    *("F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A tensor's place in an output file: ``nbytes`` from byte ``offset`` on."""
+
+    name: str
+    tensor: Tensor
+    offset: int
+
+    @property
+    def end(self) -> int:
+        """The byte after its last."""
+        return self.offset + self.tensor.nbytes
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """One safetensors file.
+
+    Attributes:
+        name: file name.
+        header: its first bytes, length prefix included.
+        slots: its tensors in the order in which they lie.
+    """
+
+    name: str
+    header: bytes
+    slots: tuple[Slot, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole file."""
+        return self.slots[-1].end if self.slots else len(self.header)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that will be written, byte for byte placed.
+
+    Attributes:
+        files: the weight files.
+        index: name and content of the index, where there is more than one file.
+    """
+
+    files: tuple[PlannedFile, ...]
+    index: tuple[str, bytes] | None
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name."""
+        return {slot.name: slot.tensor for file in self.files for slot in file.slots}
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of tensor data, headers not counted."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weight files and the index."""
+        return sum(file.size for file in self.files) + (len(self.index[1]) if self.index else 0)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file by name, the index included."""
+        sizes = {file.name: file.size for file in self.files}
+        return sizes if self.index is None else sizes | {self.index[0]: len(self.index[1])}
+
+    def listing(self) -> tuple[dict[str, object], ...]:
+        """The files and their tensors as plain JSON values, for ``--dry-run``."""
+        return tuple({"file": f.name, "bytes": f.size, "tensors": _listed(f)} for f in self.files)
+
+    @cached_property
+    def block_bytes(self) -> int:
+        """Bytes that are worth writing at once; more where tensors come from many ranks."""
+        pieces = max((tensor.pieces for tensor in self.tensors.values()), default=1)
+        return min(max(_BLOCK_BYTES, pieces * _WORTHWHILE_READ), _MAX_BLOCK_BYTES)
+
+
+def plan(
+    tensors: Mapping[str, Tensor],
+    *,
+    max_shard_size: int | str = "5GB",
+    stem: str = "model",
+) -> Plan:
+    """Lay out ``tensors``, in their order, as safetensors files.
+
+    Args:
+        tensors: what to write, by name.
+        max_shard_size: bytes, or a number with a decimal unit (``5GB``).
+        stem: file name without its suffix (``model``, ``adapter_model``).
+
+    Raises:
+        UsageError: the size cannot be read or is not positive.
+    """
+    try:
+        if not _is_positive(max_shard_size):
+            raise ValueError("a positive number is needed")
+        split = split_state_dict_into_shards_factory(
+            dict(tensors),
+            get_storage_size=lambda tensor: tensor.nbytes,
+            # To torch, tensors without elements share their storage: they all lie in one file.
+            get_storage_id=lambda tensor: None if tensor.numel else "empty",
+            filename_pattern=f"{stem}{{suffix}}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+    except (ValueError, OverflowError) as error:
+        raise UsageError(
+            f"{max_shard_size!r} is not a size ({error})", hint="Write it as 5GB or 500MB."
+        ) from error
+    files = tuple(
+        _planned_file(name, {key: tensors[key] for key in keys})
+        for name, keys in split.filename_to_tensors.items()
+    )
+    if len(files) < 2:
+        return Plan(files or (_planned_file(f"{stem}.safetensors", {}),), None)
+    numel = sum(tensor.numel for tensor in tensors.values())
+    index = {
+        "metadata": {"total_parameters": numel, **split.metadata},
+        "weight_map": split.tensor_to_filename,
+    }
+    content = json.dumps(index, indent=2, sort_keys=True) + "\n"
+    return Plan(files, (f"{stem}.safetensors{INDEX_SUFFIX}", content.encode()))
+
+
+def _is_positive(size: int | str) -> bool:
+    return (size if isinstance(size, int) else float(size.upper().rstrip("KMGTPB "))) > 0
+
+
+def _planned_file(name: str, tensors: Mapping[str, Tensor]) -> PlannedFile:
+    ordered = sorted(tensors, key=lambda key: (_LAYOUT_ORDER.index(_code(tensors[key].dtype)), key))
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for key in ordered:
+        tensor = tensors[key]
+        end = position + tensor.nbytes
+        entries[key] = {
+            "dtype": tensor.dtype.safetensors,
+            "shape": list(tensor.shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    slots, offset = [], len(header)
+    for key in ordered:
+        slots.append(Slot(key, tensors[key], offset))
+        offset += tensors[key].nbytes
+    return PlannedFile(name, header, tuple(slots))
+
+
+def _listed(file: PlannedFile) -> list[dict[str, object]]:
+    return [
+        {"name": s.name, "dtype": str(s.tensor.dtype), "shape": list(s.tensor.shape)}
+        for s in file.slots
+    ]
+
+
+def _code(dtype: DType) -> str:
+    return dtype.safetensors

@@ -1,0 +1,223 @@
+"""The manifest: what a directory was made of, how, and a digest of every byte of it.
+
+Owns the text of ``ckpt_tools_manifest.json`` and of ``SHA256SUMS``. A tensor's digest is that of the bytes
+that passed through the writer, see :mod:`ckpt_tools.writing.units`; that of any other file is of what lies on
+disk. The last entry is the digest of the manifest itself, with that entry empty. ``verify`` reads all this
+with code of its own. Knows no formats and moves no tensors. docs/verify.md has the schema.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from ckpt_tools import __version__
+from ckpt_tools.errors import OutputFailed
+from ckpt_tools.storage.pool import local_paths
+from ckpt_tools.tensors.catalogue import Catalogue, Tensor
+from ckpt_tools.tensors.checkpoint import LIVE, Checkpoint, Copy, Location
+from ckpt_tools.transforms.recipe import Json, Leaf, described, leaf_names, leaves_of
+from ckpt_tools.writing.layout import Plan
+
+NAME = "ckpt_tools_manifest.json"
+SUMS_NAME = "SHA256SUMS"
+_READ_BYTES = 1 << 20
+_PACKAGES = ("torch", "transformers", "safetensors", "peft")
+
+
+@dataclass(frozen=True, eq=False)
+class Provenance:
+    """What an output is made of.
+
+    Attributes:
+        command: the command, as it is typed.
+        sources: the checkpoints that are read.
+        options: what was asked of them; ``weights`` says which copy was taken.
+        beside: directories of further tensors, with the tensors.
+    """
+
+    command: str
+    sources: tuple[Checkpoint, ...]
+    options: Mapping[str, object]
+    beside: Mapping[Path, Catalogue] = field(default_factory=dict)
+
+    @cached_property
+    def _leaves(self) -> dict[Leaf, Tensor]:
+        weights: Copy = "model" if self.options.get("weights") == "model" else "master"
+        leaves: dict[Leaf, Tensor] = {}
+        for index, source in enumerate(self.sources):
+            leaves |= leaves_of(index, source, weights)
+        for index, catalogue in enumerate(self.beside.values(), start=len(self.sources)):
+            leaves |= {Leaf(index, name): tensor for name, tensor in catalogue.items()}
+        return leaves
+
+    @cached_property
+    def _names(self) -> Mapping[int, Leaf]:
+        return leaf_names(self._leaves)
+
+    def recipe(self, tensor: Tensor) -> Json:
+        """How a tensor of the output is made of those of the sources."""
+        return described(tensor, self._names)
+
+    def identity(self) -> str:
+        """Digest of the names, sizes and times of the files that are read."""
+        facts: list[tuple[str, int, int]] = []
+        beside = [file for catalogue in self.beside.values() for file in _files_of(catalogue)]
+        for path in (*(path for source in self.sources for path in sorted(source.files)), *beside):
+            try:
+                found = path.stat()
+                facts.append((path.name, found.st_size, found.st_mtime_ns))
+            except OSError:
+                facts.append((path.name, 0, 0))
+        return xxhash.xxh3_128_hexdigest(json.dumps(facts).encode())
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """The sources, as the manifest lists them."""
+        listed = [
+            {
+                **_where(source.location),
+                "format": source.location.format,
+                "name": source.location.name,
+                "title": source.title,
+                "part": source.location.part,
+                "step": source.step,
+                "world_size": source.world_size,
+                "framework": source.framework,
+            }
+            for source in self.sources
+        ]
+        listed += [{"path": str(path.absolute()), "name": path.name} for path in self.beside]
+        return listed
+
+
+def _where(location: Location) -> dict[str, Any]:
+    if location.format == LIVE:
+        return {"path": None}
+    path = str(location.directory.absolute())
+    folders = (str(folder.absolute()) for folder in local_paths(location.directory))
+    also = [folder for folder in folders if folder != path]
+    return {"path": path, "also": also} if also else {"path": path}
+
+
+def _files_of(catalogue: Catalogue) -> list[Path]:
+    moves = (move for tensor in catalogue.values() for move in tensor.moves(0, tensor.numel))
+    return sorted({move.source for move in moves if isinstance(move.source, Path)})
+
+
+def manifest_text(
+    directory: Path,
+    plan: Plan,
+    provenance: Provenance,
+    *,
+    unit_bytes: int,
+    digests: Mapping[str, str],
+) -> str:
+    """The manifest of a directory whose other files are all written.
+
+    Args:
+        directory: where they are now.
+        plan: the layout of its weights.
+        provenance: what it was made of.
+        unit_bytes: where tensors are cut for their digests.
+        digests: the digest of each tensor.
+
+    Raises:
+        OutputFailed: a file cannot be read back.
+    """
+    headers = {file.name: file.header for file in plan.files}
+    files: dict[str, dict[str, object]] = {}
+    for name in _names(directory, NAME):
+        if name in headers:
+            found = {"header_xxh3_128": xxhash.xxh3_128_hexdigest(headers[name])}
+        else:
+            found = {"xxh3_128": _digest(directory / name, xxhash.xxh3_128())}
+        files[name] = {"bytes": (directory / name).stat().st_size, **found}
+    tensors: dict[str, dict[str, object]] = {}
+    for file in plan.files:
+        for slot in file.slots:
+            entry: dict[str, object] = {"file": file.name, "xxh3_128": digests[slot.name]}
+            recipe = provenance.recipe(slot.tensor)
+            if recipe != slot.name:
+                entry["from"] = recipe
+            tensors[slot.name] = entry
+    content = {
+        "version": 1,
+        "tool": f"ckpt-tools {__version__}",
+        "command": provenance.command,
+        "sources": provenance.to_json(),
+        "options": dict(provenance.options),
+        "versions": _versions(),
+        "unit_bytes": unit_bytes,
+        "tensors": dict(sorted(tensors.items())),
+        "files": files,
+        "xxh3_128": "",
+    }
+    content["xxh3_128"] = xxhash.xxh3_128_hexdigest(_dumped(content).encode())
+    return _dumped(content)
+
+
+def sums_text(directory: Path, workers: int, progress: Callable[[int], None] | None = None) -> str:
+    """What ``sha256sum`` prints of all files of a directory, in the order of their names.
+
+    Args:
+        directory: the directory.
+        workers: number of threads.
+        progress: called with the number of bytes after each read, from any worker's thread.
+
+    Raises:
+        OutputFailed: a file cannot be read back.
+    """
+    names = _names(directory, SUMS_NAME)
+
+    def digest(name: str) -> str:
+        return _digest(directory / name, hashlib.sha256(), progress)
+
+    with ThreadPoolExecutor(workers) as pool:
+        sums = list(pool.map(digest, names))
+    return "".join(f"{digest}  {name}\n" for digest, name in zip(sums, names, strict=True))
+
+
+def _names(directory: Path, own: str) -> Sequence[str]:
+    """Every file but ``own`` and what is hidden, as paths with forward slashes."""
+    paths = (path.relative_to(directory) for path in directory.rglob("*") if path.is_file())
+    return sorted(
+        path.as_posix()
+        for path in paths
+        if path.as_posix() != own and not any(part.startswith(".") for part in path.parts)
+    )
+
+
+def _digest(path: Path, hasher: Any, progress: Callable[[int], None] | None = None) -> str:
+    buffer = bytearray(_READ_BYTES)
+    try:
+        with path.open("rb", buffering=0) as stream:
+            while count := stream.readinto(buffer):
+                hasher.update(memoryview(buffer)[:count])
+                if progress is not None:
+                    progress(count)
+    except OSError as error:
+        raise OutputFailed(f"cannot be read back ({error.strerror})", path=path) from error
+    return str(hasher.hexdigest())
+
+
+def _dumped(content: Mapping[str, object]) -> str:
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,81 @@
+"""What is written and how: one planned directory, and the ways in which a caller wants it delivered.
+
+Values only: :mod:`ckpt_tools.writing.delivery` carries them out. Knows no formats and does no I/O.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckpt_tools.hub.files import AssetFile
+from ckpt_tools.ranks import Ranks
+from ckpt_tools.writing.layout import Plan
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How an output is written.
+
+    Attributes:
+        workers: number of threads of each rank.
+        dry_run: whether nothing is written.
+        overwrite: whether an existing output is replaced.
+        progress: called with bytes done and bytes in all.
+        resume: whether to go on with what an earlier run left.
+        sha256: whether to write ``SHA256SUMS``.
+        verify: whether to verify every byte before the output appears.
+        ranks: who else writes.
+        resumable: whether what a failed run leaves can be of use to another.
+    """
+
+    workers: int
+    dry_run: bool = False
+    overwrite: bool = False
+    progress: Progress | None = None
+    resume: bool = False
+    sha256: bool = False
+    verify: bool = False
+    ranks: Ranks | None = None
+    resumable: bool = True
+
+    def active(self, *_: object) -> None:
+        """Let the other ranks know, who wait, that this one makes progress."""
+        if self.ranks is not None:
+            self.ranks.active()
+
+
+@dataclass(frozen=True)
+class Output:
+    """One directory that is written.
+
+    Attributes:
+        folder: where it is in the output, empty for the output itself.
+        layout: its weights.
+        files: its other files.
+    """
+
+    folder: str
+    layout: Plan
+    files: tuple[AssetFile, ...]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file, by its path in the output."""
+        sizes = self.layout.sizes | {file.name: file.nbytes for file in self.files}
+        return {str(Path(self.folder, name)): nbytes for name, nbytes in sizes.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        return sum(self.sizes.values())
+
+    def listing(self) -> list[dict[str, object]]:
+        """Its weight files and their tensors, for ``--dry-run``."""
+        return [
+            file | {"file": str(Path(self.folder, str(file["file"])))}
+            for file in self.layout.listing()
+        ]

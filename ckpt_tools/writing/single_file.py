@@ -1,0 +1,173 @@
+"""One file of weights, put into a directory that may hold other things.
+
+Owns what tools that write ``model.safetensors`` or ``pytorch_model.bin`` alone have in common: the file
+appears complete or not at all, nothing that is there is replaced, and it can be proven against its source
+before it appears. Knows no format of checkpoints and no command line.
+
+A ``.bin`` is written by ``torch.save`` from a memory map of the safetensors file, which lies beside it
+until then: the pages belong to the file, so that the process holds no tensor.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ckpt_tools.errors import OutputExists, OutputFailed
+from ckpt_tools.readers.containers.weight_files import read_weight_files
+from ckpt_tools.tensors.catalogue import Catalogue
+from ckpt_tools.tensors.compare import first_difference
+from ckpt_tools.tensors.gather import Gatherer
+from ckpt_tools.writing.bytes import Outputs, lay_out, write
+from ckpt_tools.writing.layout import Plan, PlannedFile, plan
+from ckpt_tools.writing.publish import check_room, partial_directory
+from ckpt_tools.writing.units import Units
+
+if TYPE_CHECKING:
+    import torch
+
+SAFETENSORS = "model.safetensors"
+TORCH = "pytorch_model.bin"
+
+
+def write_single_file(tensors: Catalogue, path: Path, *, prove: bool) -> None:
+    """Write all tensors, as they are, into one file.
+
+    Args:
+        tensors: what to write; a second name of a tensor is left out.
+        path: the file; ``model.safetensors`` is safetensors, ``pytorch_model.bin`` is ``torch.save``
+            of a dict. Its directory is made where there is none.
+        prove: read the file and compare it with ``tensors`` bit for bit before it appears.
+
+    Raises:
+        OutputExists: the file is there already, or its directory is a file.
+        OutputFailed: the disk is full or refused a write, or the file differs from ``tensors``.
+        DamagedCheckpoint: a source file ended early or cannot be read.
+    """
+    directory = path.parent
+    if directory.exists() and not directory.is_dir():
+        raise OutputExists("it exists and is not a directory", path=directory)
+    if path.exists() or path.is_symlink():
+        raise OutputExists(
+            "the output exists already", path=path, hint="Remove it, or name another directory."
+        )
+    layout = plan(tensors, max_shard_size=tensors.nbytes + 1)
+    (planned,) = layout.files
+    check_room(directory, planned.size * (2 if path.name == TORCH else 1))
+    with _stage(path) as stage:
+        _write(layout, stage)
+        if path.name == TORCH:
+            _save_as_torch(stage / planned.name, planned, [*tensors], stage / TORCH)
+            (stage / planned.name).unlink()
+        if prove:
+            _prove(tensors, stage / path.name)
+
+
+def _write(layout: Plan, directory: Path) -> None:
+    lay_out(layout, directory)
+    units = Units(layout)
+    with Outputs(layout, directory) as outputs:
+        write(units, outputs, [range(len(units))])
+
+
+@contextmanager
+def _stage(path: Path) -> Iterator[Path]:
+    """A directory whose one file is at ``path`` when the block ends without an error."""
+    directory = path.parent
+    if not directory.is_dir() or not any(directory.iterdir()):
+        with partial_directory(directory, overwrite=False) as partial:
+            yield partial.path
+        return
+    stage = directory / f"{path.name}.partial-{secrets.token_hex(4)}"
+    try:
+        try:
+            stage.mkdir()
+        except OSError as error:
+            raise OutputFailed(
+                f"cannot be made ({error.strerror})", path=stage, hint="Check the permissions."
+            ) from error
+        yield stage
+        _put_in_place(stage / path.name, path)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _put_in_place(source: Path, path: Path) -> None:
+    try:
+        _sync(source)
+        try:
+            os.link(source, path)  # unlike a rename, it replaces nothing
+        except FileExistsError:
+            raise OutputExists("it appeared while the output was written", path=path) from None
+        except OSError:
+            source.rename(path)  # some file systems have no second names
+        _sync(path.parent)
+    except OSError as error:
+        raise OutputFailed(f"cannot be put in place ({error.strerror})", path=path) from error
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _save_as_torch(source: Path, planned: PlannedFile, names: list[str], path: Path) -> None:
+    """Write the tensors of a safetensors file, in the order of ``names``, with ``torch.save``."""
+    import torch
+
+    try:
+        torch.save(_mapped(source, planned, names), path)
+    except (OSError, RuntimeError) as error:
+        # torch says neither which error it was nor why; the room was enough when it began.
+        raise OutputFailed(
+            f"cannot be written ({error})", path=path, hint="Is the disk full?"
+        ) from error
+
+
+def _mapped(source: Path, planned: PlannedFile, names: list[str]) -> dict[str, torch.Tensor]:
+    """Each tensor with a storage of its own in a map of the file."""
+    import torch
+
+    with source.open("r+b") as stream:
+        # Nobody writes to it, but torch warns of a map that could not be written, and a private one
+        # that is larger than the memory is refused.
+        view = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_WRITE)
+    slots = {slot.name: slot for slot in planned.slots}
+    state = {}
+    for name in names:
+        tensor, offset = slots[name].tensor, slots[name].offset
+        dtype = tensor.dtype.torch
+        if tensor.numel:
+            flat = torch.frombuffer(view, dtype=dtype, count=tensor.numel, offset=offset)
+            state[name] = flat.view(tensor.shape)
+        else:
+            state[name] = torch.empty(tensor.shape, dtype=dtype)
+    return state
+
+
+def _prove(tensors: Catalogue, path: Path) -> None:
+    """Raise OutputFailed unless the file holds exactly these tensors, bit for bit."""
+    held = read_weight_files(path).tensors
+    for name in tensors.keys() ^ held.keys():
+        raise OutputFailed("what was written lacks it, or has it too much", path=path, tensor=name)
+    with Gatherer() as gatherer:
+        for name, tensor in tensors.items():
+            found = held[name]
+            if (found.dtype, found.shape) != (tensor.dtype, tensor.shape) or first_difference(
+                gatherer, found, tensor
+            ) is not None:
+                raise OutputFailed(
+                    "what was written differs from its source",
+                    path=path,
+                    tensor=name,
+                    hint="Nothing was kept or removed. Check the disk and the memory.",
+                )

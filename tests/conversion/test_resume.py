@@ -1,0 +1,820 @@
+"""A run that was ended in any way is gone on with, to the same bytes, and reads nothing that is proven."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ckpt_tools import Report, average, consolidate
+from ckpt_tools.errors import OutputExists, OutputFailed, UsageError
+from ckpt_tools.writing import journal, publish
+from tests.conftest import FIXTURES
+from tests.conversion.test_crash import partials, proven_units, shell_status, wait_for_partial
+from tests.writing.test_bytes import small_disk
+
+__all__ = ["small_disk"]
+
+CASE = FIXTURES / "zero" / "zero2-bf16-llama-3ranks"
+OTHER = FIXTURES / "zero" / "zero3-bf16-llama-7ranks"
+FP32 = FIXTURES / "zero" / "zero2-fp32-llama-2ranks"
+# Many files, so that there is much to stop between: no block is of two files.
+OPTIONS: dict[str, Any] = {"weights_only": True, "max_shard_size": 1_000, "workers": 1}
+
+
+class Stopped(Exception):
+    """What ends a run of these tests within the process."""
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(directory).as_posix(): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+
+
+def stats(directory: Path) -> dict[Path, tuple[int, int]]:
+    """What tells of any change below, but for the lock."""
+    return {
+        path: (path.stat().st_size, path.stat().st_mtime_ns)
+        for path in sorted(directory.rglob("*"))
+        if path.name != "lock"
+    }
+
+
+@pytest.fixture(autouse=True)
+def quick_journal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "_INTERVAL_SECONDS", 0.002)
+
+
+def until_proven(out: Path, share: float, then: Callable[[], None]) -> Callable[[int, int], None]:
+    """Calls ``then`` once a share of the bytes is written and what is written is proven."""
+
+    def progress(done: int, total: int) -> None:
+        if 0 < done >= share * total:
+            wait_for_proof(out)
+            then()
+
+    return progress
+
+
+def wait_for_proof(out: Path) -> None:
+    deadline, before = time.monotonic() + 20, -1
+    while True:
+        now = max(map(proven_units, partials(out)))
+        if now == before > 0:
+            return
+        assert time.monotonic() < deadline
+        before = now
+        time.sleep(0.03)
+
+
+def stop() -> None:
+    raise Stopped
+
+
+def stopped(checkpoint: Path, out: Path, share: float = 0.5, **options: Any) -> Path:
+    """The partial directory of a run that was stopped when a share of it was written."""
+    with pytest.raises(Stopped):
+        consolidate(checkpoint, out, progress=until_proven(out, share, stop), **(OPTIONS | options))
+    (home,) = partials(out)
+    assert proven_units(home) > 0
+    return home
+
+
+def resumed(checkpoint: Path, out: Path, **options: Any) -> Report:
+    return consolidate(checkpoint, out, resume=True, **(OPTIONS | options))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    consolidate(CASE / "checkpoint", out, **OPTIONS)
+    assert len(list(out.glob("*.safetensors"))) > 5
+    return out
+
+
+# -- going on ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.9])
+def test_a_stopped_run_is_gone_on_with_to_the_same_bytes(
+    tmp_path: Path, undisturbed: Path, workers: int, share: float
+) -> None:
+    out = tmp_path / "out"
+    home = stopped(CASE / "checkpoint", out, share)
+    assert not out.exists()
+    proven = proven_units(home)
+
+    report = resumed(CASE / "checkpoint", out, workers=workers)
+
+    assert contents(out) == contents(undisturbed)
+    assert list(tmp_path.iterdir()) == [out]
+    whole = consolidate(CASE / "checkpoint", tmp_path / "whole", **OPTIONS)
+    assert 0 < report.bytes_read < whole.bytes_read
+    assert report.bytes_written == whole.bytes_written
+    assert report.warnings == whole.warnings
+    (note,) = set(report.notes) - set(whole.notes)
+    assert not_written_again(note) <= proven * 64
+
+
+def not_written_again(note: str) -> int:
+    match = re.search(r"what an earlier run had proven: ([\d,]+) bytes", note)
+    assert match is not None
+    return int(match[1].replace(",", ""))
+
+
+def test_nothing_is_read_where_all_was_proven(tmp_path: Path, undisturbed: Path) -> None:
+    stopped(CASE / "checkpoint", tmp_path / "out", 1.0)
+
+    report = resumed(CASE / "checkpoint", tmp_path / "out")
+
+    assert report.bytes_read == 0
+    assert contents(tmp_path / "out") == contents(undisturbed)
+
+
+def test_progress_begins_with_what_is_proven_and_ends_at_the_whole(tmp_path: Path) -> None:
+    stopped(CASE / "checkpoint", tmp_path / "out")
+    told: list[tuple[int, int]] = []
+
+    report = resumed(
+        CASE / "checkpoint", tmp_path / "out", progress=lambda d, t: told.append((d, t))
+    )
+
+    (total,) = {total for _, total in told}
+    (kept,) = [not_written_again(note) for note in report.notes if "earlier run" in note]
+    done = [done for done, _ in told]
+    assert done[0] == kept > 0
+    assert done == sorted(done)
+    assert done[-1] == total == 2 * report.parameters
+
+
+def test_a_run_may_be_stopped_again_and_again(tmp_path: Path, undisturbed: Path) -> None:
+    out = tmp_path / "out"
+    home = stopped(CASE / "checkpoint", out, 0.1)
+    for share in (0.3, 0.5, 0.7, 0.9):
+        before = proven_units(home)
+        assert stopped(CASE / "checkpoint", out, share, resume=True) == home
+        assert proven_units(home) > before
+
+    resumed(CASE / "checkpoint", out)
+
+    assert contents(out) == contents(undisturbed)
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_what_goes_wrong_is_told_with_how_to_go_on(tmp_path: Path) -> None:
+    shutil.copytree(CASE / "checkpoint", tmp_path / "run")
+    out = tmp_path / "out"
+
+    def cut_off() -> None:
+        for path in (tmp_path / "run").glob("*/*optim_states.pt"):
+            os.truncate(path, 100)
+
+    with pytest.raises(Exception, match="ends at byte") as caught:
+        consolidate(tmp_path / "run", out, progress=until_proven(out, 0.3, cut_off), **OPTIONS)
+
+    (home,) = partials(out)
+    assert "--resume" in str(caught.value)
+    assert f"delete {home}" in str(caught.value)
+
+
+def test_a_run_that_proved_nothing_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        consolidate(
+            CASE / "checkpoint",
+            tmp_path / "made" / "out",
+            progress=lambda done, total: stop(),
+            **OPTIONS,
+        )
+
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("left", ["nothing", "no journal", "a torn journal", "of another output"])
+def test_where_there_is_nothing_to_go_on_with_a_run_begins_anew(
+    tmp_path: Path, undisturbed: Path, left: str
+) -> None:
+    out = tmp_path / "out"
+    other = tmp_path / ("out2.partial-0" if left == "of another output" else "out.partial-0")
+    if left != "nothing":
+        (other / "output").mkdir(parents=True)
+        (other / "output" / "model.safetensors").write_text("begun")
+    if left == "a torn journal":
+        (other / "journal").mkdir()
+        (other / "journal" / "run.json").write_text('{"tool": ')
+
+    report = resumed(CASE / "checkpoint", out)
+
+    assert contents(out) == contents(undisturbed)
+    assert report.bytes_read > 0
+    if left != "nothing":
+        assert contents(other)["output/model.safetensors"] == b"begun"
+
+
+# -- refusing ---------------------------------------------------------------------------------------
+
+
+def refused(home: Path, why: str, *arguments: Any, **options: Any) -> None:
+    before = stats(home)
+
+    with pytest.raises(UsageError, match=why) as caught:
+        resumed(*arguments, **options)
+
+    assert caught.value.exit_code == 2
+    assert caught.value.path == home
+    assert "as it was" in str(caught.value.hint)
+    assert str(home) in str(caught.value.hint)
+    assert stats(home) == before
+
+
+OTHER_OPTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"dtype": "fp32"}, "dtype was auto, and is fp32"),
+    ({"dtype": "keep"}, "dtype was auto, and is keep"),
+    ({"weights": "model"}, "weights was master, and is model"),
+    ({"max_shard_size": 1_500}, "its layout is another"),
+]
+
+
+@pytest.mark.parametrize(("options", "which"), OTHER_OPTIONS)
+def test_other_options_are_refused_and_nothing_is_changed(
+    tmp_path: Path, options: dict[str, Any], which: str
+) -> None:
+    home = stopped(CASE / "checkpoint", tmp_path / "out")
+
+    why = f"with other options.*{which}"
+    refused(home, why, CASE / "checkpoint", tmp_path / "out", **options)
+
+
+def test_the_other_copy_is_another_option_though_the_layout_is_the_same(tmp_path: Path) -> None:
+    """Both are fp32 there, and nothing but their bytes could tell them apart."""
+    home = stopped(FP32 / "checkpoint", tmp_path / "out", dtype="keep")
+
+    refused(
+        *(home, "with other options", FP32 / "checkpoint", tmp_path / "out"),
+        dtype="keep",
+        weights="model",
+    )
+
+
+def test_other_coefficients_are_other_options_though_the_layout_is_the_same(
+    tmp_path: Path,
+) -> None:
+    checkpoints, out = [CASE / "checkpoint", OTHER / "checkpoint"], tmp_path / "out"
+    weights: dict[str, Any] = {"coefficients": [0.25, 0.75]}
+    average(checkpoints, tmp_path / "whole", **weights, **OPTIONS)
+    with pytest.raises(Stopped):
+        average(checkpoints, out, progress=until_proven(out, 0.5, stop), **weights, **OPTIONS)
+    (home,) = partials(out)
+    before = stats(home)
+
+    with pytest.raises(UsageError, match="with other options"):
+        average(checkpoints, out, resume=True, **OPTIONS)
+
+    assert stats(home) == before
+    average(checkpoints, out, resume=True, **weights, **OPTIONS)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("change", ["touched", "replaced"])
+@pytest.mark.parametrize("file", ["model_states", "pp_rank_0", "pp_rank_2"])
+def test_a_source_that_changed_is_refused_and_nothing_is_changed(
+    tmp_path: Path, change: str, file: str
+) -> None:
+    shutil.copytree(CASE / "checkpoint", tmp_path / "run")
+    home = stopped(tmp_path / "run", tmp_path / "out")
+    (shard,) = (tmp_path / "run").glob(f"*/*{file}*.pt")
+    if change == "touched":
+        os.utime(shard)
+    else:
+        content = shard.read_bytes()
+        shard.unlink()
+        shard.write_bytes(content)
+
+    refused(home, "the checkpoint changed since", tmp_path / "run", tmp_path / "out")
+
+
+def test_another_checkpoint_of_the_same_layout_is_refused(tmp_path: Path) -> None:
+    home = stopped(CASE / "checkpoint", tmp_path / "out")
+
+    refused(home, "from another checkpoint", OTHER / "checkpoint", tmp_path / "out")
+
+
+def test_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = stopped(CASE / "checkpoint", tmp_path / "out")
+    monkeypatch.setattr("ckpt_tools.writing.delivery.__version__", "99.0")
+
+    refused(home, "and this is 99.0", CASE / "checkpoint", tmp_path / "out")
+
+
+def test_a_refusal_is_status_2_on_the_command_line(tmp_path: Path) -> None:
+    from tests.cli.test_consolidate import run
+
+    home = stopped(CASE / "checkpoint", tmp_path / "out")
+    arguments = ("consolidate", CASE / "checkpoint", tmp_path / "out", "--weights-only")
+
+    done = run(*arguments, "--resume", "--dtype", "fp32")
+
+    assert done.exit_code == 2
+    assert "error: the run cannot go on with what is there" in done.stderr
+    assert f"  in: {home}" in done.stderr
+    assert run(*arguments, "--resume", "--max-shard-size", "1KB").exit_code == 0
+    assert not home.exists()
+
+
+def test_without_resume_a_run_begins_anew_and_says_what_is_left(
+    tmp_path: Path, undisturbed: Path
+) -> None:
+    home = stopped(CASE / "checkpoint", tmp_path / "out")
+    before = stats(home)
+
+    report = consolidate(CASE / "checkpoint", tmp_path / "out", **OPTIONS)
+
+    assert contents(tmp_path / "out") == contents(undisturbed)
+    assert [w for w in report.warnings if str(home) in w and "--resume" in w]
+    assert stats(home) == before
+
+
+# -- what another run left is not mixed in ----------------------------------------------------------
+
+
+def journal_lines(home: Path) -> tuple[Path, list[bytes]]:
+    (path,) = (home / "journal").glob("*.log")
+    return path, path.read_bytes().splitlines(keepends=True)
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut off", "gone", "foreign"])
+def test_what_a_damaged_line_said_is_written_again(
+    tmp_path: Path, undisturbed: Path, damage: str
+) -> None:
+    out = tmp_path / "out"
+    home = stopped(CASE / "checkpoint", out, 1.0)
+    path, lines = journal_lines(home)
+    entry = json.loads(lines[2].rpartition(b"\t")[0])
+    lines[2] = {
+        "flipped": lines[2].replace(b'"first": ', b'"first":!'),
+        "cut off": lines[2][:40],
+        "gone": b"",
+        "foreign": b"?\n",
+    }[damage]
+    if damage == "cut off":
+        lines = lines[:3]
+    path.write_bytes(b"".join(lines))
+    weights = home / "output" / entry["file"]
+    ruin(weights)
+
+    report = resumed(CASE / "checkpoint", out)
+
+    assert report.bytes_read > 0
+    assert contents(out) == contents(undisturbed)
+
+
+def ruin(path: Path) -> None:
+    """Put other bytes in the place of the tensors of a file."""
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    path.write_bytes(content[:start].ljust(len(content), b"?"))
+
+
+def test_bytes_that_are_proven_are_left_alone(tmp_path: Path, undisturbed: Path) -> None:
+    """Or the test above, and every other one, would not show that the journal is believed."""
+    home = stopped(CASE / "checkpoint", tmp_path / "out", 1.0)
+    weights = third(home / "output")
+    ruin(weights)
+
+    resumed(CASE / "checkpoint", tmp_path / "out")
+
+    found, expected = contents(tmp_path / "out"), contents(undisturbed)
+    assert {name for name in found if found[name] != expected[name]} == {weights.name}
+
+
+def third(directory: Path) -> Path:
+    return sorted(directory.glob("*.safetensors"))[2]
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut short", "another header"])
+def test_a_file_that_was_lost_is_written_again_even_after_another_stop(
+    tmp_path: Path, undisturbed: Path, damage: str
+) -> None:
+    """The journal still says that it is done; it was, before it was lost."""
+    out = tmp_path / "out"
+    home = stopped(CASE / "checkpoint", out, 1.0)
+    weights = third(home / "output")
+    if damage == "gone":
+        weights.unlink()
+    elif damage == "cut short":
+        os.truncate(weights, weights.stat().st_size - 10)
+    else:
+        weights.write_bytes(weights.read_bytes().replace(b"weight", b"weigth"))
+
+    with pytest.raises(Stopped):  # once the file is there anew and nothing is in it
+        resumed(CASE / "checkpoint", out, progress=lambda done, total: stop())
+    assert weights.stat().st_size > 0
+    report = resumed(CASE / "checkpoint", out)
+
+    assert report.bytes_read > 0
+    assert contents(out) == contents(undisturbed)
+
+
+def test_a_partial_directory_that_lost_its_output_is_written_anew(
+    tmp_path: Path, undisturbed: Path
+) -> None:
+    home = stopped(CASE / "checkpoint", tmp_path / "out", 1.0)
+    shutil.rmtree(home / "output")
+
+    resumed(CASE / "checkpoint", tmp_path / "out")
+
+    assert contents(tmp_path / "out") == contents(undisturbed)
+
+
+def appear(out: Path) -> None:
+    out.mkdir(exist_ok=True)
+    (out / "model").write_text("somebody's")
+
+
+def test_a_run_that_could_not_be_published_is_published_without_reading_again(
+    tmp_path: Path, undisturbed: Path
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(OutputExists, match="appeared while") as caught:
+        consolidate(
+            CASE / "checkpoint",
+            out,
+            progress=until_proven(out, 1.0, lambda: appear(out)),
+            **OPTIONS,
+        )
+    assert "--resume" in str(caught.value.hint)
+    assert contents(out) == {"model": b"somebody's"}
+
+    with pytest.raises(OutputExists):
+        resumed(CASE / "checkpoint", out)
+    report = resumed(CASE / "checkpoint", out, overwrite=True)
+
+    assert report.bytes_read == 0
+    assert contents(out) == contents(undisturbed)
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_files_that_are_not_asked_for_any_more_do_not_survive(
+    tmp_path: Path, undisturbed: Path
+) -> None:
+    """An earlier run came as far as its checksums, and was asked for others."""
+    out = tmp_path / "out"
+    with pytest.raises(OutputExists):
+        consolidate(
+            CASE / "checkpoint",
+            out,
+            progress=until_proven(out, 1.0, lambda: appear(out)),
+            sha256=True,
+            **OPTIONS,
+        )
+    (home,) = partials(out)
+    assert (home / "output" / "SHA256SUMS").is_file()
+    (home / "output" / "additional_chat_templates").mkdir()
+    (home / "output" / "additional_chat_templates" / "old.jinja").write_text("old")
+    shutil.rmtree(out)
+
+    report = resumed(CASE / "checkpoint", out)
+
+    assert contents(out) == contents(undisturbed)
+    assert not (out / "additional_chat_templates").exists()
+    assert set(report.files) == set(contents(undisturbed))
+
+
+def test_the_output_that_was_replaced_is_never_published_again(
+    tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run is killed after the exchange, while it removes the old output, which looks alike."""
+    out = tmp_path / "out"
+    consolidate(OTHER / "checkpoint", out, **OPTIONS)
+    old = contents(out)
+    assert old.keys() == contents(undisturbed).keys()
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        consolidate(
+            CASE / "checkpoint",
+            out,
+            overwrite=True,
+            progress=until_proven(out, 1.0, lambda: None),
+            **OPTIONS,
+        )
+    assert contents(out) == contents(undisturbed)
+    (home,) = partials(out)
+    assert proven_units(home) > 0
+    left = contents(home)
+    assert old[third(out).name] in left.values(), "the old output is there still"
+
+    for _ in range(2):
+        resumed(CASE / "checkpoint", out, overwrite=True)
+        assert contents(out) == contents(undisturbed)
+    assert partials(out) == []
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_nobody_else_goes_on_with_it_while_it_is_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: bool
+) -> None:
+    out = tmp_path / "out"
+    if resume:
+        stopped(CASE / "checkpoint", out)
+    sync, tried = publish._sync_tree, []
+
+    def publishing(directory: Path) -> None:
+        (home,) = partials(out)
+        with pytest.raises(UsageError, match="another run is writing there"):
+            journal.Lock(home)
+        tried.append(home)
+        sync(directory)
+
+    monkeypatch.setattr(publish, "_sync_tree", publishing)
+
+    resumed(CASE / "checkpoint", out)
+
+    assert len(tried) == 1
+    assert list(tmp_path.iterdir()) == [out]
+
+
+# -- a disk that is full ----------------------------------------------------------------------------
+
+
+def free(disk: Path) -> None:
+    (disk / "somebody's").unlink()
+
+
+def enlarge(disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("remedy", [free, enlarge])
+def test_a_full_disk_keeps_what_is_proven_and_the_run_goes_on_when_there_is_room(
+    tmp_path: Path, small_disk: Path, remedy: Callable[[Path], None]
+) -> None:
+    source, out = tmp_path / "source", small_disk / "out"
+    source.mkdir()
+    tensors = {f"t{i}": torch.full((10_000,), i + 1.0) for i in range(15)}
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    options: dict[str, Any] = OPTIONS | {"max_shard_size": 50_000}
+
+    def fill() -> None:
+        with (small_disk / "somebody's").open("ab", buffering=0) as stream:
+            try:
+                while True:
+                    stream.write(bytes(4096))
+            except OSError:
+                return
+
+    with pytest.raises(OutputFailed, match="no space left") as caught:
+        consolidate(source, out, progress=until_proven(out, 0.4, fill), **options)
+    assert caught.value.exit_code == 6
+    assert "Free some room" in str(caught.value.hint)
+    assert "--resume" in str(caught.value.hint)
+    assert not out.exists()
+    (home,) = partials(out)
+    with pytest.raises(OutputFailed):
+        consolidate(source, out, resume=True, **options)
+    assert partials(out) == [home]
+    assert proven_units(home) > 0
+
+    remedy(small_disk)
+    report = consolidate(source, out, resume=True, **options)
+
+    assert 0 < report.bytes_read < 0.7 * 600_000
+    consolidate(source, tmp_path / "whole", **options)
+    assert contents(out) == contents(tmp_path / "whole")
+    assert partials(out) == []
+
+
+# -- real processes ---------------------------------------------------------------------------------
+
+
+# Of a digest in its line of a log.
+DIGEST_CHARACTERS = 36
+# The program as it is, but for the time after which what was written is noted.
+PROGRAM = """
+import sys
+from ckpt_tools.writing import journal
+from ckpt_tools.cli import main
+journal._INTERVAL_SECONDS = float(sys.argv[1])
+main(sys.argv[2:])
+"""
+
+
+@dataclass(frozen=True)
+class Large:
+    """A checkpoint that takes a while to write, what comes of it, and how long that takes."""
+
+    path: Path
+    output: Path
+    report: dict[str, Any]
+    seconds: float
+
+    @property
+    def units(self) -> int:
+        manifest = json.loads((self.output / "ckpt_tools_manifest.json").read_text())
+        return int(self.report["bytes_read"]) // int(manifest["unit_bytes"])
+
+
+def measured(checkpoint: Path, root: Path, interval: str) -> Large:
+    out, log = root / "out", root / "log"
+    run = start(checkpoint, out, log, interval=interval)
+    wait_for_partial(run, out)
+    began = time.monotonic()
+    assert run.wait(timeout=600) == 0, log.read_text()
+    seconds = time.monotonic() - began
+    return Large(checkpoint, out, json.loads(log.read_text()), seconds)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Large]:
+    """A file of 120 MB without a zero in it: what is not written yet reads as zeros."""
+    root = tmp_path_factory.mktemp("large")
+    (root / "run").mkdir()
+    values = torch.arange(1, 1_000_001, dtype=torch.float32)
+    tensors = {f"layers.{i}.weight": values + i for i in range(30)}
+    save_file(tensors, root / "run" / "model.safetensors", {"format": "pt"})
+    yield measured(root / "run", root, "0.01")
+    shutil.rmtree(root)
+
+
+@pytest.fixture(scope="module", params=[("6e7", "0.01"), ("2.5e8", "0.5")], ids=["240 MB", "1 GB"])
+def zero(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[tuple[Large, str]]:
+    """A ZeRO-3 checkpoint of four ranks, and the seconds after which its journal notes."""
+    root = tmp_path_factory.mktemp("zero")
+    parameters, interval = request.param
+    script = Path(__file__).parents[2] / "benchmarks" / "make_zero.py"
+    made = [sys.executable, script, root / "run", "--params", parameters, "--ranks", "4"]
+    subprocess.run([*map(str, made), "--no-moments"], check=True, capture_output=True)
+    yield measured(root / "run", root, interval), interval
+    shutil.rmtree(root)
+
+
+def start(
+    checkpoint: Path, out: Path, log: Path, *options: str, workers: int = 2, interval: str = "0.01"
+) -> subprocess.Popen[bytes]:
+    arguments = ["--weights-only", "--dtype", "fp32", "--max-shard-size", "50MB", "--json"]
+    command = ["consolidate", str(checkpoint), str(out), *arguments, "--workers", str(workers)]
+    with log.open("wb") as stream:
+        return subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, interval, *command, *options],
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def wait_for_share(run: subprocess.Popen[bytes], out: Path, units: float) -> None:
+    """Until about so many units are proven, or the run has ended."""
+    deadline = time.monotonic() + 300
+    while run.poll() is None and journaled_bytes(out) <= DIGEST_CHARACTERS * units:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def journaled_bytes(out: Path) -> int:
+    logs = [log for home in partials(out) for log in home.glob("journal/*.log")]
+    try:
+        return sum(log.stat().st_size for log in logs)
+    except FileNotFoundError:  # the run was published, and its journal is gone
+        return 0
+
+
+def end_with(run: subprocess.Popen[bytes], number: signal.Signals) -> bool:
+    """Send the signal; says whether it came before the run was done."""
+    if run.poll() is None:
+        os.killpg(run.pid, number)
+    return shell_status(run) == 128 + number
+
+
+def go_on_to_the_end(large: Large, out: Path, log: Path, *options: str) -> None:
+    """Resume, and compare with the undisturbed run what comes of it and what was read for it."""
+    proven = sum(map(proven_units, partials(out)))
+    run = start(large.path, out, log, "--resume", *options)
+    assert run.wait(timeout=600) == 0, log.read_text()
+    assert contents(out) == contents(large.output)
+    assert partials(out) == []
+    report = json.loads(log.read_text())
+    kept = sum(not_written_again(note) for note in report["notes"] if "earlier run" in note)
+    assert report["bytes_read"] == large.report["bytes_read"] - kept
+    assert (kept > 0) == (proven > 0)
+    unit_bytes = large.report["bytes_read"] / large.units
+    assert (proven - 2 * len(report["files"])) * unit_bytes <= kept <= proven * unit_bytes + 1
+
+
+def kill_and_go_on(large: Large, directory: Path, seed: int, kills: int, interval: str) -> int:
+    """One output that is killed ``kills`` times on its way; gives how often something was proven."""
+    chance = random.Random(seed)
+    out, log = directory / "out", directory / "log"
+    count = useful = 0
+    while count < kills:
+        workers = chance.choice([1, 2, 3])
+        before = max(map(proven_units, partials(out)), default=0)
+        options = ["--resume"] if partials(out) else []
+        run = start(large.path, out, log, *options, workers=workers, interval=interval)
+        if chance.random() < 0.7:
+            share = chance.uniform(0, 1)
+            wait_for_share(run, out, before + share * (large.units - before))
+        else:
+            time.sleep(chance.uniform(0, large.seconds + 2))
+        if not end_with(run, signal.SIGKILL):
+            assert contents(out) == contents(large.output)
+            shutil.rmtree(out)
+            continue
+        count += 1
+        assert not out.exists() or contents(out) == contents(large.output)
+        if out.exists():  # killed on its way out
+            for path in (out, *partials(out)):
+                shutil.rmtree(path)
+        useful += any(proven_units(home) > before for home in partials(out))
+    go_on_to_the_end(large, out, log)
+    shutil.rmtree(out)
+    return useful
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_killed_run_is_gone_on_with_to_the_same_bytes(
+    tmp_path: Path, large: Large, seed: int
+) -> None:
+    assert kill_and_go_on(large, tmp_path, seed, kills=4, interval="0.01") > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [100, 101])
+def test_a_conversion_of_zero_shards_killed_again_and_again_is_gone_on_with_to_the_same_bytes(
+    tmp_path: Path, zero: tuple[Large, str], seed: int
+) -> None:
+    """``KILLS`` of each, four by default."""
+    large, interval = zero
+
+    kills = int(os.environ.get("KILLS", "4"))
+    kill_and_go_on(large, tmp_path, seed, kills=kills, interval=interval)
+
+
+def test_an_interrupted_run_keeps_what_is_proven_and_is_gone_on_with(
+    tmp_path: Path, large: Large
+) -> None:
+    out, log = tmp_path / "made" / "out", tmp_path / "log"
+    for number, share in ((signal.SIGTERM, 0.2), (signal.SIGINT, 0.5)):
+        while True:
+            before = journaled_bytes(out)
+            run = start(large.path, out, log, "--resume")
+            # Not before it has written: a signal to an interpreter that starts has another status.
+            wait_for_share(run, out, max(share * large.units, before / DIGEST_CHARACTERS))
+            if end_with(run, number):
+                break
+            shutil.rmtree(out)
+        assert not out.exists()
+        (home,) = partials(out)
+        assert proven_units(home) > 0.5 * share * large.units
+        said = log.read_text()
+        assert "Traceback" not in said
+        assert number is not signal.SIGINT or f"--resume goes on; or delete {home}" in said
+
+    go_on_to_the_end(large, out, log)
+
+
+def test_a_run_that_is_alive_is_not_gone_on_with(tmp_path: Path, large: Large) -> None:
+    out = tmp_path / "out"
+    while True:
+        alive = start(large.path, out, tmp_path / "log")
+        wait_for_share(alive, out, 0)
+        alive.send_signal(signal.SIGSTOP)
+        # A signal is only sent: the threads go on for a moment.
+        how = os.waitid(os.P_PID, alive.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        assert how is not None
+        if how.si_code == os.CLD_STOPPED and not out.exists():
+            break
+        alive.send_signal(signal.SIGCONT)
+        alive.wait()
+        shutil.rmtree(out)
+    (home,) = partials(out)
+    before = stats(home)
+
+    second = start(large.path, out, tmp_path / "second", "--resume")
+
+    assert second.wait(timeout=300) == 2
+    said = (tmp_path / "second").read_text()
+    assert "another run is writing there" in said
+    assert "delete" not in said
+    assert stats(home) == before
+    alive.send_signal(signal.SIGCONT)
+    assert alive.wait(timeout=300) == 0, (tmp_path / "log").read_text()
+    assert contents(out) == contents(large.output)
+    assert partials(out) == []

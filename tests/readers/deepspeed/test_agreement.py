@@ -1,0 +1,517 @@
+"""Damage to the set of shards: what a person is told, for each kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ckpt_tools import open_checkpoint
+from ckpt_tools.conversion.masters import check_masters
+from ckpt_tools.errors import CkptError, DamagedCheckpoint, UnsafePickle, UnsupportedLayout
+from tests import damage
+from tests.readers.contract import Case, assert_same
+
+STAGE_1 = "zero1-bf16-llama-2ranks"
+STAGE_2 = "zero2-bf16-llama-3ranks"
+STAGE_3 = "zero3-bf16-llama-7ranks"
+TWO_SAVES = "zero2-bf16-llama-two-saves-2ranks"
+MODEL = "mp_rank_00_model_states.pt"
+APART = "Keep the files of one save in a directory of their own; move the others away."
+ELSEWHERE = (
+    "If the run saved to node-local storage, they lie on the other machines: copy every machine's "
+    "folder here, or name it with --also DIR."
+)
+
+
+def refusal(directory: Path) -> CkptError:
+    """What a person is told; every refusal names a place under the checkpoint and a next step."""
+    with pytest.raises(CkptError) as caught:
+        open_checkpoint(directory)
+    error = caught.value
+    assert error.path is not None
+    assert error.path == directory or error.path.parent == directory
+    assert error.hint
+    assert error.fact in str(error)
+    assert error.hint in str(error)
+    return error
+
+
+def damaged(directory: Path) -> DamagedCheckpoint:
+    error = refusal(directory)
+    assert type(error) is DamagedCheckpoint
+    assert error.exit_code == 4
+    return error
+
+
+# Missing files.
+
+
+def test_a_missing_rank_is_named(tmp_path: Path) -> None:
+    directory = damage.copy_of(STAGE_2, tmp_path)
+    name = damage.drop_rank(directory, 1)
+    error = damaged(directory)
+    assert error.fact == "1 of 3 optim_states files are missing: ranks 1"
+    assert error.missing == (name,)
+    assert error.hint == f"Expected {name}. {ELSEWHERE}"
+
+
+def test_many_missing_ranks_are_named_as_ranges(tmp_path: Path) -> None:
+    directory = damage.copy_of(STAGE_3, tmp_path)
+    names = tuple(damage.drop_rank(directory, rank) for rank in (0, 2, 3, 4, 6))
+    error = damaged(directory)
+    assert error.fact == "5 of 7 optim_states files are missing: ranks 0, 2-4, 6"
+    assert error.missing == names
+    assert f"Expected {names[0]} and so on." in str(error)
+
+
+def test_a_missing_model_file_of_stage_3_is_named(tmp_path: Path) -> None:
+    directory = damage.copy_of(STAGE_3, tmp_path)
+    name = damage.drop_rank(directory, 5, "model")
+    error = damaged(directory)
+    assert error.fact == "1 of 7 model_states files are missing: ranks 5"
+    assert error.missing == (name,)
+
+
+def test_a_missing_last_rank_is_not_taken_for_a_smaller_run(tmp_path: Path) -> None:
+    directory = damage.copy_of(STAGE_3, tmp_path)
+    damage.drop_rank(directory, 6)
+    damage.drop_rank(directory, 6, "model")
+    assert damaged(directory).fact == "1 of 7 optim_states files are missing: ranks 6"
+
+
+def test_the_folder_of_one_machine_says_where_the_others_are(tmp_path: Path) -> None:
+    directory = damage.copy_of(STAGE_3, tmp_path)
+    for rank in range(4, 7):
+        damage.drop_rank(directory, rank)
+        damage.drop_rank(directory, rank, "model")
+    error = damaged(directory)
+    assert error.fact == "3 of 7 optim_states files are missing: ranks 4-6"
+    assert ELSEWHERE in str(error)
+
+
+@pytest.mark.parametrize("fixture", [STAGE_1, STAGE_2])
+def test_a_missing_model_file_is_said_to_be_missing(fixture: str, tmp_path: Path) -> None:
+    directory = damage.copy_of(fixture, tmp_path)
+    (directory / MODEL).unlink()
+    error = damaged(directory)
+    assert (error.fact, error.hint) == ("no *_model_states.pt file", ELSEWHERE)
+
+
+@pytest.mark.parametrize(("fixture", "stage"), [(STAGE_1, 1), (STAGE_2, 2), (STAGE_3, 3)])
+def test_a_checkpoint_without_any_optimizer_file_says_that_they_hold_the_weights(
+    fixture: str, stage: int, tmp_path: Path
+) -> None:
+    directory = damage.copy_of(fixture, tmp_path)
+    for path in damage.optim_files(directory):
+        path.unlink()
+    error = damaged(directory)
+    assert error.fact == (
+        f"a ZeRO-{stage} checkpoint without its optimizer files, which hold the weights"
+    )
+    assert error.missing == ("zero_pp_rank_*_optim_states.pt",)
+
+
+# Broken files.
+
+
+@pytest.mark.parametrize("kind", ["optim", "model"])
+def test_a_truncated_file_is_named(kind: str, tmp_path: Path) -> None:
+    directory = damage.copy_of(STAGE_3, tmp_path)
+    path = (damage.optim_files if kind == "optim" else damage.model_files)(directory)[3]
+    damage.truncate(path, path.stat().st_size * 2 // 3)
+    error = damaged(directory)
+    assert error.path == path
+    assert error.fact.startswith("not a complete torch file")
+    assert error.hint is not None
+    assert "copy it anew" in error.hint
+
+
+def test_an_empty_file_is_named(tmp_path: Path) -> None:
+    directory = damage.copy_of(STAGE_2, tmp_path)
+    path = damage.optim_files(directory)[2]
+    damage.truncate(path, 0)
+    error = damaged(directory)
+    assert (error.path, error.fact) == (path, "the file is empty")
+
+
+def test_a_truncated_legacy_file_is_named(tmp_path: Path) -> None:
+    directory = damage.copy_of("zero2-bf16-llama-legacy-torch-2ranks", tmp_path)
+    path = damage.optim_files(directory)[1]
+    damage.truncate(path, path.stat().st_size - 1)
+    error = damaged(directory)
+    assert error.path == path
+    assert error.fact.endswith("is shorter than it says")
+
+
+def test_a_flipped_bit_in_the_metadata_is_noticed(tmp_path: Path) -> None:
+    directory = damage.copy_of(STAGE_2, tmp_path)
+    path = damage.optim_files(directory)[0]
+    damage.flip(path, b"single_partition_of_fp32_groups")
+    error = damaged(directory)
+    assert error.path == path
+    assert "CRC" in error.fact
+
+
+def test_a_page_of_text_under_a_shards_name_is_refused(tmp_path: Path) -> None:
+    directory = damage.copy_of(STAGE_2, tmp_path)
+    path = damage.optim_files(directory)[0]
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n")
+    with pytest.raises(DamagedCheckpoint) as caught:
+        open_checkpoint(directory)
+    assert (caught.value.path, caught.value.fact) == (path, "not a file that torch.save wrote")
+
+
+# Files of another save.
+
+
+def test_a_model_file_under_an_optimizer_files_name_is_refused(tmp_path: Path) -> None:
+    directory = damage.copy_of(STAGE_2, tmp_path)
+    path = damage.take_over(directory / MODEL, directory, damage.optim_files(directory)[1].name)
+    error = damaged(directory)
+    assert (error.path, error.fact) == (path, "not an optimizer file of DeepSpeed")
+
+
+def test_an_optimizer_file_under_a_model_files_name_is_refused(tmp_path: Path) -> None:
+    directory = damage.copy_of(STAGE_2, tmp_path)
+    damage.take_over(damage.optim_files(directory)[0], directory, MODEL)
+    assert damaged(directory).fact == "not a model file of DeepSpeed: it has no `module`"
+
+
+def test_an_optimizer_file_of_another_step_is_named_with_its_step(tmp_path: Path) -> None:
+    directory = damage.copy_of(TWO_SAVES, tmp_path)
+    older = damage.shards_of(TWO_SAVES, "global_step2")
+    path = damage.take_over(damage.optim_files(older)[1], directory)
+    error = damaged(directory)
+    assert error.fact == (
+        "the files are not of one save: they differ in optimizer step "
+        f"(2.0 in {path.name}, 4.0 in the others)"
+    )
+    assert error.hint == APART
+
+
+def test_a_model_file_of_another_step_is_doubted_and_found_out(tmp_path: Path) -> None:
+    directory = damage.copy_of(TWO_SAVES, tmp_path)
+    damage.take_over(damage.shards_of(TWO_SAVES, "global_step2") / MODEL, directory)
+    checkpoint = open_checkpoint(directory)
+    (doubt,) = checkpoint.doubts
+    assert doubt.startswith("the optimizer counts 4 steps, the model file 2 (0 of them skipped)")
+    assert doubt in checkpoint.remarks
+    with pytest.raises(DamagedCheckpoint, match="is not its 16-bit weight") as caught:
+        check_masters(checkpoint, every_element=False, workers=1)
+    assert doubt in caught.value.fact
+    assert "Files of two saves lie together" in str(caught.value)
+
+
+def test_model_files_of_another_step_are_remarked_under_stage_3(tmp_path: Path) -> None:
+    directory = damage.copy_of(STAGE_3, tmp_path)
+    for path in damage.model_files(directory):
+        damage.edit(path, lambda content: content.update(global_steps=500, skipped_steps=3))
+    (remark,) = open_checkpoint(directory).remarks
+    assert remark.startswith("the optimizer counts 2 steps, the model file 500 (3 of them skipped)")
+
+
+def test_a_model_file_of_another_step_is_found_out_under_stage_3(tmp_path: Path) -> None:
+    directory = damage.copy_of(STAGE_3, tmp_path)
+    path = damage.model_files(directory)[2]
+    damage.edit(path, lambda content: content.update(global_steps=1))
+    error = damaged(directory)
+    assert error.fact == (
+        f"the files are not of one save: they differ in step (1 in {path.name}, 2 in the others)"
+    )
+    assert error.hint == APART
+
+
+def test_files_of_a_larger_world_in_the_directory_are_found_out(tmp_path: Path) -> None:
+    directory = damage.copy_of(STAGE_2, tmp_path)
+    for path in damage.optim_files(damage.shards_of("zero2-bf16-buffers-5ranks"))[3:]:
+        damage.take_over(path, directory)
+    error = damaged(directory)
+    assert error.fact.startswith("the files are not of one save: they differ in world size")
+    assert error.hint == APART
+
+
+def test_a_rank_of_a_smaller_world_is_found_out(tmp_path: Path) -> None:
+    directory = damage.copy_of(STAGE_2, tmp_path)
+    source = damage.optim_files(damage.shards_of("zero2-bf16-llama-cpu-offload-2ranks"))[1]
+    path = damage.take_over(source, directory)
+    error = damaged(directory)
+    assert error.fact.startswith("the files are not of one save: they differ in world size")
+    assert path.name in error.fact
+
+
+def test_a_surplus_rank_is_named(tmp_path: Path) -> None:
+    directory = damage.copy_of(STAGE_2, tmp_path)
+    last = damage.optim_files(directory)[2]
+    damage.take_over(last, directory, last.name.replace("rank_2_", "rank_3_"))
+    error = damaged(directory)
+    assert error.fact == "optim_states files of ranks 3 lie here, but the save had 3 ranks"
+    assert error.hint == APART
+
+
+def test_optimizer_files_of_another_world_beside_the_model_file_are_found_out(
+    tmp_path: Path,
+) -> None:
+    directory = damage.copy_of(STAGE_2, tmp_path)
+    other = damage.shards_of("zero2-bf16-llama-cpu-offload-2ranks")
+    for path in damage.optim_files(directory):
+        path.unlink()
+    for path in damage.optim_files(other):
+        damage.take_over(path, directory)
+    error = damaged(directory)
+    assert error.fact == f"{MODEL} was written by 3 ranks, the optimizer files by 2"
+    assert error.hint == APART
+
+
+def test_a_file_of_another_stage_is_found_out(tmp_path: Path) -> None:
+    directory = damage.copy_of(TWO_SAVES, tmp_path)
+    damage.take_over(damage.optim_files(damage.shards_of(STAGE_1))[1], directory)
+    assert "they differ in ZeRO stage" in damaged(directory).fact
+
+
+@pytest.mark.parametrize("fixture", [STAGE_2, STAGE_3, "zero3-fp16-llama-2ranks"])
+def test_twins_with_and_without_a_prefix_are_files_of_two_saves(
+    fixture: str, tmp_path: Path
+) -> None:
+    directory = damage.copy_of(fixture, tmp_path)
+    path = damage.optim_files(directory)[1]
+    other = damage.twin(path)
+    error = damaged(directory)
+    assert error.fact.startswith("files of two saves lie in one directory: ")
+    assert path.name in error.fact
+    assert other.name in error.fact
+    assert error.fact.endswith("are both rank 1")
+    assert error.hint == APART
+
+
+def test_model_files_of_two_stages_are_files_of_two_saves(tmp_path: Path) -> None:
+    directory = damage.copy_of(STAGE_2, tmp_path)
+    damage.take_over(damage.model_files(damage.shards_of(STAGE_3))[0], directory)
+    assert damaged(directory).fact.startswith("files of two saves lie in one directory: ")
+
+
+def test_a_model_file_of_stage_3_beside_optimizer_files_of_stage_2_is_found_out(
+    tmp_path: Path,
+) -> None:
+    directory = damage.copy_of(STAGE_2, tmp_path)
+    source = damage.model_files(damage.shards_of(STAGE_3))[1]
+    damage.take_over(source, directory)
+    error = damaged(directory)
+    assert error.fact == "model files of ZeRO-3 lie beside optimizer files of stage 2"
+
+
+def test_the_same_training_with_another_optimizer_is_another_save(tmp_path: Path) -> None:
+    directory = damage.copy_of(TWO_SAVES, tmp_path, "global_step2")
+    source = damage.optim_files(damage.shards_of("zero2-bf16-llama-sgd-2ranks"))[1]
+    damage.take_over(source, directory)
+    assert damaged(directory).fact.startswith("the files are not of one save: they differ in ")
+
+
+def test_a_model_file_of_another_model_does_not_fit_the_partitions(tmp_path: Path) -> None:
+    directory = damage.copy_of("zero2-bf16-gpt2-2ranks", tmp_path)
+    damage.take_over(damage.shards_of("zero2-bf16-qwen3-tied-2ranks") / MODEL, directory)
+    error = damaged(directory)
+    assert error.hint is not None
+    assert "another save" in error.hint
+
+
+EDITS: dict[str, tuple[Callable[[damage.Content], Any], str]] = {
+    "dp_world_size": (lambda c: c.update(dp_world_size=8), "world size (8 in"),
+    "ds_version": (lambda c: c.update(ds_version="0.9.5"), "DeepSpeed version ('0.9.5' in"),
+    "global_samples": (lambda c: c.update(global_samples=7), "number of samples (7 in"),
+    "skipped_steps": (lambda c: c.update(skipped_steps=1), "number of skipped steps (1 in"),
+    "ds_config": (
+        lambda c: c["ds_config"].update(gradient_accumulation_steps=64),
+        "training settings (ds_config) (",
+    ),
+}
+
+
+@pytest.mark.parametrize("key", EDITS)
+def test_what_every_model_file_states_is_compared(key: str, tmp_path: Path) -> None:
+    change, told = EDITS[key]
+    directory = damage.copy_of(STAGE_3, tmp_path)
+    path = damage.model_files(directory)[4]
+    damage.edit(path, change)
+    error = damaged(directory)
+    assert error.fact.startswith(f"the files are not of one save: they differ in {told}")
+    assert path.name in error.fact
+    assert error.hint == APART
+
+
+OPTIM_EDITS: dict[str, tuple[Callable[[damage.Content], Any], str]] = {
+    "version": (lambda c: c.update(ds_version="0.9.5"), "DeepSpeed version"),
+    "settings": (
+        lambda c: c["ds_config"].update(train_batch_size=12345),
+        "training settings (ds_config)",
+    ),
+    "hyperparameters": (
+        lambda c: c["optimizer_state_dict"]["base_optimizer_state"]["param_groups"][0].update(
+            lr=7.0
+        ),
+        "optimizer settings",
+    ),
+    "groups": (
+        lambda c: c["optimizer_state_dict"]["single_partition_of_fp32_groups"].append(
+            c["optimizer_state_dict"]["single_partition_of_fp32_groups"][0]
+        ),
+        "number of flat groups",
+    ),
+}
+
+
+@pytest.mark.parametrize("key", OPTIM_EDITS)
+def test_what_every_optimizer_file_states_is_compared(key: str, tmp_path: Path) -> None:
+    change, told = OPTIM_EDITS[key]
+    directory = damage.copy_of(STAGE_2, tmp_path)
+    path = damage.optim_files(directory)[1]
+    damage.edit(path, change)
+    error = damaged(directory)
+    assert error.fact.startswith(f"the files are not of one save: they differ in {told}")
+    assert path.name in error.fact
+
+
+def test_saving_again_without_a_change_is_no_damage(tmp_path: Path) -> None:
+    """That the edits above, not the saving, are what was found out."""
+    directory = damage.copy_of(STAGE_2, tmp_path)
+    for path in directory.iterdir():
+        damage.edit(path, lambda content: None)
+    checkpoint = open_checkpoint(directory)
+    for name, truth in Case(damage.ZERO / STAGE_2).masters.items():
+        assert_same(checkpoint[name].load(), truth, name)
+
+
+# Layouts that are known and not read.
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("layer_3_expert_0_mp_rank_00_model_states.pt", "native mixture-of-experts"),
+        ("expert_0_mp_rank_00_model_states.pt", "native mixture-of-experts"),
+        ("layer_00-model_00-model_states.pt", "pipeline-parallel"),
+        ("layer_00-model_states.pt", "pipeline-parallel"),
+        ("mp_rank_01_model_states.pt", "tensor- or pipeline-parallel"),
+        ("zero_pp_rank_0_mp_rank_01_optim_states.pt", "tensor- or pipeline-parallel"),
+    ],
+)
+def test_files_of_another_parallel_layout_are_refused_by_its_name(
+    name: str, layout: str, tmp_path: Path
+) -> None:
+    directory = damage.copy_of(STAGE_2, tmp_path)
+    damage.take_over(directory / MODEL, directory, name)
+    error = refusal(directory)
+    assert type(error) is UnsupportedLayout
+    assert error.exit_code == 5
+    assert error.fact.startswith(f"a {layout} checkpoint")
+    assert name in error.fact
+
+
+def test_a_pipeline_module_is_refused(tmp_path: Path) -> None:
+    directory = damage.copy_of(STAGE_2, tmp_path)
+    damage.edit(directory / MODEL, lambda content: content.update(module=None))
+    with pytest.raises(UnsupportedLayout, match="its `module` is None") as caught:
+        open_checkpoint(directory)
+    assert caught.value.path == directory / MODEL
+
+
+def test_masters_that_were_swapped_out_are_said_to_be_elsewhere(tmp_path: Path) -> None:
+    directory = damage.copy_of(STAGE_3, tmp_path)
+    path = damage.optim_files(directory)[0]
+    damage.edit(path, lambda c: c["optimizer_state_dict"].pop("fp32_flat_groups"))
+    error = damaged(directory)
+    assert error.fact == "its fp32 groups are missing or are not tensors"
+    assert "NVMe" in str(error)
+
+
+@pytest.mark.parametrize("stage", [4, -1, "2", 1.5, [2]])
+def test_a_stage_that_there_is_not_is_refused(stage: Any, tmp_path: Path) -> None:
+    directory = damage.copy_of(STAGE_2, tmp_path)
+    path = damage.optim_files(directory)[0]
+    damage.edit(path, lambda c: c["optimizer_state_dict"].update(zero_stage=stage))
+    with pytest.raises(DamagedCheckpoint, match=r"its zero_stage is .*, which is none"):
+        open_checkpoint(directory)
+
+
+# Values that no DeepSpeed writes, at every key that is looked at.
+
+ODD: tuple[Any, ...] = (
+    None,
+    -7,
+    10**30,
+    0.5,
+    "text",
+    b"\x00",
+    [],
+    [None],
+    ["a", 1],
+    {},
+    {1: 2},
+    {"a": "b"},
+)
+SHARED_KEYS = ("global_steps", "dp_world_size", "ds_version", "skipped_steps", "global_samples")
+MODEL_KEYS = (
+    "module", "buffer_names", "param_shapes", "frozen_param_shapes", "frozen_param_fragments",
+    "shared_params", "ds_config", "optimizer", *SHARED_KEYS,
+)  # fmt: skip
+OPTIM_KEYS = (
+    "fp32_flat_groups", "single_partition_of_fp32_groups", "zero_stage", "partition_count",
+    "group_paddings", "param_alignment_paddings", "param_slice_mappings", "base_optimizer_state",
+    "optimizer_state_dict", "ds_version", "base_optimizer_state_step",
+)  # fmt: skip
+
+
+def is_refused_or_read_rightly(fixture: str, directory: Path) -> None:
+    """No traceback, and whatever is still read is the truth."""
+    case = Case(damage.ZERO / fixture)
+    try:
+        catalogue = open_checkpoint(directory).catalogue()
+    except CkptError:
+        return
+    for name in catalogue:
+        assert_same(catalogue[name].load(), case.masters.get(name, case.model[name]), name)
+
+
+@pytest.mark.parametrize("key", MODEL_KEYS)
+@pytest.mark.parametrize(
+    "fixture", ["zero2-bf16-llama-frozen-2ranks", "zero3-bf16-qwen3-tied-frozen-2ranks"]
+)
+def test_an_odd_value_in_a_model_file_is_refused_or_does_no_harm(
+    fixture: str, key: str, tmp_path: Path
+) -> None:
+    for number, value in enumerate(ODD):
+        directory = damage.copy_of(fixture, tmp_path / str(number))
+        damage.edit(damage.model_files(directory)[0], lambda c, v=value: c.update({key: v}))
+        is_refused_or_read_rightly(fixture, directory)
+
+
+@pytest.mark.parametrize("key", OPTIM_KEYS)
+@pytest.mark.parametrize(
+    "fixture", ["zero2-bf16-llama-frozen-2ranks", "zero3-bf16-qwen3-tied-frozen-2ranks"]
+)
+def test_an_odd_value_in_an_optimizer_file_is_refused_or_does_no_harm(
+    fixture: str, key: str, tmp_path: Path
+) -> None:
+    for number, value in enumerate(ODD):
+        directory = damage.copy_of(fixture, tmp_path / str(number))
+        path = damage.optim_files(directory)[1]
+        damage.edit(path, lambda c, v=value: c["optimizer_state_dict"].update({key: v}))
+        is_refused_or_read_rightly(fixture, directory)
+
+
+def test_metadata_that_does_not_fit_the_format_is_told_as_damage(tmp_path: Path) -> None:
+    directory = damage.copy_of(STAGE_2, tmp_path)
+    damage.edit(directory / MODEL, lambda c: c.update(param_shapes=[{"lm_head.weight": 7}]))
+    error = damaged(directory)
+    assert error.path == directory
+    assert error.fact.startswith("its metadata is not as deepspeed writes it (TypeError: ")
+
+
+def test_a_weight_built_by_code_is_told_as_unsafe(tmp_path: Path) -> None:
+    directory = damage.copy_of(STAGE_2, tmp_path)
+    damage.edit(directory / MODEL, lambda c: c["module"].update(odd=Path("x")))
+    error = refusal(directory)
+    assert isinstance(error, UnsafePickle)
+    assert error.exit_code == 4
