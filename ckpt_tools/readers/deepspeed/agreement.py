@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckpt_tools.errors import DamagedCheckpoint
+from ckpt_tools.errors import CkptError, DamagedCheckpoint
 from ckpt_tools.readers.containers.restricted_pickle import TensorRef
 
 NODE_LOCAL = (
@@ -83,36 +83,92 @@ def stated_world_size(
     return stated
 
 
-def check_ranks(
+def without_optimizer(directory: Path, stage: int) -> CkptError:
+    """The error of a save of which only model files are here."""
+    return _lost(
+        f"a ZeRO-{stage} checkpoint without its optimizer files, which hold "
+        + ("the weights" if stage == 3 else "the masters"),
+        stage,
+        directory,
+        ["zero_pp_rank_*_optim_states.pt"],
+        "",
+    )
+
+
+def missing_optims(
+    world_size: int, directory: Path, optims: Sequence[OptimState]
+) -> CkptError | None:
+    """The error of a save of which the optimizer files of some ranks are not here, or None."""
+    present = {optim.rank for optim in optims}
+    lacking = [rank for rank in range(world_size) if rank not in present]
+    if not optims or not lacking:
+        return None
+    return _missing("optim", lacking, world_size, directory, optims)
+
+
+def check_models(world_size: int, directory: Path, models: Sequence[ModelState]) -> tuple[str, ...]:
+    """Every rank of stage 3 has its model file, or none of what is missing is needed.
+
+    Returns:
+        A remark where files are missing.
+
+    Raises:
+        DamagedCheckpoint: the missing files hold frozen parameters, or buffers of rank 0.
+    """
+    present = {model.rank for model in models}
+    lacking = [rank for rank in range(world_size) if rank not in present]
+    if not lacking:
+        return ()
+    frozen = models[0].get("frozen_param_shapes")
+    if frozen or (0 in lacking and models[0].get("buffer_names")):
+        raise _missing("model", lacking, world_size, directory, models)
+    return (
+        f"{len(lacking)} of {world_size} model files are missing (ranks {_ranges(lacking)}); nothing is frozen, "
+        "so that no weight lies in them",
+    )
+
+
+def _missing(
+    kind: str,
+    lacking: Sequence[int],
+    world_size: int,
+    directory: Path,
+    states: Sequence[ModelState] | Sequence[OptimState],
+) -> CkptError:
+    example, rank_text = states[0].path.name, re.compile(r"zero_pp_rank_\d+_")
+    names = [rank_text.sub(f"zero_pp_rank_{rank}_", example) for rank in lacking]
+    stage = states[0].stage if isinstance(states[0], OptimState) else 3
+    return _lost(
+        f"{len(lacking)} of {world_size} {kind}_states files are missing: ranks {_ranges(lacking)}",
+        1 if stage is None else stage,
+        directory,
+        names,
+        f"Expected {names[0]}" + (" and so on. " if len(names) > 1 else ". "),
+    )
+
+
+def _lost(
+    fact: str, stage: int, directory: Path, missing: Sequence[str], expected: str
+) -> CkptError:
+    whole = "" if stage == 3 else "The 16-bit weights are whole: --weights model takes them. "
+    return DamagedCheckpoint(
+        fact, path=directory, missing=missing, hint=whole + expected + NODE_LOCAL
+    )
+
+
+def check_extra(
     stage: int,
     world_size: int,
     directory: Path,
     models: Sequence[ModelState],
     optims: Sequence[OptimState],
 ) -> None:
-    """Every rank has its files, and no file is of a rank that did not exist."""
-    expected = range(world_size)
-    kinds: list[tuple[str, set[int], Sequence[ModelState] | Sequence[OptimState]]] = []
-    if optims:
-        kinds.append(("optim", {o.rank for o in optims}, optims))
+    """No file is of a rank that did not exist."""
+    kinds: list[tuple[str, Sequence[ModelState] | Sequence[OptimState]]] = [("optim", optims)]
     if stage == 3:
-        kinds.append(("model", {m.rank for m in models}, models))
-    for kind, present, states in kinds:
-        missing = [rank for rank in expected if rank not in present]
-        extra = sorted(present - set(expected))
-        example = states[0].path.name
-        rank_text = re.compile(r"zero_pp_rank_\d+_")
-        if missing:
-            names = [rank_text.sub(f"zero_pp_rank_{rank}_", example) for rank in missing]
-            raise DamagedCheckpoint(
-                f"{len(missing)} of {world_size} {kind}_states files are missing: ranks "
-                f"{_ranges(missing)}",
-                path=directory,
-                missing=names,
-                hint=f"Expected {names[0]}"
-                + (" and so on. " if len(names) > 1 else ". ")
-                + NODE_LOCAL,
-            )
+        kinds.append(("model", models))
+    for kind, states in kinds:
+        extra = sorted({state.rank for state in states} - set(range(world_size)))
         if extra:
             raise DamagedCheckpoint(
                 f"{kind}_states files of ranks {_ranges(extra)} lie here, but the save had "

@@ -11,14 +11,13 @@ Sources: ``deepspeed/runtime/engine.py`` (``_get_ckpt_name``, ``_get_zero_ckpt_n
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout
+from ckpt_tools.errors import CkptError, DamagedCheckpoint
 from ckpt_tools.readers.containers.restricted_pickle import Opaque, TensorRef
 from ckpt_tools.readers.containers.torch_file import TorchFile
 from ckpt_tools.readers.deepspeed.agreement import (
@@ -27,22 +26,15 @@ from ckpt_tools.readers.deepspeed.agreement import (
     ModelState,
     OptimState,
     check_agreement,
-    check_ranks,
+    check_extra,
+    check_models,
+    missing_optims,
     mixed,
     stated_world_size,
+    without_optimizer,
 )
+from ckpt_tools.readers.deepspeed.names import MODEL_FILE, OPTIM_FILE, SaveNames
 from ckpt_tools.storage.pool import read_at
-
-MODEL_FILE = re.compile(r"(?:zero_pp_rank_(?P<dp>\d+)_)?mp_rank_(?P<mp>\d+)_model_states\.pt")
-OPTIM_FILE = re.compile(
-    r"(?P<prefix>bf16_|fp16_)?zero_pp_rank_(?P<dp>\d+)_mp_rank_(?P<mp>\d+)_?optim_states\.pt"
-)
-_FOREIGN = {
-    "native mixture-of-experts": re.compile(
-        r"(layer_\d+_)?expert_\d+_mp_rank_\d+_model_states\.pt"
-    ),
-    "pipeline-parallel": re.compile(r"layer_\d+-.*model_states\.pt"),
-}
 
 
 @dataclass(frozen=True)
@@ -57,6 +49,9 @@ class ShardSet:
         is_bf16_optimizer: written by ``BF16_Optimizer``, which records no stage.
         world_size: data-parallel world size.
         files: path to size in bytes of every shard.
+        lost: why the masters cannot be read though the run kept some: their files are not here.
+        remarks: what is odd about the set of files.
+        shared: second names, where another rank's file records them.
     """
 
     directory: Path
@@ -66,6 +61,14 @@ class ShardSet:
     is_bf16_optimizer: bool
     world_size: int
     files: dict[Path, int]
+    lost: CkptError | None = None
+    remarks: tuple[str, ...] = ()
+    shared: Mapping[str, str] | None = None
+
+    @property
+    def shared_params(self) -> Mapping[str, str]:
+        """For each second name of a parameter, its first name."""
+        return self.shared or self.first.get("shared_params") or {}
 
     @property
     def first(self) -> ModelState:
@@ -91,33 +94,26 @@ _KEPT_OF_EVERY_RANK = (
 )
 
 
-def is_shard_directory(path: Path) -> bool:
-    """Whether the directory itself holds shards of a raw DeepSpeed checkpoint."""
-    try:
-        return any(MODEL_FILE.fullmatch(entry.name) for entry in path.iterdir())
-    except OSError:
-        return False
+def open_shards(
+    names: SaveNames, model_rank: int = 0, *, masters_elsewhere: bool = False
+) -> ShardSet:
+    """Read the metadata of every shard of one model-parallel rank and prove that they belong to one save.
 
-
-def open_shards(directory: Path) -> ShardSet:
-    """Read the metadata of every shard and prove that they belong to one save.
+    Args:
+        names: the files of the folder.
+        model_rank: the model-parallel rank.
+        masters_elsewhere: the masters are not in optimizer files (universal checkpoints).
 
     Raises:
         DamagedCheckpoint: files are missing, truncated, or of different saves.
-        UnsupportedLayout: tensor- or pipeline-parallel shards, or native MoE.
     """
-    names = sorted(entry.name for entry in directory.iterdir() if entry.is_file())
-    for layout, pattern in _FOREIGN.items():
-        found = [name for name in names if pattern.fullmatch(name)]
-        if found:
-            raise UnsupportedLayout(
-                f"a {layout} checkpoint ({len(found)} files such as {found[0]})",
-                path=directory,
-                hint="This layout is not read yet; DeepSpeed's ds_to_universal.py may help.",
-            )
-    model_names = _by_rank(directory, names, MODEL_FILE)
-    optim_names = _by_rank(directory, names, OPTIM_FILE)
-    models = _in_parallel(_read_model, [directory / model_names[r] for r in sorted(model_names)])
+    directory = names.directory
+    model_names, optim_names = names.models.get(model_rank, {}), names.optims.get(model_rank, {})
+    model_ranks = sorted(model_names)
+    models = [
+        *(_read_model(directory / model_names[rank], whole=True) for rank in model_ranks[:1]),
+        *_in_parallel(_read_model, [directory / model_names[rank] for rank in model_ranks[1:]]),
+    ]
     optims = _in_parallel(_read_optim, [directory / optim_names[r] for r in sorted(optim_names)])
     if not models:
         raise DamagedCheckpoint(
@@ -137,52 +133,24 @@ def open_shards(directory: Path) -> ShardSet:
     stage = recorded if recorded is not None else (1 if is_bf16_optimizer else 0)
     if stage == 2 and config_stage == 1:
         stage = 1  # up to DeepSpeed 0.6 one class served both, and wrote the number of the second
-    if not optims and config_stage and first.get("optimizer") is None:
-        raise DamagedCheckpoint(
-            f"a ZeRO-{config_stage} checkpoint without its optimizer files, which hold the weights",
-            path=directory,
-            missing=["zero_pp_rank_*_optim_states.pt"],
-            hint=NODE_LOCAL,
-        )
+    lost: CkptError | None = None
+    if masters_elsewhere:
+        stage = config_stage
+    elif not optims and config_stage and first.get("optimizer") is None:
+        stage, lost = config_stage, without_optimizer(directory, config_stage)
     world_size = stated_world_size(directory, first, optims, stage)
     paths = [*(model.path for model in models), *(optim.path for optim in optims)]
     sizes = {path: path.stat().st_size for path in paths}
-    shards = ShardSet(
-        directory,
-        models,
-        optims,
-        stage,
-        is_bf16_optimizer,
-        world_size,
-        sizes,
-    )
-    check_ranks(shards.stage, world_size, directory, models, optims)
     check_agreement(directory, models, optims)
-    return shards
-
-
-def _by_rank(directory: Path, names: Iterable[str], pattern: re.Pattern[str]) -> dict[int, str]:
-    """File names by data-parallel rank; refuses two files for one rank and model parallelism."""
-    found: dict[int, str] = {}
-    for name in names:
-        match = pattern.fullmatch(name)
-        if match is None:
-            continue
-        if int(match["mp"]) > 0:
-            raise UnsupportedLayout(
-                f"a tensor- or pipeline-parallel checkpoint ({name})",
-                path=directory,
-                hint="Only data-parallel ZeRO checkpoints are read so far.",
-            )
-        rank = int(match["dp"] or 0)
-        if rank in found:
-            raise DamagedCheckpoint(
-                f"files of two saves lie in one directory: {found[rank]} and {name} are both rank {rank}",
-                path=directory,
-                hint=SAME_SAVE,
-            )
-        found[rank] = name
-    return found
+    check_extra(stage, world_size, directory, models, optims)
+    lost = lost or missing_optims(world_size, directory, optims)
+    if lost and stage == 3:
+        raise lost
+    remarks = check_models(world_size, directory, models) if stage == 3 else ()
+    optims = [] if lost else optims
+    return ShardSet(
+        directory, models, optims, stage, is_bf16_optimizer, world_size, sizes, lost, remarks
+    )
 
 
 T = TypeVar("T")
@@ -196,7 +164,7 @@ def _in_parallel(read: Callable[[Path], T], paths: Sequence[Path]) -> list[T]:
         return list(pool.map(read, paths))
 
 
-def _read_model(path: Path) -> ModelState:
+def _read_model(path: Path, *, whole: bool = False) -> ModelState:
     match = MODEL_FILE.fullmatch(path.name)
     assert match is not None
     content = TorchFile(path).load()
@@ -204,10 +172,8 @@ def _read_model(path: Path) -> ModelState:
         raise DamagedCheckpoint(
             "not a model file of DeepSpeed: it has no `module`", path=path, hint=SAME_SAVE
         )
-    if content["module"] is None:
-        raise UnsupportedLayout("a pipeline-parallel checkpoint (its `module` is None)", path=path)
     rank = int(match["dp"] or 0)
-    if rank:
+    if not whole:
         content = {key: content.get(key) for key in _KEPT_OF_EVERY_RANK}
     return ModelState(path, rank, content)
 

@@ -1,0 +1,5 @@
+from typing import Any
+
+
+def read_experts(names: Any) -> Any:
+    raise NotImplementedError
