@@ -108,17 +108,34 @@ def partitioned_masters(shards: ShardSet) -> tuple[dict[str, Stored], list[str]]
             path=shards.optims[0].path,
         )
     for index, shapes in enumerate(groups):
-        parts = _partitions(shards, index)
-        gaps = _alignment_paddings(shards, index, len(shapes))
-        end = 0
-        for gap, (name, shape) in zip(gaps, shapes.items(), strict=True):
-            start, end = end, end + math.prod(shape)
-            masters[name] = parts.tensor(start, shape, name)
-            end += gap
-        parts.check_used(end, shards.world_size)
-        if not _mappings_agree(shards, index, shapes, gaps, parts):
-            doubts.append(f"the recorded slice mappings of group {index} contradict its order")
+        found, doubt = group_masters(shards, index, shapes)
+        masters |= found
+        doubts += doubt
     return masters, doubts
+
+
+def group_masters(
+    shards: ShardSet, index: int, shapes: Mapping[str, Shape]
+) -> tuple[dict[str, Stored], list[str]]:
+    """Masters of one group of parameters, and the doubt about their order, if there is one.
+
+    Args:
+        shards: the optimizer files among which the group is partitioned.
+        index: which flat group.
+        shapes: its parameters, in order.
+    """
+    masters: dict[str, Stored] = {}
+    parts = _partitions(shards, index)
+    gaps = _alignment_paddings(shards, index, len(shapes))
+    end = 0
+    for gap, (name, shape) in zip(gaps, shapes.items(), strict=True):
+        start, end = end, end + math.prod(shape)
+        masters[name] = parts.tensor(start, shape, name)
+        end += gap
+    parts.check_used(end, shards.world_size)
+    if _mappings_agree(shards, index, shapes, gaps, parts):
+        return masters, []
+    return masters, [f"the recorded slice mappings of group {index} contradict its order"]
 
 
 def _matched_masters(
@@ -200,8 +217,14 @@ def _mappings_agree(
     return True
 
 
-def sliced_masters(shards: ShardSet) -> dict[str, Stored]:
+def sliced_masters(
+    shards: ShardSet, groups: Sequence[Mapping[str, Shape]] | None = None
+) -> dict[str, Stored]:
     """Masters of stage 3.
+
+    Args:
+        shards: the files.
+        groups: names and shapes of the parameters; by default those that the model file records.
 
     Raises:
         DamagedCheckpoint: the sub-groups do not hold what the parameters need.
@@ -227,7 +250,9 @@ def sliced_masters(shards: ShardSet) -> dict[str, Stored]:
     masters: dict[str, Stored] = {}
     group, position, bases = -1, 0, [0] * world_size
     dtype = None
-    for shapes in group_shapes(shards.param_shapes, shards.first.path):
+    if groups is None:
+        groups = group_shapes(shards.param_shapes, shards.first.path)
+    for shapes in groups:
         for name, shape in shapes.items():
             numel = math.prod(shape)
             count = math.ceil(numel / world_size)

@@ -25,6 +25,7 @@ OPTIM_FILE = re.compile(
 EXPERT_FILE = re.compile(
     r"(?:layer_(?P<layer>\d+)_)?expert_(?P<expert>\d+)_mp_rank_(?P<mp>\d+)_model_states\.pt"
 )
+EXPERT_OPTIM_FILE = re.compile(r"expp_rank_\d+_mp_rank_\d+_optim_states\.pt")
 LAYER_FILE = re.compile(r"layer_(?P<layer>\d+)(?:-model_(?P<tp>\d+))?-model_states\.pt")
 UNIVERSAL = "zero"
 
@@ -40,6 +41,7 @@ class SaveNames:
         models: model files by model-parallel and data-parallel rank.
         optims: optimizer files by model-parallel and data-parallel rank.
         experts: files of one expert of one layer.
+        expert_optims: optimizer files of expert-parallel ranks, of runs without ZeRO.
         layers: files of one layer of a pipeline.
     """
 
@@ -47,6 +49,7 @@ class SaveNames:
     models: ByRank
     optims: ByRank
     experts: tuple[str, ...]
+    expert_optims: tuple[str, ...]
     layers: tuple[str, ...]
 
     @property
@@ -71,6 +74,7 @@ def names_in(directory: Path) -> SaveNames:
         models,
         optims,
         tuple(name for name in names if EXPERT_FILE.fullmatch(name)),
+        tuple(name for name in names if EXPERT_OPTIM_FILE.fullmatch(name)),
         tuple(name for name in names if LAYER_FILE.fullmatch(name)),
     )
 
@@ -89,7 +93,8 @@ def is_shard_directory(path: Path) -> bool:
 
 def is_save_file(name: str) -> bool:
     """Whether a file of this name belongs to a save."""
-    return any(p.fullmatch(name) for p in (MODEL_FILE, OPTIM_FILE, EXPERT_FILE, LAYER_FILE))
+    kinds = (MODEL_FILE, OPTIM_FILE, EXPERT_FILE, EXPERT_OPTIM_FILE, LAYER_FILE)
+    return any(pattern.fullmatch(name) for pattern in kinds)
 
 
 def is_universal(path: Path) -> bool:

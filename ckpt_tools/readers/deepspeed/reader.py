@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ckpt_tools.errors import DamagedCheckpoint, UsageError
-from ckpt_tools.readers.deepspeed.experts import read_experts
+from ckpt_tools.readers.deepspeed.experts import holds_experts, read_experts
 from ckpt_tools.readers.deepspeed.names import (
     UNIVERSAL,
     is_save_file,
@@ -19,7 +19,7 @@ from ckpt_tools.readers.deepspeed.names import (
     names_in,
 )
 from ckpt_tools.readers.deepspeed.pipeline import read_pipeline
-from ckpt_tools.readers.deepspeed.saves import checkpoint, read_ranks
+from ckpt_tools.readers.deepspeed.saves import checkpoint, open_all, read_ranks
 from ckpt_tools.readers.deepspeed.universal import read_universal
 from ckpt_tools.tensors.checkpoint import Checkpoint, Location
 
@@ -137,6 +137,7 @@ def read(location: Location) -> Checkpoint:
     names = names_in(location.directory)
     if names.layers:
         return checkpoint(location, *read_pipeline(names))
-    if names.experts:
-        return checkpoint(location, *read_experts(names))
-    return checkpoint(location, *read_ranks(names))
+    shards = open_all(names)
+    if names.experts or holds_experts(shards[0]):
+        return checkpoint(location, *read_experts(names, shards))
+    return checkpoint(location, *read_ranks(shards))

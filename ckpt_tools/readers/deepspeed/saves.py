@@ -77,9 +77,8 @@ def _stated(first: object, key: str) -> int:
     return value if isinstance(value, int) else 0
 
 
-def read_ranks(names: SaveNames) -> tuple[Save, Part]:
+def read_ranks(shards: Sequence[ShardSet]) -> tuple[Save, Part]:
     """A save whose model-parallel ranks are tensor-parallel ones, usually one."""
-    shards = open_all(names)
     parts = [read_part(one) for one in shards]
     return Save(shards, "with tensor parallelism" if len(shards) > 1 else ""), joined(shards, parts)
 

@@ -68,6 +68,7 @@ def sorted_part(
     shards: ShardSet,
     masters: Mapping[str, Stored],
     doubts: list[str],
+    shapes: Mapping[str, Shape] | None = None,
     extra: Mapping[str, TensorRef] | None = None,
 ) -> Part:
     """The tensors of one model-parallel rank, sorted by what they are.
@@ -76,9 +77,12 @@ def sorted_part(
         shards: its files.
         masters: the optimizer's copies.
         doubts: reasons to compare the masters in full.
+        shapes: names and shapes of the trained parameters, where not all that are recorded are meant.
         extra: tensors in training dtype that lie in files of their own.
     """
-    reading = _Reading(shards, masters, extra or {})
+    if shapes is None:
+        shapes = trained_shapes(shards, masters)
+    reading = _Reading(shards, masters, shapes, extra or {})
     weights = reading.weights()
     remarks = [*shards.remarks, *reading.remarks]
     doubts = [] if round_robin(shards) else [*doubts]
@@ -98,10 +102,10 @@ class _Reading:
         self,
         shards: ShardSet,
         masters: Mapping[str, Stored],
+        shapes: Mapping[str, Shape],
         extra: Mapping[str, TensorRef],
     ) -> None:
         self._shards = shards
-        shapes = trained_shapes(shards, masters)
         frozen = sliced_frozen(shards) if shards.stage == 3 else self._frozen_whole()
         module = matched_module(
             shards.first,
