@@ -14,7 +14,7 @@ Sources: ``deepspeed/runtime/engine.py`` (``_save_moe_checkpoint``), ``utils/gro
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -67,10 +67,10 @@ def read_experts(names: SaveNames, shards: Sequence[ShardSet]) -> tuple[Save, Pa
         for name, shape in group.items()
         if not _is_expert(name)
     }
-    part = sorted_part(first, dense, doubts, shapes or None)
-    weights = {**part.weights, **dict(_weights(first, experts, held, placed))}
-    if placed:
-        weights = _routers_renamed(weights, placed)
+    routers = _routers(first, placed)
+    part = sorted_part(_without_second_routers(first, routers), dense, doubts, shapes or None)
+    weights = {routers.get(name, name): weight for name, weight in part.weights.items()}
+    weights |= _weights(first, experts, held, placed)
     files = (*names.experts, *names.expert_optims)
     sizes = {names.directory / name: (names.directory / name).stat().st_size for name in files}
     return Save([first], layout, sizes), replace(part, weights=weights)
@@ -311,14 +311,26 @@ def _fused(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
     return made
 
 
-def _routers_renamed(weights: Mapping[str, Weight], placed: Mapping[str, Any]) -> dict[str, Weight]:
-    """Routers under the model's name; AutoEP's module keeps each under two of its own."""
-    renamed = {}
-    for name, weight in weights.items():
+def _routers(shards: ShardSet, paths: Iterable[str]) -> dict[str, str]:
+    """The model's name of each router: AutoEP's module has it as ``router``, and as what the model calls it."""
+    called = {}
+    for path in paths:
+        pattern = re.compile(re.escape(path) + r"\.(?P<attribute>\w+)\.gate\.(?P<leaf>\w+)")
+        matches = list(filter(None, map(pattern.fullmatch, shards.first.content["module"])))
+        for match in matches:
+            if match["attribute"] != "router":
+                router = f"{path}.router.gate.{match['leaf']}"
+                called[router] = f"{path}.{match['attribute']}.{match['leaf']}"
+    return called
+
+
+def _without_second_routers(shards: ShardSet, called: Mapping[str, str]) -> ShardSet:
+    """The shards without the second name that AutoEP's module has for each router."""
+    second = set()
+    for name in called.values():
         path, _, leaf = name.rpartition(".")
-        layer = next((p for p in placed if path in (f"{p}.router.gate", f"{p}.gate.gate")), None)
-        if layer is None:
-            renamed[name] = weight
-        elif path.endswith(".router.gate"):
-            renamed[f"{layer}.gate.{leaf}"] = weight
-    return renamed
+        second.add(f"{path}.gate.{leaf}")
+    first = shards.first
+    module = {name: value for name, value in first.content["module"].items() if name not in second}
+    models = [replace(first, content={**first.content, "module": module}), *shards.models[1:]]
+    return replace(shards, models=models)

@@ -125,7 +125,7 @@ def group_masters(
         shapes: its parameters, in order.
     """
     masters: dict[str, Stored] = {}
-    parts = _partitions(shards, index)
+    parts = partitions(shards, index)
     gaps = _alignment_paddings(shards, index, len(shapes))
     end = 0
     for gap, (name, shape) in zip(gaps, shapes.items(), strict=True):
@@ -142,7 +142,7 @@ def _matched_masters(
     shards: ShardSet, shapes: Mapping[str, Shape]
 ) -> tuple[dict[str, Stored], list[str]]:
     """Masters of DeepSpeed up to 0.5, whose one mapping is not always in the order of the vectors."""
-    vectors = [_partitions(shards, index) for index in range(len(shards.optims[0].flat_groups))]
+    vectors = [partitions(shards, index) for index in range(len(shards.optims[0].flat_groups))]
     module = named_weights(shards.first.content)
     order = {name: module[name] for name in shapes if name in module}
     masters = match_by_value(vectors, order, slack=2 * shards.world_size)
@@ -156,7 +156,7 @@ def _matched_masters(
     return masters, ["DeepSpeed up to 0.5 did not record the order of parameters faithfully"]
 
 
-def _partitions(shards: ShardSet, group: int) -> FlatVector:
+def partitions(shards: ShardSet, group: int) -> FlatVector:
     refs, lengths = [], []
     if shards.optims[0].intervals is not None:
         # Interval by interval, the partitions of all ranks follow each other.
