@@ -21,7 +21,8 @@ checkpoints, tensors or the command line.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 
 
@@ -157,3 +158,16 @@ class RankFailed(CkptError):
     """Another rank of the same command failed, was lost, or made no progress."""
 
     exit_code = 8
+
+
+def listed(items: Collection[object], limit: int = 6, total: int | None = None) -> str:
+    """The first items of a list as text, and the number of those that are left out.
+
+    Args:
+        items: what is listed.
+        limit: the number of items shown.
+        total: the number of items that there are; by default that of ``items``.
+    """
+    shown = ", ".join(map(str, islice(items, limit)))
+    more = (len(items) if total is None else total) - limit
+    return f"{shown} and {more:,} more" if more > 0 else shown

@@ -90,11 +90,6 @@ class Sums:
         cosine = _quotient(self.products, norms)
         return None if cosine is None else min(max(cosine, -1.0), 1.0)
 
-    @property
-    def all_finite(self) -> bool:
-        """Whether neither side has a NaN or an infinity."""
-        return not (self.nan_a or self.nan_b or self.inf_a or self.inf_b)
-
 
 def measure(a: torch.Tensor, b: torch.Tensor, tolerance: Tolerance) -> Sums:
     """Compare two flat tensors of the same size, element by element.

@@ -24,8 +24,8 @@ from ckpt_tools.readers.opening import FILE, open_weights
 from ckpt_tools.tensors.catalogue import Tensor
 from ckpt_tools.tensors.checkpoint import Checkpoint
 from ckpt_tools.tensors.deferred import settle
+from ckpt_tools.tensors.threads import default_workers
 from ckpt_tools.tensors.windows import Meter, Window, same_bits, visit_windows
-from ckpt_tools.writing.bytes import default_workers
 
 if TYPE_CHECKING:
     import torch

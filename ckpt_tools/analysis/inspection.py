@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,17 +18,8 @@ from ckpt_tools.errors import CkptError
 from ckpt_tools.storage.folders import read_as_one
 from ckpt_tools.tensors.checkpoint import Checkpoint, Weight
 from ckpt_tools.tensors.dtypes import BY_SHORT_NAME, DType
+from ckpt_tools.transforms.lora import adapter_of
 from ckpt_tools.transforms.prefixes import strip_wrappers
-
-_ADAPTER_MARKS = (
-    "lora_",
-    "modules_to_save",
-    "prompt_encoder",
-    "ia3_",
-    "vera_lambda",
-    "oft_",
-    "hada_",
-)
 
 
 @dataclass(frozen=True)
@@ -163,7 +154,7 @@ def _facts(checkpoint: Checkpoint) -> Inspection:
         frozen=_group(w for w in named.values() if w.kind == "frozen"),
         buffers=_group(w for w in named.values() if w.kind == "buffer"),
         tied={stripped.names[a]: stripped.names[k] for a, k in checkpoint.ties.items()},
-        adapters=_grouped(named, _adapter),
+        adapters=_grouped(named, adapter_of),
         attributes=_grouped(named, lambda name: name.split(".")[0]),
         wrappers=stripped.removed,
         output_bytes=_output_bytes(named),
@@ -178,22 +169,13 @@ def _group(weights: Iterable[Weight]) -> Group:
     return Group(len(held), sum(numels), nbytes)
 
 
-def _grouped(weights: Mapping[str, Weight], key: Any) -> dict[str, Group]:
+def _grouped(weights: Mapping[str, Weight], key: Callable[[str], str | None]) -> dict[str, Group]:
     groups: dict[str, list[Weight]] = {}
     for name, weight in weights.items():
         label = key(name)
         if label is not None:
             groups.setdefault(label, []).append(weight)
     return {label: _group(members) for label, members in groups.items()}
-
-
-def _adapter(name: str) -> str | None:
-    """Name of the PEFT adapter that a tensor belongs to: the segment after its kind."""
-    path = name.split(".")
-    for index, segment in enumerate(path[:-1]):
-        if segment.startswith(_ADAPTER_MARKS):
-            return path[index + 1]
-    return None
 
 
 def _by_dtype(weights: Iterable[Weight]) -> dict[str, int]:
@@ -213,7 +195,7 @@ def _output_bytes(weights: Mapping[str, Weight]) -> dict[str, int]:
 
     choices: dict[str, DType | None] = {"auto": None, **BY_SHORT_NAME}
     sizes = {c: sum(size(w, d) for w in weights.values()) for c, d in choices.items()}
-    adapters = [w for name, w in weights.items() if _adapter(name) is not None]
+    adapters = [w for name, w in weights.items() if adapter_of(name) is not None]
     if adapters:
         sizes["adapter"] = sum(size(w, None) for w in adapters)
     return sizes

@@ -1,31 +1,36 @@
 """The command line: options in, one library call, a report out. The only place that prints or exits.
 
-One module a command; each is imported when it is called, so that ``--help`` starts at once.
+A command is one module of :mod:`ckpt_tools.cli.commands`. Its own imports are light, so that ``--help``
+starts at once; what it needs to work is imported when it is called.
 """
 
 from __future__ import annotations
 
 import importlib
+import pkgutil
 import sys
 import time
+from types import ModuleType
 from typing import Any, NoReturn
 
 import click
 
-from ckpt_tools import __version__
+from ckpt_tools._version import __version__
+from ckpt_tools.cli import commands
 from ckpt_tools.cli.signals import end_on_signals, is_later_rank, leave_at_once
 
-_COMMANDS = {
-    "inspect": "What a checkpoint is, from metadata alone.",
-    "consolidate": "A checkpoint becomes a Hugging Face directory.",
-    "extract-attr": "One attribute of a composite model becomes a directory of its own.",
-    "extract-lora": "A PEFT adapter becomes a directory of its own.",
-    "merge-lora": "A LoRA adapter and its base become one model.",
-    "average": "The mean of several checkpoints becomes a directory.",
-    "verify": "Everything that is wrong with a finished directory.",
-    "diff": "What is different between two checkpoints.",
-    "interval": "How often to checkpoint, and what it costs.",
-}
+# The order of `--help`; a command that is not listed comes after these.
+_FIRST = (
+    "inspect",
+    "consolidate",
+    "extract-attr",
+    "extract-lora",
+    "merge-lora",
+    "average",
+    "verify",
+    "diff",
+    "interval",
+)
 
 _EPILOG = """\b
 Exit status:
@@ -43,27 +48,31 @@ Exit status:
 """
 
 
-# A rank that leaves takes the others along; by then the first has said what is wrong.
+# torchrun ends all ranks when one leaves; the first rank reports the error within this time.
 _LISTEN_SECONDS = 10.0
 
 
 class _Lazy(click.Group):
-    """A group whose commands are imported when they are needed."""
+    """A group of one module a command: those of :mod:`ckpt_tools.cli.commands`."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(_COMMANDS)
+        found = {each.name.replace("_", "-") for each in pkgutil.iter_modules(commands.__path__)}
+        return [*_FIRST, *sorted(found.difference(_FIRST))]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in _COMMANDS:
+        if cmd_name not in self.list_commands(ctx):
             return None
-        module = importlib.import_module(f"{__name__}.{cmd_name.replace('-', '_')}")
-        command = module.command
+        command = _module(cmd_name).command
         assert isinstance(command, click.Command)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl(list(_COMMANDS.items()))
+            formatter.write_dl([(n, _module(n).SUMMARY) for n in self.list_commands(ctx)])
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"{commands.__name__}.{name.replace('-', '_')}")
 
 
 @click.command(cls=_Lazy, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
@@ -77,7 +86,7 @@ def cli() -> None:
 
 
 def _main_of_later_rank(args: list[str] | None) -> NoReturn:
-    """What is wrong with a command that all ranks were given is said by the first."""
+    """Run a later rank: the first rank alone reports a wrong command line."""
     try:
         cli.main(args=args, prog_name="ckpt-tools", standalone_mode=False)
     except click.ClickException as error:

@@ -1,4 +1,4 @@
-"""What ``verify`` found, for programs: JSON, JUnit XML, and GitHub's annotations.
+"""The result of ``verify`` for programs: JSON, JUnit XML, and GitHub's annotations.
 
 Owns the three formats. JSON is described in ``docs/verify.md`` and ``docs/verify.schema.json``. Names from a
 checkpoint never become markup or commands: control characters are written as escapes everywhere.
@@ -15,13 +15,13 @@ from itertools import groupby
 from typing import Any
 from xml.etree import ElementTree
 
-from ckpt_tools import __version__
+from ckpt_tools._version import __version__
+from ckpt_tools.cli.text import printable
 from ckpt_tools.cli.verdicts import (
     Outcome,
     depth_of,
     next_steps,
     place_of,
-    printable,
     status_of,
     summary,
 )
@@ -56,7 +56,7 @@ def _directory(outcome: Outcome, strict: bool) -> dict[str, Any]:
 def junit_document(outcomes: Sequence[Outcome], strict: bool) -> str:
     """JUnit XML: a suite for each directory, a case for each check that was made and each kind of problem.
 
-    A warning is a case that passed and said something, unless ``strict``.
+    A warning is a passed case with output, unless ``strict``.
     """
     root = ElementTree.Element("testsuites", name="ckpt-tools verify")
     for outcome in outcomes:
@@ -132,7 +132,7 @@ def _told(problems: Sequence[Problem]) -> str:
 def github_annotations(outcomes: Sequence[Outcome], strict: bool) -> str:
     """Workflow commands: an annotation for each kind of problem in each file, and a line of summary.
 
-    GitHub shows ten annotations of a severity for each step, so that problems of a kind share one.
+    GitHub shows ten annotations of a severity for each step, so problems of a kind share one.
     """
     return "\n".join(line for outcome in outcomes for line in _annotations(outcome, strict)) + "\n"
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import click
 
-from ckpt_tools.cli.shared import nbytes_text, seconds_text
+from ckpt_tools.cli.text import nbytes_text, seconds_text
 
 _LINE_SECONDS = 10.0
 
@@ -18,7 +18,7 @@ _LINE_SECONDS = 10.0
 def shown_progress(
     quiet: bool, doing: str = "writing"
 ) -> Iterator[Callable[[int, int], None] | None]:
-    """A function that is told bytes done and bytes in all, or None under ``quiet``."""
+    """A function to call with bytes done and bytes in all; None under ``quiet``."""
     if quiet:
         yield None
     elif sys.stderr.isatty():
@@ -57,9 +57,9 @@ def _bar(doing: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def _lines() -> Callable[[int, int], None]:
-    """A line every ten seconds: what a log file or a batch system can show."""
+    """A line every ten seconds, for log files and batch systems."""
     started = last = 0.0
-    before = latest = 0  # what an earlier run had done, and what was told last
+    before = latest = 0  # bytes of an earlier run, and bytes at the last call
 
     def update(done: int, total: int) -> None:
         nonlocal started, last, before, latest

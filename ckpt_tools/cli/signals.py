@@ -1,7 +1,7 @@
-"""How a signal ends a command: as an exception, so that partial output is removed on the way out.
+"""How a signal ends a command: as an exception, so that partial output is removed.
 
-Knows signals and nothing of commands. An exception that is raised while torch is imported may be lost in
-its C code, or break the import; such a signal waits until torch is there.
+An exception that is raised while torch is imported may get lost in its C code or break the import. Such a
+signal waits until the import has ended.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ def end_on_signals() -> None:
 def leave_at_once(status: object) -> None:
     """End the process where ``status`` is that of a signal, or where it is a rank of several.
 
-    Everything was cleaned up. The interpreter's own way out takes the threads that are still at work, or
-    still wait for other ranks, down with it, and one that runs C++ code then may abort the process: status
-    134 instead of its own.
+    The cleanup is done by then. A normal exit of the interpreter stops threads that still work or wait for
+    other ranks; one that runs C++ code may then abort the process, with status 134 instead of its own.
     """
     if status in (128 + signal.SIGINT, 128 + signal.SIGTERM) or is_rank():
         sys.stdout.flush()
@@ -39,12 +38,12 @@ def is_rank() -> bool:
 
 
 def is_later_rank() -> bool:
-    """Whether it is one of those that leave speaking to the first."""
+    """Whether this process is a rank other than the first, which alone prints."""
     return is_rank() and os.environ.get("RANK", "0") != "0"
 
 
 def speak_undisturbed() -> None:
-    """Let a rank of several say why it ends: torchrun sends SIGTERM as soon as another one has left."""
+    """Ignore SIGTERM under torchrun while an error is printed: torchrun sends it when another rank ends."""
     if is_rank():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 

@@ -1,7 +1,6 @@
-"""What ``verify`` found, for people: a table, what to do next, and how each directory is.
+"""The result of ``verify`` for people: a table of problems, the next steps, and a summary of each directory.
 
-Owns the outcome of one directory, the exit status of a run, and text in which names from a checkpoint can
-do no harm. Documents for programs are made in ``cli/documents.py``.
+Owns the outcome of one directory and the exit status of a run.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ckpt_tools.cli.shared import nbytes_text
+from ckpt_tools.cli.text import nbytes_text, printable
 from ckpt_tools.errors import CkptError
 
 if TYPE_CHECKING:
@@ -29,12 +28,12 @@ _WIDTH = 100
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one directory.
+    """The outcome of one directory.
 
     Attributes:
-        directory: as it was named.
-        verdict: what was found; None where it could not be checked.
-        error: why it could not be checked; None where it was.
+        directory: the directory, as the user named it.
+        verdict: the result; None if the directory could not be checked.
+        error: the reason why it could not be checked; None if it was.
     """
 
     directory: Path
@@ -55,18 +54,13 @@ def status_of(outcomes: Iterable[Outcome], strict: bool) -> int:
     return max(statuses, default=CLEAN)
 
 
-def printable(text: str) -> str:
-    """Text with what a terminal, a log or XML would obey or refuse written as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def place_of(outcome: Outcome, problem: Problem) -> str:
     """The path of the file that a problem is in, or of the directory."""
     return printable(str(outcome.directory / problem.file if problem.file else outcome.directory))
 
 
 def summary(outcome: Outcome, strict: bool) -> str:
-    """The line that says how one directory is."""
+    """The summary line of one directory."""
     name = printable(str(outcome.directory))
     verdict = outcome.verdict
     if verdict is None:
@@ -80,7 +74,7 @@ def summary(outcome: Outcome, strict: bool) -> str:
 
 
 def _reason(outcome: Outcome) -> str:
-    """Why a directory could not be checked, and which file or checkpoint stood in the way."""
+    """Why a directory could not be checked, with the file or checkpoint that caused it."""
     error = outcome.error
     if error is None:
         return ""
@@ -90,23 +84,23 @@ def _reason(outcome: Outcome) -> str:
 
 
 def depth_of(outcome: Outcome) -> list[str]:
-    """What was checked in one directory and what was not: a line each, where there is any."""
+    """The checks that were made in one directory, and those that were skipped: a line each."""
     if outcome.verdict is None:
         return []
     parts = (("checked", outcome.verdict.checked), ("not checked", outcome.verdict.skipped))
     lines = [f"  {word}: {'; '.join(what)}" for word, what in parts if what]
-    # GitHub obeys a line that begins so, behind spaces too, and folding can let one begin there.
+    # GitHub runs a line that begins with two colons, also behind spaces, and folding can produce one.
     return [printable(line).replace("::", ": :") for line in lines]
 
 
 def show(console: Console, outcomes: Sequence[Outcome], strict: bool) -> None:
-    """Print a table of the problems, the next steps, and how it is, for each directory."""
+    """Print the problems, the next steps and the summary of each directory."""
     for outcome in outcomes:
         if outcome.verdict is not None and outcome.verdict.problems:
             _show_problems(console, outcome.verdict.problems)
         style = "green" if outcome.is_clean(strict) else "red"
         lines = [(f"next: {hint}", "") for hint in next_steps(outcome)]
-        # Of a problem the table has told; why there is no verdict is told by the summary.
+        # The table shows problems; the summary says why there is no verdict.
         lines.insert(
             len(lines) if outcome.verdict is not None else 0, (summary(outcome, strict), style)
         )
@@ -118,14 +112,14 @@ def show(console: Console, outcomes: Sequence[Outcome], strict: bool) -> None:
 
 
 def _folded(line: str, width: int) -> list[str]:
-    """A line as several; a path is longer than the width rather than cut."""
+    """A line folded into several; long paths are not cut."""
     return textwrap.wrap(
         line, width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
     )
 
 
 def next_steps(outcome: Outcome) -> list[str]:
-    """What to do about it, each step once."""
+    """The next steps, each once."""
     if outcome.verdict is None:
         hints = [outcome.error.hint] if outcome.error is not None else []
     else:
@@ -154,7 +148,7 @@ def _show_problems(console: Console, problems: Sequence[Problem]) -> None:
 
 
 def _rows(problems: Sequence[Problem]) -> Iterator[tuple[tuple[str, str, str, str], str]]:
-    """The cells of each problem; of many problems of a kind the first, and how many there are."""
+    """The cells of each problem; many problems of one kind are shortened to the first and a count."""
     counts = Counter((problem.severity, problem.kind) for problem in problems)
     listed: Counter[tuple[str, str]] = Counter()
     for problem in problems:

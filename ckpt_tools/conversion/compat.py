@@ -21,7 +21,7 @@ from ckpt_tools.tensors.checkpoint import Checkpoint
 from ckpt_tools.tensors.deferred import settle
 from ckpt_tools.tensors.derived import cast
 from ckpt_tools.tensors.dtypes import FLOAT32
-from ckpt_tools.writing.bytes import default_workers
+from ckpt_tools.tensors.threads import default_workers
 from ckpt_tools.writing.single_file import SAFETENSORS, TORCH, write_single_file
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def merge_fsdp_weights(
         raise UsageError(
             f"it lies in the input {source}",
             path=output,
-            hint="Name another output; inputs are never changed.",
+            hint="Name another output. Inputs are never changed.",
         )
     if remove_checkpoint_dir:
         _refuse_to_lose(checkpoint)
@@ -143,7 +143,7 @@ def merge_fsdp_weights(
 
 
 def _sharded_model(path: Path) -> Checkpoint:
-    """The sharded state that a path means.
+    """The sharded state at a path.
 
     Raises:
         UsageError: there are several, or it is another format.
@@ -168,7 +168,7 @@ def _sharded_model(path: Path) -> Checkpoint:
         ) from error
     if location.format != dcp.NAME:
         raise UsageError(
-            f"it is no sharded FSDP state but {location.format}",
+            f"it is not a sharded FSDP state; its format is {location.format}",
             path=location.directory,
             hint="ckpt_tools.consolidate reads it.",
         )
@@ -176,7 +176,7 @@ def _sharded_model(path: Path) -> Checkpoint:
 
 
 def _refuse_to_lose(checkpoint: Checkpoint) -> None:
-    """Raise UsageError where the directory holds what the file of weights will not."""
+    """Raise UsageError if the directory holds anything that the file of weights will not."""
     source = checkpoint.location.directory
     others = checkpoint.details["left_alone"]
     strange = [entry.name for entry in source.iterdir() if not dcp.is_own_file(entry)]
@@ -185,7 +185,7 @@ def _refuse_to_lose(checkpoint: Checkpoint) -> None:
         raise UsageError(
             f"removing it would lose what is not in the result: {', '.join(held)}"
             if held
-            else "it is a link, and what it leads to may be in use elsewhere",
+            else "it is a link, and its target may be in use elsewhere",
             path=source,
-            hint="Leave remove_checkpoint_dir out, and remove it by hand.",
+            hint="Leave out remove_checkpoint_dir, and remove the directory by hand.",
         )

@@ -1,28 +1,26 @@
-"""The pipeline of extract-lora: adapters of a checkpoint become directories that PEFT could have written.
+"""Adapter directories: the catalogues of ``extract-lora``, as PEFT's ``save_pretrained`` writes them.
 
-    state -> sort names -> config of each adapter -> what PEFT writes of it -> check masters
-        -> plan -> write -> publish
-
-Which tensors are written is said by rules over names (:mod:`ckpt_tools.transforms.lora`) and, where base
-and adapter have configs, by PEFT itself; PEFT is right where the two differ. Only those tensors are read.
-Knows no format and no command line.
+Owns the steps from the state of a checkpoint to one planned directory an adapter: sort the names, find the
+config of each adapter, and ask PEFT which tensors it saves. Rules over names
+(:mod:`ckpt_tools.transforms.lora`) give the same answer without PEFT; PEFT is right where the two differ.
+Only the tensors of the adapters are read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckpt_tools.conversion.masters import check_masters
-from ckpt_tools.conversion.pipeline import Clock, report
-from ckpt_tools.conversion.report import Report
+from ckpt_tools.conversion.pipeline import Planned
+from ckpt_tools.conversion.request import Request
 from ckpt_tools.errors import (
     CkptError,
     DamagedCheckpoint,
     MissingAsset,
     UnsupportedLayout,
     UsageError,
+    listed,
 )
 from ckpt_tools.hub import AssetOptions, ConfigSource, find_config
 from ckpt_tools.hub.adapter_config import (
@@ -36,46 +34,21 @@ from ckpt_tools.hub.reference.adapters import AdapterAnswer, AdapterQuestion, de
 from ckpt_tools.hub.sources import nearby
 from ckpt_tools.hub.tokenizer import find_tokenizer
 from ckpt_tools.model.adapter import Adapter, base_shapes, state_names, trained_dtype
-from ckpt_tools.model.state import DTypeChoice, State, cast_state, main_dtype, model_state
-from ckpt_tools.storage.pool import folders_of
-from ckpt_tools.tensors.catalogue import Catalogue
-from ckpt_tools.tensors.checkpoint import Checkpoint, Copy
+from ckpt_tools.model.state import State, cast_state, main_dtype, model_state
+from ckpt_tools.tensors.catalogue import Catalogue, Tensor
+from ckpt_tools.tensors.checkpoint import Checkpoint
 from ckpt_tools.transforms.lora import (
     choose_adapter,
     free_embeddings,
-    listed,
     saved_names,
     targeted_embeddings,
 )
-from ckpt_tools.writing.delivery import deliver
 from ckpt_tools.writing.layout import plan
 from ckpt_tools.writing.manifest import Provenance
-from ckpt_tools.writing.output import Output, Writing
-from ckpt_tools.writing.publish import check_target
+from ckpt_tools.writing.output import Output
 
 _ALL = "all"
 _DEFAULT = "default"
-
-
-@dataclass(frozen=True)
-class Extraction:
-    """What is asked of one extraction; the arguments of :func:`ckpt_tools.extract_lora`, made ready.
-
-    Attributes:
-        needs_base: whether the base model's name must be known; PEFT itself leaves it empty where it is not.
-    """
-
-    target: Path
-    adapter: str | None
-    adapter_config: Path | None
-    lora_alpha: float | None
-    base_model: str | None
-    assets: AssetOptions
-    dtype: DTypeChoice
-    copy: Copy
-    check_all_masters: bool
-    writing: Writing
-    needs_base: bool = True
 
 
 @dataclass(frozen=True)
@@ -88,69 +61,56 @@ class _Found:
     notes: tuple[str, ...]
 
 
-def run_extraction(source: Checkpoint, request: Extraction, clock: Clock) -> Report:
-    """Write one adapter of a checkpoint, or all.
+@dataclass(frozen=True)
+class _Adapters:
+    """Adapters that are planned when PEFT has been asked about them; see ``Pending``."""
 
-    Raises:
-        CkptError: see :mod:`ckpt_tools.errors`; nothing was written.
-    """
-    options = request.assets
-    named = (options.config, options.tokenizer, request.adapter_config)
-    if not request.writing.dry_run:
-        inputs = [*folders_of(source.location.directory), *filter(None, named)]
-        check_target(request.target, inputs, overwrite=request.writing.overwrite)
-    state = model_state(source, request.copy)
+    source: Checkpoint
+    request: Request
+    found: Sequence[_Found]
+    others: Sequence[str]
+    base: ConfigSource | None
+    tensors: Iterable[Tensor]
+
+    def plan(self) -> Planned:
+        """Ask PEFT which tensors it saves, and lay out one directory an adapter."""
+        state, request = self.found[0].adapter.state, self.request
+        warnings = _left_out(self.found, state)
+        found, doubts = _asked(self.found, self.base)
+        options = {"weights": request.weights, "dtype": request.dtype, "adapter": request.adapter}
+        return Planned(
+            outputs=tuple(_output(one, request) for one in found),
+            provenance=Provenance(request.command, (self.source,), options),
+            notes=(
+                *state.notes,
+                *(note for one in found for note in (*one.config.notes, *one.notes)),
+                *([f"left out: adapters {listed(self.others)}"] if self.others else []),
+            ),
+            warnings=(*self.source.remarks, *warnings, *doubts),
+        )
+
+
+def prepare_adapters(sources: Sequence[Checkpoint], request: Request) -> _Adapters:
+    """Find the adapters that the request names, their configs, and their names by rule."""
+    (source,) = sources
+    state = model_state(source, request.weights)
     names = state_names(state)
     chosen = (
         list(names.adapters)
         if request.adapter == _ALL and names.adapters
         else [choose_adapter(names, request.adapter)]
     )
-    base_config = _base_config(options)
+    base = _base_config(request)
     shapes = base_shapes(state.catalogue, names)
-    found = [
-        _described(Adapter(name, state, names, shapes), request, base_config) for name in chosen
-    ]
-    warnings = list(_left_out(found, state))
-    found, doubts = _asked(found, base_config)
-    clock.lap("read")
-    checked = 0
-    if request.copy == "master":
-        checked = check_masters(
-            source,
-            every_element=request.check_all_masters,
-            workers=request.writing.workers,
-            progress=request.writing.active,
-        )
-    clock.lap("check")
-    outputs = [_output(one, request) for one in found]
-    clock.lap("plan")
-    options_read = {"weights": request.copy, "dtype": request.dtype, "adapter": request.adapter}
-    provenance = Provenance("extract-lora", (source,), options_read)
-    delivered = deliver(request.target, outputs, request.writing, provenance)
-    clock.lap("write")
+    found = [_described(Adapter(name, state, names, shapes), request, base) for name in chosen]
     others = [name for name in names.adapters if name not in chosen]
-    return report(
-        source,
-        outputs,
-        delivered,
-        request.writing,
-        clock,
-        target=request.target,
-        title=None,
-        copy=request.copy,
-        checked=checked,
-        notes=(
-            *state.notes,
-            *(note for one in found for note in (*one.config.notes, *one.notes)),
-            *([f"left out: adapters {listed(others)}"] if others else []),
-        ),
-        warnings=(*source.remarks, *warnings, *doubts),
-    )
+    held = {name for one in found for name in one.names.values()}
+    tensors = [state.catalogue[name] for name in held]
+    return _Adapters(source, request, found, others, base, tensors)
 
 
 def _base_config(options: AssetOptions) -> ConfigSource | None:
-    """The config of the base; one that was not named need not be there."""
+    """The config of the base; None if none was named and none was found."""
     try:
         return find_config(options)
     except MissingAsset:
@@ -159,14 +119,14 @@ def _base_config(options: AssetOptions) -> ConfigSource | None:
         return None
 
 
-def _described(adapter: Adapter, request: Extraction, base: ConfigSource | None) -> _Found:
+def _described(adapter: Adapter, request: Request, base: ConfigSource | None) -> _Found:
     """Config and names by the rules."""
     adapter.refuse_empty()
     data = {} if base is None else base.data
     architecture = next(iter(data.get("architectures") or ()), None)
     config = adapter.configured(
         request.adapter_config,
-        request.assets.search,
+        request.search,
         architecture,
         data.get("_name_or_path") or None,
     )
@@ -174,7 +134,7 @@ def _described(adapter: Adapter, request: Extraction, base: ConfigSource | None)
         config,
         lora_alpha=request.lora_alpha,
         base_model=request.base_model,
-        for_file=request.needs_base,
+        for_file=request.names_base,
     )
     embeddings, notes = _embeddings(adapter, config, request, base)
     names = saved_names(
@@ -188,12 +148,13 @@ def _described(adapter: Adapter, request: Extraction, base: ConfigSource | None)
 
 
 def _embeddings(
-    adapter: Adapter, config: AdapterConfig, request: Extraction, base: ConfigSource | None
+    adapter: Adapter, config: AdapterConfig, request: Request, base: ConfigSource | None
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Embeddings that are written with an adapter, and why.
 
-    PEFT writes those that it targets; those that were resized; and those that it is told to. Here the
-    checkpoint tells: an embedding that was trained is lost if it is left out.
+    PEFT writes embeddings that are targets, that were resized, or that the caller asks for. Here the
+    checkpoint
+    decides: a trained embedding would be lost if it were left out.
     """
     modules = [name.rpartition(".")[0] for name in adapter.names.plain.values()]
     if config.targets_embeddings(modules):
@@ -211,12 +172,12 @@ def _embeddings(
     return free, (f"resized from {before} rows, and written with the adapter: {listed(free)}",)
 
 
-def _vocabulary(base_model: str, request: Extraction, base: ConfigSource | None) -> int | None:
-    """Rows of the base's embedding before training, where its config is at hand."""
+def _vocabulary(base_model: str, request: Request, base: ConfigSource | None) -> int | None:
+    """Rows of the base's embedding before training, if its config is known."""
     path = Path(base_model) / "config.json"
     if path.is_file():
         data = read_object(path)
-    elif request.assets.config is not None and base is not None:
+    elif request.config is not None and base is not None:
         data = dict(base.data)
     else:
         return None
@@ -224,8 +185,8 @@ def _vocabulary(base_model: str, request: Extraction, base: ConfigSource | None)
     return size if isinstance(size, int) else None
 
 
-def _left_out(found: list[_Found], state: State) -> list[str]:
-    """What was trained and is no part of an adapter that is written."""
+def _left_out(found: Sequence[_Found], state: State) -> list[str]:
+    """Trained tensors that are not part of an adapter that is written."""
     if "frozen" not in state.kinds.values():
         return []
     written = {name for one in found for name in one.names.values()}
@@ -235,14 +196,18 @@ def _left_out(found: list[_Found], state: State) -> list[str]:
         for name, kind in state.kinds.items()
         if kind == "parameter" and name not in written and name not in known
     ]
-    return [f"trained, but no part of an adapter as PEFT saves it: {listed(lost)}"] if lost else []
+    return [f"trained, but not part of an adapter as PEFT saves it: {listed(lost)}"] if lost else []
 
 
-def _asked(found: list[_Found], base: ConfigSource | None) -> tuple[list[_Found], list[str]]:
-    """What PEFT says of the adapters; by the rules alone where it cannot be asked."""
+def _asked(
+    found: Sequence[_Found], base: ConfigSource | None
+) -> tuple[Sequence[_Found], list[str]]:
+    """The adapters with PEFT's names; with the names by rule if PEFT cannot be asked."""
     if base is None:
         _need_peft(
-            found, "the base's config.json was not found", "pass --config FILE|DIR, the base's"
+            found,
+            "the base's config.json was not found",
+            "Pass --config FILE|DIR, the config of the base.",
         )
         return found, []
     questions = [_question(one) for one in found]
@@ -250,23 +215,23 @@ def _asked(found: list[_Found], base: ConfigSource | None) -> tuple[list[_Found]
         answers = describe_adapters(_model_config(found[0], base), questions)
     except CkptError as error:
         _need_peft(found, error.fact, error.hint or "")
-        return found, [f"names are by rule, PEFT was not asked: {error.fact}"]
+        return found, [f"names are by rule, because PEFT was not asked: {error.fact}"]
     agreed, doubts = [], []
     for one, answer in zip(found, answers, strict=True):
         failure = answer.failure
         if failure is None and not set(answer.names):
-            # A transformers that calls every module otherwise than the one that trained.
-            failure = "it finds none of the names in the model of the base's config"
+            # This transformers names every module differently than the one that trained.
+            failure = "none of the names is in the model of the base's config"
         if failure is not None:
             _need_peft([one], failure, "Pass --config FILE|DIR, the config of its base.")
-            doubts.append(f"names are by rule, PEFT could not say: {failure}")
+            doubts.append(f"names are by rule, because PEFT failed: {failure}")
             agreed.append(one)
         else:
             agreed.append(_as_peft(one, answer))
     return agreed, doubts
 
 
-def _need_peft(found: list[_Found], why: str, hint: str) -> None:
+def _need_peft(found: Sequence[_Found], why: str, hint: str) -> None:
     """Raise UnsupportedLayout for adapters whose names only PEFT knows."""
     for one in found:
         if not one.config.is_lora:
@@ -297,7 +262,7 @@ def _model_config(one: _Found, base: ConfigSource) -> Mapping[str, object]:
 
 
 def _as_peft(one: _Found, answer: AdapterAnswer) -> _Found:
-    """The adapter with the names that PEFT gives, every tensor accounted for.
+    """The adapter with the names that PEFT gives. Every tensor is accounted for.
 
     Raises:
         UsageError: the config's adapter has other tensors than the checkpoint.
@@ -309,8 +274,8 @@ def _as_peft(one: _Found, answer: AdapterAnswer) -> _Found:
     lacking = [saved for saved in answer.shapes if saved not in names]
     if lacking:
         raise DamagedCheckpoint(
-            f"the config's adapter {adapter.name!r} has {len(lacking)} tensors that the checkpoint has "
-            f"not: {listed(lacking)}",
+            f"the config's adapter {adapter.name!r} has {len(lacking)} tensors that the checkpoint "
+            f"lacks: {listed(lacking)}",
             path=one.config.path,
             missing=lacking,
             hint=hint,
@@ -318,7 +283,7 @@ def _as_peft(one: _Found, answer: AdapterAnswer) -> _Found:
     odd = [name for saved, name in names.items() if saved not in answer.shapes]
     if odd:
         raise UsageError(
-            f"the config's adapter {adapter.name!r} has no such tensors: {listed(odd)}",
+            f"the adapter {adapter.name!r} of the config lacks these tensors: {listed(odd)}",
             path=one.config.path,
             hint=hint,
         )
@@ -337,7 +302,7 @@ def _as_peft(one: _Found, answer: AdapterAnswer) -> _Found:
         unused = [name for name in unused if name not in adapter.state.catalogue.ties]
         if unused:
             raise UsageError(
-                f"the config's adapter {adapter.name!r} has no such tensors: {listed(unused)}",
+                f"the adapter {adapter.name!r} of the config lacks these tensors: {listed(unused)}",
                 path=one.config.path,
                 hint=hint,
             )
@@ -345,12 +310,12 @@ def _as_peft(one: _Found, answer: AdapterAnswer) -> _Found:
         if differ:
             notes = (
                 *notes,
-                f"PEFT's names were taken, not the rules': {listed([s for s, _ in differ])}",
+                f"PEFT's names were taken instead of those by rule: {listed([s for s, _ in differ])}",
             )
     return _Found(adapter, one.config, names, notes)
 
 
-def _output(one: _Found, request: Extraction) -> Output:
+def _output(one: _Found, request: Request) -> Output:
     state = one.adapter.state
     tensors = {saved: state.catalogue[name] for saved, name in one.names.items()}
     dtypes = {saved: trained_dtype(state, name) for saved, name in one.names.items()}
@@ -358,7 +323,7 @@ def _output(one: _Found, request: Extraction) -> Output:
     # PEFT never shards an adapter.
     layout = plan(cast, stem="adapter_model", max_shard_size=max(cast.nbytes, 1))
     folder = one.adapter.name if request.adapter == _ALL and one.adapter.name != _DEFAULT else ""
-    beside = () if folder else _tokenizer(request.assets)
+    beside = () if folder else _tokenizer(request)
     return Output(folder, layout, (adapter_config_file(one.config), *beside))
 
 

@@ -1,8 +1,7 @@
-"""Compares masters with the 16-bit weights of the same checkpoint: a wrong reading shows here.
+"""Compares masters with the 16-bit weights of the same checkpoint; a wrong reading shows here.
 
-Where a checkpoint holds both copies, the master of each parameter, cast to training dtype, is the
-16-bit weight bit for bit: the engine made the one from the other after its last step. Knows checkpoints
-and comparison; knows no format.
+If a checkpoint holds both copies, the master of each parameter, cast to the training dtype, equals the 16-bit
+weight bit for bit, because the engine makes the weight from the master after each step.
 """
 
 from __future__ import annotations
@@ -12,15 +11,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 from ckpt_tools.errors import DamagedCheckpoint
 from ckpt_tools.tensors.checkpoint import Checkpoint, Weight
-from ckpt_tools.tensors.compare import first_difference, sample_windows
 from ckpt_tools.tensors.derived import cast
 from ckpt_tools.tensors.gather import Gatherer
+from ckpt_tools.tensors.windows import first_difference, sample_windows
 
 
 def check_masters(
     checkpoint: Checkpoint,
     *,
-    every_element: bool,
+    check_all_masters: bool,
     workers: int,
     progress: Callable[[], None] | None = None,
 ) -> int:
@@ -28,7 +27,7 @@ def check_masters(
 
     Args:
         checkpoint: what to check.
-        every_element: compare all elements, not only some of each run. A checkpoint with doubts
+        check_all_masters: compare all elements, not only some of each run. A checkpoint with doubts
             about its own layout is always compared in full.
         workers: number of threads.
         progress: called after each parameter, from any worker's thread.
@@ -39,7 +38,7 @@ def check_masters(
     Raises:
         DamagedCheckpoint: one differs.
     """
-    full = every_element or bool(checkpoint.doubts)
+    whole = check_all_masters or bool(checkpoint.doubts)
     pairs = list(_pairs(checkpoint))
     if not pairs:
         return 0
@@ -49,7 +48,7 @@ def check_masters(
             for name, weight in share:
                 assert weight.master is not None and weight.model is not None
                 master = cast(weight.master, weight.model.dtype)
-                windows = None if full else sample_windows(master)
+                windows = None if whole else sample_windows(master)
                 at = first_difference(gatherer, master, weight.model, windows)
                 if at is not None:
                     raise _differs(checkpoint, name, weight, at)

@@ -1,71 +1,72 @@
-"""The pipeline: the only place where the order of things is decided.
+"""The spine of every conversion: the order of things from checkpoints to a published directory.
 
-    state -> find config -> ask for its model -> check masters -> fit to the model -> assets
-        -> plan -> write -> publish
+    check the target -> read states and ask about the model -> check masters -> plan -> deliver -> report
 
-Everything that can be wrong with the input is found before the partial directory is made. Knows no
-format, no byte layout and no command line.
+Two modules make what is planned: :mod:`ckpt_tools.conversion.models` and
+:mod:`ckpt_tools.conversion.extraction`. Everything that can be wrong with the input is found before the
+partial directory is made.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
+from typing import Protocol
 
-from ckpt_tools import __version__, readers
 from ckpt_tools.conversion.masters import check_masters
 from ckpt_tools.conversion.report import Report
-from ckpt_tools.hub import AssetFile, AssetOptions, Assets, ConfigSource, collect, find_config
-from ckpt_tools.hub.card import CardFacts, model_card
-from ckpt_tools.hub.config import of_attribute
-from ckpt_tools.model.fit import Fitted, anticipate, fit_to_model
-from ckpt_tools.model.state import DTypeChoice, State, cast_state, main_dtype, model_state
+from ckpt_tools.conversion.request import Request
+from ckpt_tools.errors import VerificationFailed
 from ckpt_tools.storage.pool import folders_of
-from ckpt_tools.tensors.catalogue import Catalogue, Tensor
-from ckpt_tools.tensors.checkpoint import Checkpoint, Copy
+from ckpt_tools.tensors.catalogue import Tensor
+from ckpt_tools.tensors.checkpoint import Checkpoint
 from ckpt_tools.tensors.deferred import settle
+from ckpt_tools.verification import verify
 from ckpt_tools.writing.bytes import Written
 from ckpt_tools.writing.delivery import Delivered, deliver
-from ckpt_tools.writing.layout import Plan, plan
-from ckpt_tools.writing.manifest import NAME as MANIFEST
 from ckpt_tools.writing.manifest import Provenance
 from ckpt_tools.writing.output import Output, Writing
 from ckpt_tools.writing.publish import check_target, leftovers
 
 
 @dataclass(frozen=True)
-class Request:
-    """What is asked of one conversion; the arguments of the public functions, made ready.
+class Planned:
+    """What will be written, and what a person should know of it.
 
     Attributes:
-        attribute: the part of each source, and of the config, that is meant.
-        combine: makes the one state that is written of the states of all sources.
-        title: what the output is made of, for a person; that of the source where there is one.
-        beside: further directories that are read, and so must not be replaced.
-        command: the command, as it is typed.
-        beside_tensors: those of them whose tensors are written too.
+        outputs: the planned directories.
+        provenance: what they are made of.
+        title: what they are made of, for a person; None where the checkpoint says it.
+        notes: what was decided.
+        warnings: what to look at.
     """
 
-    target: Path
-    attribute: str | None
-    combine: Callable[[Sequence[State]], State]
-    title: str | None
-    beside: tuple[Path, ...]
-    dtype: DTypeChoice
-    copy: Copy
-    assets: AssetOptions
-    max_shard_size: int | str
-    weights_only: bool
-    card: bool
-    trust_remote_code: bool
-    check_all_masters: bool
-    writing: Writing
-    command: str
-    beside_tensors: Mapping[Path, Catalogue]
+    outputs: tuple[Output, ...]
+    provenance: Provenance
+    title: str | None = None
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+class Pending(Protocol):
+    """The states of the sources, with questions about them that may not be answered yet."""
+
+    @property
+    def tensors(self) -> Iterable[Tensor]:
+        """Tensors of the sources that may be read."""
+
+    def plan(self) -> Planned:
+        """Wait for the answers, and plan.
+
+        Raises:
+            CkptError: see :mod:`ckpt_tools.errors`.
+        """
+
+
+Prepare = Callable[[Sequence[Checkpoint], Request], Pending]
 
 
 class Clock:
@@ -82,102 +83,96 @@ class Clock:
         self._last = now
 
 
-def run(sources: Sequence[Checkpoint], request: Request, clock: Clock) -> Report:
-    """Carry out a conversion of one checkpoint, or of several that become one model.
+def run(sources: Sequence[Checkpoint], request: Request, prepare: Prepare, clock: Clock) -> Report:
+    """Carry out a request.
+
+    Args:
+        sources: the checkpoints, opened.
+        request: what is asked of them.
+        prepare: how the catalogues of the outputs are made.
+        clock: started when the sources were opened.
 
     Raises:
         CkptError: see :mod:`ckpt_tools.errors`; nothing was written.
     """
-    if not request.writing.dry_run:
-        check_target(request.target, _inputs(sources, request), overwrite=request.writing.overwrite)
-    states = [model_state(source, request.copy, request.attribute) for source in sources]
-    state = request.combine(states)
-    catalogue = cast_state(state, request.dtype)
-    config = _config(request)
-    finished = _like(request)
-    like = None if finished is None else _like_catalogue(finished, request)
-    if config is not None:
-        anticipate(catalogue, config, like, main_dtype(catalogue), trust=request.trust_remote_code)
-        import_module("torch")  # needed later and slow to import: while the answer is awaited
-    for each in states:
-        settle(each.catalogue.values(), request.writing.workers)
+    if not request.dry_run:
+        folders = [f for source in sources for f in folders_of(source.location.directory)]
+        inputs = [*folders, *request.named_inputs]
+        check_target(request.output, inputs, overwrite=request.overwrite)
+    pending = prepare(sources, request)
+    settle(pending.tensors, request.workers)
     clock.lap("read")
     checked = 0
-    if request.copy == "master":
+    if request.weights == "master":
         checked = sum(
             check_masters(
-                s,
-                every_element=request.check_all_masters,
-                workers=request.writing.workers,
-                progress=request.writing.active,
+                source,
+                check_all_masters=request.check_all_masters,
+                workers=request.workers,
+                progress=request.active,
             )
-            for s in sources
+            for source in sources
         )
     clock.lap("check")
-    fitted, assets = Fitted.unchecked(catalogue), Assets((), {}, (), ())
-    if config is not None:
-        trust = request.trust_remote_code
-        fitted = fit_to_model(catalogue, config, like, main_dtype(catalogue), trust=trust)
-        assets = _collect(request.assets, config, fitted)
-    layout = plan(fitted.catalogue, max_shard_size=request.max_shard_size)
-    files = assets.files
-    if request.card and config is not None:
-        files += (_card(sources, request, layout, fitted, assets),)
-    output = Output("", layout, files)
+    planned = pending.plan()
     clock.lap("plan")
-    delivered = deliver(
-        request.target, [output], request.writing, _provenance(sources, request, finished)
-    )
+    delivered = deliver(request.output, planned.outputs, request, planned.provenance, _refuse_wrong)
     clock.lap("write")
-    return report(
-        sources[0],
-        [output],
-        delivered,
-        request.writing,
-        clock,
-        target=request.target,
-        title=request.title,
-        copy=request.copy,
-        checked=checked,
-        notes=(*state.notes, *fitted.notes, *assets.notes),
-        warnings=(
-            *(remark for source in sources for remark in source.remarks),
-            *_unused(request),
-            *state.warnings,
-            *fitted.warnings,
-            *assets.warnings,
-        ),
-    )
+    return _report(sources[0], request, planned, delivered, checked, clock)
 
 
-def report(
+def _refuse_wrong(directory: Path, writing: Writing) -> None:
+    """Verify every byte of a directory that is about to appear.
+
+    Raises:
+        VerificationFailed: it is wrong.
+    """
+    verdict = verify(directory, read_data=True, workers=writing.workers, progress=writing.active)
+    errors = verdict.errors
+    if errors:
+        first = errors[0]
+        more = f", and {len(errors) - 1} more problems" if len(errors) > 1 else ""
+        raise VerificationFailed(
+            f"verify found the output wrong: {first.kind}: {first.detail}{more}",
+            path=first.file,
+            tensor=first.tensor,
+            hint="Nothing was published. Write it without --verify, then run ckpt-tools verify on it "
+            "for the whole list.",
+        )
+
+
+def dtype_counts(tensors: Iterable[Tensor]) -> dict[str, int]:
+    """Number of elements of each dtype, by its name."""
+    counts: Counter[str] = Counter()
+    for tensor in tensors:
+        counts[str(tensor.dtype)] += tensor.numel
+    return dict(counts)
+
+
+def _report(
     source: Checkpoint,
-    outputs: Sequence[Output],
+    request: Request,
+    planned: Planned,
     delivered: Delivered | None,
-    writing: Writing,
-    clock: Clock,
-    *,
-    target: Path,
-    title: str | None,
-    copy: Copy,
     checked: int,
-    notes: tuple[str, ...],
-    warnings: tuple[str, ...],
+    clock: Clock,
 ) -> Report:
-    """What was done, or would be."""
+    """What was done, or would be done."""
+    outputs = planned.outputs
     tensors = [tensor for output in outputs for tensor in output.layout.tensors.values()]
-    planned = {name: nbytes for output in outputs for name, nbytes in output.sizes.items()}
-    files = planned if delivered is None else delivered.files
+    sizes = {name: nbytes for output in outputs for name, nbytes in output.sizes.items()}
+    files = sizes if delivered is None else delivered.files
     written = Written() if delivered is None else delivered.written
+    title = planned.title
     return Report(
         checkpoint=source.location.directory,
-        output=target,
+        output=request.output,
         source=title or source.title,
         step=source.step if title is None else None,
         world_size=source.world_size,
         framework=source.framework,
-        weights=copy,
-        dtypes=_dtype_counts(tensors),
+        weights=request.weights,
+        dtypes=dtype_counts(tensors),
         tensors=len(tensors),
         parameters=sum(tensor.numel for tensor in tensors),
         files=files,
@@ -185,100 +180,14 @@ def report(
         bytes_written=0 if delivered is None else sum(files.values()),
         checked=checked,
         seconds=clock.laps | {"move": written.move_seconds, "sync": written.sync_seconds},
-        notes=notes if delivered is None else (*notes, *delivered.notes),
-        warnings=(*map(_leftover, leftovers(target)), *warnings),
-        dry_run=writing.dry_run,
+        notes=planned.notes if delivered is None else (*planned.notes, *delivered.notes),
+        warnings=(*map(_leftover, leftovers(request.output)), *planned.warnings),
+        dry_run=request.dry_run,
         plan=tuple(file for output in outputs for file in output.listing())
-        if writing.dry_run
+        if request.dry_run
         else (),
     )
 
 
-def _inputs(sources: Sequence[Checkpoint], request: Request) -> list[Path]:
-    """Directories and files that are read, and so must not be replaced."""
-    assets = request.assets
-    named = (assets.config, assets.tokenizer, assets.like, *request.beside)
-    folders = (folder for s in sources for folder in folders_of(s.location.directory))
-    return [*folders, *filter(None, named)]
-
-
-def _config(request: Request) -> ConfigSource | None:
-    """The config of the model that is written; None where weights alone are."""
-    if request.weights_only:
-        return None
-    config = find_config(request.assets)
-    return config if request.attribute is None else of_attribute(config, request.attribute)
-
-
-def _like(request: Request) -> Checkpoint | None:
-    """The directory of ``--like``."""
-    path = request.assets.like
-    return None if path is None else readers.read(readers.locate(path))
-
-
-def _like_catalogue(finished: Checkpoint, request: Request) -> Catalogue:
-    """Its tensors, in the dtypes of the output."""
-    dtype = "keep" if request.dtype == "auto" else request.dtype
-    return cast_state(model_state(finished, "model"), dtype)
-
-
-def _provenance(
-    sources: Sequence[Checkpoint], request: Request, like: Checkpoint | None
-) -> Provenance:
-    options = {"weights": request.copy, "dtype": request.dtype, "attribute": request.attribute}
-    every = (*sources, *([] if like is None else [like]))
-    return Provenance(request.command, every, options, request.beside_tensors)
-
-
-def _collect(options: AssetOptions, config: ConfigSource, fitted: Fitted) -> Assets:
-    shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in fitted.catalogue.items()}
-    return collect(
-        options, config, shapes, dtype=main_dtype(fitted.catalogue), untied=bool(fitted.untied)
-    )
-
-
-def _card(
-    sources: Sequence[Checkpoint], request: Request, layout: Plan, fitted: Fitted, assets: Assets
-) -> AssetFile:
-    names = ", ".join(f"`{source.location.name}`" for source in sources)
-    tensors = layout.tensors.values()
-    return model_card(
-        CardFacts(
-            made_of=request.title and f"{request.title}: {names}",
-            step=sources[0].step if request.title is None else None,
-            weights=request.copy,
-            parameters=sum(tensor.numel for tensor in tensors),
-            nbytes=layout.tensor_bytes,
-            dtypes=_dtype_counts(tensors),
-            attribute=request.attribute,
-            notes=fitted.notes,
-            version=__version__,
-            manifest=MANIFEST,
-        ),
-        assets.config,
-    )
-
-
-def _unused(request: Request) -> Iterator[str]:
-    """What was named and is not used, because weights alone are written."""
-    assets = request.assets
-    named = {"--config": assets.config, "--tokenizer": assets.tokenizer, "--like": assets.like}
-    unused = [option for option, path in named.items() if path is not None]
-    if request.weights_only and unused:
-        yield (
-            f"{', '.join(unused)} had no use: --weights-only writes the tensors that the checkpoint "
-            "holds, under the names that it has them by"
-        )
-
-
 def _leftover(path: Path) -> str:
-    return (
-        f"{path} was left by a run that was killed; --resume goes on with it, or it can be deleted"
-    )
-
-
-def _dtype_counts(tensors: Iterable[Tensor]) -> dict[str, int]:
-    counts: Counter[str] = Counter()
-    for tensor in tensors:
-        counts[str(tensor.dtype)] += tensor.numel
-    return dict(counts)
+    return f"{path} was left by a run that was killed. --resume goes on with it; it can also be deleted."

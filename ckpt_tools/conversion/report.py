@@ -1,6 +1,6 @@
-"""What a conversion did, or would do: the value that the library returns and the command line prints.
+"""The report of a conversion: the value that the library returns and the command line prints.
 
-Plain data with one JSON form; decides nothing and knows no format.
+Owns its JSON form.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """An adapter in a state: its tensors, what they adapt, and the config that goes with them.
 
-Owns what extracting and merging both need to know of an adapter before any data moves. A directory that
-PEFT wrote is read into the same form as a training checkpoint: a state with the adapter's name in its
-names. Knows states, names and configs; knows no output.
+Owns the facts of an adapter that extracting and merging both need before data moves. A directory that PEFT
+wrote is read into the form of a training checkpoint: a state whose names contain the adapter's name.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from ckpt_tools.errors import DamagedCheckpoint, MissingAsset, UsageError
+from ckpt_tools.errors import DamagedCheckpoint, MissingAsset, UsageError, listed
 from ckpt_tools.hub.adapter_config import (
     NAME,
     AdapterConfig,
@@ -29,7 +28,6 @@ from ckpt_tools.transforms.lora import (
     AdaptedNames,
     Part,
     adapted_names,
-    listed,
     plain_name,
     with_adapter_name,
 )
@@ -46,7 +44,7 @@ class Adapter:
         name: its name.
         state: the state that holds it.
         names: the names of the state, sorted.
-        base: shapes of the base by plain name; of another model than the state's where that has none.
+        base: shapes of the base by plain name; those of another model if the state holds no base.
     """
 
     name: str
@@ -79,7 +77,7 @@ class Adapter:
         if empty:
             raise DamagedCheckpoint(
                 f"{len(empty)} tensors of adapter {self.name!r} are empty: {listed(empty)}",
-                hint="They were saved without being gathered from their ranks; use the ZeRO checkpoint "
+                hint="They were saved without being gathered from their ranks. Use the ZeRO checkpoint "
                 "itself, which holds them whole.",
             )
 
@@ -95,8 +93,8 @@ class Adapter:
         Args:
             named: ``--adapter-config``.
             search: where to look otherwise.
-            architecture: class of the base model, where known.
-            base_model: what the base model is called, where known.
+            architecture: class of the base model, if known.
+            base_model: name of the base model, if known.
 
         Raises:
             MissingAsset: there is none, and the tensors do not determine one.
@@ -111,14 +109,14 @@ class Adapter:
         if any(not part.is_lora and not part.replaces for part in self.parts) or not self.pairs:
             kinds = {part.container for part in self.parts if not part.is_lora}
             raise MissingAsset(
-                f"no {NAME} of adapter {self.name!r} was found, and only that of a LoRA can be inferred "
+                f"no {NAME} of adapter {self.name!r} was found, and only a LoRA config can be inferred "
                 f"(it has {listed(sorted(kinds))})",
-                hint=f"pass --adapter-config FILE|DIR, the {NAME} of the training run",
+                hint=f"Pass --adapter-config FILE|DIR, the {NAME} of the training run.",
             )
         return infer(self._evidence(), architecture, base_model)
 
     def _ranks(self, config: AdapterConfig) -> dict[str, int]:
-        """``r`` by key; without the base the rank of stacked experts is not in the shapes."""
+        """``r`` by key. Without the base, shapes do not tell the rank of stacked experts."""
         parameters = config.data.get("target_parameters")
         return {
             target.key: target.rank
@@ -131,8 +129,8 @@ class Adapter:
         wrapped = {module for module in self.pairs if ".base_layer" in module}
         if wrapped and not all(targets[module].is_parameter for module in wrapped):
             raise MissingAsset(
-                "the adapter is of single parameters, and without the base their names are unknown",
-                hint=f"pass --adapter-config FILE|DIR, the {NAME} of the training run",
+                "the adapter targets single parameters, and their names are unknown without the base",
+                hint=f"Pass --adapter-config FILE|DIR, the {NAME} of the training run.",
             )
         plain = [(plain_name(inner), name) for name, inner in self.names.base.items()]
         matrices = [module for module, t in targets.items() if not self.pairs[module].embedding]
@@ -149,7 +147,7 @@ class Adapter:
         )
 
     def _bias(self) -> str | None:
-        """Which biases of the base were trained, where the checkpoint tells."""
+        """Which biases of the base were trained, if the checkpoint tells."""
         biases = {name for name, inner in self.names.base.items() if inner.endswith(".bias")}
         if not biases:
             return "none"
@@ -177,7 +175,7 @@ def state_names(state: State) -> AdaptedNames:
 
 
 def trained_dtype(state: State, name: str) -> DType:
-    """The dtype that a tensor had in the model, be ``name`` its first or second."""
+    """The dtype that a tensor had in the model; ``name`` may be a second name."""
     return state.dtypes[state.catalogue.ties.get(name, name)]
 
 
@@ -198,7 +196,7 @@ def read_adapter_directory(directory: Path, adapter: str) -> tuple[State, Adapte
         raise MissingAsset(
             f"it holds no {_WEIGHTS[0]}" if entry is None else f"it holds no {NAME}",
             path=directory,
-            hint="pass --adapter-dir a directory that PEFT's save_pretrained wrote",
+            hint="Pass --adapter-dir a directory that PEFT's save_pretrained wrote.",
         )
     held = read_weight_files(entry)
     tensors: dict[str, Tensor] = {

@@ -1,8 +1,8 @@
 """Fits a state to the model that its config describes: names, shapes, ties, and nothing missing.
 
-Owns the questions that need both the tensors and the model: which tied names are written, which tensors
-the model has and the state has not, and whether the config is of this model at all. What a model has is
-found by :mod:`ckpt_tools.hub.reference`, from the config alone. Knows no format and writes nothing.
+Owns the questions that need both the tensors and the model: which tied names are written, which tensors of
+the model are missing, and whether the config describes this model. :mod:`ckpt_tools.hub.reference` finds the
+tensors of a model from its config alone.
 """
 
 from __future__ import annotations
@@ -10,19 +10,18 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from ckpt_tools.errors import DamagedCheckpoint, UsageError
+from ckpt_tools.errors import DamagedCheckpoint, UsageError, listed
 from ckpt_tools.hub import ConfigSource
 from ckpt_tools.hub.config import finish
 from ckpt_tools.hub.reference import Answer, ReferenceModel, start
 from ckpt_tools.tensors.catalogue import Catalogue, Tensor
-from ckpt_tools.tensors.compare import first_difference
 from ckpt_tools.tensors.dtypes import BFLOAT16, FLOAT16, DType
 from ckpt_tools.tensors.gather import Gatherer
+from ckpt_tools.tensors.windows import first_difference
 from ckpt_tools.transforms.hub_layout import HubLayout, hub_layout
 from ckpt_tools.transforms.lora import is_adapted
 from ckpt_tools.transforms.ties import settle_ties
 
-_SHOWN = 6
 _UNKNOWN = (
     "transformers has no such model (custom code?): names, shapes and completeness were not checked"
 )
@@ -34,11 +33,11 @@ _UNTIED = (
 
 @dataclass(frozen=True)
 class Fitted:
-    """A state that is the model's, name for name.
+    """A state whose names are those of the model.
 
     Attributes:
-        catalogue: what to write, under the names to write it.
-        untied: names that the config ties and that hold values of their own.
+        catalogue: the tensors to write, under their names in the output.
+        untied: names that the config ties but that hold values of their own.
         notes: what was decided.
         warnings: what to look at.
     """
@@ -64,6 +63,7 @@ def fit_to_model(
     dtype: DType,
     *,
     trust: bool = False,
+    answer: Answer | None = None,
 ) -> Fitted:
     """Make the state fit the model of ``config``.
 
@@ -73,13 +73,15 @@ def fit_to_model(
         extra: tensors to take where the state lacks them (``--like``).
         dtype: dtype of the output as a whole.
         trust: whether custom code beside the config may be run, in a process of its own.
+        answer: of :func:`ask_model` with the same arguments, if it was asked before.
 
     Raises:
         UsageError: the config is of another model.
         DamagedCheckpoint: tensors of the model are missing.
     """
     like = None if extra is None else set(extra)
-    reference = _ask(catalogue, config, dtype, like, trust=trust, untied=False).result()
+    answer = answer or ask_model(catalogue, config, extra, dtype, trust=trust)
+    reference = answer.result()
     if reference is None:
         fitted = Fitted.unchecked(catalogue)
         return Fitted(fitted.catalogue, (), fitted.notes, (_UNKNOWN,))
@@ -105,10 +107,10 @@ def fit_to_model(
         *_rounded(ordered, reference, dtype),
     ]
     if taken:
-        warnings.append(f"the checkpoint lacks these, taken from --like: {_listed([*taken])}")
+        warnings.append(f"taken from --like, because the checkpoint lacks them: {listed([*taken])}")
     if surplus:
-        warnings.append(f"not of the config's model, written all the same: {_listed(surplus)}")
-    # A checkpoint may have dropped second names itself, as Accelerate does: that makes no other output.
+        warnings.append(f"not in the model of the config, but written: {listed(surplus)}")
+    # A checkpoint may lack second names, as Accelerate's do; the output is the same.
     ties = {alias: kept for alias, kept in reference.hub_ties.items() if alias not in ordered}
     notes = _notes(layout, {**ties, **settled.catalogue.ties}, settled.duplicated)
     return Fitted(Catalogue(ordered), settled.untied, tuple(notes), tuple(warnings))
@@ -123,10 +125,10 @@ def _notes(layout: HubLayout, ties: Mapping[str, str], duplicated: Sequence[str]
         new, parts = next(iter(layout.converted.items()))
         notes.append(
             f"{len(layout.converted)} tensors were brought into the hub's layout, such as {new} "
-            f"(from {_listed(parts, 2)})"
+            f"(from {listed(parts, 2)})"
         )
     if layout.ignored:
-        notes.append(f"left out, as save_pretrained does: {_listed(layout.ignored)}")
+        notes.append(f"left out, as save_pretrained does: {listed(layout.ignored)}")
     notes += [f"{alias} is tied to {kept} and left out" for alias, kept in ties.items()]
     notes += [
         f"{name} is tied in training but not in the config; written twice" for name in duplicated
@@ -134,20 +136,20 @@ def _notes(layout: HubLayout, ties: Mapping[str, str], duplicated: Sequence[str]
     return notes
 
 
-def anticipate(
+def ask_model(
     catalogue: Catalogue,
     config: ConfigSource,
     extra: Catalogue | None,
     dtype: DType,
     *,
     trust: bool = False,
-) -> None:
-    """Have the question that :func:`fit_to_model` will ask answered in the background.
+) -> Answer:
+    """Begin to ask which model the config describes; the arguments are those of :func:`fit_to_model`.
 
-    The answer takes seconds, in a process of its own; the caller has other things to do meanwhile.
+    The answer takes seconds and is found in a child process; the caller can work meanwhile.
     """
     like = None if extra is None else set(extra)
-    _ask(catalogue, config, dtype, like, trust=trust, untied=False)
+    return _ask(catalogue, config, dtype, like, trust=trust, untied=False)
 
 
 def _ask(
@@ -175,11 +177,6 @@ def _equal(a: Tensor, b: Tensor) -> bool:
         return first_difference(gatherer, a, b) is None
 
 
-def _listed(names: Sequence[str], shown: int = _SHOWN) -> str:
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
-
-
 def _incomplete(
     missing: Sequence[str],
     surplus: Sequence[str],
@@ -187,10 +184,10 @@ def _incomplete(
     reference: ReferenceModel,
     config: ConfigSource,
 ) -> UsageError | DamagedCheckpoint:
-    """Another model's config where hardly a name fits; otherwise tensors that were left out."""
+    """The error for missing tensors: the config of another model, or tensors that were left out."""
     if is_adapted(surplus):
         return UsageError(
-            f"the checkpoint is of a LoRA model ({_listed([n for n in surplus if '.lora_' in n])})",
+            f"the checkpoint is of a LoRA model ({listed([n for n in surplus if '.lora_' in n])})",
             path=config.path,
             hint="extract-lora writes the adapter, merge-lora the model with the adapter merged; "
             "--weights-only writes the tensors under the names that they have.",
@@ -199,7 +196,7 @@ def _incomplete(
         tops = sorted({name.split(".")[0] for name in tensors})
         return UsageError(
             f"the config describes {reference.architecture}, whose tensors are called "
-            f"{_listed(missing[:2])}; those of the checkpoint are called {_listed(surplus[:2])}",
+            f"{listed(missing[:2])}; those of the checkpoint are called {listed(surplus[:2])}",
             path=config.path,
             hint=f"Top-level attributes of the checkpoint: {', '.join(tops)}. Pass the config of the "
             "model that was trained, write one attribute with extract-attr, or pass --weights-only "
@@ -207,7 +204,7 @@ def _incomplete(
         )
     return DamagedCheckpoint(
         f"{len(missing)} tensors of {reference.architecture} are not in the checkpoint: "
-        f"{_listed(missing, 50)}",
+        f"{listed(missing, 50)}",
         path=config.path,
         missing=missing,
         hint="Frozen parameters are left out when a run saves with exclude_frozen_parameters. "
@@ -218,7 +215,7 @@ def _incomplete(
 def _shape_warnings(
     tensors: Mapping[str, Tensor], reference: ReferenceModel, config: ConfigSource
 ) -> list[str]:
-    """Tensors whose axes stand in another order; any other shape is an error."""
+    """Tensors whose axes have another order; any other shape is an error."""
     turned = []
     for name, saved in reference.saved.items():
         shape = tensors[name].shape
@@ -234,15 +231,15 @@ def _shape_warnings(
         turned.append(name)
     if not turned:
         return []
-    return [f"the axes of these stand in another order than the model's: {_listed(turned)}"]
+    return [f"the axes of these have another order than in the model: {listed(turned)}"]
 
 
 def _rounded(tensors: Mapping[str, Tensor], reference: ReferenceModel, dtype: DType) -> list[str]:
-    """What is written in 16 bits although the model computes with it in fp32."""
+    """Tensors that are written in 16 bits although the model computes with them in fp32."""
     kept = {BFLOAT16: reference.float32_under_bfloat16, FLOAT16: reference.float32_under_float16}
     names = [n for n in kept.get(dtype, ()) if n in tensors and tensors[n].dtype == dtype]
     if not names:
         return []
     return [
-        f"the model keeps these in float32, they are written in {dtype}: {_listed(sorted(names))}"
+        f"written in {dtype}, although the model keeps them in float32: {listed(sorted(names))}"
     ]

@@ -1,9 +1,8 @@
-"""Which tensor of one checkpoint meets which of another, where the two were written by different programs.
+"""Pairs the tensors of two checkpoints that different programs wrote.
 
-Owns the ways in which the same tensor is called and kept: wrappers around a training model, second names of
-tied tensors, the name of an adapter that PEFT leaves out of its files, the hub's layout that a finished
-directory is in and a training state need not be, masters beside 16-bit weights. Knows names, shapes and
-dtypes; reads data only where a model's ties have to be settled, and compares none.
+Owns the ways in which the same tensor is named and stored: wrappers around a training model, second names of
+tied tensors, the adapter name that PEFT leaves out of its files, the hub layout of a finished directory,
+masters beside 16-bit weights. Tensor data is read only to settle ties.
 """
 
 from __future__ import annotations
@@ -17,10 +16,8 @@ from ckpt_tools.errors import CkptError
 from ckpt_tools.hub import AssetOptions, find_config
 from ckpt_tools.model.fit import fit_to_model
 from ckpt_tools.model.state import main_dtype, model_state
-from ckpt_tools.readers import FINISHED
-from ckpt_tools.readers.opening import ADAPTER
 from ckpt_tools.tensors.catalogue import Catalogue, Tensor
-from ckpt_tools.tensors.checkpoint import Checkpoint
+from ckpt_tools.tensors.checkpoint import ADAPTER, FINISHED, Checkpoint
 from ckpt_tools.tensors.derived import cast
 from ckpt_tools.transforms.lora import PREFIX, adapted_names
 
@@ -33,8 +30,8 @@ class Matched:
     """Two catalogues, name by name.
 
     Attributes:
-        pairs: for each name that both have, the tensor of each. Of a tied tensor the name under which
-            one side lists it.
+        pairs: for each name on both sides, the two tensors. A tied tensor has the name under which one
+            side lists it.
         only_first: names of tensors that the second catalogue lacks.
         only_second: names of tensors that the first lacks.
     """
@@ -53,8 +50,8 @@ class Matched:
 def match(first: Catalogue, second: Catalogue) -> Matched:
     """Pair the tensors of two catalogues by name.
 
-    A tensor that one side lists is there on the other if any of its names is. A second name alone is no
-    tensor, so a side that leaves it out lacks nothing.
+    A tensor of one side is on the other side if any of its names is. A side that leaves out a second name
+    lacks nothing.
     """
     met: dict[tuple[str, str], str] = {}
     only_first: list[str] = []
@@ -83,7 +80,7 @@ class Side:
     """One side of a comparison.
 
     Attributes:
-        label: what a person calls it.
+        label: its name in messages.
         copies: its tensors, wrappers stripped; the same names in each, the preferred copy first.
         directory: where it lies.
         kind: a finished model in the hub's layout, an adapter as PEFT writes it, or neither.
@@ -97,7 +94,7 @@ class Side:
     notes: tuple[str, ...] = ()
 
     def renamed(self, rename: Callable[[Catalogue], Catalogue | None], note: str) -> Side:
-        """The side with each copy renamed; the side itself where one cannot be."""
+        """The side with each copy renamed; unchanged if one cannot be renamed."""
         copies = tuple(new for copy in self.copies if (new := rename(copy)) is not None)
         if len(copies) < len(self.copies):
             return self
@@ -109,7 +106,7 @@ def side_of(checkpoint: Checkpoint, label: str, weights: Weights = "auto") -> Si
 
     Args:
         checkpoint: the checkpoint.
-        label: what to call it.
+        label: its name in messages.
         weights: ``master`` for the optimizer's copy where there is one, ``model`` for the weights that it
             trains with, ``auto`` for both to choose from.
     """
@@ -119,7 +116,7 @@ def side_of(checkpoint: Checkpoint, label: str, weights: Weights = "auto") -> Si
     trained: dict[str, Tensor] = {}
     for name, tensor in state.catalogue.items():
         weight = weight_of[id(tensor)]
-        # An engine makes its weights of its masters: rounded, they are the weights bit for bit.
+        # An engine makes its weights from its masters: a rounded master is the weight, bit for bit.
         trained[name] = weight.model or cast(tensor, weight.dtype)
     masters, models = state.catalogue, Catalogue(trained, state.catalogue.ties)
     copies = {"auto": (masters, models), "master": (masters,), "model": (models,)}[weights]
@@ -134,7 +131,7 @@ def side_of(checkpoint: Checkpoint, label: str, weights: Weights = "auto") -> Si
 
 
 def alike(a: Side, b: Side) -> tuple[Side, Side]:
-    """The two sides under the same names, as far as that is known.
+    """The two sides under the same names, as far as possible.
 
     Where names or shapes differ and one side is finished, the other is brought into its form: the layout
     of the model of its config, or PEFT's names for the adapter.
@@ -153,12 +150,12 @@ def _in_form_of(side: Side, other: Side) -> Side:
     if other.kind == "model":
         return side.renamed(
             lambda copy: in_hub_layout(copy, other.directory),
-            f"{side.label}: brought into the hub's layout, by the config of {other.label}",
+            f"{side.label}: brought into the hub layout by the config of {other.label}",
         )
     if other.kind == "adapter":
         return side.renamed(
             lambda copy: as_adapter(copy, other.copies[0], other.directory.name),
-            f"{side.label}: only the adapter is compared, {other.label} being one",
+            f"{side.label}: only the adapter is compared, because {other.label} is an adapter",
         )
     return side
 
@@ -171,7 +168,7 @@ def in_hub_layout(catalogue: Catalogue, directory: Path) -> Catalogue | None:
         directory: a directory with the model's ``config.json``.
 
     Returns:
-        The tensors, or None where the config is not of this model or says nothing about it.
+        The tensors, or None if the config describes another model or none.
     """
     try:
         config = find_config(AssetOptions(config=directory))
@@ -181,15 +178,15 @@ def in_hub_layout(catalogue: Catalogue, directory: Path) -> Catalogue | None:
 
 
 def as_adapter(catalogue: Catalogue, files: Catalogue, label: str) -> Catalogue | None:
-    """What of a training state an adapter's directory may hold, under the names of PEFT's files.
+    """The tensors of a training state that an adapter directory may hold, under PEFT's names.
 
     Args:
         catalogue: the state, wrappers stripped.
-        files: the tensors of the directory; what it holds of the base is taken from the state too.
-        label: name of the directory; PEFT calls it after the adapter where there are several.
+        files: the tensors of the directory; tensors of the base that it holds are taken from the state too.
+        label: name of the directory; PEFT names it after the adapter if there are several.
 
     Returns:
-        The tensors, or None where the state holds no adapter, or several of other names.
+        The tensors, or None if the state holds no adapter, or several under other names.
     """
     try:
         names = adapted_names([*catalogue, *catalogue.ties])

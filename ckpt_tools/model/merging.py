@@ -1,9 +1,8 @@
-"""The state of a merged model: an adapter's updates put into the base, name by name.
+"""The state of a merged model: the updates of an adapter added to the base, name by name.
 
-Owns which tensor of the base meets which of the adapter, and the account of it: every pair is used,
-every target changes, or the merge is refused. The arithmetic is in
-:mod:`ckpt_tools.transforms.merge`. Knows states and adapters; knows no output and moves no data but to
-see that no factor is all zeros.
+Owns the pairing of tensors of the base with those of the adapter. Every pair is used and every target
+changes, or the merge is refused. The arithmetic is in :mod:`ckpt_tools.transforms.merge`. Data is read
+only to see whether a factor is all zeros.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ckpt_tools.errors import DamagedCheckpoint, MissingAsset, UnsupportedLayout, UsageError
+from ckpt_tools.errors import DamagedCheckpoint, MissingAsset, UnsupportedLayout, UsageError, listed
 from ckpt_tools.hub.adapter_config import AdapterConfig
 from ckpt_tools.model.adapter import Adapter, state_names, trained_dtype
 from ckpt_tools.model.state import DTypeChoice, State
@@ -20,7 +19,7 @@ from ckpt_tools.tensors.checkpoint import Kind
 from ckpt_tools.tensors.derived import cast
 from ckpt_tools.tensors.dtypes import DType
 from ckpt_tools.tensors.gather import load
-from ckpt_tools.transforms.lora import choose_adapter, listed, plain_name
+from ckpt_tools.transforms.lora import choose_adapter, plain_name
 from ckpt_tools.transforms.lora_targets import Factors, Target
 from ckpt_tools.transforms.merge import Merged, MergedBias, merged_experts, with_rows
 
@@ -47,7 +46,7 @@ def merged_state(
     """The state of the base with an adapter merged into it.
 
     The values that are merged are those that the model trained with: masters are cast to the training
-    dtype first. With ``fp32`` and ``keep`` they are taken as they lie.
+    dtype first. With ``fp32`` and ``keep`` they are taken as stored.
 
     Args:
         states: the checkpoint, and perhaps a base model to take what it lacks from.
@@ -92,9 +91,9 @@ def merged_state(
             name = f"{target.key}.bias"
             if name not in base and name not in ties:
                 raise UnsupportedLayout(
-                    f"{target.key} has no bias to merge lora_B's into",
+                    f"{target.key} has no bias, so the bias of lora_B cannot be merged",
                     tensor=pair.bias,
-                    hint="PEFT cannot merge it either; use the adapter beside its base (extract-lora).",
+                    hint="PEFT cannot merge it either. Use the adapter beside its base (extract-lora).",
                 )
             held = changed.get(name) or original(name)
             bias = MergedBias(held.tensor, taken(pair.bias), config.scale(target.key))
@@ -127,7 +126,7 @@ def _base(state: State, others: Sequence[State]) -> tuple[dict[str, _Held], dict
     }
     for other in others:
         for name, tensor in other.catalogue.items():
-            # Quantized weights cannot be added to; the other model has them as they were before.
+            # An update cannot be added to quantised weights; the other model holds them unquantised.
             if name not in ties and (name not in base or not base[name].tensor.dtype.is_floating):
                 base[name] = _Held(tensor, other.dtypes[name], "frozen")
         for alias, kept in other.catalogue.ties.items():
@@ -139,9 +138,9 @@ def _base(state: State, others: Sequence[State]) -> tuple[dict[str, _Held], dict
 def _replaced(
     adapter: Adapter, taken: Callable[[str], Tensor], *, from_directory: bool
 ) -> dict[str, _Held]:
-    """What stands in the place of a tensor of the base.
+    """Tensors that replace those of the base.
 
-    Modules that were saved whole; and in a directory of PEFT's everything that is not the adapter's own.
+    These are modules that were saved whole and, in a PEFT directory, every tensor outside the adapter.
     """
     names = dict(adapter.names.plain) if from_directory else {}
     names |= {
@@ -164,11 +163,11 @@ def _merge(
 ) -> Tensor:
     transposed = target.transposed
     if transposed is None and target.experts == 1:
-        # The shapes of square matrices do not tell, and PEFT wrote which way it took them.
+        # Shapes of square matrices do not tell the orientation; PEFT records it.
         transposed = config.data.get("fan_in_fan_out")
     if transposed is None:
         raise UsageError(
-            f"{target.key} is square, and nothing tells whether it is stored (in, out) or (out, in)",
+            f"{target.key} is square, so its shape does not tell whether it is stored (in, out) or (out, in)",
             hint="Pass --adapter-config FILE|DIR with PEFT's fan_in_fan_out.",
         )
     a, b, scale = taken(pair.a), taken(pair.b), config.scale(target.key)
@@ -187,14 +186,14 @@ def _token_rows(adapter: Adapter, config: AdapterConfig) -> Iterator[tuple[str, 
         indices = config.token_indices
         if isinstance(indices, Mapping):
             found = [v for key, v in indices.items() if f".{module}".endswith(f".{key}")]
-            # A tied head has the rows of the embedding, and the config names only that.
+            # A tied head has the rows of the embedding; the config names only the embedding.
             indices = found[0] if found else next(iter(indices.values()), None)
         rows = adapter.state.catalogue[part.name].shape[0]
         if not isinstance(indices, list) or len(set(indices)) != rows:
             raise MissingAsset(
-                f"{rows} rows of {module} are trained, and the adapter's config does not say which",
+                f"{rows} rows of {module} are trained, but the adapter's config does not say which",
                 path=config.path,
-                hint="pass --adapter-config FILE|DIR, the config that the adapter was trained with",
+                hint="Pass --adapter-config FILE|DIR, the config that the adapter was trained with.",
             )
         yield f"{module}.weight", indices, part.name
 
@@ -212,12 +211,12 @@ def _refuse_other_tuners(adapter: Adapter, config: AdapterConfig) -> None:
     if odd or variants:
         raise UnsupportedLayout(
             f"adapter {adapter.name!r} is not plain LoRA or DoRA: {listed(odd or variants)}",
-            hint="extract-lora writes it as an adapter; PEFT's merge_and_unload may merge that.",
+            hint="Write it as an adapter with extract-lora; PEFT's merge_and_unload may merge that.",
         )
 
 
 def _refuse_unchanged(adapter: Adapter, taken: Callable[[str], Tensor]) -> None:
-    """Refuse a merge that would leave a target as it is: ``B A`` is zero where a factor is."""
+    """Refuse a merge that would not change a target: ``B A`` is zero if a factor is."""
     unchanged = [
         adapter.targets[pair.module].key
         for pair in adapter.pairs.values()
@@ -226,7 +225,7 @@ def _refuse_unchanged(adapter: Adapter, taken: Callable[[str], Tensor]) -> None:
     ]
     if unchanged:
         raise UsageError(
-            f"merging would leave {len(unchanged)} of {len(adapter.pairs)} targets as they are, since "
+            f"merging would not change {len(unchanged)} of {len(adapter.pairs)} targets, because "
             f"a factor is all zeros: {listed(unchanged)}",
             hint="The adapter was saved before it was trained, or not trained there. Is it the right "
             "checkpoint (--tag)?",
@@ -235,9 +234,9 @@ def _refuse_unchanged(adapter: Adapter, taken: Callable[[str], Tensor]) -> None:
 
 def _no_target(target: Target, has_other: bool) -> DamagedCheckpoint:
     hint = (
-        "--base is of another model, or its experts lie one by one where the adapter has them fused."
+        "--base is another model, or it stores experts one by one and the adapter has them fused."
         if has_other
-        else "The base was left out of the checkpoint; --base DIR takes it from a Hugging Face directory."
+        else "The base was left out of the checkpoint. --base DIR takes it from a Hugging Face directory."
     )
     return DamagedCheckpoint(f"the base has no weight of {target.key}", hint=hint)
 
@@ -245,7 +244,7 @@ def _no_target(target: Target, has_other: bool) -> DamagedCheckpoint:
 def _assembled(
     base: Mapping[str, _Held], ties: Mapping[str, str], changed: Mapping[str, _Held]
 ) -> State:
-    """Base and changes in one; a tied name whose other end was changed keeps the value that it had."""
+    """The base with the changes. If one of two tied names changes, the other keeps its value."""
     held = {name: changed.get(name, held) for name, held in base.items()}
     still: dict[str, str] = {}
     for alias, kept in ties.items():
@@ -275,5 +274,7 @@ def _notes(adapter: Adapter) -> list[str]:
     if others:
         notes.append(f"left out: adapters {listed(others)}")
     if adapter.names.outside:
-        notes.append(f"not of the adapted model, left out: {listed(adapter.names.outside)}")
+        notes.append(
+            f"left out, because they are outside the adapted model: {listed(adapter.names.outside)}"
+        )
     return notes

@@ -1,8 +1,6 @@
 """The state of one model in a checkpoint: its tensors under the model's own names, and their dtypes.
 
-Owns what happens to every checkpoint before it meets a config: choosing the copy, taking an attribute,
-taking wrappers off the names, and casting. Knows checkpoints and transforms; knows no config and no
-output.
+Owns the steps that need no config: choose the copy, take an attribute, strip wrappers from the names, cast.
 """
 
 from __future__ import annotations
@@ -18,8 +16,7 @@ from ckpt_tools.tensors.checkpoint import Checkpoint, Copy, Kind
 from ckpt_tools.tensors.derived import cast
 from ckpt_tools.tensors.dtypes import BY_SHORT_NAME, DType
 from ckpt_tools.transforms.average import average
-from ckpt_tools.transforms.prefixes import strip_wrappers
-from ckpt_tools.transforms.rename import rename
+from ckpt_tools.transforms.prefixes import rename, strip_wrappers
 from ckpt_tools.transforms.subset import take_attribute
 
 DTypeChoice = Literal["auto", "keep", "fp32", "bf16", "fp16"]
@@ -30,7 +27,7 @@ class State:
     """The tensors of one model.
 
     Attributes:
-        catalogue: the tensors as they lie, under the model's own names.
+        catalogue: the tensors as stored, under the model's own names.
         dtypes: for each name, the dtype it had in the model during training.
         kinds: for each name, whether it was trained, frozen or a buffer, as far as the format tells.
         notes: what was done to it.
@@ -62,7 +59,7 @@ def model_state(checkpoint: Checkpoint, copy: Copy, attribute: str | None = None
     if attribute is None:
         catalogue = unwrapped(whole)
     else:
-        # A path may be spelt with the wrappers that stand in the names, or without them.
+        # A path may contain the wrappers that are in the names, or not.
         as_spelt = any(name.startswith(f"{attribute}.") for name in whole)
         catalogue = unwrapped(take_attribute(whole if as_spelt else unwrapped(whole), attribute))
     weights = {id(whole[name]): weight for name, weight in checkpoint.weights.items()}
@@ -75,14 +72,8 @@ def model_state(checkpoint: Checkpoint, copy: Copy, attribute: str | None = None
     )
 
 
-def only_state(states: Sequence[State]) -> State:
-    """The state of a conversion of one checkpoint, as it is."""
-    (state,) = states
-    return state
-
-
 def mean_state(states: Sequence[State], coefficients: Sequence[float] | None) -> State:
-    """The weighted mean of states; what is not a tensor is the first one's.
+    """The weighted mean of states; everything but the tensors comes from the first.
 
     Raises:
         UsageError: names or shapes differ, or the coefficients do not fit.
@@ -95,12 +86,14 @@ def cast_state(state: State, choice: DTypeChoice) -> Catalogue:
     """The tensors in the dtypes of the output; only floating ones are cast.
 
     Raises:
-        UsageError: ``choice`` is no dtype.
+        UsageError: ``choice`` is not a dtype.
     """
     if choice == "keep":
         return state.catalogue
     if choice != "auto" and choice not in BY_SHORT_NAME:
-        raise UsageError(f"{choice!r} is no dtype", hint="Choose auto, keep, fp32, bf16 or fp16.")
+        raise UsageError(
+            f"{choice!r} is not a dtype", hint="Choose auto, keep, fp32, bf16 or fp16."
+        )
     tensors = {
         name: cast(tensor, state.dtypes[name] if choice == "auto" else BY_SHORT_NAME[choice])
         for name, tensor in state.catalogue.items()

@@ -16,12 +16,16 @@ from importlib import import_module
 from pathlib import Path
 from typing import Protocol, cast
 
-from ckpt_tools.errors import AmbiguousCheckpoint, DamagedCheckpoint, NotACheckpoint, UsageError
+from ckpt_tools.errors import (
+    AmbiguousCheckpoint,
+    DamagedCheckpoint,
+    NotACheckpoint,
+    UsageError,
+    listed,
+)
 from ckpt_tools.storage.pool import local_paths, searched
-from ckpt_tools.tensors.checkpoint import Checkpoint, Location
+from ckpt_tools.tensors.checkpoint import FINISHED, Checkpoint, Location
 
-# Formats that training state may be exported to, into the same directory.
-FINISHED = ("huggingface",)
 # No format: an adapter is nothing to convert, but people name it, and are told what to do with it.
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _MODEL_NUMBER = re.compile(r"model(?:_fsdp)?(?:_(\d+))?$")
@@ -216,6 +220,4 @@ def _ambiguous(path: Path, choices: list[str], advice: str) -> AmbiguousCheckpoi
 def _listing(path: Path) -> str:
     if not path.is_dir():
         return path.name
-    names = sorted(entry.name for entry in path.iterdir())
-    shown = ", ".join(names[:8])
-    return f"{shown} and {len(names) - 8} more" if len(names) > 8 else shown or "nothing"
+    return listed(sorted(entry.name for entry in path.iterdir()), 8) or "nothing"

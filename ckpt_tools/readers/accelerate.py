@@ -23,6 +23,7 @@ from ckpt_tools.readers import dcp
 from ckpt_tools.readers.containers.weight_files import entry_points, read_weight_files
 from ckpt_tools.readers.deepspeed import reader as zero
 from ckpt_tools.readers.trainer_state import is_trainer_directory, trainer_step
+from ckpt_tools.storage.folders import entries_of
 from ckpt_tools.tensors.checkpoint import Checkpoint, Location, Weight
 
 NAME = "accelerate"
@@ -68,7 +69,7 @@ def find(path: Path, tag: str | None = None) -> list[Location]:
 def _automatic(directory: Path) -> list[Location]:
     """The models of every save below a directory, named after their saves."""
     found = []
-    for save in _entries(directory):
+    for save in entries_of(directory):
         if _AUTOMATIC.fullmatch(save.name):
             models = _models(save)
             for model in models:
@@ -79,7 +80,7 @@ def _automatic(directory: Path) -> list[Location]:
 
 def _models(directory: Path) -> list[Location]:
     """The models of one save; those of a distributed run first, as weights beside them are an export."""
-    entries = _entries(directory)
+    entries = entries_of(directory)
     distributed = []
     for entry in entries:
         if entry.is_dir() and _DCP.fullmatch(entry.name):
@@ -97,18 +98,6 @@ def _models(directory: Path) -> list[Location]:
 def _location(directory: Path, part: str) -> Location:
     near = (directory, directory.parent, directory.parent.parent)
     return Location(NAME, directory, part, near, part=part)
-
-
-def _entries(directory: Path) -> list[Path]:
-    try:
-        return sorted(directory.iterdir(), key=_natural)
-    except OSError:
-        return []
-
-
-def _natural(path: Path) -> tuple[int, str]:
-    digits = "".join(c for c in path.name if c.isdigit())
-    return int(digits or 0), path.name
 
 
 def _left_alone(entry: Path) -> str | None:
@@ -139,7 +128,7 @@ def read(location: Location) -> Checkpoint:
         name: Weight("parameter" if t.dtype.is_floating else "buffer", t.shape, t.dtype, model=t)
         for name, t in held.tensors.items()
     }
-    files = [path for path in _entries(directory) if path.is_file()]
+    files = [path for path in entries_of(directory) if path.is_file()]
     writer = "Transformers Trainer" if is_trainer_directory(directory) else "Accelerate save_state"
     ranks = [int(match[1]) for path in files if (match := _RANDOM.fullmatch(path.name))]
     return Checkpoint(

@@ -17,13 +17,14 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from ckpt_tools.errors import DamagedCheckpoint, UsageError
+from ckpt_tools.errors import DamagedCheckpoint, UsageError, listed
 from ckpt_tools.readers.containers.safetensors_file import SafetensorsFile, read_safetensors
-from ckpt_tools.readers.dcp.boxes import Piece, assembled, held_whole, sharding_info
+from ckpt_tools.readers.dcp.boxes import held_whole, sharding_info
 from ckpt_tools.readers.dcp.names import step_in
 from ckpt_tools.tensors.catalogue import Box, Shape, Stored
 from ckpt_tools.tensors.checkpoint import Checkpoint, Kind, Location, Weight
 from ckpt_tools.tensors.dtypes import DType
+from ckpt_tools.tensors.fragments import Piece, assembled
 
 NAME = "torch-dcp-huggingface"
 _SHARD = re.compile(r"shard-(\d+)-model-(\d+)-of-(\d+)\.safetensors")
@@ -32,7 +33,6 @@ _REMARK = (
     "shards do not say how many they are: only a comparison with a config's shapes shows that none is "
     "missing at the end"
 )
-_SHOWN = 6
 
 
 def find(path: Path, tag: str | None = None) -> list[Location]:
@@ -90,7 +90,7 @@ def read(location: Location) -> Checkpoint:
     files = [read_safetensors(path) for path in shards.values()]
     hint = "Copy the shards of every rank into one directory, or name the others' with --also DIR."
     if gaps:
-        hint += f" By their numbers these are missing: {', '.join(gaps[:_SHOWN])}."
+        hint += f" By their numbers these are missing: {listed(gaps)}."
     boxes = _boxes(files)
     weights = {name: _weight(name, held, directory, gaps, hint) for name, held in boxes.items()}
     return Checkpoint(

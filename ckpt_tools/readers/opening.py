@@ -12,10 +12,9 @@ from pathlib import Path
 from ckpt_tools import readers
 from ckpt_tools.errors import NotACheckpoint
 from ckpt_tools.readers.containers.weight_files import entry_points, read_weight_files
-from ckpt_tools.tensors.checkpoint import Checkpoint, Location, Weight
+from ckpt_tools.tensors.checkpoint import ADAPTER, Checkpoint, Location, Weight
 
-# Names of `Location.format` for what no reader claims.
-ADAPTER = "peft"
+# `Location.format` of a file of weights.
 FILE = "file"
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _TORCH_FILES = (".bin", ".pt", ".pth")

@@ -19,16 +19,16 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from ckpt_tools.errors import DamagedCheckpoint, UnsafePickle, UnsupportedLayout
+from ckpt_tools.errors import DamagedCheckpoint, UnsafePickle, UnsupportedLayout, listed
 from ckpt_tools.readers.containers.restricted_pickle import Opaque
 from ckpt_tools.readers.containers.torch_file import TorchFile
-from ckpt_tools.readers.dcp.boxes import assembled
 from ckpt_tools.readers.dtensor import Part, Run, part_of
 from ckpt_tools.readers.rank_copies import differ
 from ckpt_tools.readers.trainer_state import trainer_step
 from ckpt_tools.tensors.catalogue import Box, FlatRange, Stored
 from ckpt_tools.tensors.checkpoint import Checkpoint, Location, Weight
 from ckpt_tools.tensors.deferred import DeferredFragment
+from ckpt_tools.tensors.fragments import assembled
 
 NAME = "rank-files"
 # The set that a file belongs to, and who calls files so.
@@ -41,7 +41,6 @@ _RANK = re.compile(r"\d+(?=\.\w+$)")
 _STEP = re.compile(r"global_step_(\d+)")
 # What FSDP1 calls the parameters of a wrapped module laid end to end; the second is older.
 _FLAT = {"_flat_param", "flat_param"}
-_SHOWN = 6
 # A file can claim any number of ranks; nobody reads more names of missing ones.
 _NAMED = 1000
 _OTHER_NODES = (
@@ -145,7 +144,7 @@ def _expect(found: Mapping[int, Path], world_size: int) -> None:
         lost = (rank for rank in range(world_size) if rank not in found)
         names = [_RANK.sub(str(rank), other.name) for rank in islice(lost, _NAMED)]
         raise DamagedCheckpoint(
-            f"{count} of {world_size} ranks are missing: {_listed(names, count)}",
+            f"{count} of {world_size} ranks are missing: {listed(names, total=count)}",
             path=other.parent,
             missing=names,
             hint=_OTHER_NODES,
@@ -283,7 +282,7 @@ class _Joined:
                 self.ties[name] = first
         self.remarks: list[str] = []
         if self._differing:
-            names = _listed(self._differing, len(self._differing))
+            names = listed(self._differing)
             self.remarks.append(f"differ from rank to rank, the first rank's are taken: {names}")
 
     def _agree(self, name: str, held: Sequence[tuple[_RankFile, Part]]) -> None:
@@ -346,8 +345,3 @@ def _step(directory: Path) -> int | None:
         if match := _STEP.fullmatch(name):
             return int(match[1])
     return trainer_step(directory)
-
-
-def _listed(names: Sequence[str], count: int) -> str:
-    more = f" and {count - _SHOWN} more" if count > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

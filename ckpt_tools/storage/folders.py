@@ -1,8 +1,8 @@
-"""Folders of several machines as one checkpoint: what ``--also DIR`` means.
+"""Owns the listing of a directory, and the meaning of ``--also DIR``: folders of several machines as one.
 
-Owns the question which part of the tree a folder is a copy of. People name what they copied: the run, with
-its ``latest``, or the directory of one save in it. Names tell which it is; where they do not, two folders are
-of one level if both hold data files or neither does. Knows names of files, and no format.
+A folder of ``--also`` is a copy of some directory of the checkpoint's tree, and this module finds which.
+People name what they copied: the run, with its ``latest``, or the directory of one save in it. The names show
+which it is. Where they do not, two folders are of the same level if both hold data files or neither does.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from ckpt_tools.errors import UsageError
+from ckpt_tools.errors import UsageError, listed
 from ckpt_tools.storage.pool import DirectoryPlace, Pool, PooledPath
 
 # A checkpoint's directory is at most this far below what people name.
@@ -21,6 +21,19 @@ _LEVELS = 3
 _DATA = re.compile(r".*\.(pt|bin|pth|safetensors|distcp|metadata)")
 # What frameworks call the directory of one save among others.
 _SAVE = re.compile(r"(?:step[-_]?|checkpoint[-_]|epoch[-_]?|iter(?:ation)?[-_]?)(\d+)")
+
+
+def entries_of(directory: Path) -> list[Path]:
+    """What is in a directory, in the order of :func:`by_number`; nothing if it cannot be read."""
+    try:
+        return sorted(directory.iterdir(), key=by_number)
+    except OSError:
+        return []
+
+
+def by_number(path: Path) -> tuple[int, str]:
+    """Sorts paths by the digits in their names, so that ``step9`` comes before ``step10``."""
+    return int("".join(c for c in path.name if c.isdigit()) or 0), path.name
 
 
 def read_as_one(path: Path, also: Sequence[str | os.PathLike[str]]) -> Path:
@@ -158,7 +171,7 @@ def _not_alike(root: Path, folder: Path) -> UsageError:
         names = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
         hint = (
             f"Expected a copy of {_name(root)}, or of a directory in it under the same name: "
-            f"{', '.join(names[:8]) or 'there is none'}."
+            f"{listed(names, 8) or 'there is none'}."
         )
     return UsageError(
         f"it is not a copy of {root} nor of a directory in it", path=folder, hint=hint

@@ -22,8 +22,12 @@ from ckpt_tools.tensors.dtypes import DType
 Kind = Literal["parameter", "frozen", "buffer"]
 Copy = Literal["master", "model"]
 
-# `Location.format` of a model in training, which lies in no directory.
+# `Location.format` of a model in training, which has no directory.
 LIVE = "live"
+# `Location.format` of an adapter that PEFT saved.
+ADAPTER = "peft"
+# Formats that training state may be exported to, into the same directory.
+FINISHED = ("huggingface",)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -191,19 +190,6 @@ class Gatherer:
         self._files[path] = file
         self._files.move_to_end(path)
         return file
-
-
-@contextmanager
-def casting_on_one_core() -> Iterator[None]:
-    """For several gatherers at once: the cores are taken, and a sum in several threads has no fixed order."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def load(tensor: Tensor) -> torch.Tensor:

@@ -1,10 +1,9 @@
-"""Tensors side by side: the same elements of each in memory at a time, read by several threads, in order.
+"""Owns the cutting of tensors into windows, the threads that read windows, and comparison bit for bit.
 
-Owns the cutting of tensors into windows and the threads that read them. The borders of a window depend on
-the size of its tensor alone, and what was found in the windows comes back in their order, so that a result
-that is put together from them does not depend on the number of threads. Small windows, and small pieces of
-many ranks, are read many at once. Memory is a few buffers a thread, whatever is read. Knows tensors; knows
-nothing of names or of what is looked for.
+A window is the same elements of several tensors in memory at a time. Its borders depend only on the size of
+the tensors, and the results of the windows come back in their order, so that a result that is computed from
+them does not depend on the number of threads. Small windows, and small pieces of many ranks, are read many at
+once. Memory is a few buffers for each thread, whatever the size of the tensors.
 """
 
 from __future__ import annotations
@@ -19,7 +18,8 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from ckpt_tools.errors import CkptError
 from ckpt_tools.tensors.catalogue import Tensor
-from ckpt_tools.tensors.gather import Gatherer, Slice, casting_on_one_core
+from ckpt_tools.tensors.gather import Gatherer, Slice
+from ckpt_tools.tensors.threads import casting_on_one_core
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +33,8 @@ _MAX_BATCH_BYTES = 32 << 20
 # Of a tensor that lies in many pieces, so much of each is worth a read.
 _WORTHWHILE_READ = 64 << 10
 _ALIGNMENT = 16
+_SAMPLE = 256
+_SAMPLES_PER_TENSOR = 64
 
 
 class Window(NamedTuple):
@@ -207,13 +209,53 @@ class Meter:
                 self._progress(self._done, self._total)
 
 
+def first_difference(
+    gatherer: Gatherer, a: Tensor, b: Tensor, windows: Iterable[tuple[int, int]] | None = None
+) -> int | None:
+    """Index of the first flat element that differs in a bit, or None.
+
+    Args:
+        gatherer: reads both.
+        a: a tensor.
+        b: another, of the same dtype and number of elements.
+        windows: which elements to compare, as starts and stops; all by default.
+    """
+    if a.dtype != b.dtype or a.numel != b.numel:
+        raise ValueError("only tensors of one dtype and size can be compared")
+    for start, stop in (
+        (window[1:] for window in windows_of([(a,)])) if windows is None else windows
+    ):
+        left, right = (gatherer.window(tensor, start, stop) for tensor in (a, b))
+        if not same_bits(left, right):
+            return start + int(unequal_elements(left, right).nonzero()[0])
+    return None
+
+
+def sample_windows(tensor: Tensor) -> Iterator[tuple[int, int]]:
+    """A few windows, as starts and stops, at the ends of the tensor and of the runs that it is read from."""
+    count = min(max(tensor.pieces, 2), _SAMPLES_PER_TENSOR)
+    starts = {0, max(tensor.numel - _SAMPLE, 0)}
+    starts |= {tensor.numel * i // count for i in range(count)}
+    for start in sorted(starts):
+        if start < tensor.numel:
+            yield start, min(start + _SAMPLE, tensor.numel)
+
+
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two flat tensors of as many bytes hold the same bytes."""
     import torch
 
     left, right = a.view(torch.uint8), b.view(torch.uint8)
     whole = len(left) // 8 * 8
-    # Eight bytes at a time: a comparison of bytes takes seven times as long.
+    # Eight bytes at a time: a comparison of single bytes takes seven times as long.
     return torch.equal(
         left[:whole].view(torch.int64), right[:whole].view(torch.int64)
     ) and torch.equal(left[whole:], right[whole:])
+
+
+def unequal_elements(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """A mask of the elements that differ in a bit, of two flat tensors of one dtype and size."""
+    import torch
+
+    unequal = a.view(torch.uint8) != b.view(torch.uint8)
+    return unequal.view(-1, a.element_size()).any(dim=1)

@@ -1,12 +1,12 @@
-"""Clean saves from a training that runs: what a conversion of its checkpoint would write, without one.
+"""Saves a model in training as a Hugging Face directory, without a checkpoint on disk.
 
     from ckpt_tools import training
 
     training.save(model, "model-step-1000", accelerator=accelerator, tokenizer=tokenizer)
 
-Every rank calls it with the model as it is wrapped. Each rank's memory is a place that bytes are read from,
-and the pipelines of conversion do the rest; so the result is theirs, byte for byte. The only room that may
-import deepspeed, which it does where the model came with it. Knows nothing of the command line.
+Every rank calls ``save`` with the wrapped model. The memory of each rank is a place that bytes are read from.
+The pipeline of conversion does the rest, so the directory is the one that a conversion writes, byte for byte.
+This is the only room that imports deepspeed, and only if the model is a DeepSpeed engine.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["CleanCheckpointCallback", "save"]
 
 
 def __getattr__(name: str) -> Any:
-    # Its base class is transformers', which takes seconds to import.
+    # Its base class comes from transformers, which takes seconds to import.
     if name != "CleanCheckpointCallback":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from ckpt_tools.training.callback import CleanCheckpointCallback

@@ -1,9 +1,8 @@
-"""What goes beside the weights of a live model: its config, tokenizer and adapter config, as files.
+"""The files beside the weights of a live model: its config, tokenizer and adapter config.
 
-Owns the way from live objects to the files that ``hub`` and ``adapter`` find
-near a checkpoint, so that a save and a conversion treat them alike. They are written to a directory that is
-gone after the save. The objects are asked for their own words; none is changed, and transformers and peft are
-not imported for it.
+Owns the step from live objects to the files that ``hub`` and ``model.adapter`` find near a checkpoint, so
+that a save and a conversion treat them alike. The files are in a temporary directory, which is removed
+after the save. The objects write the files themselves; no object is changed.
 """
 
 from __future__ import annotations
@@ -47,7 +46,8 @@ def beside(
         module: the model that is written, without wrappers.
         config: a config, its file or directory; None for the model's own.
         tokenizer: a tokenizer or processor, its directory, or None.
-        is_adapter: whether adapters of it are written: it is a PEFT model then, and the config its base's.
+        is_adapter: whether adapters are written: the module is a PEFT model then, and the config is that
+            of its base.
         is_needed: whether there must be a config.
 
     Raises:
@@ -77,12 +77,12 @@ def _config(model: Any, config: Any, home: Path, *, is_needed: bool) -> Path | N
         )
     data = json.loads(own.to_json_string(use_diff=True))
     if getattr(model, "config", None) is own:
-        # What save_pretrained of the model would write; a config alone may name another class or none.
+        # As save_pretrained of the model writes it; a config alone may name another class or none.
         data["architectures"] = [class_name(model)]
     path = home / "config.json"
     path.write_text(json.dumps(data), encoding="utf-8")
     generation = getattr(model, "generation_config", None)
-    # One that was made of the config says nothing that the config does not.
+    # A generation config that was made from the config adds nothing to it.
     if generation is not None and not getattr(generation, "_from_model_config", True):
         text = generation.to_json_string(use_diff=True)
         (home / "generation_config.json").write_text(text, encoding="utf-8")

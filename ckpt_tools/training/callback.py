@@ -1,9 +1,8 @@
 """Clean saves from the Transformers Trainer: every so many steps, and when training ends.
 
-Owns the directories that it wrote, and which of them are kept. What it wrote is noted in a ledger beside
-them, file by file with sizes and times, so that a run that is resumed knows them again. A directory in which
-anything was added or changed since is not its own any longer: it is neither replaced nor removed. How a save
-is made is the business of :mod:`ckpt_tools.training.saving`.
+Owns the directories that it wrote, and which of them are kept. A ledger beside them lists every file with its
+size and time, so that a resumed run recognises them. A directory in which a file was added or changed
+later is neither replaced nor removed. :mod:`ckpt_tools.training.saving` makes each save.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from ckpt_tools.conversion.options import PathLike
+from ckpt_tools.conversion.request import PathLike
 from ckpt_tools.errors import OutputFailed, UsageError
 from ckpt_tools.training.saving import save
 
@@ -50,7 +49,7 @@ class CleanCheckpointCallback(TrainerCallback):
         **options: Any,
     ) -> None:
         if every < 1 or (keep_last is not None and keep_last < 1):
-            raise UsageError(f"{every=} and {keep_last=}: neither can be less than 1")
+            raise UsageError(f"{every=}, {keep_last=}: both must be 1 or more")
         self.directory = Path(output_dir)
         self.every, self.keep_last, self.at_end = every, keep_last, at_end
         self.options = options
@@ -70,7 +69,7 @@ class CleanCheckpointCallback(TrainerCallback):
         target = self.directory / f"step-{state.global_step}"
         ledger = self._ledger()
         options = {"tokenizer": parts.get("processing_class"), "step": state.global_step}
-        # A run that was resumed comes by the same step again.
+        # A resumed run reaches the same step again.
         own = target.name in ledger and _files(target) == ledger[target.name]
         save(parts["model"], target, **{**options, "overwrite": own, **self.options})
         self._last = state.global_step

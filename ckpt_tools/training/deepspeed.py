@@ -1,9 +1,9 @@
-"""What a DeepSpeed engine's process holds: its slices under ZeRO-3, and its part of the masters.
+"""The part of a DeepSpeed engine's weights in this process: slices of parameters and of masters.
 
 Owns the attributes that DeepSpeed puts on parameters and optimizers. Under stage 3 each process holds
 ``ceil(numel / ranks)`` elements of every parameter, padded at the end of the last; nothing is gathered.
-Below stage 3 parameters are whole everywhere, and only masters are cut. DeepSpeed is imported where its own
-functions are called. Knows no names.
+Below stage 3 parameters are whole on every rank, and only masters are cut. DeepSpeed is imported where its
+own functions are called.
 
 Sources, read at 0.19.8: ``runtime/zero/partition_parameters.py`` (``_partition_param``), ``stage3.py``
 (``_get_fp32_opt_state_partition``), ``utils/tensor_fragment.py``, ``runtime/fp16/fused_optimizer.py``.
@@ -30,10 +30,10 @@ def is_sliced(parameter: Any) -> bool:
 
 
 def check_engine(engine: Any) -> None:
-    """Raise UnsupportedLayout for an engine whose processes hold other parts than data parallelism makes."""
+    """Raise UnsupportedLayout for an engine with pipeline, tensor or expert parallelism."""
     tensor_parallel = getattr(engine, "autotp_size", None)
     if getattr(engine, "has_moe_layers", False):
-        what = "experts that lie on different ranks"
+        what = "experts on different ranks"
     elif getattr(engine, "mp_world_size", 1) > 1 or (tensor_parallel and tensor_parallel() > 1):
         what = "tensor parallelism"
     else:
@@ -42,7 +42,7 @@ def check_engine(engine: Any) -> None:
 
 
 def check_parameter(name: str, parameter: Any) -> None:
-    """Raise UnsupportedLayout for an expert, or a part of a tensor, of which each rank has another."""
+    """Raise UnsupportedLayout for a parameter that differs between ranks: an expert, a part of a tensor."""
     if not getattr(parameter, "allreduce", True):
         what = "an expert"
     elif getattr(parameter, "tensor_model_parallel", False):
@@ -50,7 +50,7 @@ def check_parameter(name: str, parameter: Any) -> None:
     else:
         return
     raise UnsupportedLayout(
-        f"{what}, of which each rank has another", tensor=name, hint=_SAVE_WITH_ENGINE
+        f"{what} that differs between ranks", tensor=name, hint=_SAVE_WITH_ENGINE
     )
 
 
@@ -98,11 +98,11 @@ def _rank(parameter: Any) -> int:
 
 
 class Masters:
-    """The optimizer's copies of the parameters.
+    """The master weights of the parameters.
 
     Args:
-        engine: the engine; None where only the parameters are at hand.
-        parameters: the parameters, which under ZeRO know their optimizer.
+        engine: the engine; None if only the parameters are known.
+        parameters: the parameters; under ZeRO they refer to their optimizer.
     """
 
     def __init__(self, engine: Any, parameters: Iterable[Any]) -> None:
@@ -113,7 +113,7 @@ class Masters:
         self._runs = _reordered_runs(optimizer)
 
     def of(self, name: str, parameter: Any) -> Held | None:
-        """This process's part of a parameter's master; None where the optimizer has none.
+        """The part of a parameter's master in this process; None if the optimizer keeps no master.
 
         Raises:
             UnsupportedLayout: it is on NVMe.
@@ -127,7 +127,7 @@ class Masters:
         if not hasattr(parameter, "_hp_mapping"):
             return None
         fragment = parameter._hp_mapping
-        if fragment is None:  # other processes have all of it
+        if fragment is None:  # other processes hold all of it
             return _run(name, parameter, 0, 0, None)
         start, count = fragment.lp_fragment_address.start, fragment.lp_fragment_address.numel
         return _run(name, parameter, start, start + count, fragment.hp_fragment)
@@ -147,13 +147,14 @@ def _run(name: str, parameter: Any, start: int, stop: int, values: Any) -> Held:
 def _reordered_runs(optimizer: Any) -> dict[int, tuple[int, int, Any]]:
     """Under ``round_robin_gradients``, each parameter's run in this process's partition, by its id.
 
-    The parameters' own mappings are of the order before the reordering, and so of other parameters' values.
+    The mappings of the parameters state the order before the reordering, so they point at values of other
+    parameters.
     """
     if not getattr(optimizer, "round_robin_gradients", False):
         return {}
     if not hasattr(optimizer, "round_robin_bit16_offsets"):
         raise UnsupportedLayout(
-            "masters under round_robin_gradients of this DeepSpeed are not known here",
+            "this DeepSpeed keeps masters under round_robin_gradients in an unknown layout",
             hint=_NO_MASTERS,
         )
     from deepspeed import comm
@@ -172,9 +173,9 @@ def _reordered_runs(optimizer: Any) -> dict[int, tuple[int, int, Any]]:
 
 
 def _sliced_master(name: str, parameter: Any) -> Held | None:
-    """The slice of a master under ZeRO-3: as many elements as of the parameter, in a flat group.
+    """The slice of a master under ZeRO-3, in a flat group; as many elements as the slice of the parameter.
 
-    DeepSpeed's ``safe_get_local_fp32_param`` copies each to the accelerator, all of them in the end.
+    DeepSpeed's ``safe_get_local_fp32_param`` copies each slice to the accelerator.
     """
     optimizer = getattr(parameter, "_z3_optimizer", None)
     if optimizer is None or not parameter.requires_grad:
@@ -195,7 +196,7 @@ def _not_here(name: str) -> UnsupportedLayout:
 
 
 def _whole_masters(optimizer: Any) -> dict[int, Any]:
-    """Of the optimizers without ZeRO, each parameter's master by its id."""
+    """Without ZeRO: the master of each parameter, by the id of the parameter."""
     held: dict[int, Any] = {}
     groups = getattr(optimizer, "fp16_groups", ())
     if hasattr(optimizer, "fp32_groups_flat"):

@@ -1,7 +1,7 @@
 """The part of a DTensor that this process holds: FSDP2, tensor parallelism, both.
 
-Owns the way from a live DTensor to the arithmetic of placements, which is that of the files
-(:mod:`ckpt_tools.readers.dtensor`). Nothing is gathered and no other process is asked. Knows no frameworks.
+Owns the step from a live DTensor to the arithmetic of placements, which files use too
+(:mod:`ckpt_tools.readers.dtensor`). Nothing is gathered, and no other process is asked.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ def is_dtensor(value: object) -> bool:
 
 
 def held_of(name: str, kind: Kind, value: Any) -> Held:
-    """What this process holds of a DTensor.
+    """The part of a DTensor in this process.
 
     Raises:
-        UnsupportedLayout: a sum that was not carried out, or a local part that is no plain tensor.
+        UnsupportedLayout: a partial sum, or a local part that is not a plain tensor.
     """
     local, shape = value._local_tensor.detach(), tuple(value.shape)
     if hasattr(local, "__tensor_flatten__"):
@@ -34,7 +34,7 @@ def held_of(name: str, kind: Kind, value: Any) -> Held:
         )
     mesh, coordinate = tuple(value.device_mesh.shape), value.device_mesh.get_coordinate()
     placements = [_placement(each, name) for each in value.placements]
-    # The first coordinate has a part as large as any.
+    # The part at the first coordinate is the largest.
     room = _numel(local_spans(shape, mesh, (0,) * len(mesh), placements))
     pieces: tuple[Piece, ...] = ()
     if coordinate is not None and local.numel():
@@ -44,7 +44,7 @@ def held_of(name: str, kind: Kind, value: Any) -> Held:
                 f"its local part has {local.numel():,} elements where its placements give "
                 f"{_numel(spans):,}",
                 tensor=name,
-                hint="It is padded, or torch shards in a way that is not known here.",
+                hint="It is padded, or torch shards it in an unknown way.",
             )
         boxes = list(local_boxes(spans))
         if len(boxes) == 1:
@@ -63,7 +63,7 @@ def _placement(placement: Any, name: str) -> Sharding | None:
         raise UnsupportedLayout(
             f"its placement {kind} is not written",
             tensor=name,
-            hint="A partial tensor is a sum that was not carried out: redistribute it first.",
+            hint="A partial tensor is a sum that was not carried out. Redistribute it first.",
         )
     return Sharding(placement.dim, getattr(placement, "split_factor", 1))
 

@@ -1,6 +1,6 @@
-"""What a model in training says of itself: step, ranks, framework.
+"""Facts of a model in training: step, ranks, framework.
 
-The words are those that the reader of the framework's own checkpoint has. Knows no tensors.
+The texts are the same as those of the reader of the framework's own checkpoint.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _ENGINE = "DeepSpeedEngine"
 
 @dataclass(frozen=True)
 class Facts:
-    """What a checkpoint says of itself besides its tensors; see ``Checkpoint``."""
+    """Facts of a checkpoint beside its tensors; see ``Checkpoint``."""
 
     step: int | None
     world_size: int | None
@@ -39,7 +39,7 @@ def facts_of(model: Unwrapped, step: int | None, ranks: int) -> Facts:
 
 
 def engine_of(model: Unwrapped, accelerator: Any) -> Any:
-    """The DeepSpeed engine of a model that was passed without it, where the accelerator knows it."""
+    """The DeepSpeed engine of the model: that of the wrapper, or the one that the accelerator made."""
     for prepared in [] if accelerator is None else accelerator._models:
         if is_a(prepared, _ENGINE) and prepared.module is model.module:
             return prepared

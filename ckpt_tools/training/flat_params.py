@@ -21,7 +21,7 @@ _FLAT = "_flat_param"
 
 
 class _Flat(NamedTuple):
-    """A parameter in a flat one: its place among those of its handle."""
+    """A parameter inside a flat parameter: its position among those of its handle."""
 
     handle: Any
     position: int
@@ -33,7 +33,7 @@ def is_flat(module: Any) -> bool:
 
 
 def check_parameter(name: str, parameter: Any) -> None:
-    """Raise UnsupportedLayout for a view of a flat parameter of a wrapper that is not known."""
+    """Raise UnsupportedLayout for a view of a flat parameter whose wrapper was not passed."""
     if getattr(parameter, "_fsdp_flattened", False):
         raise UnsupportedLayout(
             "it is part of an FSDP wrapper that was not passed",
@@ -47,7 +47,7 @@ def _is_wrapper(module: Any) -> bool:
 
 
 def holding_of(module: Any) -> Holding:
-    """What this process holds of a module.
+    """The parts of a module's tensors in this process.
 
     Raises:
         UnsupportedLayout: buffers that FSDP keeps in another dtype than it saves; a parameter whose elements
@@ -78,13 +78,13 @@ def holding_of(module: Any) -> Holding:
 def _managed(
     module: Any,
 ) -> tuple[dict[int, dict[str, _Flat]], dict[int, dict[str, tuple[int, str]]]]:
-    """By a module's id, its parameters in flat ones, and its second names of such."""
+    """By the id of a module: its parameters inside flat parameters, and second names of these."""
     flat: dict[int, dict[str, _Flat]] = {}
     aliases: dict[int, dict[str, tuple[int, str]]] = {}
     handles: dict[int, Any] = {}
     for wrapper in filter(_is_wrapper, module.modules()):
         _check_buffers(wrapper)
-        # Those of wrappers around the module too, which the Trainer's callbacks do not get.
+        # Handles of wrappers around the module count too; callbacks of the Trainer do not get those wrappers.
         around = getattr(getattr(wrapper, "_exec_order_data", None), "all_handles", ())
         handles |= {id(h): h for h in (getattr(wrapper, "_handle", None), *around) if h is not None}
     for handle in handles.values():
@@ -100,7 +100,9 @@ def _run(name: str, handle: Any, position: int) -> Held:
     parameter = handle.flat_param
     shape = tuple(parameter._shapes[position])
     if not all(parameter._contiguities[position : position + 1]):
-        raise UnsupportedLayout("FSDP keeps it in an order of its own", tensor=name)
+        raise UnsupportedLayout(
+            "FSDP keeps its elements in another order than row-major", tensor=name
+        )
     shard = getattr(parameter, "_local_shard", parameter).detach()
     info = parameter._shard_param_infos[position]
     pieces: tuple[Piece, ...] = ()
@@ -114,7 +116,7 @@ def _run(name: str, handle: Any, position: int) -> Held:
 
 
 def _check_buffers(wrapper: Any) -> None:
-    """Raise UnsupportedLayout for buffers that were cast: what is saved of them is cast back."""
+    """Raise UnsupportedLayout for buffers that FSDP cast: a checkpoint holds them cast back."""
     before = getattr(wrapper, "_buffer_name_to_orig_dtype", {})
     for name, buffer in wrapper.named_buffers():
         clean = name.replace(_WRAPPED, "")

@@ -1,9 +1,8 @@
-"""What one process holds of a model in training: tensors whole, or pieces of them.
+"""The tensors of a model in training that one process holds: whole, or pieces of them.
 
-A :class:`Held` tensor is the live tensor itself, with the words that the catalogue has for it: which region
-of the whole it is. Nothing is copied, and nothing is asked of other processes. How a framework cuts its
-tensors is the business of the modules that make these values; how all processes' pieces become one checkpoint
-that of :mod:`ckpt_tools.training.live`.
+A :class:`Held` tensor is the live tensor itself, with the region of the whole tensor that it is. Nothing is
+copied, and no other process is asked. The module of each framework makes these values;
+:mod:`ckpt_tools.training.live` makes one checkpoint of those of all processes.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Held:
-    """What this process holds of one tensor.
+    """The part of one tensor in this process.
 
     Attributes:
         name: its name in the state of the module.
@@ -44,9 +43,9 @@ class Held:
         kind: trained parameter, frozen parameter or persistent buffer.
         dtype: element type.
         shape: sizes of the whole.
-        pieces: what is here of it; may be nothing.
+        pieces: the pieces in this process; may be empty.
         is_whole: whether every process holds all of it.
-        room: the most elements that any process holds of it, where that is known here.
+        room: the largest number of elements that any process holds, if known.
     """
 
     name: str
@@ -61,11 +60,11 @@ class Held:
 
 @dataclass(frozen=True)
 class Holding:
-    """What this process holds of a model.
+    """The part of a model in this process.
 
     Attributes:
         tensors: in the order of the module's state dict.
-        ties: for each second name of a tensor, the name it is listed under.
+        ties: for each second name of a tensor, the name under which it is listed.
     """
 
     tensors: tuple[Held, ...]
@@ -76,7 +75,7 @@ def dtype_of(tensor: torch.Tensor, name: str) -> DType:
     """Its element type.
 
     Raises:
-        UnsupportedLayout: it has no place in a checkpoint.
+        UnsupportedLayout: no checkpoint holds tensors of this dtype.
     """
     dtype = BY_NAME.get(str(tensor.dtype).removeprefix("torch."))
     if dtype is None:
@@ -88,7 +87,7 @@ def whole(name: str, copy: Copy, kind: Kind, tensor: torch.Tensor) -> Held:
     """A tensor that every process holds whole.
 
     Raises:
-        UnsupportedLayout: its elements are not in memory as a plain tensor's are.
+        UnsupportedLayout: its elements are not in memory as those of a plain tensor.
     """
     tensor = tensor.detach()
     if tensor.is_meta or tensor.is_sparse or hasattr(tensor, "__tensor_flatten__"):
@@ -105,14 +104,14 @@ def whole(name: str, copy: Copy, kind: Kind, tensor: torch.Tensor) -> Held:
 
 
 def kind_of(tensor: Any, is_buffer: bool) -> Kind:
-    """What an entry of a state dict is."""
+    """The kind of an entry of a state dict."""
     if is_buffer:
         return "buffer"
     return "parameter" if tensor.requires_grad else "frozen"
 
 
 def first_names(entries: Iterable[tuple[str, Any]]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The entries under their first names, and second names of the same objects."""
+    """The entries under their first names, and the second names of the same objects."""
     kept: dict[str, Any] = {}
     names: dict[int, str] = {}
     ties: dict[str, str] = {}

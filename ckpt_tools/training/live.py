@@ -1,14 +1,13 @@
-"""A model in training as a checkpoint: all processes' memory, read through one catalogue.
+"""A model in training as a checkpoint: the memory of all processes, read through one catalogue.
 
-Owns the step from what each process holds to one ``Checkpoint``. Each offers its
-pieces as a file, laid out so that equal slices lie at equal offsets on all ranks. What every rank holds whole
-is read by each from its own memory, if all have the same digest of it, and otherwise from the leader's. The
-leader alone puts the parts together and proves that they tile. Knows no frameworks and no outputs.
+Owns the step from the parts in each process to one ``Checkpoint``. Each process offers its pieces as a
+file, in which equal slices have equal offsets on all ranks. A tensor that every rank holds whole is read
+by each rank from its own memory if the digests agree, and otherwise from the leader's. The leader puts
+the parts together and proves that they cover each tensor once.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,17 +15,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING
 
 import xxhash
 
-from ckpt_tools.errors import AttributeNotFound, UnsupportedLayout
+from ckpt_tools.errors import AttributeNotFound, UnsupportedLayout, listed
 from ckpt_tools.ranks import Exchange, Ranks
-from ckpt_tools.readers.dcp.boxes import assembled
 from ckpt_tools.storage.pool import Pool
 from ckpt_tools.tensors.catalogue import Box, FlatRange, Fragment, Shape, Stored
 from ckpt_tools.tensors.checkpoint import LIVE, Checkpoint, Copy, Kind, Location, Weight
 from ckpt_tools.tensors.dtypes import DType
+from ckpt_tools.tensors.fragments import EvenSlices, assembled
 from ckpt_tools.training.facts import Facts
 from ckpt_tools.training.holding import Held, Holding
 from ckpt_tools.training.memory import Memory, Row, copy_bytes, synchronize
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
 _NAME = "weights in memory"
 _EVERYBODY, _LEADER = "everybody", "leader"
 _DIGEST_BYTES = 4 << 20
-_SHOWN = 6
 _SAME_MODEL = (
     "Every rank must pass the same model. Parts that only some ranks have (pipeline and expert parallelism) "
     "are not saved from memory."
@@ -47,11 +45,11 @@ _SAME_MODEL = (
 
 @dataclass(frozen=True)
 class _Told:
-    """What a rank tells the leader of a tensor that it holds.
+    """The message of a rank to the leader about a tensor that it holds.
 
     Attributes:
-        regions: the regions of its pieces, each with its byte in the rank's file.
-        digest: of a whole tensor that is to be read by everybody from their own memory.
+        regions: the regions of its pieces, each with its first byte in the rank's file.
+        digest: digest of a whole tensor that each rank is to read from its own memory.
     """
 
     name: str
@@ -64,43 +62,14 @@ class _Told:
     digest: int | None
 
 
-class EvenSlices(Sequence[Fragment]):
-    """The slices of a flattened tensor, equally long but for the last, each on the next rank.
-
-    Args:
-        files: the ranks' files.
-        offset: byte at which the slice lies in each.
-        length: elements of a slice.
-        numel: elements of the whole.
-    """
-
-    def __init__(self, files: Sequence[Path], offset: int, length: int, numel: int) -> None:
-        self._files, self._offset, self._length, self._numel = files, offset, length, numel
-
-    def __len__(self) -> int:
-        return math.ceil(self._numel / self._length) if self._numel else 0
-
-    @overload
-    def __getitem__(self, index: int) -> Fragment: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Fragment]: ...
-    def __getitem__(self, index: int | slice) -> Fragment | Sequence[Fragment]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        rank = range(len(self))[index]
-        start = rank * self._length
-        region = FlatRange(start, min(start + self._length, self._numel))
-        return Fragment(self._files[rank], self._offset, region)
-
-
 @contextmanager
 def offered(
     ranks: Ranks | None, holding: Holding, facts: Facts, shared: Collection[str] | None
 ) -> Iterator[Checkpoint | None]:
-    """Offer this process's memory to all, and put theirs together. All ranks enter and leave it together.
+    """Offer the memory of this process to all ranks, and read theirs. All ranks enter and leave together.
 
     Args:
-        ranks: the ranks, in a session; None for a process alone.
+        ranks: the ranks, in a session; None for a single process.
         holding: what this process holds.
         facts: of the checkpoint.
         shared: names of whole parameters that each rank is to read from its own memory; None for all.
@@ -137,7 +106,7 @@ def offered(
 
 
 def part_of(checkpoint: Checkpoint, attribute: str) -> Checkpoint:
-    """The checkpoint of one attribute of a composite model, as if it had been trained by itself.
+    """The checkpoint of one attribute of a composite model, as if it were a model of its own.
 
     Raises:
         AttributeNotFound: there is none of this name.
@@ -202,7 +171,7 @@ _Table = tuple[tuple[_Told, ...], Mapping[str, str]]
 
 
 def _checkpoint(tables: Sequence[_Table], pool: Pool, facts: Facts) -> Checkpoint:
-    """The ranks' tables as one checkpoint."""
+    """The tables of all ranks as one checkpoint."""
     first, ties = tables[0]
     for rank, table in enumerate(tables[1:], start=1):
         _agree(tables[0], table, rank)
@@ -225,8 +194,7 @@ def _checkpoint(tables: Sequence[_Table], pool: Pool, facts: Facts) -> Checkpoin
         weights[told.name] = replace(weight, **copies)  # type: ignore[arg-type]
     remarks: tuple[str, ...] = ()
     if differing:
-        more = f" and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
-        names = ", ".join(differing[:_SHOWN]) + more
+        names = listed(differing)
         remarks = (f"differ from rank to rank, rank 0's are taken: {names}",)
     paths = pool.path().iterdir()
     return Checkpoint(
@@ -246,7 +214,7 @@ def _agree(first: _Table, other: _Table, rank: int) -> None:
     """Raise UnsupportedLayout unless two ranks hold parts of the same tensors."""
 
     def facts(table: _Table) -> list[tuple[object, ...]]:
-        # A rank without a part of a master does not know its dtype.
+        # A rank that holds no part of a master does not know its dtype.
         return [
             (t.name, t.copy, t.kind, t.shape, t.is_whole, t.dtype if t.copy == "model" else None)
             for t in table[0]
@@ -257,14 +225,14 @@ def _agree(first: _Table, other: _Table, rank: int) -> None:
         return
     odd = next((a or b for a, b in zip_longest(mine, its) if a != b), None)
     raise UnsupportedLayout(
-        f"rank {rank} holds other tensors than rank 0",
+        f"the tensors of rank {rank} are not those of rank 0",
         tensor=None if odd is None else str(odd[0]),
         hint=_SAME_MODEL,
     )
 
 
 def _joined(parts: Sequence[_Told], files: Sequence[Path], source: Path) -> Stored:
-    """A tensor of which each rank holds a part; of a region that several hold, the first's is read.
+    """A tensor of which each rank holds a part. A region that several ranks hold is read from the first.
 
     Raises:
         UnsupportedLayout: they hold it in several dtypes.
@@ -298,7 +266,7 @@ def _start(fragment: Fragment) -> int:
 
 
 def _compact(stored: Stored, files: Sequence[Path]) -> Stored:
-    """The same with its slices told by one number where they are even: a plan of a thousand ranks is sent."""
+    """The same tensor; even slices are stated by one number, so a plan for many ranks stays small."""
     if not stored.fragments or not isinstance(stored.fragments[0].region, FlatRange):
         return stored
     first = stored.fragments[0]

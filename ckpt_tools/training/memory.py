@@ -1,9 +1,8 @@
 """The memory of this process as a place with files: live tensors, read by byte ranges.
 
-What is read is copied from the tensors as they are, range by range, from whatever device they are on: the
-memory that reading takes is that of the buffer that is filled. A file here is a row of tensors at fixed
-offsets, each aligned for its elements; bytes between them read as zeros. Knows tensors and bytes; knows no
-names of tensors, no frameworks and no ranks.
+Reading copies ranges of the tensors from any device into the caller's buffer; it takes no other memory. A
+file is a row of tensors at fixed offsets, each aligned to its element size. Bytes between tensors are
+zero.
 """
 
 from __future__ import annotations
@@ -36,13 +35,13 @@ class Row:
         self.size = 0
 
     def reserve(self, nbytes: int) -> int:
-        """Where the next ``nbytes`` begin; they are at the end of the file then."""
+        """Reserve ``nbytes`` at the end of the file, and return their first byte."""
         offset = -(-self.size // ALIGNMENT) * ALIGNMENT
         self.size = offset + nbytes
         return offset
 
     def put(self, offset: int, tensor: torch.Tensor) -> None:
-        """Let the bytes from ``offset`` on be the tensor's, in row-major order. In rising order."""
+        """Put the bytes of the tensor at ``offset``, in row-major order. Offsets must rise."""
         self._offsets.append(offset)
         self._tensors.append(tensor)
 
@@ -69,10 +68,10 @@ class Row:
 
 
 class Memory:
-    """A place whose files are rows of live tensors; to be closed after use, for it holds on to them.
+    """A place whose files are rows of live tensors. It keeps them alive until it is closed.
 
     Attributes:
-        label: what it is called in messages.
+        label: its name in messages.
     """
 
     def __init__(self, label: str, rows: Mapping[str, Row]) -> None:
@@ -96,16 +95,16 @@ class Memory:
 
 
 def synchronize(tensors: Sequence[torch.Tensor]) -> None:
-    """Wait until the devices that hold the tensors have done what was asked of them."""
+    """Wait until the devices that hold the tensors have finished their work."""
     import torch
 
     for device in {tensor.device for tensor in tensors if tensor.device.type != "cpu"}:
-        # torch.accelerator is of torch 2.6.
+        # torch.accelerator is new in torch 2.6.
         (getattr(torch, "accelerator", None) or getattr(torch, device.type)).synchronize(device)
 
 
 def copy_bytes(tensor: torch.Tensor, start: int, into: memoryview) -> None:
-    """Fill ``into`` with bytes of a tensor, from byte ``start`` of its row-major order on."""
+    """Fill ``into`` with the bytes of a tensor, from byte ``start`` of its row-major order."""
     import torch
 
     target = torch.frombuffer(into, dtype=torch.uint8)

@@ -1,9 +1,8 @@
-"""The clean save of a model in training: what a conversion of its checkpoint would write, without one.
+"""Saves a model in training: the directory that a conversion of its checkpoint writes, without a checkpoint.
 
-Owns the arguments of :func:`save` and the order of things. A live model becomes a checkpoint that lies in
-the memory of all ranks, and the pipelines of conversion do the rest: the leader plans, every rank writes its
-share of the bytes, and what lies in another rank's memory is asked for in bounded blocks. Nothing is
-gathered. Knows no frameworks and no layouts.
+Owns the arguments of :func:`save` and the order of its steps. A live model becomes a checkpoint whose
+bytes are in the memory of all ranks. The pipeline of conversion does the rest: the leader plans, and
+every rank writes its share. Bytes of other ranks arrive in bounded blocks; nothing is gathered.
 """
 
 from __future__ import annotations
@@ -15,12 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckpt_tools.conversion.extraction import Extraction, run_extraction
-from ckpt_tools.conversion.pipeline import Clock, Request, run
+from ckpt_tools.conversion.extraction import prepare_adapters
+from ckpt_tools.conversion.models import prepare_model
+from ckpt_tools.conversion.pipeline import Clock, run
+from ckpt_tools.conversion.request import Request
 from ckpt_tools.errors import UsageError
-from ckpt_tools.hub import AssetOptions
-from ckpt_tools.model.state import DTypeChoice, only_state
+from ckpt_tools.model.state import DTypeChoice
 from ckpt_tools.ranks import Ranks, from_process_group
+from ckpt_tools.tensors.threads import default_workers
 from ckpt_tools.training.beside import beside
 from ckpt_tools.training.facts import engine_of, facts_of
 from ckpt_tools.training.holding import Holding
@@ -28,13 +29,11 @@ from ckpt_tools.training.live import offered, part_of
 from ckpt_tools.training.state_dict import holding_of
 from ckpt_tools.training.wrappers import attribute_of, innermost, unwrapped
 from ckpt_tools.transforms.prefixes import strip_wrappers
-from ckpt_tools.writing.bytes import default_workers
 from ckpt_tools.writing.delivery import follow
-from ckpt_tools.writing.output import Writing
 
 if TYPE_CHECKING:
-    from ckpt_tools.conversion.options import PathLike
     from ckpt_tools.conversion.report import Report
+    from ckpt_tools.conversion.request import PathLike
 
 TIMEOUT_SECONDS = 600.0
 
@@ -63,14 +62,14 @@ def save(
 ) -> Report:
     """Save a model in training as a Hugging Face directory.
 
-    To be called on every rank, with the same arguments, between two steps. The directory is, byte for
+    Call it on every rank, with the same arguments, between two steps. The directory equals, byte for
     byte, the one that :func:`ckpt_tools.consolidate` (or ``extract_lora``) makes from the framework's own
-    checkpoint of the same step; only the manifest says that it is from memory. It appears when it is
-    complete. No rank gathers the model: each reads its own memory, and asks the others for what it writes of
-    theirs, in buffers whose size does not depend on the model.
+    checkpoint of the same step; only the manifest differs. It appears when it is complete. No rank
+    gathers the model: each rank reads its own memory and asks the others for the bytes that it writes, in
+    buffers whose size does not depend on the model.
 
     Args:
-        model: what training calls: the model itself, or wrapped by Accelerate, DistributedDataParallel,
+        model: the model that training calls: bare, or wrapped by Accelerate, DistributedDataParallel,
             DeepSpeed (stages 0 to 3), FSDP1 or FSDP2; or a DeepSpeed engine.
         output_dir: the directory to make; the same for all ranks.
         accelerator: the accelerator that prepared the model, if one did.
@@ -82,22 +81,22 @@ def save(
             optimizer's fp32 masters where it keeps any; ``bf16`` and ``fp16`` cast those.
         max_shard_size: bytes, or a number with a decimal unit.
         config: the model's config, its file or directory; by default the model's own.
-        base_model: what an adapter's base is called, where its config does not say.
-        weights_only: save weights alone: no config, no tokenizer, names as they are.
+        base_model: name of an adapter's base, if its config does not state it.
+        weights_only: save weights alone: no config, no tokenizer, names unchanged.
         card: write a model card, ``README.md``.
         overwrite: replace an existing output once the new one is complete.
         verify: verify every byte before the output appears.
         sha256: write ``SHA256SUMS``.
         step: optimizer steps taken, for the card; by default what a DeepSpeed engine counts.
         workers: number of threads of each rank; by default the machine's processors divided among its ranks.
-        timeout: seconds that a rank may make no progress before the others give up on it.
+        timeout: seconds without progress after which the other ranks give a rank up.
 
     Returns:
         What was done, on every rank.
 
     Raises:
-        UnsupportedLayout: tensors lie where or in a way that they are not read: on NVMe, cut by pipeline,
-            tensor or expert parallelism of DeepSpeed, quantised slices.
+        UnsupportedLayout: tensors that cannot be read: on NVMe, cut by pipeline, tensor or expert
+            parallelism of DeepSpeed, quantised slices.
         MissingAsset: the model has no config, or OLMo's end tokens are not in the tokenizer.
         RankFailed: another rank failed, was lost, or made no progress; no output appears.
         CkptError: see :mod:`ckpt_tools.errors`; no output appears.
@@ -131,62 +130,49 @@ def save(
                 is_needed=adapter is None and not weights_only,
             )
         )
-        generation = os.fspath(generation_config)
-        assets = AssetOptions(files.config, files.tokenizer, generation_config=generation)
-        writing = Writing(
-            threads,
+        request = Request(
+            command=_command(adapter, attribute),
+            output=Path(output_dir),
+            attribute=attribute,
+            adapter=adapter,
+            adapter_config=files.adapter_configs,
+            base_model=base_model,
+            names_base=False,
+            config=files.config,
+            tokenizer=files.tokenizer,
+            generation_config=os.fspath(generation_config),
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            weights_only=weights_only,
+            card=card,
+            workers=threads,
             overwrite=overwrite,
             sha256=sha256,
             verify=verify,
             ranks=ranks,
             resumable=False,
         )
-        target = Path(output_dir)
-        if adapter is not None:
-            extraction = Extraction(
-                target=target,
-                adapter=adapter,
-                adapter_config=files.adapter_configs,
-                lora_alpha=None,
-                base_model=base_model,
-                assets=assets,
-                dtype=dtype,
-                copy="master",
-                check_all_masters=False,
-                writing=writing,
-                needs_base=False,
-            )
-            source = checkpoint if attribute is None else part_of(checkpoint, attribute)
-            report = run_extraction(source, extraction, Clock())
+        if adapter is None:
+            report = run([checkpoint], request, prepare_model, Clock())
         else:
-            request = Request(
-                target=target,
-                attribute=attribute,
-                combine=only_state,
-                title=None,
-                beside=(),
-                dtype=dtype,
-                copy="master",
-                assets=assets,
-                max_shard_size=max_shard_size,
-                weights_only=weights_only,
-                card=card,
-                trust_remote_code=False,
-                check_all_masters=False,
-                writing=writing,
-                command="consolidate" if attribute is None else "extract-attr",
-                beside_tensors={},
-            )
-            report = run([checkpoint], request, Clock())
+            source = checkpoint if attribute is None else part_of(checkpoint, attribute)
+            report = run([source], request, prepare_adapters, Clock())
         if ranks is not None:
             ranks.put("report", report)
         return report
 
 
+def _command(adapter: str | None, attribute: str | None) -> str:
+    """The command that makes the same directory of a checkpoint on disk."""
+    if adapter is not None:
+        return "extract-lora"
+    return "consolidate" if attribute is None else "extract-attr"
+
+
 def _wanted(
     holding: Holding, attribute: str | None, *, trained_only: bool
 ) -> Collection[str] | None:
-    """Names of what will be written, as far as can be told before planning; None for everything."""
+    """Names of the tensors that will be written, as far as known before planning; None for all."""
     if attribute is None and not trained_only:
         return None
     names = strip_wrappers([*(held.name for held in holding.tensors), *holding.ties]).names
@@ -203,18 +189,18 @@ def _wanted(
 
 
 def _check_adapter(module: Any, adapter: str | None, *, weights_only: bool) -> None:
-    """Raise UsageError unless the adapter is there, and for a PEFT model without one to save."""
+    """Raise UsageError for an adapter that the model lacks, and for a PEFT model if none is named."""
     known = dict(module.peft_config) if hasattr(module, "get_base_model") else {}
     if adapter is None:
         if known and not weights_only:
             raise UsageError(
                 f"the model has adapters: {', '.join(known)}",
-                hint=f"Pass adapter={next(iter(known))!r}: the adapter alone is saved, as PEFT does.",
+                hint=f"Pass adapter={next(iter(known))!r}: This saves the adapter alone, as PEFT does.",
             )
     elif not known or adapter not in {*known, "all"}:
         raise UsageError(
             f"the model has no adapter {adapter!r}",
-            hint=f"It has: {', '.join(known) or 'none; it is no PEFT model'}.",
+            hint=f"It has: {', '.join(known) or 'none, because it is not a PEFT model'}.",
         )
 
 

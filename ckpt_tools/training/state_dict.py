@@ -1,9 +1,8 @@
-"""What this process holds of a module, entry by entry of its state dict.
+"""The part of a module in this process, entry by entry of its state dict.
 
-The state dict names the tensors, as in every checkpoint; its entries are the live tensors themselves, and
-each says by its attributes how it is cut. Under DeepSpeed, whose checkpoints call parameters by their place
-in the module, so do we. FSDP1 alone is not asked for a state dict, because it would gather one. Knows the
-kinds of entries; how each is cut is known to their modules.
+The state dict names the tensors, as in every checkpoint. Its entries are the live tensors; their
+attributes say how they are cut. Under DeepSpeed the names are those of ``named_parameters``, as in its
+checkpoints. FSDP1 is not asked for a state dict, because that would gather the model.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ from ckpt_tools.training.wrappers import Unwrapped
 
 
 def holding_of(model: Unwrapped, *, masters: bool) -> Holding:
-    """What this process holds.
+    """The part of a model in this process.
 
     Args:
         model: the model.
-        masters: whether the optimizer's copies are wanted too, where it keeps any.
+        masters: whether master weights are wanted too, if the optimizer keeps any.
 
     Raises:
-        UnsupportedLayout: a tensor lies in a way that is not known here, or a master is not in memory.
+        UnsupportedLayout: a tensor has an unknown layout, or a master is not in memory.
     """
     module = model.module
     if flat_params.is_flat(module):
@@ -45,7 +44,7 @@ def holding_of(model: Unwrapped, *, masters: bool) -> Holding:
             held.append(master)
         elif known is not None and _lacks_a_master(model, kind, value):
             raise UnsupportedLayout(
-                f"the masters of {type(model.engine.optimizer).__name__} are not known here",
+                f"the masters of {type(model.engine.optimizer).__name__} have an unknown layout",
                 tensor=name,
                 hint='dtype="auto" needs none.',
             )
@@ -68,7 +67,7 @@ def _is_of_deepspeed(model: Unwrapped, module: Any) -> bool:
 
 
 def _entries(module: Any, parameters: dict[int, str], *, by_place: bool) -> list[tuple[str, Any]]:
-    """Names and tensors of the state dict; what else a module keeps there is no weight."""
+    """Names and tensors of the state dict; other values there are not weights."""
     import torch
 
     entries = [
@@ -86,7 +85,7 @@ def _entries(module: Any, parameters: dict[int, str], *, by_place: bool) -> list
 
 
 def _lacks_a_master(model: Unwrapped, kind: Kind, value: Any) -> bool:
-    """Whether an engine must have a master of it that was not found."""
+    """Whether an engine must keep a master of the entry, but none was found."""
     return (
         model.engine is not None
         and getattr(model.engine, "optimizer", None) is not None

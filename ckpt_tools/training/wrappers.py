@@ -1,8 +1,7 @@
-"""What lies under the wrappers that training puts around a model.
+"""Unwraps a model in training.
 
-Owns the way from what a training loop calls its model to the module whose state a checkpoint would hold, and
-to the engine around it. Frameworks are told by the names of their classes, so that none is imported that did
-not come with the model. Knows nothing of tensors.
+Owns the step from the object that a training loop calls to the module whose state a checkpoint holds, and to
+the engine around it. Classes of frameworks are recognised by name, so that no framework is imported.
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ class Unwrapped:
     """A model in training.
 
     Attributes:
-        module: the module whose state a checkpoint would hold; wrappers may stand within.
+        module: the module whose state a checkpoint holds; it may contain wrappers.
         engine: the DeepSpeed engine around it.
-        outer: what was passed, and everything that was taken off.
+        outer: the object that was passed, and every wrapper that was taken off.
     """
 
     module: Any
@@ -39,7 +38,7 @@ class Unwrapped:
 
 
 def is_a(thing: object, *names: str) -> bool:
-    """Whether the thing is of a class of one of these names."""
+    """Whether the class of an object, or a base class, has one of these names."""
     return any(cls.__name__ in names for cls in type(thing).__mro__)
 
 
@@ -47,7 +46,7 @@ def unwrapped(model: Any) -> Unwrapped:
     """Take the outer wrappers off.
 
     Raises:
-        UsageError: it is no module.
+        UsageError: it is not a module.
         UnsupportedLayout: an engine of pipeline stages.
     """
     outer = [model]
@@ -55,7 +54,7 @@ def unwrapped(model: Any) -> Unwrapped:
     while True:
         if is_a(model, "PipelineEngine"):
             raise UnsupportedLayout(
-                "a pipeline-parallel engine: each rank has other layers",
+                "a pipeline-parallel engine: each rank holds other layers",
                 hint="Save with engine.save_checkpoint.",
             )
         if is_a(model, _ENGINE):
@@ -66,8 +65,8 @@ def unwrapped(model: Any) -> Unwrapped:
         outer.append(model)
     if not hasattr(model, "state_dict") or not hasattr(model, "named_modules"):
         raise UsageError(
-            f"a {type(outer[0]).__name__} is no model",
-            hint="Pass what accelerator.prepare or deepspeed.initialize returned for the model.",
+            f"a {type(outer[0]).__name__} is not a model",
+            hint="Pass the object that accelerator.prepare or deepspeed.initialize returned for the model.",
         )
     return Unwrapped(model, engine, tuple(outer))
 
@@ -99,7 +98,7 @@ def innermost(module: Any) -> Any:
 
 
 def attribute_of(module: Any, path: str) -> Any:
-    """The module at a dotted path, whether or not wrappers on the way are spelt out.
+    """The module at a dotted path; wrappers on the way may be named or left out.
 
     Raises:
         AttributeNotFound: there is none.
@@ -120,7 +119,7 @@ def _children(module: Any) -> dict[str, Any]:
 
 
 def class_name(module: Any) -> str:
-    """Name of a model's own class; FSDP2 makes a class of its own of it."""
+    """Name of the class of a model; FSDP2 derives a class from it."""
     cls = type(module)
     if any(base.__name__ == "FSDPModule" for base in cls.__bases__):
         cls = cls.__bases__[1]

@@ -11,14 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ckpt_tools.errors import UsageError
+from ckpt_tools.errors import UsageError, listed
 from ckpt_tools.tensors.catalogue import Catalogue, Computed, Shape, Tensor, Values
 from ckpt_tools.tensors.dtypes import FLOAT32, DType
 
 if TYPE_CHECKING:
     import torch
-
-_SHOWN = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,8 +77,7 @@ def average(states: Sequence[Catalogue], coefficients: Sequence[float] | None = 
         odd = sorted(set(first) ^ set(state))
         if odd:
             raise UsageError(
-                f"checkpoint {index} and the first differ in {len(odd)} names: "
-                f"{', '.join(odd[:_SHOWN])}",
+                f"checkpoint {index} and the first differ in {len(odd)} names: {listed(odd, 3)}",
                 hint="Only checkpoints of one architecture can be averaged.",
             )
         for name in first:

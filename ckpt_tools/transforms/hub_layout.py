@@ -16,7 +16,7 @@ from typing import Literal, TypeAlias
 from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout, UsageError
 from ckpt_tools.hub.reference import ReferenceModel, SavedTensor
 from ckpt_tools.hub.reference.recipes import Computed, Joined, Live, Recipe, Strided, leaves
-from ckpt_tools.tensors.catalogue import Catalogue, Shape, Tensor
+from ckpt_tools.tensors.catalogue import Catalogue, Tensor
 from ckpt_tools.tensors.derived import Concat, view
 
 Layout: TypeAlias = Literal["live", "hub", "same"]
@@ -30,23 +30,17 @@ class HubLayout:
         catalogue: the tensors in the order in which ``save_pretrained`` writes them, then tied names
             that the state holds a second tensor for, then those that the model does not have. Ties
             are under hub names, and what is kept is what ``save_pretrained`` keeps.
-        found: the layout that the state was in; ``same`` where the model has only one.
         renamed: old name of each tensor that only got a new name, and the new name.
         converted: hub name of each tensor that was made of others, and their names in the state.
-        missing: hub names that nothing in the state can make.
         unexpected: names of the state that the model does not have; they are kept.
         ignored: names of the state that ``save_pretrained`` never writes; they are left out.
-        mismatched: hub names whose shape is not the model's: the state's shape and the model's.
     """
 
     catalogue: Catalogue
-    found: Layout
     renamed: Mapping[str, str]
     converted: Mapping[str, tuple[str, ...]]
-    missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     ignored: tuple[str, ...]
-    mismatched: Mapping[str, tuple[Shape, Shape]]
 
 
 def hub_layout(catalogue: Catalogue, model: ReferenceModel) -> HubLayout:
@@ -76,11 +70,6 @@ def hub_layout(catalogue: Catalogue, model: ReferenceModel) -> HubLayout:
                 _prove_shapes(needed, state, model)
             tensors[name] = _built(recipe, {leaf: state[old] for leaf, old in needed.items()})
             origins[name] = tuple(needed.values())
-    mismatched = {
-        name: (tensor.shape, saved.shape)
-        for name, tensor in tensors.items()
-        if tensor.shape != (saved := model.saved.get(name) or model.tied[name]).shape
-    }
     renamed = {
         old: name
         for name, (old, *others) in origins.items()
@@ -97,17 +86,14 @@ def hub_layout(catalogue: Catalogue, model: ReferenceModel) -> HubLayout:
     ties = _ties(catalogue, origins, unexpected, model)
     return HubLayout(
         catalogue=Catalogue({n: t for n, t in tensors.items() if n not in ties}, ties),
-        found=found,
         renamed=renamed,
         converted={
             name: old
             for name, old in origins.items()
             if all(tensors[name] is not state[source] for source in old)
         },
-        missing=tuple(name for name in model.saved if name not in tensors),
         unexpected=unexpected,
         ignored=ignored,
-        mismatched=mismatched,
     )
 
 

@@ -36,7 +36,6 @@ _SAVED_MODULES = "modules_to_save"
 _PROMPTS = "prompt_encoder"
 # Modules that get_input_embeddings and get_output_embeddings of a language model name.
 _EMBEDDINGS = frozenset({"embed_tokens", "lm_head", "wte", "embed_in", "embed_out"})
-_SHOWN = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +137,12 @@ def adapted_names(names: Iterable[str]) -> AdaptedNames:
             outside.append(name)
     sorted_parts = {adapter: tuple(parts) for adapter, parts in adapters.items()}
     return AdaptedNames(sorted_parts, base, tuple(outside), live)
+
+
+def adapter_of(name: str) -> str | None:
+    """The adapter that a tensor belongs to; None for a tensor of the base."""
+    part = _part(name, name)
+    return None if part is None else part.adapter
 
 
 def is_adapted(names: Iterable[str]) -> bool:
@@ -278,10 +283,3 @@ def _part(name: str, inner: str) -> Part | None:
             module, tail = ".".join(segments[:index]), ".".join(segments[index + 2 :])
             return Part(name, module, segment, segments[index + 1], tail)
     return None
-
-
-def listed(names: Collection[str]) -> str:
-    """A few of the names, and how many more there are."""
-    first = list(names)[:_SHOWN]
-    more = f" and {len(names) - len(first)} more" if len(names) > len(first) else ""
-    return ", ".join(first) + more

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import permutations
 
-from ckpt_tools.errors import DamagedCheckpoint
+from ckpt_tools.errors import DamagedCheckpoint, listed
 from ckpt_tools.tensors.catalogue import Shape
-from ckpt_tools.transforms.lora import Part, listed, plain_name
+from ckpt_tools.transforms.lora import Part, plain_name
 
 
 @dataclass(frozen=True)

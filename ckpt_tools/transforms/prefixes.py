@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from ckpt_tools.errors import DamagedCheckpoint
+from ckpt_tools.tensors.catalogue import Catalogue
 
 # Written by torch's own wrappers at any depth.
 _ANYWHERE = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -32,20 +33,17 @@ class Stripped:
     removed: Mapping[str, int]
 
 
-def strip_wrappers(names: Collection[str], known: Collection[str] = ()) -> Stripped:
+def strip_wrappers(names: Collection[str]) -> Stripped:
     """Take wrapper segments out of ``names``.
 
     Args:
         names: all names of the state, second names of tied tensors included.
-        known: names that the model is known to have; a state that has them is left alone.
 
     Raises:
         DamagedCheckpoint: two names become one.
     """
     paths = {name: name.split(".") for name in names}
     removed: dict[str, int] = {}
-    if known and set(names) <= set(known):
-        return Stripped({name: name for name in names}, {})
     while (wrapper := _find_wrapper(paths.values())) is not None:
         depth = len(wrapper)
         hits = [name for name, path in paths.items() if path[:depth] == wrapper]
@@ -79,3 +77,10 @@ def _find_wrapper(paths: Collection[list[str]]) -> list[str] | None:
         if is_wrapper and (*parent, only) not in leaves:
             return [*parent, only]
     return None
+
+
+def rename(catalogue: Catalogue, names: Mapping[str, str]) -> Catalogue:
+    """The catalogue with every name, tied ones included, replaced by ``names[name]``."""
+    tensors = {names[name]: catalogue[name] for name in catalogue}
+    ties = {names[alias]: names[kept] for alias, kept in catalogue.ties.items()}
+    return Catalogue(tensors, ties)

@@ -1,7 +1,7 @@
-"""How a tensor was derived, as plain JSON, and back: what the manifest records of each output tensor.
+"""Owns the grammar of recipes: how an output tensor was derived, as JSON, and back.
 
-Owns the grammar. A recipe is a string, which is the name of a tensor of the first source, or an object
-whose ``op`` says what is done:
+The manifest records one recipe for each output tensor. A recipe is a string, the name of a tensor of the
+first source, or an object whose ``op`` names an operation:
 
     "model.norm.weight"
     {"op": "stored", "source": 1, "name": "model.norm.weight", "copy": "model"}
@@ -14,16 +14,14 @@ whose ``op`` says what is done:
     {"op": "column_norms", "of": R}
     {"op": "merged_bias", "base": R, "update": R, "scale": 2.0}
 
-``copy`` stands only where it is not the copy that ``Checkpoint.catalogue`` gives.
-The keys of each op are the fields of the class of the same sense in :mod:`ckpt_tools.tensors.derived`,
-:mod:`ckpt_tools.transforms.average` and :mod:`ckpt_tools.transforms.merge`. It must not know outputs, files
-or who keeps the recipes.
+``copy`` is present only if it differs from the copy that ``Checkpoint.catalogue`` gives. The operations are
+the classes of :mod:`ckpt_tools.tensors.derived`, :mod:`ckpt_tools.transforms.average` and
+:mod:`ckpt_tools.transforms.merge`, and the keys are their fields.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 from ckpt_tools.errors import DamagedCheckpoint, UsageError
@@ -38,12 +36,12 @@ Json: TypeAlias = bool | int | float | str | list["Json"] | dict[str, "Json"] | 
 
 
 class Leaf(NamedTuple):
-    """A tensor that lies in a source.
+    """A tensor of a source.
 
     Attributes:
-        source: which source, counted from 0.
+        source: the number of the source, from 0.
         name: its name in the :class:`~ckpt_tools.tensors.checkpoint.Checkpoint`.
-        copy: which copy of it, where it is not the one that the catalogue of the source gives.
+        copy: the copy, if it is not the one that the catalogue of the source gives.
     """
 
     source: int
@@ -52,12 +50,12 @@ class Leaf(NamedTuple):
 
 
 def leaves_of(source: int, checkpoint: Checkpoint, weights: Copy) -> dict[Leaf, Tensor]:
-    """Every tensor that a recipe can begin with, second names of tied tensors included.
+    """Every source tensor that a recipe can use, second names of tied tensors included.
 
     Args:
         source: the number of the source.
         checkpoint: the source.
-        weights: the copy that was chosen (``--weights``).
+        weights: the chosen copy (``--weights``).
     """
     found: dict[Leaf, Tensor] = {}
     for name, weight in checkpoint.weights.items():
@@ -76,9 +74,9 @@ def leaves_of(source: int, checkpoint: Checkpoint, weights: Copy) -> dict[Leaf, 
 
 
 def leaf_names(leaves: Mapping[Leaf, Tensor]) -> dict[int, Leaf]:
-    """For the ``id`` of each tensor the leaf that it is: what :func:`described` asks for.
+    """The leaf of each tensor, by the ``id`` of the tensor; :func:`described` takes this.
 
-    The tensors must stay alive for as long as the answer is used.
+    The tensors must stay alive as long as the result is used.
     """
     found: dict[int, Leaf] = {}
     for leaf, tensor in leaves.items():
@@ -90,33 +88,64 @@ def described(tensor: Tensor, names: Mapping[int, Leaf]) -> Json:
     """The recipe of a tensor.
 
     Args:
-        tensor: what was written.
-        names: for the ``id`` of each tensor of a source, the leaf that it is.
+        tensor: the written tensor.
+        names: the leaf of each source tensor, by the ``id`` of the tensor.
 
     Raises:
-        UsageError: it is made of a tensor of no source, or in a way that the grammar has no word for.
+        UsageError: the tensor uses a tensor of no source, or a class that the grammar does not cover.
     """
     leaf = names.get(id(tensor))
     if leaf is not None:
         return _of_leaf(leaf)
-    op = next((op for op, form in _FORMS.items() if type(tensor) is form.kind), None)
-    if op is None:
-        raise UsageError(f"nothing is known of where a {type(tensor).__name__} came from")
-    recipe: dict[str, Json] = {"op": op}
-    for key, field in _FORMS[op].fields.items():
-        recipe[key] = field.to_json(getattr(tensor, field.name or key), names)
-    return recipe
+
+    def of(part: Tensor) -> Json:
+        return described(part, names)
+
+    match tensor:
+        case Cast():
+            return {"op": "cast", "of": of(tensor.tensor), "dtype": str(tensor.dtype)}
+        case View():
+            return {
+                "op": "view",
+                "of": of(tensor.tensor),
+                "offset": tensor.offset,
+                "shape": list(tensor.shape),
+                "strides": list(tensor.strides),
+            }
+        case Concat():
+            return {"op": "concat", "of": [of(p) for p in tensor.parts], "axis": tensor.axis}
+        case Mean():
+            terms = [of(term) for term in tensor.tensors]
+            return {"op": "mean", "of": terms, "weights": list(tensor.weights)}
+        case Merged():
+            return {
+                "op": "merge",
+                "base": of(tensor.base),
+                "a": of(tensor.a),
+                "b": of(tensor.b),
+                "scale": tensor.scale,
+                "transposed": tensor.transposed,
+                "magnitude": None if tensor.magnitude is None else of(tensor.magnitude),
+                "expert": tensor.expert,
+                "experts": tensor.experts,
+            }
+        case ColumnNorms():
+            return {"op": "column_norms", "of": of(tensor.merged)}
+        case MergedBias():
+            base, update = of(tensor.base), of(tensor.update)
+            return {"op": "merged_bias", "base": base, "update": update, "scale": tensor.scale}
+    raise UsageError(f"the origin of a {type(tensor).__name__} is not known")
 
 
 def rebuilt(recipe: Json, leaves: Mapping[Leaf, Tensor]) -> Tensor:
     """The tensor that a recipe makes: the inverse of :func:`described`.
 
     Args:
-        recipe: what was recorded.
+        recipe: the recorded recipe.
         leaves: the tensors of all sources.
 
     Raises:
-        DamagedCheckpoint: it is no recipe, or a tensor that it names is in no source.
+        DamagedCheckpoint: it is not a recipe, or it names a tensor that no source has.
     """
     if _is_leaf(recipe):
         leaf = _leaf(recipe)
@@ -126,56 +155,87 @@ def rebuilt(recipe: Json, leaves: Mapping[Leaf, Tensor]) -> Tensor:
                 f"source {leaf.source} has no such tensor{copy}", tensor=leaf.name
             )
         return leaves[leaf]
-    op, form = _form(recipe)
-    assert isinstance(recipe, dict)
+    op, fields = _operation(recipe)
     try:
-        given = {
-            field.name or key: field.from_json(recipe[key], leaves)
-            for key, field in form.fields.items()
-        }
-        return _fitting(form.kind(**given))
+        return _fitting(_made(op, fields, leaves))
     except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise DamagedCheckpoint(f"its recipe cannot be followed: {op}: {error}") from error
 
 
 def recipe_leaves(recipe: Json) -> Iterator[Leaf]:
-    """The tensors of sources that a recipe names, as often as it names them.
+    """The source tensors that a recipe names, once for each use.
 
     Raises:
-        DamagedCheckpoint: it is no recipe.
+        DamagedCheckpoint: it is not a recipe.
     """
     if _is_leaf(recipe):
         yield _leaf(recipe)
-        return
-    _, form = _form(recipe)
-    assert isinstance(recipe, dict)
-    for key, field in form.fields.items():
-        if field.holds_recipes and recipe.get(key) is not None:
-            value = recipe[key]
-            for part in value if isinstance(value, list) else [value]:
-                yield from recipe_leaves(part)
+    else:
+        for part in _parts(recipe):
+            yield from recipe_leaves(part)
 
 
 def is_computed(recipe: Json) -> bool:
-    """Whether numbers are added or multiplied on the way, not only moved and rounded.
+    """Whether the recipe adds or multiplies numbers, and does not only move and round them.
 
     Raises:
-        DamagedCheckpoint: it is no recipe.
+        DamagedCheckpoint: it is not a recipe.
     """
     if _is_leaf(recipe):
         return False
-    op, form = _form(recipe)
-    assert isinstance(recipe, dict)
-    parts = [recipe.get(key) for key, field in form.fields.items() if field.holds_recipes]
-    inner = [p for part in parts for p in (part if isinstance(part, list) else [part])]
-    return op not in _MOVES or any(is_computed(part) for part in inner)
+    op, _ = _operation(recipe)
+    return op not in _MOVES or any(is_computed(part) for part in _parts(recipe))
+
+
+def _made(op: str, fields: Mapping[str, Any], leaves: Mapping[Leaf, Tensor]) -> Tensor:
+    """The tensor that an operation makes of its fields."""
+
+    def of(key: str = "of") -> Tensor:
+        return rebuilt(fields[key], leaves)
+
+    def each() -> tuple[Tensor, ...]:
+        return tuple(rebuilt(part, leaves) for part in _listed(fields["of"]))
+
+    def number(key: str, kind: type) -> Any:
+        return _checked(fields[key], kind)
+
+    def numbers(key: str, kind: type) -> tuple[Any, ...]:
+        return tuple(_checked(value, kind) for value in _listed(fields[key]))
+
+    match op:
+        case "cast":
+            return Cast(of(), BY_NAME[fields["dtype"]])
+        case "view":
+            return View(of(), number("offset", int), numbers("shape", int), numbers("strides", int))
+        case "concat":
+            return Concat(each(), number("axis", int))
+        case "mean":
+            return Mean(each(), numbers("weights", float))
+        case "merge":
+            return Merged(
+                of("base"),
+                of("a"),
+                of("b"),
+                number("scale", float),
+                number("transposed", bool),
+                None if fields["magnitude"] is None else of("magnitude"),
+                number("expert", int),
+                number("experts", int),
+            )
+        case "column_norms":
+            merged = of()
+            if not isinstance(merged, Merged):
+                raise TypeError("of is not a merge")
+            return ColumnNorms(merged)
+        case _:
+            return MergedBias(of("base"), of("update"), number("scale", float))
 
 
 def _fitting(tensor: Tensor) -> Tensor:
-    """The tensor, whose parts have shapes that can be computed with; the other classes see to that.
+    """The tensor, if the shapes of its parts allow the computation. Other classes check themselves.
 
     Raises:
-        ValueError: they have not.
+        ValueError: the shapes do not fit.
     """
     match tensor:
         case Mean(tensors, weights):
@@ -188,8 +248,6 @@ def _fitting(tensor: Tensor) -> Tensor:
             fits = not rest and rank > 0 and 0 <= tensor.expert < tensor.experts
             fits = fits and a.numel == a.shape[0] * columns and b.numel == a.shape[0] * rows
             fits = fits and (tensor.magnitude is None or tensor.magnitude.numel == rows)
-        case ColumnNorms(merged):
-            fits = isinstance(merged, Merged)
         case Merged():
             fits = False
         case _:
@@ -199,107 +257,17 @@ def _fitting(tensor: Tensor) -> Tensor:
     return tensor
 
 
-# -- the grammar -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Field:
-    """How one field of a derived tensor is written.
-
-    Attributes:
-        to_json: the field as JSON, given the names of leaves.
-        from_json: the field again, given the leaves.
-        name: the field in the class, where it is not the key in the recipe.
-        holds_recipes: whether its JSON is a recipe, a list of them, or null.
-    """
-
-    to_json: Callable[[Any, Mapping[int, Leaf]], Json]
-    from_json: Callable[[Any, Mapping[Leaf, Tensor]], Any]
-    name: str | None = None
-    holds_recipes: bool = False
-
-
-@dataclass(frozen=True)
-class _Form:
-    """A class of derived tensors and its fields by their keys in a recipe."""
-
-    kind: Callable[..., Tensor]
-    fields: Mapping[str, _Field]
-
-
-def _one(name: str | None = None) -> _Field:
-    return _Field(described, rebuilt, name, holds_recipes=True)
-
-
-def _many(name: str) -> _Field:
-    return _Field(
-        lambda tensors, names: [described(tensor, names) for tensor in tensors],
-        lambda recipes, leaves: tuple(rebuilt(recipe, leaves) for recipe in _listed(recipes)),
-        name,
-        holds_recipes=True,
-    )
-
-
-def _plain(kind: type) -> _Field:
-    return _Field(lambda value, _: value, lambda value, _: _checked(value, kind))
-
-
-def _several(kind: type) -> _Field:
-    return _Field(
-        lambda values, _: list(values),
-        lambda values, _: tuple(_checked(value, kind) for value in _listed(values)),
-    )
-
-
 def _checked(value: Any, kind: type) -> Any:
-    """A number as the kind of number that it was; JSON has one kind, and ``true`` is none."""
+    """A number of this kind. JSON has one kind of number, and ``true`` is not one."""
     if isinstance(value, bool) is not (kind is bool) or not isinstance(value, (kind, int)):
-        raise TypeError(f"{value!r}, which is no {kind.__name__}")
+        raise TypeError(f"{value!r} is not of type {kind.__name__}")
     return kind(value)
 
 
 def _listed(value: Any) -> list[Any]:
     if not isinstance(value, list):
-        raise TypeError(f"{value!r}, which is no list")
+        raise TypeError(f"{value!r} is not a list")
     return value
-
-
-_DTYPE = _Field(lambda dtype, _: str(dtype), lambda name, _: BY_NAME[name])
-_OPTIONAL = _Field(
-    lambda tensor, names: None if tensor is None else described(tensor, names),
-    lambda recipe, leaves: None if recipe is None else rebuilt(recipe, leaves),
-    holds_recipes=True,
-)
-_MOVES = {"cast", "view", "concat"}
-_FORMS = {
-    "cast": _Form(Cast, {"of": _one("tensor"), "dtype": _DTYPE}),
-    "view": _Form(
-        View,
-        {
-            "of": _one("tensor"),
-            "offset": _plain(int),
-            "shape": _several(int),
-            "strides": _several(int),
-        },
-    ),
-    "concat": _Form(Concat, {"of": _many("parts"), "axis": _plain(int)}),
-    "mean": _Form(Mean, {"of": _many("tensors"), "weights": _several(float)}),
-    "merge": _Form(
-        Merged,
-        {
-            "base": _one(),
-            "a": _one(),
-            "b": _one(),
-            "scale": _plain(float),
-            "transposed": _plain(bool),
-            "magnitude": _OPTIONAL,
-            "expert": _plain(int),
-            "experts": _plain(int),
-        },
-    ),
-    "column_norms": _Form(ColumnNorms, {"of": _one("merged")}),
-    "merged_bias": _Form(MergedBias, {"base": _one(), "update": _one(), "scale": _plain(float)}),
-}
 
 
 def _of_leaf(leaf: Leaf) -> Json:
@@ -327,13 +295,39 @@ def _leaf(recipe: Json) -> Leaf:
     raise DamagedCheckpoint(f"not a recipe: {recipe}")
 
 
-def _form(recipe: Json) -> tuple[str, _Form]:
+# The fields of each operation that hold a recipe, a list of recipes, or null.
+_PARTS = {
+    "cast": ("of",),
+    "view": ("of",),
+    "concat": ("of",),
+    "mean": ("of",),
+    "merge": ("base", "a", "b", "magnitude"),
+    "column_norms": ("of",),
+    "merged_bias": ("base", "update"),
+}
+_MOVES = {"cast", "view", "concat"}
+
+
+def _parts(recipe: Json) -> list[Json]:
+    """The recipes that an operation uses."""
+    op, fields = _operation(recipe)
+    held = [fields.get(key) for key in _PARTS[op]]
+    return [
+        part
+        for value in held
+        if value is not None
+        for part in (value if isinstance(value, list) else [value])
+    ]
+
+
+def _operation(recipe: Json) -> tuple[str, dict[str, Json]]:
+    """The name of an operation, and its fields."""
     op = recipe.get("op") if isinstance(recipe, dict) else None
-    if not isinstance(op, str) or op not in _FORMS:
+    if not isinstance(recipe, dict) or not isinstance(op, str) or op not in _PARTS:
         raise DamagedCheckpoint(
-            f"not a recipe: {op!r} is no operation"
+            f"not a recipe: {op!r} is not an operation"
             if isinstance(recipe, dict)
             else f"not a recipe: {recipe!r}",
-            hint="The manifest was written by a newer ckpt-tools, or was changed.",
+            hint="A newer ckpt-tools wrote the manifest, or the manifest was changed.",
         )
-    return op, _FORMS[op]
+    return op, recipe

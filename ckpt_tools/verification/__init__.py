@@ -17,14 +17,13 @@ from ckpt_tools.errors import UsageError
 from ckpt_tools.ranks import Ranks
 from ckpt_tools.tensors.checkpoint import Checkpoint
 from ckpt_tools.verification.adapter import check_adapters
-from ckpt_tools.verification.config import check_config, read_config
+from ckpt_tools.verification.config import check_config, check_precision, read_config
 from ckpt_tools.verification.data import Progress, check_data, help_to_read
 from ckpt_tools.verification.directory import list_directory
 from ckpt_tools.verification.layout import read_weights
 from ckpt_tools.verification.loading import check_loading
 from ckpt_tools.verification.manifest import check_manifests, is_of_weights_alone, read_manifests
 from ckpt_tools.verification.model import check_model, written_ties
-from ckpt_tools.verification.precision import check_precision
 from ckpt_tools.verification.problem import (
     KINDS,
     Findings,

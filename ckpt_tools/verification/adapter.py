@@ -18,9 +18,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ckpt_tools.errors import listed
 from ckpt_tools.verification.container import Entry
 from ckpt_tools.verification.directory import ADAPTER_CONFIG, Directory, read_object
-from ckpt_tools.verification.problem import Findings, listed
+from ckpt_tools.verification.problem import Findings
 
 _PREFIX = "base_model.model."
 # Of what several modules share, such as the projections of VeRA.

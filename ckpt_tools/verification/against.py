@@ -9,7 +9,6 @@ written.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,20 +16,20 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
-from ckpt_tools.errors import CkptError
+from ckpt_tools.errors import CkptError, listed
 from ckpt_tools.model.matching import Side, alike, match, side_of
 from ckpt_tools.readers.containers.weight_files import read_weight_files
 from ckpt_tools.readers.opening import open_weights
 from ckpt_tools.tensors.catalogue import Catalogue, FlatRange, Fragment, Stored, Tensor
 from ckpt_tools.tensors.checkpoint import Checkpoint
 from ckpt_tools.tensors.derived import cast
+from ckpt_tools.tensors.threads import default_workers
 from ckpt_tools.verification.bitwise import Expected, Held, Progress, compare
 from ckpt_tools.verification.container import Entry
 from ckpt_tools.verification.directory import MANIFEST, Directory
-from ckpt_tools.verification.problem import Findings, listed
+from ckpt_tools.verification.problem import Findings
 from ckpt_tools.verification.replay import Record, read_record, replay
 
-_MAX_WORKERS = 16
 _OTHER = "Is it the checkpoint that the directory was made of?"
 _ANEW = "Write the directory anew from this checkpoint, or name the one that it was made of."
 
@@ -66,7 +65,7 @@ def check_against(
     for part in parts:
         if part.held:
             expected += _Question(directory, part, checkpoint, findings).expected()
-    count = workers or min(len(os.sched_getaffinity(0)), _MAX_WORKERS)
+    count = workers or default_workers()
     compare(directory, expected, findings, count, progress)
     if expected:
         findings.checked.append(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ckpt_tools.errors import CkptError
 from ckpt_tools.tensors.catalogue import Tensor
 from ckpt_tools.tensors.dtypes import DType
-from ckpt_tools.tensors.windows import Meter, Window, same_bits, visit_windows
+from ckpt_tools.tensors.windows import Meter, Window, same_bits, unequal_elements, visit_windows
 from ckpt_tools.verification.container import Entry
 from ckpt_tools.verification.directory import Directory
 from ckpt_tools.verification.problem import Findings
@@ -96,10 +96,7 @@ def compare(
 
 
 def _differing(window: Window, here: torch.Tensor, there: torch.Tensor) -> _Differing:
-    import torch
-
-    size = here.element_size()
-    unequal = (here.view(torch.uint8) != there.view(torch.uint8)).view(-1, size).any(dim=1)
+    unequal = unequal_elements(here, there)
     at = int(unequal.nonzero()[0])
     values = [_value(each[at : at + 1]) for each in (here, there)]
     if values[0] == values[1]:

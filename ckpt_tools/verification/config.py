@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ckpt_tools.errors import listed
 from ckpt_tools.hub.architectures import contradiction
 from ckpt_tools.hub.config import embedding_rows, text_value
 from ckpt_tools.hub.reference import ReferenceModel
-from ckpt_tools.tensors.dtypes import BY_NAME, DType
+from ckpt_tools.tensors.dtypes import BFLOAT16, BY_NAME, FLOAT16, FLOAT32, DType
 from ckpt_tools.verification.container import Entry
 from ckpt_tools.verification.directory import CONFIG, Directory, read_object
-from ckpt_tools.verification.problem import Findings, listed
+from ckpt_tools.verification.problem import Findings
 
 
 def read_config(directory: Directory, findings: Findings, *, weights_alone: bool = False) -> None:
@@ -149,3 +150,42 @@ def note_vocabulary(size: int, rows: int, names: list[str], findings: Findings) 
         tensor=names[0] if names else None,
         hint=f'Set "vocab_size": {rows}, if the tensors are right.',
     )
+
+
+def check_precision(
+    directory: Directory, reference: ReferenceModel | None, findings: Findings
+) -> None:
+    """Note tensors of another dtype than the rest."""
+    tensors = directory.tensors
+    common = dominant_dtype(tensors)
+    if common is None:
+        return
+    if is_quantized(directory):
+        findings.skipped.append("one dtype for all: the weights are quantized")
+        return
+    kept = _kept_in_float32(reference, common)
+    others: dict[DType, list[str]] = {}
+    for name, entry in tensors.items():
+        dtype = entry.dtype
+        if dtype is None or not dtype.is_floating or dtype == common:
+            continue
+        if dtype == FLOAT32 and name in kept:
+            continue
+        others.setdefault(dtype, []).append(name)
+    for dtype, names in others.items():
+        findings.add(
+            "dtype-mixed",
+            f"{len(names)} tensors are {dtype}, the rest is {common}: {listed(names)}",
+            tensor=names[0],
+        )
+    findings.checked.append(f"one dtype: {common}")
+
+
+def _kept_in_float32(reference: ReferenceModel | None, common: DType) -> frozenset[str]:
+    if reference is None:
+        return frozenset()
+    under = {
+        BFLOAT16: reference.float32_under_bfloat16,
+        FLOAT16: reference.float32_under_float16,
+    }
+    return under.get(common, frozenset())

@@ -18,6 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ckpt_tools.errors import CkptError
+from ckpt_tools.readers.containers.weight_files import read_weight_files
+from ckpt_tools.tensors.catalogue import FlatRange, Stored
 from ckpt_tools.tensors.dtypes import BY_SAFETENSORS_NAME, DType
 from ckpt_tools.verification.problem import Findings
 
@@ -250,3 +253,32 @@ def _check_tiling(
             tensor=cut[0],
             hint=_ANEW,
         )
+
+
+def read_pickled(directory: Path, file: str, findings: Findings) -> dict[str, Entry] | None:
+    """The tensors of one file; None, and a problem, where it cannot be read.
+
+    Second names of a tensor are entries at the place of the first.
+    """
+    try:
+        held = read_weight_files(directory / file)
+        entries = {name: _pickled_entry(name, held.tensors[name], file) for name in held.tensors}
+    except CkptError as error:
+        findings.add("pickled-invalid", error.fact, file=file, tensor=error.tensor, hint=error.hint)
+        return None
+    except OSError as error:
+        findings.add("file-unreadable", f"cannot be read ({error.strerror})", file=file)
+        return None
+    seconds = {name: entries[first] for name, first in held.ties.items()}
+    return entries | {
+        name: Entry(name, first.code, first.shape, file, first.start, first.stop)
+        for name, first in seconds.items()
+    }
+
+
+def _pickled_entry(name: str, tensor: Stored, file: str) -> Entry:
+    start = 0
+    for fragment in tensor.fragments:
+        assert isinstance(fragment.region, FlatRange)
+        start = fragment.offset
+    return Entry(name, tensor.dtype.safetensors, tensor.shape, file, start, start + tensor.nbytes)

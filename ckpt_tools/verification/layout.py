@@ -1,8 +1,7 @@
 """Which files hold the weights, and whether index and shards agree.
 
 Owns the names that weights have in a finished directory and the agreement of an index with the files it
-names. What one safetensors file says is read by :mod:`~ckpt_tools.verification.container`, pickled ones by
-:mod:`~ckpt_tools.verification.pickled`. It must not know what the tensors mean.
+names. One file at a time is read by :mod:`~ckpt_tools.verification.container`.
 
 Sources: ``transformers/modeling_utils.py`` (``_get_resolved_checkpoint_files``: which file is taken
 first), ``transformers/utils/hub.py`` (``get_checkpoint_shard_files``: what an index needs).
@@ -15,10 +14,10 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ckpt_tools.verification.container import Entry, read_container
+from ckpt_tools.errors import listed
+from ckpt_tools.verification.container import Entry, read_container, read_pickled
 from ckpt_tools.verification.directory import ADAPTER_CONFIG, CONFIG, Directory, read_object
-from ckpt_tools.verification.pickled import read_pickled
-from ckpt_tools.verification.problem import Findings, listed
+from ckpt_tools.verification.problem import Findings
 
 _INDEX_SUFFIX = ".index.json"
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)(?P<suffix>\.\w+)")
@@ -192,8 +191,8 @@ class _Weights:
         weight_map = _weight_map(data, index, findings)
         if weight_map is None:
             return self._all_of(n for n in self._present if _NUMBERED.fullmatch(n))
-        listed = sorted(set(weight_map.values()))
-        for name in listed:
+        indexed = sorted(set(weight_map.values()))
+        for name in indexed:
             if name not in self._directory.files:
                 findings.add(
                     "index-missing-shard",
@@ -201,16 +200,16 @@ class _Weights:
                     file=name,
                     hint="Copy or download the file.",
                 )
-        present = [name for name in listed if name in self._directory.files]
-        strays = [n for n in self._present if n not in listed and n != self._family.single]
+        present = [name for name in indexed if name in self._directory.files]
+        strays = [n for n in self._present if n not in indexed and n != self._family.single]
         self._judge_strays(strays, index)
-        self._check_numbers(listed)
+        self._check_numbers(indexed)
         held = {name: self._read(name) for name in present}
         tensors = self._merged(held)
         readable = {name: entries for name, entries in held.items() if entries is not None}
         self._compare(index, weight_map, readable)
         self._directory.lost = weight_map.keys() - tensors.keys()
-        if len(readable) == len(listed):
+        if len(readable) == len(indexed):
             self._check_total(index, data or {}, readable)
         return tensors
 
@@ -285,10 +284,10 @@ class _Weights:
             key = (match["stem"], int(match["count"]))
             series.setdefault(key, set()).add(int(match["number"]))
         if len(series) > 1:
-            listed = ", ".join(f"{stem} of {count}" for stem, count in sorted(series))
+            found = [f"{stem} of {count}" for stem, count in sorted(series)]
             self._findings.add(
                 "shard-numbering",
-                f"shards of different series: {listed}",
+                f"shards of different series: {listed(found)}",
                 file=next(iter(matches)),
                 hint="Delete the series that was left by an earlier save.",
             )
@@ -296,7 +295,7 @@ class _Weights:
             absent = sorted(set(range(1, count + 1)) - numbers)
             surplus = sorted(numbers - set(range(1, count + 1)))
             if absent or surplus:
-                wrong = f"lack {_numbers(absent)}" if absent else f"go up to {surplus[-1]}"
+                wrong = f"lack {listed(absent)}" if absent else f"go up to {surplus[-1]}"
                 self._findings.add(
                     "shard-numbering",
                     f"the shards {stem}-...-of-{count:05} {wrong}",
@@ -339,8 +338,3 @@ def _is_inside(file: str) -> bool:
 
 def _count(weight_map: Mapping[str, str], file: str) -> int:
     return sum(place == file for place in weight_map.values())
-
-
-def _numbers(numbers: list[int], shown: int = 6) -> str:
-    more = f" and {len(numbers) - shown} more" if len(numbers) > shown else ""
-    return ", ".join(map(str, numbers[:shown])) + more

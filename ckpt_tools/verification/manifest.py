@@ -15,8 +15,9 @@ from typing import Any
 
 import xxhash
 
+from ckpt_tools.errors import listed
 from ckpt_tools.verification.directory import CONFIG, MANIFEST, SHA256SUMS, Directory
-from ckpt_tools.verification.problem import Findings, listed
+from ckpt_tools.verification.problem import Findings
 
 VERSION = 1
 _KEYS = (

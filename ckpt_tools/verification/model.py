@@ -11,14 +11,14 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
-from ckpt_tools.errors import CkptError, UsageError
+from ckpt_tools.errors import CkptError, UsageError, listed
 from ckpt_tools.hub.config import text_value
 from ckpt_tools.hub.reference import Live, ReferenceModel, SavedTensor, describe, leaves
 from ckpt_tools.verification.config import is_quantized, note_vocabulary
 from ckpt_tools.verification.container import Entry
 from ckpt_tools.verification.directory import CONFIG, Directory
 from ckpt_tools.verification.names import common_prefix, plain_names
-from ckpt_tools.verification.problem import Findings, listed
+from ckpt_tools.verification.problem import Findings
 
 _WHOSE = "tensors against the model"
 

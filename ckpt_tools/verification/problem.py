@@ -6,7 +6,7 @@ the answer of a whole run (``Verdict``). It must not know how anything is checke
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -66,6 +66,7 @@ KINDS: dict[str, Kind] = {
     "config-architecture": Kind("error", "the class in the config is not that of the tensors"),
     "config-dtype": Kind("error", "the dtype in the config is not that of the tensors"),
     "config-vocabulary": Kind("error", "vocab_size in the config is not that of the embedding"),
+    "dtype-mixed": Kind("warning", "floating tensors are of several dtypes"),
     # names.py: names that a finished model does not have
     "name-wrapped": Kind("error", "names with the prefix of a wrapper of training"),
     "name-peft": Kind("error", "names of a model that PEFT wraps"),
@@ -81,8 +82,6 @@ KINDS: dict[str, Kind] = {
     "tie-missing": Kind("error", "no name of a tied tensor is written"),
     "tie-other-name": Kind("warning", "a tied tensor is written under its second name"),
     "tie-written-twice": Kind("warning", "both names of a tied tensor are written"),
-    # precision.py: one dtype
-    "dtype-mixed": Kind("warning", "floating tensors are of several dtypes"),
     # adapter.py: adapters as PEFT writes them
     "adapter-config-invalid": Kind("error", "adapter_config.json is not the config of an adapter"),
     "adapter-type-unknown": Kind("error", "a peft_type that PEFT does not know"),
@@ -271,12 +270,6 @@ class Verdict:
             "nbytes": self.nbytes,
             "seconds": round(self.seconds, 3),
         }
-
-
-def listed(names: Sequence[str], shown: int = 4) -> str:
-    """The first names, and how many more there are."""
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
 
 
 def ordered(problems: Iterable[Problem]) -> tuple[Problem, ...]:

@@ -6,7 +6,6 @@ read them. It must not know what is looked for in a piece, or what it means.
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,9 +13,8 @@ from itertools import accumulate, pairwise
 from typing import TypeAlias
 
 from ckpt_tools.ranks import Ranks
+from ckpt_tools.tensors.threads import default_workers
 from ckpt_tools.verification.scan import Piece, Seen
-
-_MAX_WORKERS = 16
 
 # What was seen of a piece, or why it could not be read.
 Found: TypeAlias = tuple[Piece, Seen | OSError]
@@ -26,7 +24,7 @@ def in_order(
     read: Callable[[Piece], Seen], pieces: Sequence[Piece], workers: int | None
 ) -> Iterator[Found]:
     """Read with several threads; few pieces are under way or waiting at any time."""
-    count = workers or min(len(os.sched_getaffinity(0)), _MAX_WORKERS)
+    count = workers or default_workers()
     todo = iter(pieces)
     waiting: deque[tuple[Piece, Future[Seen]]] = deque()
     with ThreadPoolExecutor(count) as pool:

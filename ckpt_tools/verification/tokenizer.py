@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any
 
+from ckpt_tools.errors import listed
 from ckpt_tools.verification.directory import Directory, read_object
 from ckpt_tools.verification.problem import Findings
 
@@ -39,7 +40,6 @@ SIGNS = (
 # Vocabularies that transformers finds without the class of the tokenizer naming them.
 _OTHER_VOCABULARIES = ("tekken.json", "*.tiktoken", "*.model")
 _ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -261,11 +261,10 @@ def _judge_ids(loaded: Loaded, files: TokenizerFiles, rows: int | None, findings
         ("warning", [pair for pair in loaded.outside if pair[1] in modal]),
     ):
         if outside:
-            listed = ", ".join(f"{token} ({number})" for number, token in outside[:_SHOWN])
-            more = f" and {len(outside) - _SHOWN:,} more" if len(outside) > _SHOWN else ""
+            tokens = listed([f"{token} ({number})" for number, token in outside], 3)
             findings.add(
                 "token-id-outside-embedding",
-                f"the embedding has {rows:,} rows; outside are {listed}{more}",
+                f"the embedding has {rows:,} rows; outside are {tokens}",
                 file=FILE,
                 severity="error" if severity == "error" else "warning",
                 hint="Take the tokenizer that the model was trained with, or resize the embedding.",

@@ -22,15 +22,15 @@ from pathlib import Path
 from types import TracebackType
 
 from ckpt_tools.errors import OutputFailed
-from ckpt_tools.tensors.gather import Gatherer, casting_on_one_core
+from ckpt_tools.tensors.gather import Gatherer
+from ckpt_tools.tensors.threads import MAX_WORKERS, casting_on_one_core, default_workers
 from ckpt_tools.writing.layout import Plan
 from ckpt_tools.writing.units import Block, Units
 
 Progress = Callable[[int], None]
 Record = Callable[[Block, Sequence[bytes]], None]
-_MAX_WORKERS = 16
 # The sources that all workers have open, and as many again for whatever else the process does.
-_OTHER_FILES = 2 * 64 * _MAX_WORKERS
+_OTHER_FILES = 2 * 64 * MAX_WORKERS
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +48,6 @@ class Written:
     bytes_written: int = 0
     move_seconds: float = 0.0
     sync_seconds: float = 0.0
-
-
-def default_workers() -> int:
-    """One worker for each processor that this process may use, up to 16."""
-    return min(len(os.sched_getaffinity(0)), _MAX_WORKERS)
 
 
 def laid_out(plan: Plan, directory: Path) -> set[str]:
@@ -200,8 +195,9 @@ def write(
             while not stop.is_set() and (block := blocks.take()) is not None:
                 if ended is not None and ended.is_set():
                     break
-                gatherer.fill(buffer, block.slices)
                 view = memoryview(buffer)[: block.nbytes]
+                _clear_gaps(view, block)
+                gatherer.fill(buffer, block.slices)
                 digests = units.digests(block, view) if record is not None else ()
                 outputs.write(block.file, view, block.offset)
                 touched.add(block.file)
@@ -224,6 +220,15 @@ def write(
     outputs.sync(touched)
     bytes_read, bytes_written = map(sum, zip(*done, strict=True))
     return Written(bytes_read, bytes_written, moved - started, time.monotonic() - moved)
+
+
+def _clear_gaps(view: memoryview, block: Block) -> None:
+    """Set the bytes of a block that belong to no tensor to zero; the buffer held another block."""
+    end = 0
+    for piece in block.slices:
+        view[end : piece.at] = bytes(piece.at - end)
+        end = piece.at + (piece.stop - piece.start) * piece.tensor.dtype.itemsize
+    view[end:] = bytes(len(view) - end)
 
 
 class _Shared:

@@ -1,9 +1,8 @@
 """Delivers planned outputs: every rank writes its share, and the directory appears when all is proven.
 
-Owns the order of things from a plan to a published directory: agree on the plan, lay out the files, write
-the shares, finish each output, and the one rename. One process delivers alone; of several the leader does,
-and the others :func:`follow`. Knows plans, units and ranks; knows no formats and nothing of how a plan came
-about.
+Owns the steps from a plan to a published directory: agree on the plan, lay out the files, write the shares,
+finish each output, rename once. A single process delivers alone. Of several ranks the leader delivers,
+and the others :func:`follow`.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ from typing import Any
 
 import xxhash
 
-from ckpt_tools import __version__
+from ckpt_tools._version import __version__
 from ckpt_tools.errors import OutputFailed, RankFailed
 from ckpt_tools.ranks import Ranks
 from ckpt_tools.writing import journal
 from ckpt_tools.writing.bytes import Outputs, Written, laid_out, lay_out, write
-from ckpt_tools.writing.finishing import finish
+from ckpt_tools.writing.finishing import Verify, finish
 from ckpt_tools.writing.manifest import Provenance
 from ckpt_tools.writing.output import Output, Writing
 from ckpt_tools.writing.publish import Partial, check_room, leftovers, partial_directory
@@ -39,9 +38,9 @@ class Delivered:
     """What was written.
 
     Attributes:
-        written: of all ranks together; seconds are those of the slowest.
+        written: totals of all ranks; seconds are those of the slowest.
         files: bytes of every file, by its path in the output.
-        notes: what a person should know of it.
+        notes: facts for the report.
     """
 
     written: Written
@@ -51,13 +50,13 @@ class Delivered:
 
 @dataclass(frozen=True)
 class _Job:
-    """What every rank needs to know to write its share.
+    """The facts that every rank needs to write its share.
 
     Attributes:
         home: where the journal is.
         directories: where each output is made.
         units: those of each output.
-        done: what an earlier run proved.
+        done: units that an earlier run proved.
     """
 
     home: Path
@@ -75,9 +74,20 @@ class _Share:
 
 
 def deliver(
-    target: Path, outputs: Sequence[Output], writing: Writing, provenance: Provenance
+    target: Path,
+    outputs: Sequence[Output],
+    writing: Writing,
+    provenance: Provenance,
+    verify: Verify,
 ) -> Delivered | None:
     """Write the outputs and put them in place together; nothing is done in a dry run.
+
+    Args:
+        target: the directory to make.
+        outputs: what is written into it.
+        writing: how it is written.
+        provenance: what the outputs are made of.
+        verify: raises if a complete directory is wrong; called where ``writing`` asks for it.
 
     Raises:
         CkptError: the target appeared meanwhile, a source is damaged, the disk refused, another rank
@@ -108,11 +118,11 @@ def deliver(
                 job = _Job(partial.home, directories, units, done)
                 with writing.ranks.ending_all() if writing.ranks is not None else nullcontext():
                     if writing.ranks is not None:
-                        # Units are most of it, and known to all since they agreed on them.
+                        # Units are most of the job, and all ranks hold them since they agreed on the plan.
                         writing.ranks.put("job", replace(job, units=()))
                     with _shown(job, writing) as progress:
                         shares = _write_shares(job, writing, progress)
-                    _finish_all(job, outputs, shares, provenance, writing)
+                    _finish_all(job, outputs, shares, provenance, writing, verify)
                     files = _sizes(partial.path)
             finally:
                 proven = found is not None or journal.has_proof(partial.home)
@@ -121,12 +131,12 @@ def deliver(
 
 
 def _found(target: Path, identity: journal.Identity, locked: ExitStack) -> Path | None:
-    """The home of an earlier run to go on with; nobody else writes there until ``locked`` is closed."""
+    """The home of an earlier run to continue; no other run writes there until ``locked`` is closed."""
     home = journal.find(leftovers(target), identity)
     if home is None:
         return None
     locked.callback(journal.Lock(home).close)
-    # The run that wrote there may have ended in the meantime, and taken it along.
+    # The run that wrote there may have ended meanwhile and removed it.
     return home if journal.identity_of(home) == identity else None
 
 
@@ -145,23 +155,23 @@ def follow(ranks: Ranks, workers: int) -> Any:
         job = replace(ranks.get("job"), units=units)
         if not job.home.is_dir():
             raise OutputFailed(
-                f"machine {ranks.names[ranks.rank]} does not see it",
+                f"machine {ranks.names[ranks.rank]} cannot see it",
                 path=job.home,
                 hint="OUT must lie on a file system that all machines see, under the same path.",
             )
-        _write_shares(job, Writing(workers, ranks=ranks), None)
+        _write_shares(job, Writing(workers=workers, ranks=ranks), None)
     return ranks.get("report")
 
 
 def _agree(units: tuple[Units, ...], ranks: Ranks) -> None:
-    """Give the leader's plan to all, and see that all understand it alike."""
+    """Send the leader's plan to all ranks, and compare their digests of it."""
     if ranks.leads:
         ranks.put("plan", units)
     answers = ranks.gather("agreed", _layout_digest(units, ranks.machines))
     for rank, answer in enumerate(answers or ()):
         if answer != answers[0]:  # type: ignore[index]
             raise RankFailed(
-                f"rank {rank} understands the plan otherwise than rank 0",
+                f"rank {rank} computes another digest of the plan than rank 0",
                 hint="Every machine must run the same version of ckpt-tools.",
             )
 
@@ -193,7 +203,7 @@ def _plan_digest(outputs: Sequence[Output], units: Sequence[Units], provenance: 
 def _laid_out(
     partial: Partial, directories: Sequence[Path], units: Sequence[Units]
 ) -> dict[int, dict[int, bytes]]:
-    """Make every weight file that is not there yet; what is proven of the others."""
+    """Make every weight file that is missing; return the proven units of the others."""
     plans = [each.plan for each in units]
     placed = list(zip(directories, plans, strict=True))
     _clear(partial.path, {folder / file.name for folder, plan in placed for file in plan.files})
@@ -209,7 +219,7 @@ def _laid_out(
 
 
 def _clear(directory: Path, weights: set[Path]) -> None:
-    """Remove what an earlier run wrote after its weights; this one may be asked for other files."""
+    """Remove what an earlier run wrote after its weights; this run may write other files."""
     try:
         for path in sorted(directory.rglob("*"), reverse=True):
             if not path.is_dir():
@@ -224,7 +234,7 @@ def _clear(directory: Path, weights: set[Path]) -> None:
 def _write_shares(
     job: _Job, writing: Writing, progress: Callable[[int], None] | None
 ) -> list[_Share]:
-    """Write this rank's share, and wait for the others; the leader gets what all of them wrote."""
+    """Write this rank's share and wait for the others; the leader gets the shares of all."""
     ranks = writing.ranks
     rank, machines = (0, (0,)) if ranks is None else (ranks.rank, ranks.machines)
     digests: dict[int, dict[int, bytes]] = {}
@@ -263,7 +273,7 @@ def _write_shares(
 
 @contextmanager
 def _shown(job: _Job, writing: Writing) -> Iterator[Callable[[int], None] | None]:
-    """Tell how far all ranks together are; of one process, how far it is."""
+    """Report the progress of all ranks together."""
     progress, ranks = writing.progress, writing.ranks
     if progress is None:
         yield None
@@ -304,15 +314,17 @@ def _finish_all(
     shares: Sequence[_Share],
     provenance: Provenance,
     writing: Writing,
+    verify: Verify,
 ) -> None:
-    # Folders before what they lie in: the manifest of a directory is of all that is below it.
+    # Inner folders first: the manifest of a directory covers everything below it.
     inward = sorted(enumerate(outputs), key=lambda pair: pair[1].folder, reverse=True)
     for number, output in inward:
         digests = dict(job.done.get(number, {}))
         for share in shares:
             digests |= share.digests.get(number, {})
         directory, units = job.directories[number], job.units[number]
-        finish(directory, output, units.tensor_digests(digests), units.nbytes, provenance, writing)
+        tensors = units.tensor_digests(digests)
+        finish(directory, output, tensors, units.nbytes, provenance, writing, verify)
 
 
 def _sizes(directory: Path) -> dict[str, int]:
@@ -332,11 +344,11 @@ def _notes(job: _Job) -> tuple[str, ...]:
     done = _done_bytes(job)
     if not done:
         return ()
-    return (f"went on with what an earlier run had proven: {done:,} bytes were not written again",)
+    return (f"continued an earlier run: {done:,} bytes were proven and not written again",)
 
 
 def _summed(parts: Sequence[Written]) -> Written:
-    """What one rank did, output by output."""
+    """The sum over the outputs of one rank."""
     return Written(
         *(sum(getattr(part, name) for part in parts) for name in _COUNTS),
         *(sum(getattr(part, name) for part in parts) for name in _SECONDS),
@@ -344,7 +356,7 @@ def _summed(parts: Sequence[Written]) -> Written:
 
 
 def _together(parts: Sequence[Written]) -> Written:
-    """What all ranks did, side by side."""
+    """The sum over ranks that work side by side."""
     return Written(
         *(sum(getattr(part, name) for part in parts) for name in _COUNTS),
         *(max(getattr(part, name) for part in parts) for name in _SECONDS),

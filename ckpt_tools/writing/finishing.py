@@ -1,21 +1,21 @@
-"""Finishes one output whose weights are written: its other files, manifest, checksums, verification.
+"""Finishes one output after its weights: the other files, manifest, checksums, verification.
 
-Owns their order: each is of everything before it. Knows nothing of units, journals, ranks, or how an
-output gets its name.
+Owns their order: each covers everything before it.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from ckpt_tools.errors import VerificationFailed
 from ckpt_tools.hub.files import AssetFile
 from ckpt_tools.writing import manifest
 from ckpt_tools.writing.bytes import refused
 from ckpt_tools.writing.manifest import Provenance
 from ckpt_tools.writing.output import Output, Writing
+
+Verify = Callable[[Path, Writing], None]
 
 
 def finish(
@@ -25,16 +25,18 @@ def finish(
     unit_bytes: int,
     provenance: Provenance,
     writing: Writing,
+    verify: Verify,
 ) -> None:
-    """Write everything of an output but its weights, and take the last look at it.
+    """Write every file of an output but its weights, and verify it if asked.
 
     Args:
-        directory: where it is made; its weights are written.
-        output: what it is.
+        directory: the directory; its weights are already written.
+        output: the planned output.
         digests: the digest of each tensor.
-        unit_bytes: where tensors were cut for their digests.
-        provenance: what it was made of.
-        writing: what is wanted beside it.
+        unit_bytes: size of the units of the digests.
+        provenance: the sources of the output.
+        writing: how it is written.
+        verify: raises if the directory is wrong.
 
     Raises:
         OutputFailed: the disk refused.
@@ -54,24 +56,7 @@ def finish(
         sums = manifest.sums_text(directory, writing.workers, writing.active)
         _write_asset(directory, AssetFile(manifest.SUMS_NAME, sums.encode()))
     if writing.verify:
-        _verify(directory, writing)
-
-
-def _verify(directory: Path, writing: Writing) -> None:
-    from ckpt_tools.verification import verify
-
-    verdict = verify(directory, read_data=True, workers=writing.workers, progress=writing.active)
-    errors = [problem for problem in verdict.problems if problem.severity == "error"]
-    if errors:
-        first = errors[0]
-        more = f", and {len(errors) - 1} more problems" if len(errors) > 1 else ""
-        raise VerificationFailed(
-            f"verify found the output wrong: {first.kind}: {first.detail}{more}",
-            path=first.file,
-            tensor=first.tensor,
-            hint="Nothing was published. Write it without --verify, then run ckpt-tools verify on it "
-            "for the whole list.",
-        )
+        verify(directory, writing)
 
 
 def _write_asset(directory: Path, asset: AssetFile) -> None:

@@ -18,19 +18,13 @@ from huggingface_hub import split_state_dict_into_shards_factory
 
 from ckpt_tools.errors import UsageError
 from ckpt_tools.tensors.catalogue import Tensor
-from ckpt_tools.tensors.dtypes import DType
+from ckpt_tools.writing.header import file_header
 
 INDEX_SUFFIX = ".index.json"
 _BLOCK_BYTES = 2 << 20
 _MAX_BLOCK_BYTES = 32 << 20
 # With many ranks a block holds a piece of each; below this size of piece disks do seeks, not reads.
 _WORTHWHILE_READ = 128 << 10
-
-# The order in which safetensors lays out dtypes within a file, by descending alignment.
-_LAYOUT_ORDER = (
-    *("U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16"),
-    *("F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,26 +156,10 @@ def _is_positive(size: int | str) -> bool:
 
 
 def _planned_file(name: str, tensors: Mapping[str, Tensor]) -> PlannedFile:
-    ordered = sorted(tensors, key=lambda key: (_LAYOUT_ORDER.index(_code(tensors[key].dtype)), key))
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for key in ordered:
-        tensor = tensors[key]
-        end = position + tensor.nbytes
-        entries[key] = {
-            "dtype": tensor.dtype.safetensors,
-            "shape": list(tensor.shape),
-            "data_offsets": [position, end],
-        }
-        position = end
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    header = len(text).to_bytes(8, "little") + text
-    slots, offset = [], len(header)
-    for key in ordered:
-        slots.append(Slot(key, tensors[key], offset))
-        offset += tensors[key].nbytes
-    return PlannedFile(name, header, tuple(slots))
+    layouts = {key: (tensor.dtype, tensor.shape) for key, tensor in tensors.items()}
+    header, offsets = file_header(layouts, {"format": "pt"})
+    slots = tuple(Slot(key, tensors[key], offset) for key, offset in offsets.items())
+    return PlannedFile(name, header, slots)
 
 
 def _listed(file: PlannedFile) -> list[dict[str, object]]:
@@ -189,7 +167,3 @@ def _listed(file: PlannedFile) -> list[dict[str, object]]:
         {"name": s.name, "dtype": str(s.tensor.dtype), "shape": list(s.tensor.shape)}
         for s in file.slots
     ]
-
-
-def _code(dtype: DType) -> str:
-    return dtype.safetensors

@@ -20,7 +20,7 @@ from typing import Any
 
 import xxhash
 
-from ckpt_tools import __version__
+from ckpt_tools._version import __version__
 from ckpt_tools.errors import OutputFailed
 from ckpt_tools.storage.pool import local_paths
 from ckpt_tools.tensors.catalogue import Catalogue, Tensor

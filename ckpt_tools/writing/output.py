@@ -16,20 +16,20 @@ from ckpt_tools.writing.layout import Plan
 Progress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Writing:
     """How an output is written.
 
     Attributes:
-        workers: number of threads of each rank.
-        dry_run: whether nothing is written.
-        overwrite: whether an existing output is replaced.
-        progress: called with bytes done and bytes in all.
-        resume: whether to go on with what an earlier run left.
-        sha256: whether to write ``SHA256SUMS``.
-        verify: whether to verify every byte before the output appears.
-        ranks: who else writes.
-        resumable: whether what a failed run leaves can be of use to another.
+        workers: number of threads of each rank. The output does not depend on it.
+        dry_run: plan and check everything, write nothing.
+        overwrite: replace an existing output once the new one is complete.
+        progress: called with bytes done and bytes in all, from any thread.
+        resume: continue what an earlier run of the same request left.
+        sha256: write ``SHA256SUMS``, which ``sha256sum -c`` accepts.
+        verify: verify every byte before the output appears.
+        ranks: the ranks that carry out the same call together; every one of them must make it.
+        resumable: what a failed run leaves can be continued by another.
     """
 
     workers: int

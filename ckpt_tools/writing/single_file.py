@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING
 from ckpt_tools.errors import OutputExists, OutputFailed
 from ckpt_tools.readers.containers.weight_files import read_weight_files
 from ckpt_tools.tensors.catalogue import Catalogue
-from ckpt_tools.tensors.compare import first_difference
 from ckpt_tools.tensors.gather import Gatherer
+from ckpt_tools.tensors.windows import first_difference
 from ckpt_tools.writing.bytes import Outputs, lay_out, write
 from ckpt_tools.writing.layout import Plan, PlannedFile, plan
 from ckpt_tools.writing.publish import check_room, partial_directory

@@ -14,7 +14,8 @@ from ckpt_tools import inspect, open_checkpoint
 from ckpt_tools.analysis.inspection import Group
 from ckpt_tools.errors import AmbiguousCheckpoint, NotACheckpoint, UsageError
 from ckpt_tools.tensors.gather import Gatherer
-from tests import damage
+from tests import adapted, damage
+from tests.conftest import FIXTURES
 from tests.readers.contract import Case, cases
 
 CASES = cases("zero", "zero*")
@@ -112,6 +113,20 @@ def test_the_adapter_is_told_with_its_size(stage: int) -> None:
     }
     assert found.output_bytes is not None
     assert found.output_bytes["adapter"] == nbytes
+
+
+@pytest.mark.parametrize("name", adapted.CASES)
+def test_every_kind_of_adapter_is_named(name: str) -> None:
+    """The live model names its adapters; the name is a segment of the name of each of their tensors."""
+    path = FIXTURES / "peft" / name / "checkpoint"
+    held = [tensor.split(".") for tensor in open_checkpoint(path).weights]
+    found = inspect(path).adapters
+
+    assert found is not None
+    assert {adapter: group.tensors for adapter, group in found.items()} == {
+        adapter: sum(adapter in tensor for tensor in held)
+        for adapter in adapted.facts(name)["adapters"]
+    }
 
 
 def test_frozen_and_trained_are_told_apart() -> None:

@@ -154,7 +154,7 @@ def test_the_16_bit_weights_are_what_a_damaged_master_leaves(
 def test_round_robin_gradients_pass(fixtures: Path, name: str, every_element: bool) -> None:
     checkpoint = open_checkpoint(fixtures / "zero" / name / "checkpoint")
 
-    checked = check_masters(checkpoint, every_element=every_element, workers=2)
+    checked = check_masters(checkpoint, check_all_masters=every_element, workers=2)
 
     assert checked == len(checkpoint.weights) > 20
 
@@ -162,7 +162,7 @@ def test_round_robin_gradients_pass(fixtures: Path, name: str, every_element: bo
 def test_zero_3_has_nothing_to_compare(fixtures: Path) -> None:
     checkpoint = open_checkpoint(fixtures / "zero" / "zero3-bf16-llama-7ranks" / "checkpoint")
 
-    assert check_masters(checkpoint, every_element=True, workers=2) == 0
+    assert check_masters(checkpoint, check_all_masters=True, workers=2) == 0
 
 
 def large(directory: Path, *, wrong: int | None = None) -> Checkpoint:
@@ -188,20 +188,20 @@ UNSAMPLED = 654_321
 def test_a_sample_touches_both_ends_and_the_middle(tmp_path: Path) -> None:
     for wrong in (0, 500_000, 999_999):
         with pytest.raises(DamagedCheckpoint, match=f"element {wrong:,}"):
-            check_masters(large(tmp_path, wrong=wrong), every_element=False, workers=1)
+            check_masters(large(tmp_path, wrong=wrong), check_all_masters=False, workers=1)
 
 
 def test_a_sample_reads_little(tmp_path: Path) -> None:
     checkpoint = large(tmp_path, wrong=UNSAMPLED)
 
-    assert check_masters(checkpoint, every_element=False, workers=2) == 2
+    assert check_masters(checkpoint, check_all_masters=False, workers=2) == 2
 
 
 def test_every_element_is_compared_when_asked(tmp_path: Path) -> None:
     checkpoint = large(tmp_path, wrong=UNSAMPLED)
 
     with pytest.raises(DamagedCheckpoint, match=r"element 654,321\)\n") as caught:
-        check_masters(checkpoint, every_element=True, workers=2)
+        check_masters(checkpoint, check_all_masters=True, workers=2)
 
     assert caught.value.path == tmp_path / "master"
 
@@ -210,4 +210,4 @@ def test_a_reading_in_doubt_is_compared_in_full_and_the_doubt_is_told(tmp_path: 
     checkpoint = replace(large(tmp_path, wrong=UNSAMPLED), doubts=("the mappings disagree",))
 
     with pytest.raises(DamagedCheckpoint, match=r"element 654,321\) \(the mappings disagree\)"):
-        check_masters(checkpoint, every_element=False, workers=1)
+        check_masters(checkpoint, check_all_masters=False, workers=1)

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckpt_tools.tensors.catalogue import FlatRange, Fragment, Stored
-from ckpt_tools.tensors.compare import every_window, first_difference, sample_windows
 from ckpt_tools.tensors.derived import cast
 from ckpt_tools.tensors.dtypes import FLOAT32
 from ckpt_tools.tensors.gather import Gatherer
+from ckpt_tools.tensors.windows import first_difference, sample_windows
 from tests.writing.test_bytes import on_disk, one_run
 
 
@@ -84,16 +84,6 @@ def described(numel: int, pieces: int) -> Stored:
         for low, high in itertools.pairwise(cuts)
     ]
     return Stored(FLOAT32, (numel,), fragments)
-
-
-@given(st.integers(0, 10**8))
-def test_all_windows_cover_every_element_once(numel: int) -> None:
-    windows = list(every_window(described(numel, 1)))
-
-    ends = [0, *(stop for _, stop in windows)]
-    assert [start for start, _ in windows] == ends[:-1]
-    assert ends[-1] == numel
-    assert all(0 < stop - start <= 1 << 20 for start, stop in windows)
 
 
 @given(st.integers(1, 10**8), st.integers(1, 2000))

@@ -21,9 +21,10 @@ from ckpt_tools.errors import (
 from ckpt_tools.ranks import Ranks
 from ckpt_tools.tensors.catalogue import Box, FlatRange, Stored
 from ckpt_tools.tensors.checkpoint import Checkpoint, Kind
+from ckpt_tools.tensors.fragments import EvenSlices
 from ckpt_tools.training.facts import Facts
 from ckpt_tools.training.holding import Held, Holding, Piece, dtype_of, whole
-from ckpt_tools.training.live import EvenSlices, offered, part_of
+from ckpt_tools.training.live import offered, part_of
 from tests.ranks.in_threads import hurried, made, together
 
 __all__ = ["hurried"]

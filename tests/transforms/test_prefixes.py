@@ -9,8 +9,8 @@ from ckpt_tools.transforms.prefixes import strip_wrappers
 from tests.readers.contract import FIXTURES, Case
 
 
-def stripped(*names: str, known: tuple[str, ...] = ()) -> list[str]:
-    result = strip_wrappers(names, known)
+def stripped(*names: str) -> list[str]:
+    result = strip_wrappers(names)
     return [result.names[name] for name in names]
 
 
@@ -101,16 +101,6 @@ def test_a_word_that_only_begins_like_a_wrapper_is_real() -> None:
 @pytest.mark.parametrize("name", ["module", "_orig_mod", "a._orig_mod"])
 def test_a_parameter_with_a_wrappers_name_is_real(name: str) -> None:
     assert stripped(name) == [name]
-
-
-def test_names_that_the_model_has_are_never_touched() -> None:
-    names = ("module.a", "module.b")
-    assert stripped(*names) == ["a", "b"]
-    assert stripped(*names, known=("module.a", "module.b", "module.c")) == list(names)
-
-
-def test_names_that_the_model_has_only_in_part_are_stripped() -> None:
-    assert stripped("module.a", "module.b", known=("a", "b")) == ["a", "b"]
 
 
 @pytest.mark.parametrize("names", [("x._orig_mod.w", "x.w"), ("module.a", "a")])

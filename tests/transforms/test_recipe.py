@@ -343,7 +343,7 @@ def _peft_truth(source: Path) -> dict[str, torch.Tensor]:
 
 
 def test_a_tensor_of_no_source_has_no_recipe(stored: dict[str, Tensor]) -> None:
-    with pytest.raises(UsageError, match="nothing is known of where a Stored came from"):
+    with pytest.raises(UsageError, match="the origin of a Stored is not known"):
         described(cast(stored["w"], FLOAT32), {})
 
 
@@ -366,9 +366,9 @@ MERGE: dict[str, Json] = {
         (None, "not a recipe"),
         (3, "not a recipe"),
         (["w"], "not a recipe"),
-        ({}, "None is no operation"),
-        ({"op": "rotate", "of": "w"}, "'rotate' is no operation"),
-        ({"op": ["cast"], "of": "w"}, "is no operation"),
+        ({}, "None is not an operation"),
+        ({"op": "rotate", "of": "w"}, "'rotate' is not an operation"),
+        ({"op": ["cast"], "of": "w"}, "is not an operation"),
         ("x", "source 0 has no such tensor"),
         ({"op": "stored", "source": 1, "name": "w"}, "source 1 has no such tensor"),
         ({"op": "stored", "source": 0, "name": "w", "copy": "model"}, r"\(model copy\)"),
@@ -379,17 +379,20 @@ MERGE: dict[str, Json] = {
         ({"op": "cast", "of": "w", "dtype": "bfloat17"}, "cast: 'bfloat17'"),
         ({"op": "cast", "of": "x", "dtype": "float32"}, "no such tensor"),
         ({"op": "view", "of": "w", "offset": 1, "shape": [96], "strides": [1]}, "outside"),
-        ({"op": "view", "of": "w", "offset": 0.5, "shape": [1], "strides": [1]}, "0.5, which"),
-        ({"op": "view", "of": "w", "offset": 0, "shape": 1, "strides": [1]}, "no list"),
+        (
+            {"op": "view", "of": "w", "offset": 0.5, "shape": [1], "strides": [1]},
+            "0.5 is not of type int",
+        ),
+        ({"op": "view", "of": "w", "offset": 0, "shape": 1, "strides": [1]}, "is not a list"),
         ({"op": "view", "of": "w", "offset": 0, "shape": [2, 2], "strides": [1]}, "view: "),
         ({"op": "concat", "of": ["w", "a"], "axis": 1}, "cannot join"),
         ({"op": "concat", "of": [], "axis": 0}, "cannot join"),
-        ({"op": "concat", "of": "w", "axis": 0}, "no list"),
+        ({"op": "concat", "of": "w", "axis": 0}, "is not a list"),
         ({"op": "mean", "of": ["w", "a"], "weights": [0.5, 0.5]}, "do not fit"),
         ({"op": "mean", "of": ["w"], "weights": [0.5, 0.5]}, "do not fit"),
-        ({"op": "mean", "of": ["w"], "weights": ["1"]}, "no float"),
-        (MERGE | {"scale": True}, "no float"),
-        (MERGE | {"transposed": 0}, "no bool"),
+        ({"op": "mean", "of": ["w"], "weights": ["1"]}, "is not of type float"),
+        (MERGE | {"scale": True}, "is not of type float"),
+        (MERGE | {"transposed": 0}, "is not of type bool"),
         (MERGE | {"a": "b"}, "do not fit"),
         (MERGE | {"b": "a"}, "do not fit"),
         (MERGE | {"base": "m"}, "do not fit"),
@@ -398,7 +401,7 @@ MERGE: dict[str, Json] = {
         (MERGE | {"experts": 0}, "do not fit"),
         (MERGE | {"expert": 1}, "do not fit"),
         (MERGE | {"expert": -1}, "do not fit"),
-        ({"op": "column_norms", "of": "w"}, "column_norms: the shapes"),
+        ({"op": "column_norms", "of": "w"}, "column_norms: of is not a merge"),
         ({"op": "merged_bias", "base": "m", "update": "columns", "scale": 1.0}, "do not fit"),
     ],
     ids=str,
@@ -418,7 +421,7 @@ def test_leaves_are_named_as_often_as_they_are_used() -> None:
 
     assert list(recipe_leaves(twice)) == [Leaf(0, "w"), Leaf(0, "w")]
     assert [leaf.name for leaf in recipe_leaves(MERGE)] == ["w", "a", "b"]
-    with pytest.raises(DamagedCheckpoint, match="'rotate' is no operation"):
+    with pytest.raises(DamagedCheckpoint, match="'rotate' is not an operation"):
         list(recipe_leaves({"op": "cast", "of": {"op": "rotate"}}))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ckpt_tools.tensors.catalogue import Catalogue, FlatRange, Fragment, Stored, Tensor
 from ckpt_tools.tensors.dtypes import BFLOAT16
-from ckpt_tools.transforms.rename import rename
+from ckpt_tools.transforms.prefixes import rename
 from ckpt_tools.transforms.ties import Settled, settle_ties
 
 EMBED, HEAD, NORM = "embed.weight", "head.weight", "norm.weight"

@@ -311,7 +311,7 @@ def test_recipes_that_cannot_be_followed(model: Path) -> None:
         ("cannot-replay", "lm_head.weight"),
     }
     details = {problem.tensor: problem.detail for problem in found.problems}
-    assert "'rotate' is no operation" in details["model.norm.weight"]
+    assert "'rotate' is not an operation" in details["model.norm.weight"]
     assert "it names a source that is not listed" in details["lm_head.weight"]
     written(model, load_file(model / SINGLE) | {"new": torch.zeros(1)})
     record(model, recipes | {"new": "model.gone"}, PLAIN / "checkpoint")

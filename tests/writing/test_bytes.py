@@ -24,8 +24,9 @@ from ckpt_tools.errors import DamagedCheckpoint, OutputFailed
 from ckpt_tools.tensors.catalogue import FlatRange, Fragment, Stored, Tensor
 from ckpt_tools.tensors.derived import cast
 from ckpt_tools.tensors.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
-from ckpt_tools.writing.bytes import Outputs, Written, default_workers, laid_out, lay_out, write
-from ckpt_tools.writing.layout import Plan, plan
+from ckpt_tools.tensors.threads import default_workers
+from ckpt_tools.writing.bytes import Outputs, Written, laid_out, lay_out, write
+from ckpt_tools.writing.layout import Plan, PlannedFile, Slot, plan
 from ckpt_tools.writing.publish import partial_directory
 from ckpt_tools.writing.units import Block, Units
 from tests.writing.test_layout import FORMAT, our_dtype, raw, with_blocks_of, zoo
@@ -72,6 +73,24 @@ def written(directory: Path, tensors: Mapping[str, Tensor], **options: int) -> P
     directory.mkdir()
     write_all(plan(tensors), directory, **options)
     return directory
+
+
+def test_bytes_between_tensors_are_zero(tmp_path: Path) -> None:
+    """A layout may align its tensors; one buffer carries block after block."""
+    tensors = {name: torch.full((300,), 0xEE, dtype=torch.uint8) for name in "abcd"}
+    (file,) = plan(on_disk(tmp_path / "source", tensors)).files
+    step = 512
+    slots = tuple(
+        Slot(slot.name, slot.tensor, len(file.header) + (i + 1) * step)
+        for i, slot in enumerate(file.slots)
+    )
+    layout = with_blocks_of(Plan((PlannedFile(file.name, file.header, slots),), None), 64)
+
+    (tmp_path / "out").mkdir()
+    write_all(layout, tmp_path / "out", workers=1)
+
+    data = (tmp_path / "out" / file.name).read_bytes()[len(file.header) :]
+    assert data == b"".join(bytes(step - 300 * (i > 0)) + b"\xee" * 300 for i in range(4))
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 7])
@@ -142,7 +161,7 @@ def test_what_was_read_is_counted(tmp_path: Path) -> None:
 
 
 def test_the_default_is_a_worker_for_each_processor_we_may_use() -> None:
-    program = "import ckpt_tools.writing.bytes as w; print(w.default_workers())"
+    program = "import ckpt_tools.tensors.threads as t; print(t.default_workers())"
     one = min(os.sched_getaffinity(0))
     for processors in ({one}, os.sched_getaffinity(0)):
         run = subprocess.run(

@@ -11,11 +11,13 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ckpt_tools.errors import UsageError
 from ckpt_tools.tensors.catalogue import FlatRange, Fragment, Stored
 from ckpt_tools.tensors.dtypes import ALL, BY_NAME, FLOAT32, DType
+from ckpt_tools.writing.header import file_header
 from ckpt_tools.writing.layout import Plan, PlannedFile, plan
 
 FORMAT = {"format": "pt"}
@@ -121,6 +123,21 @@ def test_one_tensor_is_what_save_file_writes(
     (file,) = plan(described(tensors)).files
 
     assert laid_out(file, tensors) == (tmp_path / "theirs").read_bytes()
+
+
+@pytest.mark.parametrize("alignment", [8, 64, 4096])
+def test_the_data_begins_at_a_multiple_of_the_alignment(tmp_path: Path, alignment: int) -> None:
+    tensors = {"x": counted(FLOAT32, (3,)), "y": counted(FLOAT32, (5,))}
+    layouts = {name: (our_dtype(t), tuple(t.shape)) for name, t in tensors.items()}
+
+    header, offsets = file_header(layouts, {"note": "words"}, alignment=alignment)
+
+    assert len(header) % alignment == 0
+    assert offsets == {"x": len(header), "y": len(header) + 12}
+    (tmp_path / "file").write_bytes(header + raw(tensors["x"]) + raw(tensors["y"]))
+    with safe_open(tmp_path / "file", "pt") as held:
+        assert held.metadata() == {"note": "words"}
+        assert all(torch.equal(held.get_tensor(name), tensors[name]) for name in tensors)
 
 
 def test_no_tensors_are_what_save_file_writes(tmp_path: Path) -> None:

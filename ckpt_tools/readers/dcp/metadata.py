@@ -22,7 +22,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ckpt_tools.errors import CkptError, DamagedCheckpoint
+from ckpt_tools.errors import CkptError, DamagedCheckpoint, listed
 from ckpt_tools.readers.containers.restricted_pickle import Opaque, unpickle
 from ckpt_tools.tensors.catalogue import Shape
 from ckpt_tools.tensors.dtypes import DType
@@ -153,7 +153,7 @@ def _metadata_files(directory: Path) -> list[Path]:
         lost = [f"__{rank}.metadata" for rank in range(max(by_rank)) if rank not in by_rank]
         if lost:
             raise DamagedCheckpoint(
-                f"metadata of {len(lost)} ranks is missing: {', '.join(lost[:6])}",
+                f"metadata of {len(lost)} ranks is missing: {listed(lost)}",
                 path=directory,
                 missing=lost,
                 hint="It was saved without collectives, one file a rank. Copy the files of every node "

@@ -16,16 +16,10 @@ import struct
 from collections.abc import Iterable
 from pathlib import Path
 
-from ckpt_tools.errors import CkptError, DamagedCheckpoint, UnsupportedLayout, UsageError
+from ckpt_tools.errors import CkptError, DamagedCheckpoint, UnsupportedLayout, UsageError, listed
 from ckpt_tools.readers.containers.safetensors_file import SafetensorsFile, read_safetensors
 from ckpt_tools.readers.containers.torch_file import TorchFile
-from ckpt_tools.readers.dcp.boxes import (
-    Piece,
-    Region,
-    assembled,
-    held_whole,
-    sharding_info,
-)
+from ckpt_tools.readers.dcp.boxes import held_whole, sharding_info
 from ckpt_tools.readers.dcp.chunks import (
     STALE,
     ChunkFragment,
@@ -46,9 +40,11 @@ from ckpt_tools.readers.dcp.metadata import (
 )
 from ckpt_tools.readers.dcp.names import TOP, left_alone, models, objects_of, step_in, step_names
 from ckpt_tools.readers.trainer_state import trainer_step
+from ckpt_tools.storage.folders import entries_of
 from ckpt_tools.tensors.catalogue import Box, Fragment, Stored
 from ckpt_tools.tensors.checkpoint import Checkpoint, Kind, Location, Weight
 from ckpt_tools.tensors.dtypes import DType
+from ckpt_tools.tensors.fragments import Piece, Region, assembled
 
 NAME = "torch-dcp"
 # Directories of this format inside a larger one that is a checkpoint as a whole.
@@ -56,7 +52,6 @@ _PARTS = re.compile(r"(pytorch_model_fsdp|optimizer)_\d+|model_and_optim")
 # What has a reader of its own, by the directory's name and by who wrote the metadata.
 _ELSEWHERE = {"model_and_optim", "olmo_core"}
 _SCALARS = {"float32": "<f", "float64": "<d", "int32": "<i", "int64": "<q"}
-_SHOWN = 6
 _OTHER_NODES = (
     "Each node may have written to a disk of its own: copy the .distcp files of every node into this "
     "directory, or name its folder with --also DIR."
@@ -87,7 +82,7 @@ def find(path: Path, tag: str | None = None) -> list[Location]:
         return []
     children = [
         entry
-        for entry in sorted(path.iterdir(), key=_natural)
+        for entry in entries_of(path)
         if entry.is_dir() and not _PARTS.fullmatch(entry.name) and is_dcp_directory(entry)
     ]
     chosen = [entry for entry in children if entry.name == tag]
@@ -126,11 +121,6 @@ def is_own_file(path: Path) -> bool:
     return path.is_file() and (named or path.name == GLOBAL_FILE)
 
 
-def _natural(path: Path) -> tuple[int, str]:
-    digits = "".join(c for c in path.name if c.isdigit())
-    return int(digits or 0), path.name
-
-
 def location_of(format_name: str, directory: Path, part: str | None = None) -> Location:
     """The location of a checkpoint, or of one model in it."""
     near = (directory, directory.parent, directory.parent.parent)
@@ -153,7 +143,7 @@ def read(location: Location) -> Checkpoint:
     remarks = [*location.remarks, *saving.remarks]
     objects = objects_of(metadata, location.part or next(iter(models(metadata))))
     if objects:
-        remarks.append(f"entries of the model that are no tensors: {_listed(objects)}")
+        remarks.append(f"entries of the model that are no tensors: {listed(objects)}")
     return Checkpoint(
         location=location,
         title="torch DCP",
@@ -185,9 +175,9 @@ def model_names(metadata: Metadata, location: Location) -> dict[str, str]:
         keys = left_alone(metadata, ())
         beside = sorted(p.name for p in location.directory.parent.glob("pytorch_model_fsdp_*"))
         raise UnsupportedLayout(
-            f"it holds no model: its entries are {_listed(list(keys)) or 'none'}",
+            f"it holds no model: its entries are {listed(keys) or 'none'}",
             path=location.directory,
-            hint=f"The weights are in {_listed(beside)} beside it."
+            hint=f"The weights are in {listed(beside)} beside it."
             if beside
             else "The weights may be in a directory beside it.",
         )
@@ -237,13 +227,13 @@ class Saving:
         lost = sorted(name for name in ends if self._directory / name not in self.files)
         if needed := [name for name in lost if name in wanted]:
             raise DamagedCheckpoint(
-                f"{len(needed)} of {len(ends)} data files are missing: {_listed(needed)}",
+                f"{len(needed)} of {len(ends)} data files are missing: {listed(needed)}",
                 path=self._directory,
                 missing=needed,
                 hint=_OTHER_NODES,
             )
         if lost:
-            self.remarks.append(f"missing, but they hold no weights: {_listed(lost)}")
+            self.remarks.append(f"missing, but they hold no weights: {listed(lost)}")
         for name in sorted(wanted):
             path = self._directory / name
             if self.files[path] < ends[name]:
@@ -258,7 +248,7 @@ class Saving:
             if size and DATA_FILE.fullmatch(path.name) and path.name not in ends
         ]
         if strange:
-            self.remarks.append(f"data files that the metadata does not name: {_listed(strange)}")
+            self.remarks.append(f"data files that the metadata does not name: {listed(strange)}")
 
     def weight(self, flat: str) -> Weight:
         """A tensor of the model.
@@ -376,8 +366,3 @@ class Saving:
         empty = {path.name for path, size in self.files.items() if not size}
         ranks = [int(m[1]) for name in named | empty if (m := DATA_FILE.fullmatch(name))]
         return max(ranks) + 1 if ranks else None
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

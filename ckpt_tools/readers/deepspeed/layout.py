@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 from ckpt_tools.errors import DamagedCheckpoint
 from ckpt_tools.readers.containers.restricted_pickle import Opaque, TensorRef
@@ -27,55 +27,7 @@ from ckpt_tools.readers.containers.torch_file import contiguous
 from ckpt_tools.readers.deepspeed.flat import FlatVector, match_by_value, named_weights
 from ckpt_tools.readers.deepspeed.shards import ShardSet
 from ckpt_tools.tensors.catalogue import FlatRange, Fragment, Shape, Stored
-from ckpt_tools.tensors.dtypes import DType
-
-
-class RankSlices(Sequence[Fragment]):
-    """The slices of one stage 3 parameter, one a rank, made on demand.
-
-    A model of a thousand parameters on a thousand ranks has a million of them; what all parameters
-    of a sub-group share (the files and where their flat groups begin) is kept once.
-
-    Args:
-        files: each rank's file.
-        bases: byte in each file where the sub-group's flat vector begins.
-        position: element of the flat vector where the parameter's slice begins, on every rank.
-        numel: elements of the whole parameter.
-        dtype: element type.
-    """
-
-    def __init__(
-        self,
-        files: Sequence[Path],
-        bases: Sequence[int],
-        position: int,
-        numel: int,
-        dtype: DType,
-    ) -> None:
-        self._files = files
-        self._bases = bases
-        self._shift = position * dtype.itemsize
-        self._numel = numel
-        self._slice = math.ceil(numel / len(files))
-        self._count = math.ceil(numel / self._slice) if numel else 0
-
-    def __len__(self) -> int:
-        return self._count
-
-    @overload
-    def __getitem__(self, index: int) -> Fragment: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Fragment]: ...
-    def __getitem__(self, index: int | slice) -> Fragment | Sequence[Fragment]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(self._count))]
-        rank = range(self._count)[index]
-        start = rank * self._slice
-        return Fragment(
-            self._files[rank],
-            self._bases[rank] + self._shift,
-            FlatRange(start, min(start + self._slice, self._numel)),
-        )
+from ckpt_tools.tensors.fragments import EvenSlices
 
 
 def group_shapes(shapes: Any, path: Path) -> list[dict[str, Shape]]:
@@ -268,7 +220,8 @@ def sliced_masters(
                     tensor=name,
                     hint="The model files are of another save than the optimizer files.",
                 )
-            slices = RankSlices(files, bases, position, numel, dtype)
+            length = math.ceil(numel / len(files))
+            slices = EvenSlices(files, position * dtype.itemsize, length, numel, bases)
             masters[name] = Stored(dtype, shape, slices)
             position += count
     left = (lengths[group] - position if group >= 0 else 0) + sum(lengths[group + 1 :])

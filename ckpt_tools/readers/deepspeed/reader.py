@@ -21,6 +21,7 @@ from ckpt_tools.readers.deepspeed.names import (
 from ckpt_tools.readers.deepspeed.pipeline import read_pipeline
 from ckpt_tools.readers.deepspeed.saves import checkpoint, open_all, read_ranks
 from ckpt_tools.readers.deepspeed.universal import read_universal
+from ckpt_tools.storage.folders import by_number, entries_of
 from ckpt_tools.tensors.checkpoint import Checkpoint, Location
 
 NAME = "deepspeed"
@@ -49,7 +50,7 @@ def find(path: Path, tag: str | None = None) -> list[Location]:
         path = path.parent
     if path.name == UNIVERSAL and is_universal(path.parent):
         path = path.parent
-    if _is_tag(path) or any(is_save_file(entry.name) for entry in _entries(path)):
+    if _is_tag(path) or any(is_save_file(entry.name) for entry in entries_of(path)):
         if tag is not None and tag != path.name:
             raise UsageError(
                 f"this directory holds the shards of {path.name!r}, not of {tag!r}",
@@ -57,7 +58,7 @@ def find(path: Path, tag: str | None = None) -> list[Location]:
                 hint="Leave out --tag, or name the directory above.",
             )
         return [_location(path, path.parent)]
-    tags = [entry for entry in _entries(path) if entry.is_dir() and _is_tag(entry)]
+    tags = [entry for entry in entries_of(path) if entry.is_dir() and _is_tag(entry)]
     names = [entry.name for entry in tags]
     latest = next((path / name for name in _POINTERS if (path / name).is_file()), path / "latest")
     if tag is not None:
@@ -79,18 +80,6 @@ def _is_tag(path: Path) -> bool:
     return is_shard_directory(path) or is_universal(path)
 
 
-def _entries(path: Path) -> list[Path]:
-    try:
-        return sorted(path.iterdir(), key=_natural)
-    except OSError:
-        return []
-
-
-def _natural(path: Path) -> tuple[int, str]:
-    digits = "".join(c for c in path.name if c.isdigit())
-    return int(digits or 0), path.name
-
-
 def _location(directory: Path, root: Path, remarks: tuple[str, ...] = ()) -> Location:
     near = (directory, root, root.parent)
     return Location(NAME, directory, directory.name, near, remarks)
@@ -109,11 +98,12 @@ def _follow_latest(root: Path, latest: Path, names: list[str]) -> Location:
         )
     if not _is_directory(root / tag):
         raise DamagedCheckpoint(f"it names {tag!r}, which is not there", path=latest, hint=hint)
-    if not _is_tag(root / tag) and not any(is_save_file(e.name) for e in _entries(root / tag)):
+    if not _is_tag(root / tag) and not any(is_save_file(e.name) for e in entries_of(root / tag)):
         raise DamagedCheckpoint(
             f"it names {tag!r}, which holds no DeepSpeed shards", path=latest, hint=hint
         )
-    newer = [name for name in names if _natural(root / name) > _natural(root / tag)]
+    others = [name for name in names if not is_universal(root / name)]
+    newer = [name for name in others if by_number(root / name) > by_number(root / tag)]
     remarks = (f"newer than the one that `latest` names: {', '.join(newer)}",) if newer else ()
     return _location(root / tag, root, remarks)
 

@@ -200,7 +200,7 @@ def test_a_model_file_of_another_step_is_doubted_and_found_out(tmp_path: Path) -
     assert doubt.startswith("the optimizer counts 4 steps, the model file 2 (0 of them skipped)")
     assert doubt in checkpoint.remarks
     with pytest.raises(DamagedCheckpoint, match="is not its 16-bit weight") as caught:
-        check_masters(checkpoint, every_element=False, workers=1)
+        check_masters(checkpoint, check_all_masters=False, workers=1)
     assert doubt in caught.value.fact
     assert "Files of two saves lie together" in str(caught.value)
 

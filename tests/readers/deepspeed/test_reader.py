@@ -56,7 +56,7 @@ class TestEveryZeroFixture(ReaderContract):
     def test_masters_agree_with_the_weights_that_lie_beside_them(
         self, checkpoint: Checkpoint, case: Case
     ) -> None:
-        compared = check_masters(checkpoint, every_element=True, workers=1)
+        compared = check_masters(checkpoint, check_all_masters=True, workers=1)
         both = case.facts["stage"] < 3 and any(w.master for w in checkpoint.weights.values())
         assert bool(compared) == both
 
@@ -291,7 +291,7 @@ def test_masters_of_swapped_ranks_are_doubted_and_found_out(tmp_path: Path) -> N
     checkpoint = open_checkpoint(directory)
     assert checkpoint.doubts == ("the recorded slice mappings of group 0 contradict its order",)
     with pytest.raises(DamagedCheckpoint, match="is not its 16-bit weight") as caught:
-        check_masters(checkpoint, every_element=False, workers=1)
+        check_masters(checkpoint, check_all_masters=False, workers=1)
     assert caught.value.exit_code == 4
     assert "slice mappings" in caught.value.fact
     assert "--weights model" in str(caught.value)

@@ -12,77 +12,83 @@ from typing import Any
 
 import click
 
+from ckpt_tools.cli import options
+from ckpt_tools.cli.outcome import joined_ranks, reports_errors
 from ckpt_tools.cli.progress import shown_progress
-from ckpt_tools.cli.shared import debug_option, drawn, joined_ranks, reports_errors
+from ckpt_tools.cli.text import drawn, say
 from ckpt_tools.cli.verdicts import UNCHECKED, Outcome, show, status_of
 from ckpt_tools.errors import CkptError
 
-_PATH = click.Path(path_type=Path)
 _BY_SUFFIX = {".json": "json", ".xml": "junit"}
 _DOCUMENTS = ("json", "junit")
 
+SUMMARY = "Everything that is wrong with a finished directory."
 
-@click.command("verify")
-@click.argument("directories", nargs=-1, required=True, metavar="DIR...", type=_PATH)
-@click.option(
+
+@click.command("verify", cls=options.Command)
+@click.argument("directories", nargs=-1, required=True, metavar="DIR...", type=options.PATH)
+@options.option(
     "--against",
-    type=_PATH,
+    group=options.CHECK,
+    type=options.PATH,
     metavar="CKPT",
-    help="Compare every tensor, bit for bit, with the checkpoint it was made of.",
+    help="Compare every tensor, bit for bit, with the checkpoint that it was made from.",
 )
-@click.option(
+@options.option(
     "--also",
-    type=_PATH,
+    group=options.CHECK,
+    type=options.PATH,
     multiple=True,
     metavar="DIR",
     help="With --against: a further folder with files of CKPT, such as another machine's; repeatable.",
 )
-@click.option("--read-data", is_flag=True, help="Read every byte: digests, NaN, constant weights.")
-@click.option(
+@options.option(
+    "--read-data",
+    group=options.CHECK,
+    is_flag=True,
+    help="Read every byte: digests, NaN, constant weights.",
+)
+@options.option(
     "--load",
+    group=options.CHECK,
     is_flag=True,
     help="Load it with transformers or PEFT, call it, generate. Takes the model's memory.",
 )
-@click.option(
+@options.option(
     "--base",
-    type=_PATH,
+    group=options.CHECK,
+    type=options.PATH,
     metavar="DIR",
-    help="With --load: the model that an adapter is for. Default: the one it names, if it is a directory.",
+    help="With --load: the base of an adapter. Default: the directory that the adapter names.",
 )
-@click.option("--strict", is_flag=True, help="Warnings fail too.")
-@click.option(
+@options.option("--strict", group=options.CHECK, is_flag=True, help="Warnings fail too.")
+@options.option(
     "--trust-remote-code",
+    group=options.CHECK,
     is_flag=True,
     help="Run custom code that lies in DIR, in a process of its own.",
 )
-@click.option(
-    "--workers", type=click.IntRange(min=1), metavar="N", help="Threads. Default: one a core."
-)
-@click.option(
+@options.workers
+@options.option(
     "--format",
     "form",
+    group=options.WRITE,
     type=click.Choice(["text", "json", "junit", "github"]),
     default="text",
     show_default=True,
     help="What to print: a table, JSON (docs/verify.md), JUnit XML, or annotations for GitHub.",
 )
-@click.option(
+@options.option(
     "--output",
-    type=_PATH,
+    group=options.WRITE,
+    type=options.PATH,
     metavar="FILE",
     help="Write the report to FILE: JSON for .json, JUnit for .xml, otherwise --format. stdout then shows "
     "text, or the annotations.",
 )
-@click.option("-q", "--quiet", is_flag=True, help="Print no text: the exit status tells.")
-@click.option(
-    "--timeout",
-    type=click.FloatRange(min=1),
-    default=1800,
-    show_default=True,
-    metavar="SECONDS",
-    help="Under torchrun: how long ranks wait for one that makes no progress.",
-)
-@debug_option
+@options.option("-q", "--quiet", is_flag=True, help="Print no text. The exit status is the result.")
+@options.timeout
+@options.debug
 @reports_errors
 def command(
     directories: tuple[Path, ...],
@@ -91,19 +97,19 @@ def command(
     output: Path | None,
     quiet: bool,
     timeout: float,
-    **options: Any,
+    **asked: Any,
 ) -> None:
-    """Say everything that is wrong with the finished directories DIR...
+    """Show everything that is wrong with the finished directories DIR...
 
-    Models and adapters, whoever wrote them: files, index and shards, tensors against the model that the
-    config describes, tokenizer, chat template, generation config, manifest. Structure by default, in
-    seconds at any size; every byte with --read-data.
+    Takes models and adapters of any writer. Checks files, index and shards, tensors against the model of the
+    config, tokenizer, chat template, generation config and manifest. By default only the structure, in
+    seconds at any size; with --read-data every byte.
 
     \b
     Exit status:
       0  clean
       1  problems were found; warnings alone count with --strict
-      2  a directory could not be checked, or the report not be written
+      2  a directory could not be checked, or the report could not be written
 
     \b
     Examples:
@@ -112,14 +118,12 @@ def command(
       ckpt-tools verify out out-adapter --load --format junit
     """
     written = _format_of(output, form)
-    reads = options["read_data"] or options["against"] is not None
+    reads = asked["read_data"] or asked["against"] is not None
     ranks = joined_ranks(timeout)
     leads = ranks is None or ranks.leads
     silent = quiet or not reads or form == "github" or not leads
     with shown_progress(silent, "reading") as progress:
-        outcomes = [
-            _look_at(path, progress=progress, ranks=ranks, **options) for path in directories
-        ]
+        outcomes = [_look_at(path, progress=progress, ranks=ranks, **asked) for path in directories]
     status = status_of(outcomes, strict)
     if not leads:
         sys.exit(status)
@@ -127,7 +131,13 @@ def command(
         if output is not None:
             _write(output, _report(written, outcomes, strict))
     except OSError as error:
-        click.echo(f"error: {output} cannot be written ({error.strerror})", err=True)
+        say(
+            f"{output} cannot be written ({error.strerror})",
+            label="error: ",
+            color="red",
+            bold=True,
+            err=True,
+        )
         status = UNCHECKED
     shown = "text" if output is not None and form in _DOCUMENTS else form
     if shown != "text" or not quiet:
@@ -143,18 +153,18 @@ def _format_of(output: Path | None, form: str) -> str:
     return by_suffix
 
 
-def _look_at(path: Path, *, progress: Callable[[int, int], None] | None, **options: Any) -> Outcome:
-    """What came of one directory; the next ones are looked at whatever it was."""
+def _look_at(path: Path, *, progress: Callable[[int, int], None] | None, **asked: Any) -> Outcome:
+    """The outcome of one directory; an error does not stop the next ones."""
     from ckpt_tools.verification import verify
 
     try:
-        return Outcome(path, verify(path, progress=progress, **options))
+        return Outcome(path, verify(path, progress=progress, **asked))
     except CkptError as error:
         if click.get_current_context().params["debug"]:
             traceback.print_exc()
         return Outcome(path, None, error)
     except Exception as error:
-        # Status 1 would say that the directory is bad.
+        # Status 1 means that the directory has problems.
         traceback.print_exc()
         return Outcome(path, None, CkptError(f"unforeseen: {type(error).__name__}: {error}"))
 
@@ -173,7 +183,7 @@ def _report(form: str, outcomes: Sequence[Outcome], strict: bool) -> str:
 
 
 def _write(output: Path, text: str) -> None:
-    """Write a file that is there whole or not at all; what is no file, such as a pipe, is written to.
+    """Write a file whole or not at all. A pipe or device is written to directly.
 
     Raises:
         OSError: it cannot be written.

@@ -8,8 +8,9 @@ from typing import Any
 
 import click
 
-from ckpt_tools.cli.shared import reports_errors
-from ckpt_tools.cli.writing import mean_writing_options, write_directory
+from ckpt_tools.cli import options
+from ckpt_tools.cli.outcome import reports_errors
+from ckpt_tools.cli.writing import write_directory
 
 
 def _numbers(ctx: click.Context, option: click.Parameter, value: str | None) -> list[float] | None:
@@ -19,21 +20,23 @@ def _numbers(ctx: click.Context, option: click.Parameter, value: str | None) -> 
         raise click.BadParameter("write numbers with commas between them, as 0.5,0.5") from None
 
 
-@click.command("average")
-@click.argument(
-    "ckpts", nargs=-1, required=True, metavar="CKPT...", type=click.Path(path_type=Path)
-)
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option(
+SUMMARY = "The mean of several checkpoints becomes a directory."
+
+
+@click.command("average", cls=options.Command)
+@click.argument("ckpts", nargs=-1, required=True, metavar="CKPT...", type=options.PATH)
+@click.argument("out", type=options.PATH)
+@options.option(
     "--coefficients",
+    group=options.READ,
     metavar="C,C,...",
     callback=_numbers,
     help="One for each CKPT, adding up to 1. Default: all equal.",
 )
-@mean_writing_options
+@options.mean_writing
 @reports_errors
 def command(
-    ckpts: tuple[Path, ...], out: Path, coefficients: list[float] | None, **options: Any
+    ckpts: tuple[Path, ...], out: Path, coefficients: list[float] | None, **asked: Any
 ) -> None:
     """Write the mean of the checkpoints CKPT... as a Hugging Face directory OUT.
 
@@ -47,4 +50,4 @@ def command(
     from ckpt_tools.conversion.api import average
 
     mean = partial(average, ckpts, out, coefficients=coefficients)
-    write_directory(mean, **options)
+    write_directory(mean, **asked)

@@ -10,69 +10,85 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ckpt_tools.cli import options
+from ckpt_tools.cli.outcome import reports_errors
 from ckpt_tools.cli.progress import shown_progress
-from ckpt_tools.cli.shared import debug_option, print_json, reports_errors
+from ckpt_tools.cli.text import counted, print_json, say
 from ckpt_tools.errors import CkptError
 
 if TYPE_CHECKING:
     from ckpt_tools.analysis.difference import Difference, TensorDifference
 
-_PATH = click.Path(path_type=Path)
 _DIFFERENT = 1
 _TROUBLE = 2
 
+SUMMARY = "What is different between two checkpoints."
 
-@click.command("diff")
-@click.argument("a", type=_PATH)
-@click.argument("b", type=_PATH)
-@click.option("--tag-a", metavar="T", help="Which checkpoint, where A holds several.")
-@click.option("--tag-b", metavar="T", help="Which checkpoint, where B holds several.")
-@click.option(
+
+@click.command("diff", cls=options.Command)
+@click.argument("a", type=options.PATH)
+@click.argument("b", type=options.PATH)
+@options.option(
+    "--tag-a", group=options.READ, metavar="T", help="Which checkpoint, where A holds several."
+)
+@options.option(
+    "--tag-b", group=options.READ, metavar="T", help="Which checkpoint, where B holds several."
+)
+@options.option(
     "--weights",
+    group=options.READ,
     type=click.Choice(["auto", "master", "model"]),
     default="auto",
     show_default=True,
-    help="Of a training checkpoint the optimizer's masters, or the weights that they train. auto: for "
-    "each tensor whichever the other side holds too.",
+    help="For a training checkpoint: the optimizer's masters, or the 16-bit weights. auto: for "
+    "each tensor the copy that the other side holds too.",
 )
-@click.option(
+@options.option(
     "--rtol",
+    group=options.CHECK,
     type=click.FloatRange(min=0),
     default=0.0,
     metavar="X",
     help="An element counts as changed where |a - b| > atol + rtol |b|. Default: any bit.",
 )
-@click.option("--atol", type=click.FloatRange(min=0), default=0.0, metavar="X", help="See --rtol.")
-@click.option(
+@options.option(
+    "--atol",
+    group=options.CHECK,
+    type=click.FloatRange(min=0),
+    default=0.0,
+    metavar="X",
+    help="See --rtol.",
+)
+@options.option(
     "--top",
+    group=options.WRITE,
     type=click.IntRange(min=0),
     default=20,
     show_default=True,
     metavar="N",
     help="How many tensors of each kind to list.",
 )
-@click.option(
+@options.option(
     "--format",
     "as_json",
+    group=options.WRITE,
     type=click.Choice(["text", "json"]),
     default="text",
     show_default=True,
     callback=lambda _context, _option, value: value == "json",
     help="json: one object on stdout, with every tensor.",
 )
-@click.option(
-    "--workers", type=click.IntRange(min=1), metavar="N", help="Threads. Default: one a core."
+@options.workers
+@options.option(
+    "-q", "--quiet", is_flag=True, help="Print nothing but errors. The exit status is the result."
 )
-@click.option(
-    "-q", "--quiet", is_flag=True, help="Print nothing but errors: the exit status tells."
-)
-@debug_option
+@options.debug
 @reports_errors
-def command(a: Path, b: Path, top: int, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Say what is different between the checkpoints A and B.
+def command(a: Path, b: Path, top: int, as_json: bool, quiet: bool, **asked: Any) -> None:
+    """Show the differences between the checkpoints A and B.
 
-    Both may be of any format: training checkpoints, model or adapter directories, single files. Tensors
-    that were added, removed, reshaped or recast, and those that changed, the largest change first:
+    Both may be of any format: training checkpoints, model or adapter directories, single files. Lists
+    the tensors that were added, removed, reshaped, recast or changed, the largest change first:
     ||a - b|| / ||a||, largest and mean |a - b|, cosine, number of elements.
 
     \b
@@ -90,18 +106,18 @@ def command(a: Path, b: Path, top: int, as_json: bool, quiet: bool, **options: A
 
     try:
         with shown_progress(quiet or as_json, "comparing") as progress:
-            found = diff(a, b, progress=progress, **options)
+            found = diff(a, b, progress=progress, **asked)
     except CkptError:
         raise
     except Exception:
-        # Status 1 would say that the two differ.
+        # Status 1 means that the two differ.
         traceback.print_exc()
         sys.exit(_TROUBLE)
     if as_json:
         print_json(found.to_json())
     elif not quiet:
         for line in _lines(found, top):
-            click.echo(line)
+            say(line)
     sys.exit(0 if found.is_empty else _DIFFERENT)
 
 
@@ -127,7 +143,7 @@ def _lines(found: Difference, top: int) -> Iterator[str]:
 
 
 def _summary(found: Difference) -> str:
-    compared = f"{_tensors(found.compared)} compared, {found.elements:,} elements: "
+    compared = f"{counted(found.compared, 'tensor')} compared, {found.elements:,} elements: "
     counts = {
         "changed": found.changed,
         "recast": found.recast,
@@ -143,7 +159,7 @@ def _summary(found: Difference) -> str:
 
 
 def _changed(tensors: Sequence[TensorDifference]) -> Iterator[str]:
-    """A table whose last column is the name, so that a long one pushes nothing aside."""
+    """A table with the name in the last column, so that long names move no column."""
     if not tensors:
         return
     heads = ("relative", "max |a-b|", "mean |a-b|", "cosine", "elements")
@@ -177,7 +193,3 @@ def _name(tensor: TensorDifference) -> str:
 def _rest(tensors: Sequence[object] | Mapping[str, object], top: int, word: str) -> Iterator[str]:
     if len(tensors) > top:
         yield f"and {len(tensors) - top:,} more {word}; --top lists them"
-
-
-def _tensors(count: int) -> str:
-    return f"{count:,} tensor" + ("" if count == 1 else "s")

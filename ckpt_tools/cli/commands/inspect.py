@@ -5,32 +5,29 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from ckpt_tools.analysis.inspection import Group, Inspection, inspect
-from ckpt_tools.cli.shared import (
-    also_option,
-    count_text,
-    debug_option,
-    drawn,
-    json_option,
-    nbytes_text,
-    print_json,
-    reports_errors,
-)
+from ckpt_tools.cli import options
+from ckpt_tools.cli.outcome import reports_errors
+from ckpt_tools.cli.text import count_text, counted, drawn, nbytes_text, print_json, printable
+from ckpt_tools.errors import listed
 
-_LISTED = 8
+if TYPE_CHECKING:
+    from ckpt_tools.analysis.inspection import Group, Inspection
+
+SUMMARY = "What a checkpoint is, from metadata alone."
 
 
-@click.command("inspect")
-@click.argument("ckpt", type=click.Path(path_type=Path))
-@click.option("--tag", help="Which checkpoint, where the directory holds several.")
-@click.option("--model", type=click.IntRange(min=0), metavar="N", help="Which model of a state.")
-@click.option("--format", metavar="F", help="Which format, where the directory fits several.")
-@also_option
-@json_option
-@debug_option
+@click.command("inspect", cls=options.Command)
+@click.argument("ckpt", type=options.PATH)
+@options.tag
+@options.model
+@options.source_format
+@options.also
+@options.json
+@options.debug
 @reports_errors
 def command(
     ckpt: Path,
@@ -40,15 +37,17 @@ def command(
     also: tuple[Path, ...],
     as_json: bool,
 ) -> None:
-    """Say what the checkpoint CKPT is, from metadata alone.
+    """Show what the checkpoint CKPT is, from metadata alone.
 
-    Format, ranks, step, parameters, sizes, frozen, tied and adapter tensors, and what is wrong with
-    it, if anything: then the exit status is 4.
+    Shows format, ranks, step, parameters, sizes, frozen, tied and adapter tensors, and problems. If there
+    are problems, the exit status is 4.
 
     \b
     Example:
       ckpt-tools inspect run/global_step500
     """
+    from ckpt_tools.analysis.inspection import inspect
+
     found = inspect(ckpt, tag=tag, model=model, format=format, also=also)
     if as_json:
         print_json(found.to_json())
@@ -67,7 +66,7 @@ def _show(found: Inspection) -> None:
     table.add_column(overflow="fold")
     for label, value in _rows(found):
         style = {"problem": "red", "remark": "yellow"}.get(label, "")
-        table.add_row(label, Text(value, style=style))
+        table.add_row(label, Text(printable(value), style=style))
     click.echo(drawn(lambda console: console.print(table)), nl=False)
 
 
@@ -82,7 +81,10 @@ def _rows(found: Inspection) -> Iterator[tuple[str, str]]:
         yield "parameters", count_text(found.parameters)
         yield "trained in", _dtypes(found)
     weights = f", {nbytes_text(found.weight_bytes)} of them weights" if found.weight_bytes else ""
-    yield "on disk", f"{nbytes_text(found.bytes_on_disk)} in {found.files} files{weights}"
+    yield (
+        "on disk",
+        f"{nbytes_text(found.bytes_on_disk)} in {counted(found.files, 'file')}{weights}",
+    )
     for label, group in (
         ("trained", found.trained),
         ("frozen", found.frozen),
@@ -92,13 +94,13 @@ def _rows(found: Inspection) -> Iterator[tuple[str, str]]:
             yield label, _group(group)
     if found.tied:
         ties = [f"{alias} = {kept}" for alias, kept in found.tied.items()]
-        yield "tied", _listed(ties)
+        yield "tied", listed(ties, 8)
     for name, group in (found.adapters or {}).items():
         yield "adapter", f"{name}: {_group(group)}"
     for name, group in (found.attributes or {}).items():
         yield "attribute", f"{name}: {_group(group)}"
     for prefix, count in (found.wrappers or {}).items():
-        yield "wrapper", f"{prefix} in {count} names, stripped by a conversion"
+        yield "wrapper", f"{prefix} in {counted(count, 'name')}, stripped by a conversion"
     if found.output_bytes:
         sizes = [f"{nbytes_text(size)} ({choice})" for choice, size in found.output_bytes.items()]
         yield "output", ", ".join(sizes)
@@ -119,11 +121,5 @@ def _dtypes(found: Inspection) -> str:
 
 
 def _group(group: Group) -> str:
-    noun = "tensor" if group.tensors == 1 else "tensors"
     elements = "element" if group.parameters == 1 else "elements"
-    return f"{group.tensors:,} {noun}, {count_text(group.parameters)} {elements}"
-
-
-def _listed(items: list[str]) -> str:
-    more = f" and {len(items) - _LISTED} more" if len(items) > _LISTED else ""
-    return ", ".join(items[:_LISTED]) + more
+    return f"{counted(group.tensors, 'tensor')}, {count_text(group.parameters)} {elements}"

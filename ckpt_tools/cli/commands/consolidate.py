@@ -8,16 +8,19 @@ from typing import Any
 
 import click
 
-from ckpt_tools.cli.shared import reports_errors
-from ckpt_tools.cli.writing import write_directory, writing_options
+from ckpt_tools.cli import options
+from ckpt_tools.cli.outcome import reports_errors
+from ckpt_tools.cli.writing import write_directory
+
+SUMMARY = "A checkpoint becomes a Hugging Face directory."
 
 
-@click.command("consolidate")
-@click.argument("ckpt", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
-@writing_options
+@click.command("consolidate", cls=options.Command)
+@click.argument("ckpt", type=options.PATH)
+@click.argument("out", type=options.PATH)
+@options.model_writing
 @reports_errors
-def command(ckpt: Path, out: Path, **options: Any) -> None:
+def command(ckpt: Path, out: Path, **asked: Any) -> None:
     """Write the training checkpoint CKPT as a Hugging Face directory OUT.
 
     CKPT is what you have at hand: the directory with `latest`, the global_stepN directory, or a
@@ -30,4 +33,4 @@ def command(ckpt: Path, out: Path, **options: Any) -> None:
     """
     from ckpt_tools.conversion.api import consolidate
 
-    write_directory(partial(consolidate, ckpt, out), **options)
+    write_directory(partial(consolidate, ckpt, out), **asked)

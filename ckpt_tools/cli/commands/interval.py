@@ -9,63 +9,62 @@ import click
 
 from ckpt_tools.analysis.interval import CheckpointInterval, Cost, checkpoint_interval, draw
 from ckpt_tools.analysis.interval.quantities import LONGEST, duration_text
-from ckpt_tools.cli.shared import (
-    debug_option,
-    json_option,
-    nbytes_text,
-    print_json,
-    reports_errors,
-)
+from ckpt_tools.cli import options
+from ckpt_tools.cli.outcome import reports_errors
+from ckpt_tools.cli.text import counted, nbytes_text, print_json, say
+
+SUMMARY = "How often to checkpoint, and what it costs."
 
 
-@click.command("interval")
-@click.option("--step-time", required=True, metavar="T", help="Duration of one optimizer step.")
-@click.option(
+@click.command("interval", cls=options.Command)
+@options.option("--step-time", required=True, metavar="T", help="Duration of one optimizer step.")
+@options.option(
     "--save-time", required=True, metavar="T", help="How long training waits for one save."
 )
-@click.option(
+@options.option(
     "--steps", type=click.IntRange(min=1), required=True, metavar="N", help="Steps of the run."
 )
-@click.option(
+@options.option(
     "--mtbf",
     required=True,
     metavar="T",
     help="Mean time between failures of the whole job: that of one node, divided by their number.",
 )
-@click.option(
+@options.option(
     "--restart-time",
     default="0s",
     show_default=True,
     metavar="T",
-    help="From a failure to the next step: noticing it, a new machine, loading.",
+    help="From a failure to the next step: detection, a new machine, loading.",
 )
-@click.option(
+@options.option(
     "--every",
     type=click.IntRange(min=1),
     metavar="N",
-    help="An interval to compare, in steps: the one of today.",
+    help="An interval to compare with, in steps, such as the present one.",
 )
-@click.option("--checkpoint-size", metavar="SIZE", help="Bytes of one checkpoint, such as 140GB.")
-@click.option(
+@options.option("--checkpoint-size", metavar="SIZE", help="Bytes of one checkpoint, such as 140GB.")
+@options.option(
     "--from",
     "checkpoint",
-    type=click.Path(path_type=Path),
+    group=options.READ,
+    type=options.PATH,
     metavar="CKPT",
     help="Take the size from this checkpoint.",
 )
-@click.option("--tag", help="Which checkpoint, where CKPT holds several.")
-@click.option(
+@options.option("--tag", group=options.READ, help="Which checkpoint, where CKPT holds several.")
+@options.option(
     "--keep", type=click.IntRange(min=1), metavar="K", help="How many checkpoints are kept."
 )
-@click.option(
+@options.option(
     "--plot",
-    type=click.Path(path_type=Path),
+    type=options.PATH,
     metavar="FILE",
     help="Draw cost and disk against the interval, as .svg or .png.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace FILE if it exists.")
-@json_option
-@debug_option
+@options.option("--overwrite", is_flag=True, help="Replace FILE if it exists.")
+@options.json
+@options.debug
 @reports_errors
 def command(
     step_time: str,
@@ -82,9 +81,9 @@ def command(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Say how often to checkpoint: what saving every N steps costs, and the N that costs least.
+    """Show how often to checkpoint: the cost of saving every N steps, and the N with the least cost.
 
-    The cost is the time of the saves and the expected time that failures undo. A duration T is typed
+    The cost is the time of the saves and the expected time that failures waste. A duration T is typed
     as 12s, 250ms, 1.5h, 9h30m or 2d; a number alone is seconds.
 
     \b
@@ -115,18 +114,17 @@ def _show(found: CheckpointInterval) -> None:
     facts = list(_facts(found))
     width = max(len(label) for label, _ in facts)
     for label, value in facts:
-        shown = click.style(f"{label:{width}}", bold=True)
-        click.echo(f"{shown}  {value}")
-    click.echo()
+        say(value, label=f"{label:{width}}  ", bold=True)
+    say()
     for line in _table(found):
-        click.echo(line)
+        say(line)
 
 
 def _facts(found: CheckpointInterval) -> Iterator[tuple[str, str]]:
     run, exact = found.run, found.exact
     yield (
         "save every",
-        f"{exact.interval:,} steps, {duration_text(exact.interval_seconds)} of work",
+        f"{counted(exact.interval, 'step')}, {duration_text(exact.interval_seconds)} of work",
     )
     total = _hours(exact.total_seconds)
     yield "the run", f"{_hours(run.work_seconds)} of work, {total} expected with saves and failures"
@@ -138,7 +136,7 @@ def _facts(found: CheckpointInterval) -> Iterator[tuple[str, str]]:
     for name, formula in (("Young", found.young), ("Daly", found.daly)):
         yield (
             f"by {name}",
-            f"{formula.cost.interval:,} steps, from {duration_text(formula.seconds)} of work",
+            f"{counted(formula.cost.interval, 'step')}, from {duration_text(formula.seconds)} of work",
         )
     yield from _disk_facts(found)
     for remark in found.remarks:
@@ -151,7 +149,7 @@ def _disk_facts(found: CheckpointInterval) -> Iterator[tuple[str, str]]:
         return
     source = ""
     if found.measured is not None:
-        source = f", as {found.measured.path} ({found.measured.files} files)"
+        source = f", as {found.measured.path} ({counted(found.measured.files, 'file')})"
     yield "a checkpoint", nbytes_text(found.checkpoint_bytes) + source
     yield "disk", f"{nbytes_text(disk.all)} for all {found.exact.saves:,}"
     if disk.kept is not None and disk.peak is not None:

@@ -1,0 +1,1 @@
+"""One module a command: ``command``, a Click command, and ``SUMMARY``, its line in ``--help``."""

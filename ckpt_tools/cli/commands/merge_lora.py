@@ -1,0 +1,49 @@
+"""``ckpt-tools merge-lora``."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ckpt_tools.cli import options
+from ckpt_tools.cli.outcome import reports_errors
+from ckpt_tools.cli.writing import write_directory
+
+SUMMARY = "A LoRA adapter and its base become one model."
+
+
+@click.command("merge-lora", cls=options.Command)
+@click.argument("ckpt", type=options.PATH)
+@click.argument("out", type=options.PATH)
+@options.of_adapter("Which adapter, where there are several.")
+@options.option(
+    "--adapter-dir",
+    group=options.READ,
+    type=options.PATH,
+    metavar="DIR",
+    help="Take the adapter from a directory that PEFT wrote, and CKPT as the base.",
+)
+@options.option(
+    "--base",
+    group=options.READ,
+    type=options.PATH,
+    metavar="DIR",
+    help="A Hugging Face directory of the base: tensors that CKPT lacks come from it.",
+)
+@options.model_writing
+@reports_errors
+def command(ckpt: Path, out: Path, **asked: Any) -> None:
+    """Merge a LoRA adapter into its base and write the model as a Hugging Face directory OUT.
+
+    W + s B A is computed in fp32 from the weights that trained, and rounded once to the output's dtype.
+
+    \b
+    Example:
+      ckpt-tools merge-lora run/global_step500 merged --base base-model
+    """
+    from ckpt_tools.conversion.api import merge_lora
+
+    write_directory(partial(merge_lora, ckpt, out), **asked)

@@ -1,0 +1,255 @@
+"""The options of the commands, in groups; each command takes those that have a meaning for it.
+
+Owns flags, value types and help texts. What the options mean is stated in
+:class:`ckpt_tools.conversion.request.Request`, whose fields have the same names and defaults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+Decorator = Callable[[F], F]
+
+PATH = click.Path(path_type=Path)
+
+READ = "What to read"
+WRITE = "What to write"
+ASSETS = "Files beside the weights"
+CHECK = "Checking"
+RUN = "Running"
+GROUPS = (READ, WRITE, ASSETS, CHECK, RUN)
+
+
+class Option(click.Option):
+    """An option that ``--help`` lists in a group."""
+
+    def __init__(self, *args: Any, group: str = RUN, **attributes: Any) -> None:
+        super().__init__(*args, **attributes)
+        self.group = group
+
+
+class Command(click.Command):
+    """A command whose ``--help`` lists the options by group."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """A section of help for each group."""
+        rows: dict[str, list[tuple[str, str]]] = {group: [] for group in GROUPS}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if isinstance(parameter, click.Option) and record is not None:
+                rows[getattr(parameter, "group", RUN)].append(record)
+        for group, records in rows.items():
+            if records:
+                with formatter.section(group):
+                    formatter.write_dl(records)
+
+
+def option(*flags: str, group: str = RUN, **attributes: Any) -> Callable[[F], F]:
+    """An option of a command, in a group of its help."""
+    return click.option(*flags, cls=Option, group=group, **attributes)
+
+
+also = option(
+    "--also",
+    group=READ,
+    type=PATH,
+    multiple=True,
+    metavar="DIR",
+    help="A further folder with files of CKPT, such as that of another machine; repeatable.",
+)
+debug = option("--debug", is_flag=True, help="Show a traceback for every error.")
+json = option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+tag = option("--tag", group=READ, metavar="T", help="Which checkpoint, where CKPT holds several.")
+model = option(
+    "--model",
+    group=READ,
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Which model of a state that holds several.",
+)
+source_format = option(
+    "--format", group=READ, metavar="F", help="Which format, where the directory fits several."
+)
+workers = option(
+    "--workers", type=click.IntRange(min=1), metavar="N", help="Threads. Default: one a core."
+)
+timeout = option(
+    "--timeout",
+    type=click.FloatRange(min=1),
+    default=1800,
+    show_default=True,
+    metavar="SECONDS",
+    help="Under torchrun: how long ranks wait for one that makes no progress.",
+)
+
+_ADAPTERS: dict[str, Decorator[Any]] = {
+    "tag": tag,
+    "model": model,
+    "format": source_format,
+    "also": also,
+    "weights": option(
+        "--weights",
+        group=READ,
+        type=click.Choice(["master", "model"]),
+        default="master",
+        show_default=True,
+        help="The optimizer's fp32 masters (where there are any), or the 16-bit copy.",
+    ),
+    "node_local": option(
+        "--node-local",
+        group=READ,
+        is_flag=True,
+        help="Under torchrun: each machine sees only its own files of CKPT; the ranks pool them.",
+    ),
+    "dtype": option(
+        "--dtype",
+        group=WRITE,
+        type=click.Choice(["auto", "keep", "fp32", "bf16", "fp16"]),
+        default="auto",
+        show_default=True,
+        help="auto: each tensor in its training dtype. keep: each as stored. The others cast floating "
+        "tensors.",
+    ),
+    "config": option(
+        "--config",
+        group=ASSETS,
+        type=PATH,
+        metavar="FILE|DIR",
+        help="The model's config.json. Default: --like, else near the checkpoint.",
+    ),
+    "tokenizer": option(
+        "--tokenizer",
+        group=ASSETS,
+        type=PATH,
+        metavar="DIR",
+        help="Tokenizer to copy. Default: the same places as the config.",
+    ),
+    "check_all_masters": option(
+        "--check-masters",
+        "check_all_masters",
+        group=CHECK,
+        is_flag=True,
+        help="Compare all masters with the 16-bit weights, not a sample.",
+    ),
+    "verify": option(
+        "--verify",
+        group=CHECK,
+        is_flag=True,
+        help="Verify every byte of the output before it appears.",
+    ),
+    "sha256": option(
+        "--sha256", group=CHECK, is_flag=True, help="Write SHA256SUMS, for sha256sum -c."
+    ),
+    "dry_run": option(
+        "--dry-run", group=CHECK, is_flag=True, help="Check and plan everything, write nothing."
+    ),
+    "overwrite": option(
+        "--overwrite", is_flag=True, help="Replace OUT once the new one is complete."
+    ),
+    "resume": option(
+        "--resume", is_flag=True, help="Continue what an earlier run that failed has left."
+    ),
+    "workers": workers,
+    "timeout": timeout,
+    "quiet": option("-q", "--quiet", is_flag=True, help="Print nothing but errors (and --json)."),
+    "as_json": json,
+    "debug": debug,
+}
+
+_MODELS: dict[str, Decorator[Any]] = {
+    "max_shard_size": option(
+        "--max-shard-size",
+        group=WRITE,
+        default="5GB",
+        show_default=True,
+        metavar="SIZE",
+        help="Size limit of one file of weights.",
+    ),
+    "weights_only": option(
+        "--weights-only",
+        group=WRITE,
+        is_flag=True,
+        help="Write weights alone, under the names that they have.",
+    ),
+    "like": option(
+        "--like",
+        group=ASSETS,
+        type=PATH,
+        metavar="DIR",
+        help="A Hugging Face directory with the layout that the output is to have. Frozen tensors that "
+        "the checkpoint left out come from it.",
+    ),
+    "generation_config": option(
+        "--generation-config",
+        group=ASSETS,
+        default="auto",
+        show_default=True,
+        metavar="auto|olmo|none|FILE|DIR",
+        help="olmo: greedy, no bos, <|im_end|> and <|endoftext|> end a text. auto: olmo for OLMo models, "
+        "else the source's own.",
+    ),
+    "card": option(
+        "--no-card",
+        "card",
+        group=ASSETS,
+        flag_value=False,
+        default=True,
+        help="Write no model card (README.md).",
+    ),
+    "trust_remote_code": option(
+        "--trust-remote-code",
+        group=ASSETS,
+        is_flag=True,
+        help="Run custom code beside the config, in a process of its own, to learn the layout.",
+    ),
+}
+
+
+def adapter_writing(function: F) -> F:
+    """The options of a command that writes adapters."""
+    return _all(_ADAPTERS.values(), function)
+
+
+def model_writing(function: F) -> F:
+    """The options of a command that writes a model directory."""
+    return _all((_MODELS | _ADAPTERS).values(), function)
+
+
+def mean_writing(function: F) -> F:
+    """Those of several checkpoints; ``--also`` would not say which one the folder belongs to."""
+    options = _MODELS | _ADAPTERS
+    del options["also"]
+    return _all(options.values(), function)
+
+
+def of_adapter(adapter_help: str) -> Callable[[F], F]:
+    """The options that name an adapter and its config."""
+    options = (
+        option("--adapter", group=READ, metavar="NAME", help=adapter_help),
+        option(
+            "--adapter-config",
+            group=READ,
+            type=PATH,
+            metavar="FILE|DIR",
+            help="The adapter's adapter_config.json. Default: near the checkpoint.",
+        ),
+        option(
+            "--lora-alpha",
+            group=READ,
+            type=float,
+            metavar="X",
+            help="lora_alpha of the training run, where no config says it.",
+        ),
+    )
+    return lambda function: _all(options, function)
+
+
+def _all(options: Iterable[Decorator[F]], function: F) -> F:
+    for add in reversed(tuple(options)):
+        function = add(function)
+    return function

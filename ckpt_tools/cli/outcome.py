@@ -1,0 +1,99 @@
+"""How a command ends: with an error as a message and an exit status, or interrupted.
+
+Owns the form in which errors are shown, as text and as JSON.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ckpt_tools.cli.signals import is_later_rank, is_rank, speak_undisturbed
+from ckpt_tools.cli.text import print_json, say
+from ckpt_tools.errors import CkptError
+
+if TYPE_CHECKING:
+    from ckpt_tools.ranks import Ranks
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def reports_errors(function: F) -> F:
+    """End the command with a message and the error's exit status instead of a traceback."""
+
+    @functools.wraps(function)
+    def run(*args: Any, debug: bool, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except CkptError as error:
+            speak_undisturbed()
+            if debug:
+                raise
+            if not error.told_elsewhere:
+                if kwargs.get("as_json"):
+                    print_json({"error": _as_json(error)})
+                _print_error(error)
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt as end:
+            _say_what_is_left(kwargs.get("out"), end)
+            sys.exit(130)
+        except SystemExit as end:
+            if end.code == 128 + signal.SIGTERM:
+                _say_what_is_left(kwargs.get("out"), end)
+            raise
+        except BrokenPipeError:
+            # The reader of our output is gone (`ckpt-tools inspect | head`).
+            sys.stderr.close()
+            sys.exit(141)
+
+    return run  # type: ignore[return-value]
+
+
+def _say_what_is_left(out: Path | None, end: BaseException) -> None:
+    """Report what an interruption left behind; only one of several ranks reports it."""
+    from ckpt_tools.writing.publish import how_to_go_on, leftovers
+
+    if getattr(end, "told_elsewhere", is_later_rank()):
+        return
+    left = leftovers(out) if out is not None else []
+    kept = "".join(f". {how_to_go_on(path)}" for path in left) or "; nothing was left behind."
+    say(f"Interrupted{kept}", err=True)
+
+
+def joined_ranks(timeout: float) -> Ranks | None:
+    """The ranks of the torchrun that started this process; None without torchrun."""
+    if not is_rank():
+        return None
+    # torch prints a stack for each broken connection; our error says what it means.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from ckpt_tools.ranks import from_environment
+
+    return from_environment(timeout)
+
+
+def _print_error(error: CkptError) -> None:
+    say(error.fact, label="error: ", color="red", bold=True, err=True)
+    if error.path is not None:
+        say(str(error.path), label="  in: ", err=True)
+    if error.tensor is not None:
+        say(str(error.tensor), label="  tensor: ", err=True)
+    if error.hint:
+        say(str(error.hint), label="  next: ", err=True)
+
+
+def _as_json(error: CkptError) -> dict[str, Any]:
+    return {
+        "kind": type(error).__name__,
+        "fact": error.fact,
+        "path": None if error.path is None else str(error.path),
+        "tensor": error.tensor,
+        "hint": error.hint,
+        "exit_code": error.exit_code,
+        "missing": list(getattr(error, "missing", ())),
+        "choices": list(getattr(error, "choices", ())),
+    }

@@ -1,0 +1,97 @@
+"""Text for terminals and logs: numbers and durations for people, JSON, and safe names.
+
+Owns :func:`say`, the one way to print a line. Names of files and tensors come from checkpoints, so
+characters that a terminal, a log or a workflow interprets are written as escapes.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_LOG_WIDTH = 160
+
+
+def printable(text: str) -> str:
+    """Text with the characters that a terminal, a log or XML interprets or refuses as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def say(
+    line: str = "",
+    *,
+    label: str = "",
+    color: str | None = None,
+    bold: bool = False,
+    err: bool = False,
+) -> None:
+    """Print one line.
+
+    Args:
+        line: the line; characters that are not printable become escapes.
+        label: text before the line, in color if colors are shown.
+        color: the color of the label, by Click's name.
+        bold: whether the label is bold.
+        err: print to stderr.
+    """
+    # A workflow command of GitHub begins a line with two colons.
+    shown = printable(line)
+    if not label and shown.lstrip().startswith("::"):
+        shown = shown.replace("::", ": :", 1)
+    click.echo(click.style(label, fg=color, bold=bold) + shown, err=err)
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON object on stdout."""
+    click.echo(json.dumps(value, indent=2))
+
+
+def drawn(draw: Callable[[Console], None]) -> str:
+    """The text that a function draws on a console as wide as the terminal, or as a log."""
+    from rich.console import Console
+
+    is_terminal = sys.stdout.isatty()
+    text = io.StringIO()
+    width = None if is_terminal else _LOG_WIDTH
+    draw(Console(file=text, force_terminal=is_terminal, highlight=False, width=width))
+    # rich fills lines of a table with spaces.
+    return "".join(f"{line.rstrip()}\n" for line in text.getvalue().splitlines())
+
+
+def counted(count: int, noun: str) -> str:
+    """A number of things: ``1 tensor``, ``2 tensors``."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def nbytes_text(nbytes: float) -> str:
+    """Bytes for a person, in decimal units as ``--max-shard-size`` takes them."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(nbytes) < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.4g} TB"
+
+
+def count_text(count: int) -> str:
+    """A number of parameters for a person."""
+    for limit, unit in ((10**12, "T"), (10**9, "B"), (10**6, "M")):
+        if count >= limit:
+            return f"{count:,} ({count / limit:.3g} {unit})"
+    return f"{count:,}"
+
+
+def seconds_text(seconds: float) -> str:
+    """A duration for a person."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

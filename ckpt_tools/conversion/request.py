@@ -1,0 +1,167 @@
+"""One request: everything that a caller asked for, stated once and passed whole.
+
+Owns the names, types and defaults of the options of every function that writes a directory. The command
+line, the Python functions and :func:`ckpt_tools.training.save` all build a :class:`Request`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from ckpt_tools.hub.sources import AssetOptions
+from ckpt_tools.model.state import DTypeChoice
+from ckpt_tools.tensors.checkpoint import Checkpoint, Copy
+from ckpt_tools.tensors.threads import default_workers
+from ckpt_tools.writing.output import Progress, Writing
+
+if TYPE_CHECKING:
+    from ckpt_tools.ranks import Ranks
+
+PathLike = str | os.PathLike[str]
+
+_PATHS = ("config", "tokenizer", "like", "adapter_dir", "adapter_config", "base")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request(AssetOptions, Writing):
+    """What a caller asked for.
+
+    Attributes:
+        command: the command, as it is typed.
+        output: the directory to make.
+        tag: which of several checkpoints, by name.
+        model: which of several models of one state, by number.
+        format: name of the format, where the directory fits several.
+        also: further directories with files of the same checkpoint: copies of what other machines hold.
+        attribute: dotted path of the part of a composite model, and of its config.
+        weights: ``master`` takes the optimizer's fp32 copy where there is one, ``model`` the 16-bit copy.
+        check_all_masters: compare every element of masters and 16-bit weights, not a sample.
+        coefficients: of a mean, one a checkpoint, adding up to 1; None if all are equal.
+        adapter: name of the adapter; ``all`` for each, where adapters are extracted.
+        adapter_dir: a directory that PEFT wrote, to take the adapter from.
+        adapter_config: the adapter's config, or a directory with it.
+        lora_alpha: ``lora_alpha`` of the training run, where no config says it.
+        base_model: what an adapter's base is called, where no config says it.
+        base: a Hugging Face directory with what the checkpoint lacks of the base.
+        dtype: ``auto`` gives each tensor its training dtype, ``keep`` leaves each as stored, ``fp32``,
+            ``bf16`` and ``fp16`` cast every floating tensor.
+        max_shard_size: bytes, or a number with a decimal unit.
+        weights_only: write weights alone: no config, no tokenizer, names as stored.
+        card: write a model card, ``README.md``.
+        trust_remote_code: run custom code that lies beside the config, in a process of its own, to learn
+            the model's layout.
+        node_local: each machine sees only its own files of the checkpoint; the ranks pool them.
+        names_base: an adapter without the name of its base is refused; PEFT itself writes it.
+    """
+
+    command: str
+    output: Path
+    tag: str | None = None
+    model: int | None = None
+    format: str | None = None
+    also: Sequence[PathLike] = ()
+    attribute: str | None = None
+    weights: Copy = "master"
+    check_all_masters: bool = False
+    coefficients: Sequence[float] | None = None
+    adapter: str | None = None
+    adapter_dir: Path | None = None
+    adapter_config: Path | None = None
+    lora_alpha: float | None = None
+    base_model: str | None = None
+    base: Path | None = None
+    dtype: DTypeChoice = "auto"
+    max_shard_size: int | str = "5GB"
+    weights_only: bool = False
+    card: bool = True
+    trust_remote_code: bool = False
+    node_local: bool = False
+    names_base: bool = True
+
+    @property
+    def named_inputs(self) -> list[Path]:
+        """Paths that were named beside the checkpoints: they are read, so they must not be replaced."""
+        named = (self.config, self.tokenizer, self.like, self.adapter_dir, self.adapter_config)
+        return [path for path in named if path is not None]
+
+
+class AdapterOptions(TypedDict, total=False):
+    """The options of :func:`ckpt_tools.extract_lora`: fields of :class:`Request`, for type checkers."""
+
+    tag: str | None
+    model: int | None
+    format: str | None
+    also: Sequence[PathLike]
+    weights: Copy
+    check_all_masters: bool
+    dtype: DTypeChoice
+    config: PathLike | None
+    tokenizer: PathLike | None
+    workers: int | None
+    dry_run: bool
+    overwrite: bool
+    progress: Progress | None
+    resume: bool
+    sha256: bool
+    verify: bool
+    ranks: Ranks | None
+    node_local: bool
+
+
+class ModelOptions(AdapterOptions, total=False):
+    """The options of every function that writes a model directory."""
+
+    generation_config: str
+    like: PathLike | None
+    max_shard_size: int | str
+    weights_only: bool
+    card: bool
+    trust_remote_code: bool
+
+
+def requested(
+    command: str,
+    output: PathLike,
+    accepted: type[AdapterOptions],
+    options: Mapping[str, Any],
+    **named: Any,
+) -> Request:
+    """The request of one call.
+
+    Args:
+        command: the command, as it is typed.
+        output: the directory to make.
+        accepted: the options that the function takes.
+        options: those that were passed.
+        named: what the function declares itself.
+
+    Raises:
+        TypeError: an option has a name that the function does not take.
+    """
+    names = accepted.__annotations__
+    for name in options:
+        if name not in names:
+            close = difflib.get_close_matches(name, names, 1)
+            meant = f". Did you mean {close[0]!r}?" if close else ""
+            raise TypeError(f"{command} got an unexpected option {name!r}{meant}")
+    values = {**options, **named}
+    for name in _PATHS:
+        if values.get(name) is not None:
+            values[name] = as_path(values[name])
+    values["workers"] = values.get("workers") or default_workers()
+    return Request(command=command, output=Path(output), **values)
+
+
+def as_path(value: PathLike) -> Path:
+    """The path; the same object where it is one already, because it may be the path of a pool."""
+    return value if isinstance(value, Path) else Path(value)
+
+
+def paths_of(checkpoints: Sequence[PathLike | Checkpoint]) -> list[Path]:
+    """The paths among checkpoints that may be open already."""
+    return [as_path(each) for each in checkpoints if not isinstance(each, Checkpoint)]
