@@ -21,7 +21,7 @@ from typing import Any
 from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout
 from ckpt_tools.readers.containers.restricted_pickle import TensorRef
 from ckpt_tools.readers.containers.torch_file import TorchFile, stored
-from ckpt_tools.readers.deepspeed.agreement import NODE_LOCAL, OptimState
+from ckpt_tools.readers.deepspeed.agreement import NODE_LOCAL, SAME_SAVE, OptimState
 from ckpt_tools.readers.deepspeed.joining import Piece, joined, shifted, whole
 from ckpt_tools.readers.deepspeed.layout import group_masters, group_shapes, sliced_masters
 from ckpt_tools.readers.deepspeed.names import EXPERT_FILE, SaveNames
@@ -55,7 +55,7 @@ def read_experts(names: SaveNames, shards: Sequence[ShardSet]) -> tuple[Save, Pa
     layout = "with AutoEP experts" if placed else "with native MoE experts"
     if len(shards) > 1:
         raise UnsupportedLayout(
-            f"experts and tensor parallelism together ({len(shards)} model-parallel ranks)",
+            f"experts and model parallelism together ({len(shards)} model-parallel ranks)",
             path=names.directory,
             hint="Convert it with DeepSpeed's ds_to_universal.py; the universal checkpoint is read.",
         )
@@ -97,7 +97,14 @@ def _expert_files(names: SaveNames, shards: ShardSet) -> dict[str, TensorRef]:
         assert match is not None
         found.setdefault(int(match["layer"] or 0), set()).add(int(match["expert"]))
         content = TorchFile(names.directory / name).load()
-        held |= {key: ref for key, ref in content.items() if isinstance(ref, TensorRef)}
+        tensors = {key: ref for key, ref in content.items() if isinstance(ref, TensorRef)}
+        if not tensors:
+            raise DamagedCheckpoint(
+                "not a file of an expert: it holds no tensors by name",
+                path=names.directory / name,
+                hint=SAME_SAVE,
+            )
+        held |= tensors
     counts = shards.first.get("num_experts")
     if shards.stage < 3 and isinstance(counts, list):
         lacking = [

@@ -18,7 +18,7 @@ from dataclasses import replace
 from ckpt_tools.errors import DamagedCheckpoint
 from ckpt_tools.readers.containers.restricted_pickle import Opaque, TensorRef
 from ckpt_tools.readers.containers.torch_file import TorchFile, stored
-from ckpt_tools.readers.deepspeed.agreement import NODE_LOCAL, OptimState
+from ckpt_tools.readers.deepspeed.agreement import NODE_LOCAL, SAME_SAVE, OptimState
 from ckpt_tools.readers.deepspeed.flat import FlatVector
 from ckpt_tools.readers.deepspeed.layout import partitioned_masters, partitions
 from ckpt_tools.readers.deepspeed.names import LAYER_FILE, SaveNames
@@ -41,6 +41,13 @@ def read_pipeline(names: SaveNames) -> tuple[Save, Part]:
         DamagedCheckpoint: files of layers or ranks are missing.
     """
     shards = open_all(names)
+    whole = next((one.first for one in shards if one.first.content["module"] is not None), None)
+    if whole is not None:
+        raise DamagedCheckpoint(
+            f"files of a pipeline's layers, such as {names.layers[0]}, lie beside a model file that has all weights",
+            path=whole.path,
+            hint=SAME_SAVE,
+        )
     layers = _layers(names)
     width = len(layers)
     stages = len(shards) // width

@@ -49,9 +49,17 @@ def open_all(names: SaveNames) -> list[ShardSet]:
         DamagedCheckpoint: files of a rank are missing, or the ranks' files are of different saves.
     """
     found = names.model_ranks
-    shards = [open_shards(names, rank) for rank in found]
+    shards = [open_shards(names, found[0] if found else 0)]
     first = shards[0].first
-    stated = max(_stated(first, "mp_world_size"), 1)
+    recorded = first.get("mp_world_size")
+    stated = recorded if isinstance(recorded, int) else len(found)
+    if stated < len(found):
+        raise DamagedCheckpoint(
+            f"files of the model-parallel ranks {found} lie here, but the save had {stated}",
+            path=names.directory,
+            hint=SAME_SAVE,
+        )
+    shards += [open_shards(names, rank) for rank in found[1:]]
     if stated > len(found) and found == list(range(len(found))):
         example = first.path.name.replace("mp_rank_00", f"mp_rank_{len(found):02d}")
         raise DamagedCheckpoint(
@@ -72,13 +80,16 @@ def open_all(names: SaveNames) -> list[ShardSet]:
     return [shards[0], *(replace(one, shared=shared) for one in shards[1:])]
 
 
-def _stated(first: object, key: str) -> int:
-    value = first.get(key) if hasattr(first, "get") else None
-    return value if isinstance(value, int) else 0
-
-
 def read_ranks(shards: Sequence[ShardSet]) -> tuple[Save, Part]:
     """A save whose model-parallel ranks are tensor-parallel ones, usually one."""
+    bare = next((one.first for one in shards if one.first.content["module"] is None), None)
+    if bare is not None:
+        raise DamagedCheckpoint(
+            "a pipeline without the files of its layers: its `module` is None",
+            path=bare.path,
+            missing=["layer_*-model_states.pt"],
+            hint=NODE_LOCAL,
+        )
     parts = [read_part(one) for one in shards]
     return Save(shards, "with tensor parallelism" if len(shards) > 1 else ""), joined(shards, parts)
 

@@ -141,8 +141,8 @@ def open_shards(
     world_size = stated_world_size(directory, first, optims, stage)
     paths = [*(model.path for model in models), *(optim.path for optim in optims)]
     sizes = {path: path.stat().st_size for path in paths}
-    check_agreement(directory, models, optims)
     check_extra(stage, world_size, directory, models, optims)
+    check_agreement(directory, models, optims)
     lost = lost or missing_optims(world_size, directory, optims)
     if lost and stage == 3:
         raise lost
