@@ -23,7 +23,12 @@ from ckpt_tools.readers.containers.restricted_pickle import TensorRef
 from ckpt_tools.readers.containers.torch_file import TorchFile, stored
 from ckpt_tools.readers.deepspeed.agreement import NODE_LOCAL, SAME_SAVE, OptimState
 from ckpt_tools.readers.deepspeed.joining import Piece, joined, shifted, whole
-from ckpt_tools.readers.deepspeed.layout import group_masters, group_shapes, sliced_masters
+from ckpt_tools.readers.deepspeed.layout import (
+    BY_MAPPING,
+    group_masters,
+    group_shapes,
+    sliced_masters,
+)
 from ckpt_tools.readers.deepspeed.names import EXPERT_FILE, SaveNames
 from ckpt_tools.readers.deepspeed.saves import Save
 from ckpt_tools.readers.deepspeed.shards import ShardSet
@@ -61,6 +66,9 @@ def read_experts(names: SaveNames, shards: Sequence[ShardSet]) -> tuple[Save, Pa
         )
     held = _expert_files(names, first)
     dense, experts, doubts = _masters(first)
+    if first.param_shapes is None:
+        # Up to DeepSpeed 0.18 the model files of mixtures recorded no shapes: the weights have them.
+        dense, experts = _shaped(dense, first.first.content["module"]), _shaped(experts, held)
     shapes = {
         name: shape
         for group in _groups(first)
@@ -79,6 +87,17 @@ def read_experts(names: SaveNames, shards: Sequence[ShardSet]) -> tuple[Save, Pa
 def _groups(shards: ShardSet) -> list[dict[str, Shape]]:
     recorded = shards.param_shapes
     return [] if recorded is None else group_shapes(recorded, shards.first.path)
+
+
+def _shaped(masters: Mapping[str, Stored], held: Mapping[str, Any]) -> dict[str, Stored]:
+    """Flat masters in the shapes of the weights of the same names."""
+    shaped = {}
+    for name, master in masters.items():
+        ref = held.get(name)
+        if isinstance(ref, TensorRef) and ref.numel == master.numel:
+            master = replace(master, shape=ref.shape)
+        shaped[name] = master
+    return shaped
 
 
 def _is_expert(name: str) -> bool:
@@ -162,13 +181,17 @@ class _Holders:
 
 def _masters(shards: ShardSet) -> tuple[dict[str, Stored], dict[str, Stored], list[str]]:
     """Masters of everything else, masters of experts under their global names, and doubts."""
-    if not shards.optims:
-        masters, doubts = masters_of(shards)
-        return masters, {}, doubts
     dense: dict[str, Stored] = {}
     experts: dict[str, Stored] = {}
-    doubts: list[str] = []
-    for index, shapes in enumerate(_groups(shards)):
+    if not shards.optims:
+        dense, doubts = masters_of(shards)
+        return dense, experts, doubts
+    doubts = []
+    groups: Sequence[Mapping[str, Shape] | None] = _groups(shards)
+    if shards.param_shapes is None:
+        groups = [None] * len(shards.optims[0].flat_groups)
+        doubts.append(BY_MAPPING)
+    for index, shapes in enumerate(groups):
         holders = _holders(shards, index)
         if len(holders) == 1:
             found, doubt = _group(shards, holders[0], index, shapes)
@@ -187,13 +210,14 @@ def _masters(shards: ShardSet) -> tuple[dict[str, Stored], dict[str, Stored], li
 
 
 def _group(
-    shards: ShardSet, holders: _Holders, index: int, shapes: Mapping[str, Shape]
+    shards: ShardSet, holders: _Holders, index: int, shapes: Mapping[str, Shape] | None
 ) -> tuple[dict[str, Stored], list[str]]:
     count = len(holders.optims)
+    among = replace(shards, optims=holders.optims, world_size=count)
+    if shapes is None:
+        return mapped_masters(among, index), []
     if shards.stage < 3:
-        return group_masters(
-            replace(shards, optims=holders.optims, world_size=count), index, shapes
-        )
+        return group_masters(among, index, shapes)
     one = [replace(optim, flat_groups=[optim.flat_groups[index]]) for optim in holders.optims]
     return sliced_masters(replace(shards, optims=one, world_size=count), [shapes]), []
 
@@ -234,7 +258,7 @@ def _holders(shards: ShardSet, index: int) -> list[_Holders]:
 def _renumbered(shards: ShardSet, slices: Sequence[Mapping[str, Stored]]) -> dict[str, Stored]:
     """The masters of each set of experts under global names; AutoEP's sets one after the other in one tensor."""
     masters: dict[str, Stored] = {}
-    local = {}
+    local: dict[str, set[str]] = {}
     for name in slices[0]:
         match = _LOCAL.fullmatch(name)
         if match is not None:

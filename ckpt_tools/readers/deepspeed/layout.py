@@ -24,10 +24,13 @@ from typing import Any
 from ckpt_tools.errors import DamagedCheckpoint
 from ckpt_tools.readers.containers.restricted_pickle import Opaque, TensorRef
 from ckpt_tools.readers.containers.torch_file import contiguous
+from ckpt_tools.readers.deepspeed.agreement import OptimState
 from ckpt_tools.readers.deepspeed.flat import FlatVector, match_by_value, named_weights
 from ckpt_tools.readers.deepspeed.shards import ShardSet
 from ckpt_tools.tensors.catalogue import FlatRange, Fragment, Shape, Stored
 from ckpt_tools.tensors.fragments import EvenSlices
+
+BY_MAPPING = "which masters are whose is told by the recorded slice mappings alone"
 
 
 def group_shapes(shapes: Any, path: Path) -> list[dict[str, Shape]]:
@@ -88,6 +91,40 @@ def group_masters(
     if _mappings_agree(shards, index, shapes, gaps, parts):
         return masters, []
     return masters, [f"the recorded slice mappings of group {index} contradict its order"]
+
+
+def mapped_masters(shards: ShardSet, index: int) -> dict[str, Stored]:
+    """Masters of one group whose shapes are not recorded, each as a flat vector: slice mappings say where it is."""
+    vector = partitions(shards, index)
+    places: dict[str, list[int]] = {}
+    for rank, optim in enumerate(shards.optims):
+        for name, (start, numel) in _slices(optim, index).items():
+            low = vector.starts[rank] + start
+            place = places.setdefault(name, [low, low])
+            if place[1] != low:
+                raise DamagedCheckpoint(
+                    "its slices do not follow each other", path=optim.path, tensor=name
+                )
+            place[1] = low + numel
+    return {name: vector.tensor(low, (high - low,), name) for name, (low, high) in places.items()}
+
+
+def _slices(optim: OptimState, index: int) -> dict[str, tuple[int, int]]:
+    mappings = optim.get("param_slice_mappings")
+    if not isinstance(mappings, list) or index >= len(mappings):
+        raise DamagedCheckpoint(
+            "it records neither the shapes of its parameters nor where they lie",
+            path=optim.path,
+            hint="Only DeepSpeed since 0.7 writes `param_slice_mappings`. --weights model takes the 16-bit "
+            "weights.",
+        )
+    found = {}
+    for name, address in mappings[index].items():
+        state = address.state if isinstance(address, Opaque) else None
+        if not isinstance(state, dict):
+            raise DamagedCheckpoint("a slice mapping is malformed", path=optim.path, tensor=name)
+        found[name] = (int(state["start"]), int(state["numel"]))
+    return found
 
 
 def _matched_masters(

@@ -16,11 +16,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ckpt_tools.errors import DamagedCheckpoint
-from ckpt_tools.readers.containers.restricted_pickle import Opaque, TensorRef
+from ckpt_tools.readers.containers.restricted_pickle import TensorRef
 from ckpt_tools.readers.containers.torch_file import TorchFile, stored
-from ckpt_tools.readers.deepspeed.agreement import NODE_LOCAL, SAME_SAVE, OptimState
-from ckpt_tools.readers.deepspeed.flat import FlatVector
-from ckpt_tools.readers.deepspeed.layout import partitioned_masters, partitions
+from ckpt_tools.readers.deepspeed.agreement import NODE_LOCAL, SAME_SAVE
+from ckpt_tools.readers.deepspeed.layout import BY_MAPPING, mapped_masters, partitioned_masters
 from ckpt_tools.readers.deepspeed.names import LAYER_FILE, SaveNames
 from ckpt_tools.readers.deepspeed.saves import Save, joined, open_all
 from ckpt_tools.readers.deepspeed.shards import ShardSet
@@ -184,38 +183,5 @@ def _masters(shards: ShardSet) -> tuple[dict[str, Stored], list[str]]:
         return partitioned_masters(shards)
     masters: dict[str, Stored] = {}
     for index in range(len(shards.optims[0].flat_groups)):
-        masters |= _mapped(shards, index, partitions(shards, index))
-    return masters, []
-
-
-def _mapped(shards: ShardSet, index: int, vector: FlatVector) -> dict[str, Stored]:
-    """The masters of a group without shapes: the slice mappings say where each lies, as a flat vector."""
-    places: dict[str, list[int]] = {}
-    for rank, optim in enumerate(shards.optims):
-        for name, (start, numel) in _slices(optim, index).items():
-            low = vector.starts[rank] + start
-            place = places.setdefault(name, [low, low])
-            if place[1] != low:
-                raise DamagedCheckpoint(
-                    "its slices do not follow each other", path=optim.path, tensor=name
-                )
-            place[1] = low + numel
-    return {name: vector.tensor(low, (high - low,), name) for name, (low, high) in places.items()}
-
-
-def _slices(optim: OptimState, index: int) -> dict[str, tuple[int, int]]:
-    mappings = optim.get("param_slice_mappings")
-    if not isinstance(mappings, list) or index >= len(mappings):
-        raise DamagedCheckpoint(
-            "it records neither the shapes of its parameters nor where they lie",
-            path=optim.path,
-            hint="The model files of pipelines without ZeRO have no shapes; the optimizer files of DeepSpeed since 0.7 "
-            "have `param_slice_mappings`. --weights model takes the 16-bit weights.",
-        )
-    found = {}
-    for name, address in mappings[index].items():
-        state = address.state if isinstance(address, Opaque) else None
-        if not isinstance(state, dict):
-            raise DamagedCheckpoint("a slice mapping is malformed", path=optim.path, tensor=name)
-        found[name] = (int(state["start"]), int(state["numel"]))
-    return found
+        masters |= mapped_masters(shards, index)
+    return masters, [BY_MAPPING]

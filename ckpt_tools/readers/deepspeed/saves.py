@@ -105,7 +105,7 @@ def joined(shards: Sequence[ShardSet], parts: Sequence[Part]) -> Part:
 def checkpoint(location: Location, save: Save, part: Part) -> Checkpoint:
     """The checkpoint of a save."""
     first = save.shards[0]
-    version = first.first.get("ds_version")
+    version = first.first.get("ds_version") or next((o.version for o in first.optims), None)
     return Checkpoint(
         location=location,
         title=save.title,

@@ -85,7 +85,9 @@ def sorted_part(
     reading = _Reading(shards, masters, shapes, extra or {})
     weights = reading.weights()
     remarks = [*shards.remarks, *reading.remarks]
-    doubts = [] if round_robin(shards) else [*doubts]
+    # The mappings are wrong under round robin, and the order of the shapes is right.
+    ordered = round_robin(shards) and shards.param_shapes is not None
+    doubts = [] if ordered else [*doubts]
     doubts += reading.doubts
     if not masters:
         remarks, doubts = [*remarks, *doubts], []
