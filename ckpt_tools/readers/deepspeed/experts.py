@@ -27,6 +27,7 @@ from ckpt_tools.readers.deepspeed.layout import (
     BY_MAPPING,
     group_masters,
     group_shapes,
+    mapped_masters,
     sliced_masters,
 )
 from ckpt_tools.readers.deepspeed.names import EXPERT_FILE, SaveNames
