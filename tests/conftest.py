@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests.warm import warm_children
@@ -13,6 +14,10 @@ from tests.warm import warm_children
 # Before anything imports huggingface_hub, which reads them once. Child processes inherit them.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+# By default an example may take 200 ms, which it does where other processes have the processor.
+hypothesis.settings.register_profile("ckpt-tools", deadline=None)
+hypothesis.settings.load_profile("ckpt-tools")
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 

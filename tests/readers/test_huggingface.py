@@ -179,6 +179,15 @@ def test_safetensors_are_taken_before_bin_files(tmp_path: Path) -> None:
     assert open_checkpoint(path)["a"].load().tolist() == [1]
 
 
+def test_shards_are_taken_before_a_single_file_of_an_earlier_save(tmp_path: Path) -> None:
+    path = sharded(tmp_path)
+    save_file({"a": torch.zeros(2)}, path / "model.safetensors")
+    assert {name: tensor.load().tolist() for name, tensor in open_checkpoint(path).items()} == {
+        "a": [1, 1],
+        "b": [1, 1, 1],
+    }
+
+
 # Damage.
 
 

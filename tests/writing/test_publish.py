@@ -81,6 +81,33 @@ def test_the_output_appears_under_its_name_when_the_block_ends(disk: Path) -> No
     assert tree(disk) == {"out": None, "out/model": "new"}
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_everything_is_on_disk_before_the_output_has_its_name_and_then_the_name(
+    disk: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    """Each file and directory is synced while it is in the partial directory, the parent afterwards."""
+    if overwrite:
+        publish(disk / "out", text="old")
+    synced: list[tuple[str, bool]] = []
+    fsync = os.fsync
+
+    def note(fd: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{fd}"))
+        published = (disk / "out" / "model").exists() and (
+            disk / "out" / "model"
+        ).read_text() == "new"
+        synced.append((path.name, published))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", note)
+
+    publish(disk / "out", overwrite=overwrite)
+
+    within = ["output", "model", "extra", "code.py"]
+    assert sorted(synced[:-1]) == sorted((name, False) for name in within)
+    assert synced[-1] == (disk.name, True)
+
+
 def test_two_runs_never_share_a_partial_directory(disk: Path) -> None:
     with (
         partial_directory(disk / "out", overwrite=True) as one,

@@ -18,10 +18,10 @@ from ckpt_tools.readers.deepspeed.layout import (
     partitioned_masters,
     sliced_frozen,
     sliced_masters,
+    unpartitioned_masters,
 )
 from ckpt_tools.readers.deepspeed.module import matched_module
 from ckpt_tools.readers.deepspeed.shards import ShardSet
-from ckpt_tools.readers.deepspeed.unpartitioned import unpartitioned_masters
 from ckpt_tools.tensors.catalogue import Stored
 from ckpt_tools.tensors.checkpoint import Weight
 from ckpt_tools.tensors.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType

@@ -73,6 +73,7 @@ FORBIDDEN: dict[str, Header] = {
     "bytes left over": {"a": ("F32", [1], [0, 4])},
     "an overlap": {"a": ("F32", [1], [0, 4]), "b": ("U8", [6], [2, 8])},
     "the same bytes twice": {"a": ("F32", [2], [0, 8]), "b": ("F32", [2], [0, 8])},
+    "half of the bytes twice": {"a": ("F32", [1], [0, 4]), "b": ("F32", [1], [0, 4])},
     "beyond the end": {"a": ("F32", [4], [0, 16])},
     "more bytes than the shape": {"a": ("F32", [1], [0, 8])},
     "fewer bytes than the shape": {"a": ("F32", [3], [0, 8])},

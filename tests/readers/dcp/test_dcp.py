@@ -171,6 +171,18 @@ def test_a_chunk_that_begins_like_another_is_found_as_the_first_was(tmp_path: Pa
         assert_same(checkpoint[name].load(), value, name)
 
 
+@pytest.mark.parametrize("other", [torch.eye(4)[:, :2].T, torch.arange(8.0).view(4, 2).T])
+def test_a_chunk_of_the_same_length_that_lies_otherwise_is_read_in_order(
+    tmp_path: Path, other: torch.Tensor
+) -> None:
+    """Of one shape, dtype and length: that one of the two is transposed stands in its pickle alone."""
+    plain = torch.arange(8.0).view(2, 4)
+    checkpoint = open_checkpoint(save(tmp_path / "saved", {"a": plain, "b": other, "c": plain}))
+    assert_same(checkpoint["a"].load(), plain, "a")
+    assert_same(checkpoint["b"].load(), other, "b")
+    assert_same(checkpoint["c"].load(), plain, "c")
+
+
 # Compression.
 
 

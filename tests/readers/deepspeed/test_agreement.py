@@ -263,6 +263,21 @@ def test_a_model_file_of_another_step_is_doubted_and_found_out(tmp_path: Path) -
     assert "Files of two saves lie together" in str(caught.value)
 
 
+def test_steps_that_were_skipped_are_no_steps_of_the_optimizer(tmp_path: Path) -> None:
+    """A loss scale that was too large: the engine counts the step, the optimizer does not take it."""
+    directory = damage.copy_of("zero2-fp16-llama-2ranks", tmp_path)
+    facts = open_checkpoint(directory)
+    assert (facts.step, facts.details["skipped_steps"], facts.doubts) == (2, 0, ())
+
+    damage.edit(
+        damage.model_files(directory)[0],
+        lambda content: content.update(global_steps=6, skipped_steps=4),
+    )
+
+    skipped = open_checkpoint(directory)
+    assert (skipped.doubts, skipped.remarks) == ((), ())
+
+
 def test_model_files_of_another_step_are_remarked_under_stage_3(tmp_path: Path) -> None:
     directory = damage.copy_of(STAGE_3, tmp_path)
     for path in damage.model_files(directory):

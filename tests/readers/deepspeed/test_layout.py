@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,47 @@ def test_a_parameter_beyond_the_partitions_is_named(tmp_path: Path) -> None:
 def test_partitions_that_hold_more_than_the_parameters_are_refused(tmp_path: Path) -> None:
     error = refusal(STAGE_2, tmp_path, lambda c: grow(c, -1))
     assert "elements more than the parameters need" in error.fact
+
+
+@pytest.mark.parametrize(("surplus", "accepted"), [(5, True), (6, False)])
+def test_as_much_as_alignment_explains_may_be_left_of_the_partitions(
+    tmp_path: Path, surplus: int, accepted: bool
+) -> None:
+    """DeepSpeed fills up to a multiple of twice the ranks: of three ranks at most five elements."""
+
+    def shorten(content: damage.Content) -> None:
+        group = first_group(content)
+        name = next(reversed(group))
+        shape = (group[name].numel() - surplus,)
+        group[name] = torch.Size(shape)
+        content["module"][name] = torch.zeros(shape, dtype=torch.bfloat16)
+
+    if accepted:
+        directory = damage.copy_of(STAGE_2, tmp_path)
+        damage.edit(damage.model_files(directory)[0], shorten)
+        assert open_checkpoint(directory)["lm_head.weight"].pieces
+    else:
+        error = refusal(STAGE_2, tmp_path, shorten)
+        assert f"hold {surplus} elements more than the parameters need" in error.fact
+
+
+@pytest.mark.parametrize("key", ["start", "numel"])
+def test_a_recorded_fragment_that_is_not_where_the_order_puts_it_is_doubted(
+    tmp_path: Path, key: str
+) -> None:
+    def move(content: damage.Content) -> None:
+        mappings = content["optimizer_state_dict"]["param_slice_mappings"][0]
+        address = mappings["model.norm.weight"]
+        setattr(address, key, getattr(address, key) + 1)
+
+    directory = damage.copy_of(STAGE_2, tmp_path)
+    for path in damage.optim_files(directory):
+        with contextlib.suppress(KeyError):
+            damage.edit(path, move)
+
+    assert open_checkpoint(directory).doubts == (
+        "the recorded slice mappings of group 0 contradict its order",
+    )
 
 
 def test_a_partition_cut_short_is_refused(tmp_path: Path) -> None:

@@ -206,6 +206,20 @@ def test_a_stage_3_parameter_is_one_slice_a_rank() -> None:
     assert files == {f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(7)}
 
 
+def test_the_flat_groups_of_ranks_need_not_lie_alike_in_their_files(tmp_path: Path) -> None:
+    """What else a file holds may be longer on one rank: everything behind it lies further on."""
+    case = case_of("zero3-bf16-llama-7ranks")
+    directory = damage.copy_of(case.name, tmp_path)
+    damage.edit(damage.optim_files(directory)[0], lambda content: content.update(note="x" * 5000))
+
+    checkpoint = open_checkpoint(directory)
+
+    tensor = checkpoint["lm_head.weight"]
+    assert len({move.offset for move in tensor.moves(0, tensor.numel)}) > 1
+    for name, truth in case.masters.items():
+        assert_same(checkpoint[name].load(), truth, name)
+
+
 def test_a_stage_2_parameter_may_cross_a_border_between_ranks() -> None:
     checkpoint = opened("zero2-bf16-llama-3ranks")
     crossing = [name for name, w in checkpoint.weights.items() if w.master and w.master.pieces > 1]
