@@ -1,9 +1,9 @@
 """Key maps: what the tensors of a checkpoint are called in the model, rule by rule.
 
-A rule is a pattern and what becomes of a name that fits it: another name, several names of one tensor (tied ones), or
-nothing. In a pattern ``{n}`` stands for a number, ``{last}`` for the largest number that any name begins with, and
-``*`` for anything; in a new name ``{n}``, ``{n-1}``, ``{last}`` and ``*`` stand for what they stood for. The first rule
-that fits counts.
+A rule is a pattern and what becomes of a name that fits it: another name, several names of one tensor
+(tied ones), or nothing. In a pattern ``{n}`` stands for a number, ``{last}`` for the largest number that
+any name begins with, and ``*`` for anything; in a new name ``{n}``, ``{n-1}``, ``{last}`` and ``*`` stand
+for what they stood for. The first rule that fits counts.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class KeyMap:
         if unknown:
             raise UsageError(
                 f"no rule of the key map fits {listed(unknown, 5)}",
-                hint='Add a rule for each; a last rule "*": "*" leaves the others as they are, "*": null leaves them out.',
+                hint='Add a rule for each. A last rule "*": "*" keeps the other names, "*": null leaves the '
+                "other tensors out.",
             )
         tensors: dict[str, Tensor] = {}
         ties: dict[str, str] = {}

@@ -54,12 +54,17 @@ def test_a_pipeline_becomes_the_model_that_its_key_map_names(name: str, tmp_path
     consolidate(case.path, tmp_path / "out", config=hf, key_map=rules)
     state = loaded(tmp_path / "out")
     names = {"3.weight": "model.norm.weight", "0.weight": "model.embed_tokens.weight"}
-    names |= {"4.weight": "lm_head.weight", "tied_modules.embed.weight": "model.embed_tokens.weight"}
+    names |= {
+        "4.weight": "lm_head.weight",
+        "tied_modules.embed.weight": "model.embed_tokens.weight",
+    }
     for tensor, truth in case.model.items():
         number, _, rest = tensor.partition(".")
         new = names.get(tensor) or f"model.layers.{int(number) - 1}.{rest}"
         assert_same(state[new], truth, tensor)
-        assert torch.equal(state["lm_head.weight"], state["model.embed_tokens.weight"]) == ("tied" in name)
+        assert torch.equal(state["lm_head.weight"], state["model.embed_tokens.weight"]) == (
+            "tied" in name
+        )
 
 
 def test_masters_of_a_tensor_parallel_run_are_written_in_fp32(tmp_path: Path) -> None:
@@ -90,7 +95,7 @@ def test_a_pipeline_without_a_key_map_is_told_of_it(tmp_path: Path) -> None:
 def test_a_file_that_is_no_key_map_is_refused(content: str, tmp_path: Path) -> None:
     path = tmp_path / "map.json"
     path.write_text(content)
-    with pytest.raises(UsageError, match="key map|the rule"):
+    with pytest.raises(UsageError, match=r"key map|the rule"):
         consolidate(
             LAYOUTS / NUMBERED[0] / "checkpoint", tmp_path / "out", weights_only=True, key_map=path
         )

@@ -57,7 +57,9 @@ def test_one_tensor_may_get_several_names() -> None:
 
 
 def test_null_leaves_a_tensor_out() -> None:
-    assert renamed({"{n}.inv_freq": None, "*": "m.*"}, catalogue("3.inv_freq", "3.w")) == {"m.3.w": 1}
+    assert renamed({"{n}.inv_freq": None, "*": "m.*"}, catalogue("3.inv_freq", "3.w")) == {
+        "m.3.w": 1
+    }
 
 
 def test_second_names_keep_to_their_tensor() -> None:

@@ -122,10 +122,9 @@ def check_models(world_size: int, directory: Path, models: Sequence[ModelState])
     frozen = models[0].get("frozen_param_shapes")
     if frozen or (0 in lacking and models[0].get("buffer_names")):
         raise _missing("model", lacking, world_size, directory, models)
-    return (
-        f"{len(lacking)} of {world_size} model files are missing (ranks {_ranges(lacking)}); nothing is frozen, "
-        "so that no weight lies in them",
-    )
+    ranks = _ranges(lacking)
+    fact = f"{len(lacking)} of {world_size} model files are missing (ranks {ranks})"
+    return (f"{fact}; nothing is frozen, so that no weight lies in them",)
 
 
 def _missing(

@@ -1,11 +1,11 @@
 """Mixtures of experts whose experts are divided among ranks: DeepSpeed's own MoE layers, and AutoEP.
 
-The weights of experts lie in a file each, by global number (``layer_L_expert_E_...``). Their masters lie in the
-ordinary optimizer files, in flat groups that are partitioned among the ranks that hold the same experts; the names there
-have local numbers. Under stage 3 (AutoEP alone) there are no files of experts.
+The weights of experts lie in a file each, by global number (``layer_L_expert_E_...``). Their masters lie
+in the ordinary optimizer files, in flat groups that are partitioned among the ranks that hold the same
+experts; the names there have local numbers. Under stage 3 (AutoEP alone) there are no files of experts.
 
-AutoEP keeps the experts of a layer of a Hugging Face model as three tensors ``w1``, ``w2`` and ``w3``; here they get back
-the names and the form of the model: ``gate_up_proj`` and ``down_proj``.
+AutoEP keeps the experts of a layer of a Hugging Face model as three tensors ``w1``, ``w2`` and ``w3``;
+here they get back the names and the form of the model: ``gate_up_proj`` and ``down_proj``.
 
 Sources: ``deepspeed/runtime/engine.py`` (``_save_moe_checkpoint``), ``utils/groups.py``
 (``_create_expert_and_data_parallel``), ``module_inject/auto_ep_layer.py``.
@@ -105,7 +105,7 @@ def _is_expert(name: str) -> bool:
     return bool(_LOCAL.fullmatch(name) or _FUSED.fullmatch(name))
 
 
-# -- the weights in training dtype ------------------------------------------------------------------------------
+# The weights in training dtype.
 
 
 def _expert_files(names: SaveNames, shards: ShardSet) -> dict[str, TensorRef]:
@@ -169,7 +169,7 @@ def _weights(
         yield name, Weight(kind, either.shape, dtype, master, model)  # type: ignore[arg-type]
 
 
-# -- the masters ------------------------------------------------------------------------------------------------
+# The masters.
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ def _holders(shards: ShardSet, index: int) -> list[_Holders]:
 
 
 def _renumbered(shards: ShardSet, slices: Sequence[Mapping[str, Stored]]) -> dict[str, Stored]:
-    """The masters of each set of experts under global names; AutoEP's sets one after the other in one tensor."""
+    """Masters of experts under global names; those of AutoEP in one tensor for all experts."""
     masters: dict[str, Stored] = {}
     local: dict[str, set[str]] = {}
     for name in slices[0]:
@@ -295,7 +295,7 @@ def _placement(shards: ShardSet, name: str, counts: Sequence[int]) -> list[list[
     return [list(range(start, start + n)) for start, n in zip(starts, counts, strict=True)]
 
 
-# -- AutoEP -----------------------------------------------------------------------------------------------------
+# AutoEP.
 
 
 def _row(shape: Shape, index: int) -> Any:
@@ -344,7 +344,7 @@ def _fused(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
 
 
 def _routers(shards: ShardSet, paths: Iterable[str]) -> dict[str, str]:
-    """The model's name of each router: AutoEP's module has it as ``router``, and as what the model calls it."""
+    """The model's name of each router; AutoEP's module calls it ``router`` as well."""
     called = {}
     for path in paths:
         pattern = re.compile(re.escape(path) + r"\.(?P<attribute>\w+)\.gate\.(?P<leaf>\w+)")

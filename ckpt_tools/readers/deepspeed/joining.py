@@ -1,8 +1,8 @@
 """Tensors put together from the slices of tensor-parallel ranks, fragment by fragment.
 
-Owns the arithmetic alone: which box of a rank's slice lies where in the whole. Why a parameter is cut so is the
-business of :mod:`~ckpt_tools.readers.deepspeed.tensor_parallel`. Nothing is read; that the boxes tile the whole is
-proven when the tensor is built.
+Owns the arithmetic alone: which box of a rank's slice lies where in the whole. Why a parameter is cut so
+is the business of :mod:`~ckpt_tools.readers.deepspeed.tensor_parallel`. Nothing is read; that the boxes
+tile the whole is proven when the tensor is built.
 """
 
 from __future__ import annotations

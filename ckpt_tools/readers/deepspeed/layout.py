@@ -97,7 +97,7 @@ def group_masters(
 
 
 def mapped_masters(shards: ShardSet, index: int) -> dict[str, Stored]:
-    """Masters of one group whose shapes are not recorded, each as a flat vector: slice mappings say where it is."""
+    """Masters of a group whose shapes are not recorded, each flat, at the place that slice mappings record."""
     vector = partitions(shards, index)
     places: dict[str, list[int]] = {}
     for rank, optim in enumerate(shards.optims):
@@ -149,6 +149,7 @@ def _matched_masters(
 
 
 def partitions(shards: ShardSet, group: int) -> FlatVector:
+    """The flat vector of a group, of which each rank has a part."""
     refs, lengths = [], []
     if shards.optims[0].intervals is not None:
         # Interval by interval, the partitions of all ranks follow each other.

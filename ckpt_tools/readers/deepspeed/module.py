@@ -1,10 +1,11 @@
 """The ``module`` of a DeepSpeed model file, and the match of its names with those of the parameters.
 
-DeepSpeed saves what the module's own ``state_dict`` answers, and calls parameters by their place in the module. Hooks
-make the two differ: activation-checkpoint wrappers leave their own name out of ``state_dict``, TRL's value head leaves
-out a prefix. The two lists are matched by structure: the longer name has all segments of the shorter one in order, and
-the same segments are left out everywhere. Where that fails, shapes in order decide, if only one order-preserving match
-fits; the caller then has the values compared.
+DeepSpeed saves what the module's own ``state_dict`` answers, and calls parameters by their place in the
+module. Hooks make the two differ: activation-checkpoint wrappers leave their own name out of
+``state_dict``, TRL's value head leaves out a prefix. The two lists are matched by structure: the longer
+name has all segments of the shorter one in order, and the same segments are left out everywhere. Where
+that fails, shapes in order decide, if only one order-preserving match fits; the caller then has the
+values compared.
 """
 
 from __future__ import annotations
@@ -77,11 +78,11 @@ def matched_module(
             )
     if found is None:
         raise UnsupportedLayout(
-            f"`module` and `param_shapes` name {len(lacking)} parameters differently, and no single match of the two "
-            f"lists fits: {lacking[0]} may be {free[0]}",
+            f"`module` and `param_shapes` name {len(lacking)} parameters differently, and the two lists have "
+            f"no single match: {lacking[0]} may be {free[0]}",
             path=model.path,
-            hint="A hook of the training script renamed them. DeepSpeed's zero_to_fp32.py writes them under the names "
-            "of param_shapes.",
+            hint="A hook of the training script renames them. DeepSpeed's zero_to_fp32.py writes them under "
+            "the names of param_shapes.",
         )
     renamed, dropped = found
     prefix = _prefix(renamed)

@@ -1,11 +1,13 @@
 """The file names of a DeepSpeed save: which rank wrote each file, and what kind of file it is.
 
-Owns the grammar of the names and the search of one folder. A name has a data-parallel rank (``zero_pp_rank_D``) and
-a model-parallel rank (``mp_rank_MM``), which counts tensor-parallel ranks within pipeline stages. Up to DeepSpeed
-0.18.3, sequence-parallel runs (Ulysses) wrote the sequence rank there: then each data-parallel rank has one file in all.
+Owns the grammar of the names and the search of one folder. A name has a data-parallel rank
+(``zero_pp_rank_D``) and a model-parallel rank (``mp_rank_MM``), which counts tensor-parallel ranks within
+pipeline stages. Up to DeepSpeed 0.18.3, sequence-parallel runs (Ulysses) wrote the sequence rank there:
+then each data-parallel rank has one file in all.
 
-Sources: ``deepspeed/runtime/engine.py`` (``_get_ckpt_name``, ``_get_zero_ckpt_name``, ``_get_expert_ckpt_name``),
-``runtime/pipe/module.py`` (``ckpt_layer_path``), ``checkpoint/ds_to_universal.py``.
+Sources: ``deepspeed/runtime/engine.py`` (``_get_ckpt_name``, ``_get_zero_ckpt_name``,
+``_get_expert_ckpt_name``), ``runtime/pipe/module.py`` (``ckpt_layer_path``),
+``checkpoint/ds_to_universal.py``.
 """
 
 from __future__ import annotations

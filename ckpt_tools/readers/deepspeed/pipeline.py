@@ -1,13 +1,15 @@
 """Pipelines: the layers of a model numbered, a file each, and divided among stages.
 
-The weights of layer ``N`` lie in ``layer_NN-model_TT-model_states.pt``, one file for each tensor-parallel rank, under
-names that lack the number. Masters lie in the optimizer files of each stage and tensor-parallel rank
-(``mp_rank_MM``: stages count first), under the names of the pipeline module: ``N.rest``. A module that several layers
-share is called ``tied_modules.KEY.rest`` there; its first use has a file, later ones may have none.
+The weights of layer ``N`` lie in ``layer_NN-model_TT-model_states.pt``, one file for each tensor-parallel
+rank, under names that lack the number. Masters lie in the optimizer files of each stage and
+tensor-parallel rank (``mp_rank_MM``: stages count first), under the names of the pipeline module:
+``N.rest``. A module that several layers share is called ``tied_modules.KEY.rest`` there; its first use
+has a file, later ones may have none.
 
 Here a tensor has the name that the pipeline module gives it. What it is on the hub is said by a key map.
 
-Sources: ``deepspeed/runtime/pipe/module.py`` (``save_state_dict``, ``ckpt_layer_path``), ``runtime/pipe/topology.py``.
+Sources: ``deepspeed/runtime/pipe/module.py`` (``save_state_dict``, ``ckpt_layer_path``),
+``runtime/pipe/topology.py``.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ def read_pipeline(names: SaveNames) -> tuple[Save, Part]:
     whole = next((one.first for one in shards if one.first.content["module"] is not None), None)
     if whole is not None:
         raise DamagedCheckpoint(
-            f"files of a pipeline's layers, such as {names.layers[0]}, lie beside a model file that has all weights",
+            f"files of a pipeline's layers, such as {names.layers[0]}, lie beside a model file that has "
+            "all weights",
             path=whole.path,
             hint=SAME_SAVE,
         )
@@ -154,8 +157,8 @@ def _tied_named(
 ) -> dict[str, TensorRef]:
     """The layers' tensors under the names that the module gives them: shared modules have no number.
 
-    A tensor of a layer that no numbered name explains is one of a shared module, if its rest and size are that
-    module's. The first use stands for all.
+    A tensor of a layer that has no master under its numbered name is one of a shared module that has its rest
+    and its size. The first use stands for all.
     """
     named = dict(models)
     free = [name for name in models if name not in masters]

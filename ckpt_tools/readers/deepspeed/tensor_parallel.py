@@ -1,9 +1,10 @@
 """How tensor-parallel slices are joined: what ``universal_checkpoint_info`` says of each parameter.
 
-AutoTP records it since DeepSpeed 0.19; Megatron-DeepSpeed puts it into the client state. It names parameters by regular
-expressions: replicated on all ranks, cut along the second axis (row parallelism), made of sub-parameters that are cut one
-by one (fused qkv or gate and up), padded to a rounder vocabulary; everything else is cut along the first axis. AutoTP also
-records the geometry of each parameter (``affine_map``), which comes first. Without a record nothing is guessed.
+AutoTP records it since DeepSpeed 0.19; Megatron-DeepSpeed puts it into the client state. It names
+parameters by regular expressions: replicated on all ranks, cut along the second axis (row parallelism),
+made of sub-parameters that are cut one by one (fused qkv or gate and up), padded to a rounder vocabulary;
+everything else is cut along the first axis. AutoTP also records the geometry of each parameter
+(``affine_map``), which comes first. Without a record nothing is guessed.
 
 Sources: ``deepspeed/checkpoint/ds_to_universal.py`` (``merge_tp_slices``), ``checkpoint/affine.py``.
 """
@@ -50,11 +51,10 @@ class SliceRecord:
     def __init__(self, info: Any, ranks: int, path: Path) -> None:
         if not isinstance(info, Mapping):
             raise UnsupportedLayout(
-                f"a tensor-parallel checkpoint of {ranks} ranks without a record of how their slices are joined",
+                f"a tensor-parallel checkpoint of {ranks} ranks that does not record how its slices are cut",
                 path=path,
-                hint="Its model files have no `universal_checkpoint_info`, which AutoTP writes since DeepSpeed 0.19 and "
-                "Megatron-DeepSpeed with --universal-checkpoint. Load it in the training script and save it with that, or "
-                "with `save_16bit_model`.",
+                hint="Its model files have no `universal_checkpoint_info`. AutoTP of DeepSpeed 0.19 writes it: "
+                "load the checkpoint in the training script with that release and save it again.",
             )
         self._info, self._ranks, self._path = info, ranks, path
         affine = info.get("affine_map") or {}
@@ -62,7 +62,7 @@ class SliceRecord:
             raise UnsupportedLayout(
                 f"its affine_map is of version {affine['version']}; version {_AFFINE_VERSION} is read",
                 path=path,
-                hint="Convert it with the ds_to_universal.py of the DeepSpeed that wrote it; the result is read.",
+                hint="Convert it with ds_to_universal.py of the DeepSpeed that wrote it; the result is read.",
             )
         self._affine: Mapping[str, Any] = affine.get("params") or {}
 
@@ -146,7 +146,7 @@ class SliceRecord:
         widths = next((w for pattern, w in recorded.items() if re.match(pattern, name)), None)
         if widths is not None:
             return _cut(shapes, axis, [list(map(int, row)) for row in widths])
-        # Before this record there was only an even split: of so many equal parts, or of parts of stated sizes.
+        # Before this record all splits were even: of so many equal parts, or of parts of stated sizes.
         total = sum(shape[axis] for shape in shapes)
         sizes = sub["shape"][axis]
         if isinstance(sizes, int):
@@ -161,8 +161,7 @@ class SliceRecord:
             why,
             path=self._path,
             tensor=name,
-            hint="Convert the checkpoint with DeepSpeed's ds_to_universal.py, or save the model with "
-            "`save_16bit_model`; either is read.",
+            hint="Convert the checkpoint with DeepSpeed's ds_to_universal.py; the result is read.",
         )
 
 

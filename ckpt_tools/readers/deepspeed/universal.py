@@ -1,11 +1,13 @@
 """Universal checkpoints: what DeepSpeed's ``ds_to_universal.py`` makes of a save.
 
-A folder ``zero`` has a folder for each parameter, with ``fp32.pt`` in it: the whole master, tensor-parallel slices
-joined. From stages 1 and 2 that is a mapping with the tensor in its shape, from stage 3 the flat tensor alone; its shape
-is in the model files, which are copied beside ``zero``. Parameters without a master (frozen ones, second names, buffers)
-may have an ``fp32.pt`` too: their 16-bit weight, widened. For these the copied model file is read.
+A folder ``zero`` has a folder for each parameter, with ``fp32.pt`` in it: the whole master,
+tensor-parallel slices joined. From stages 1 and 2 that is a mapping with the tensor in its shape, from
+stage 3 the flat tensor alone; its shape is in the model files, which are copied beside ``zero``.
+Parameters without a master (frozen ones, second names, buffers) may have an ``fp32.pt`` too: their 16-bit
+weight, widened. For these the copied model file is read.
 
-Source: ``deepspeed/checkpoint/ds_to_universal.py`` (``merge_tp_slices``, ``merge_zero3_slices``, ``main``).
+Source: ``deepspeed/checkpoint/ds_to_universal.py`` (``merge_tp_slices``, ``merge_zero3_slices``,
+``main``).
 """
 
 from __future__ import annotations

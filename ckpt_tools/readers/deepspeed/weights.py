@@ -1,7 +1,8 @@
 """What each tensor of one model-parallel rank is: trained parameter, frozen one, buffer or second name.
 
 Owns the sorting of the tensors of one :class:`~ckpt_tools.readers.deepspeed.shards.ShardSet`, whose bytes
-:mod:`~ckpt_tools.readers.deepspeed.layout` located. How the ranks' parts become one model is not decided here.
+:mod:`~ckpt_tools.readers.deepspeed.layout` located. How the ranks' parts become one model is not decided
+here.
 """
 
 from __future__ import annotations
@@ -283,10 +284,12 @@ def _miscounted(shards: ShardSet) -> str | None:
 
 
 def round_robin(shards: ShardSet) -> bool:
+    """Whether the run partitioned gradients round robin."""
     config = shards.first.get("ds_config") or {}
     zero = config.get("zero_optimization")
     return bool(zero.get("round_robin_gradients")) if isinstance(zero, dict) else False
 
 
 def integer(value: object) -> int | None:
+    """The value if it is a whole number."""
     return value if isinstance(value, int) else None

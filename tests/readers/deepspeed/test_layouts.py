@@ -17,7 +17,7 @@ class TestEveryLayoutFixture(ReaderContract):
         return case
 
     def keeps_model_copy(self, case: Case) -> bool:
-        # Stage 3 keeps placeholders alone, and a pipeline's layer files are not copied into a universal checkpoint.
+        # Stage 3 keeps placeholders; a universal checkpoint has no copy of a pipeline's layer files.
         bare = case.name.startswith("universal-") and case.facts["shape"] == "megatron"
         return bool(case.facts["stage"] < 3) and not bare
 
