@@ -197,10 +197,10 @@ def _embedded(wanted: Sequence[Shape], offered: Sequence[Shape]) -> list[int] | 
 
 
 def _tensors(model: ModelState) -> dict[str, TensorRef]:
-    """The tensors of `module`; what else a module keeps there (extra state) is no weight.
+    """The tensors of `module`, without extra state.
 
     Raises:
-        UnsafePickle: a tensor of a kind that only code could rebuild: it may be a weight.
+        UnsafePickle: a value may be a weight, but only code from the file can rebuild it.
     """
     tensors = {}
     for name, value in (model.content["module"] or {}).items():
@@ -211,6 +211,6 @@ def _tensors(model: ModelState) -> dict[str, TensorRef]:
                 f"it is not a plain tensor but a {value.global_name}",
                 path=model.path,
                 tensor=name,
-                hint="Nothing of it was run. If it is a weight, please report its layout.",
+                hint="No code from the file was run. If it is a weight, please report its layout.",
             )
     return tensors

@@ -120,7 +120,7 @@ def _by_rank(directory: Path, names: Iterable[str], pattern: re.Pattern[str]) ->
         rank = int(match["dp"] or 0)
         if rank in of_rank:
             raise DamagedCheckpoint(
-                f"files of two saves lie in one directory: {of_rank[rank]} and {name} are both rank {rank}",
+                f"one directory has files of two saves: {of_rank[rank]} and {name} are both of rank {rank}",
                 path=directory,
                 hint=SAME_SAVE,
             )
