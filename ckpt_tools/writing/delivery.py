@@ -84,14 +84,14 @@ def deliver(
 
     Args:
         target: the directory to make.
-        outputs: what is written into it.
-        writing: how it is written.
-        provenance: what the outputs are made of.
-        verify: raises if a complete directory is wrong; called where ``writing`` asks for it.
+        outputs: the planned directories in it.
+        writing: the options of the write.
+        provenance: the origin of the outputs.
+        verify: raises if a complete directory is wrong. It is called if ``writing`` requests it.
 
     Raises:
-        CkptError: the target appeared meanwhile, a source is damaged, the disk refused, another rank
-            failed, or verify found the result wrong.
+        CkptError: the target appeared meanwhile, a source is damaged, the disk reports an error, another
+            rank failed, or verify found a problem.
     """
     if writing.dry_run:
         return None
@@ -141,10 +141,10 @@ def _found(target: Path, identity: journal.Identity, locked: ExitStack) -> Path 
 
 
 def follow(ranks: Ranks, workers: int) -> Any:
-    """Write this rank's share of whatever the leader delivers.
+    """Write this rank's share of the leader's delivery.
 
     Returns:
-        What the leader reports.
+        The report of the leader.
 
     Raises:
         CkptError: as :func:`deliver`.
