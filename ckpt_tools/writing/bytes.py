@@ -16,11 +16,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import TracebackType
 
 from ckpt_tools.errors import OutputFailed
+from ckpt_tools.tensors.checksums import ReadLog
 from ckpt_tools.tensors.gather import Gatherer
 from ckpt_tools.tensors.threads import MAX_WORKERS, casting_on_one_core, default_workers
 from ckpt_tools.writing.layout import Plan
@@ -47,6 +48,21 @@ class Written:
     bytes_written: int = 0
     move_seconds: float = 0.0
     sync_seconds: float = 0.0
+
+    @classmethod
+    def one_after_another(cls, parts: Sequence[Written]) -> Written:
+        """The sum of writes that one rank made."""
+        return cls(*(sum(getattr(part, f.name) for part in parts) for f in fields(cls)))
+
+    @classmethod
+    def side_by_side(cls, parts: Sequence[Written]) -> Written:
+        """The sum of the writes of several ranks; seconds are those of the slowest."""
+        summed = cls.one_after_another(parts)
+        return replace(
+            summed,
+            move_seconds=max(part.move_seconds for part in parts),
+            sync_seconds=max(part.sync_seconds for part in parts),
+        )
 
 
 def laid_out(plan: Plan, directory: Path) -> set[str]:
@@ -166,6 +182,7 @@ def write(
     progress: Progress | None = None,
     record: Record | None = None,
     ended: threading.Event | None = None,
+    log: ReadLog | None = None,
 ) -> Written:
     """Write units of a plan, and wait until they are on disk.
 
@@ -177,6 +194,7 @@ def write(
         progress: called with the number of bytes after each block, from any worker's thread.
         record: called with each written block and its digests, from any worker's thread.
         ended: once it is set, no further block is started, and the write is incomplete.
+        log: takes the checksums of the bytes that are read.
 
     Raises:
         DamagedCheckpoint: a source file ended early or cannot be read.
@@ -187,10 +205,11 @@ def write(
     stop = threading.Event()
     touched: set[int] = set()
 
-    def work() -> tuple[int, int]:
+    def work() -> tuple[int, int, ReadLog | None]:
         buffer = bytearray(units.block_bytes)
         done = 0
-        with Gatherer() as gatherer:
+        own = None if log is None else ReadLog()
+        with Gatherer(own) as gatherer:
             while not stop.is_set() and (block := blocks.take()) is not None:
                 if ended is not None and ended.is_set():
                     break
@@ -205,7 +224,7 @@ def write(
                     record(block, digests)
                 if progress is not None:
                     progress(block.nbytes)
-            return gatherer.bytes_read, done
+            return gatherer.bytes_read, done, own
 
     count = workers or default_workers()
     with casting_on_one_core(), ThreadPoolExecutor(count) as pool:
@@ -217,7 +236,10 @@ def write(
         done = [job.result() for job in jobs]
     moved = time.monotonic()
     outputs.sync(touched)
-    bytes_read, bytes_written = map(sum, zip(*done, strict=True))
+    for _, _, own in done:
+        if log is not None and own is not None:
+            log.include(own)
+    bytes_read, bytes_written = sum(one[0] for one in done), sum(one[1] for one in done)
     return Written(bytes_read, bytes_written, moved - started, time.monotonic() - moved)
 
 

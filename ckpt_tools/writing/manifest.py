@@ -68,11 +68,15 @@ class Provenance:
         """The recipe of an output tensor from source tensors."""
         return described(tensor, self._names)
 
+    def files(self) -> list[Path]:
+        """The files that are read."""
+        beside = [file for catalogue in self.beside.values() for file in _files_of(catalogue)]
+        return [*(path for source in self.sources for path in sorted(source.files)), *beside]
+
     def identity(self) -> str:
         """Digest of the names, sizes and times of the files that are read."""
         facts: list[tuple[str, int, int]] = []
-        beside = [file for catalogue in self.beside.values() for file in _files_of(catalogue)]
-        for path in (*(path for source in self.sources for path in sorted(source.files)), *beside):
+        for path in self.files():
             try:
                 found = path.stat()
                 facts.append((path.name, found.st_size, found.st_mtime_ns))

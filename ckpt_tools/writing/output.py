@@ -28,6 +28,7 @@ class Writing:
         resume: continue an earlier run of the same request.
         sha256: write ``SHA256SUMS``, which ``sha256sum -c`` accepts.
         verify: verify every byte before the output is published.
+        check_source: compare the bytes that are read with the checksums of their files.
         ranks: the ranks that carry out the same call together. Each of them must make the call.
         resumable: whether another run can continue after a failure.
     """
@@ -39,6 +40,7 @@ class Writing:
     resume: bool = False
     sha256: bool = False
     verify: bool = False
+    check_source: bool = True
     ranks: Ranks | None = None
     resumable: bool = True
 
