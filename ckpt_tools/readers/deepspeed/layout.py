@@ -97,7 +97,7 @@ def group_masters(
 
 
 def mapped_masters(shards: ShardSet, index: int) -> dict[str, Stored]:
-    """Masters of a group without recorded shapes: each flat, at the place in the slice mappings."""
+    """Flat masters of a group without recorded shapes, at the places in the slice mappings."""
     vector = partitions(shards, index)
     places: dict[str, list[int]] = {}
     for rank, optim in enumerate(shards.optims):
