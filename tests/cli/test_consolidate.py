@@ -34,7 +34,6 @@ def run_program(*arguments: object, **options: Any) -> subprocess.CompletedProce
         [*PROGRAM, *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=300,
         check=False,
         **options,
     )

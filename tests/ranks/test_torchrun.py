@@ -131,7 +131,7 @@ def assert_same(out: Path, alone: Path, sources: list[Source]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 3, 5])
+@pytest.mark.parametrize("ranks", [3, 5])
 def test_the_bytes_do_not_depend_on_the_number_of_ranks(
     ranks: int, sources: list[Source], alone: Path, tmp_path: Path
 ) -> None:
