@@ -237,16 +237,16 @@ def refused(home: Path, why: str, *arguments: Any, **options: Any) -> None:
 
     assert caught.value.exit_code == 2
     assert caught.value.path == home
-    assert "as it was" in str(caught.value.hint)
+    assert "Repeat the earlier command" in str(caught.value.hint)
     assert str(home) in str(caught.value.hint)
     assert stats(home) == before
 
 
 OTHER_OPTIONS: list[tuple[dict[str, Any], str]] = [
-    ({"dtype": "fp32"}, "dtype was auto, and is fp32"),
-    ({"dtype": "keep"}, "dtype was auto, and is keep"),
-    ({"weights": "model"}, "weights was master, and is model"),
-    ({"max_shard_size": 1_500}, "its layout is another"),
+    ({"dtype": "fp32"}, "dtype was auto, now fp32"),
+    ({"dtype": "keep"}, "dtype was auto, now keep"),
+    ({"weights": "model"}, "weights was master, now model"),
+    ({"max_shard_size": 1_500}, "its layout differs"),
 ]
 
 
@@ -305,7 +305,7 @@ def test_a_source_that_changed_is_refused_and_nothing_is_changed(
         shard.unlink()
         shard.write_bytes(content)
 
-    refused(home, "the checkpoint changed since", tmp_path / "run", tmp_path / "out")
+    refused(home, "or the checkpoint changed", tmp_path / "run", tmp_path / "out")
 
 
 def test_another_checkpoint_of_the_same_layout_is_refused(tmp_path: Path) -> None:
@@ -318,7 +318,7 @@ def test_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     home = stopped(CASE / "checkpoint", tmp_path / "out")
     monkeypatch.setattr("ckpt_tools.writing.delivery.__version__", "99.0")
 
-    refused(home, "and this is 99.0", CASE / "checkpoint", tmp_path / "out")
+    refused(home, "this is 99.0", CASE / "checkpoint", tmp_path / "out")
 
 
 def test_a_refusal_is_status_2_on_the_command_line(tmp_path: Path) -> None:
@@ -330,7 +330,7 @@ def test_a_refusal_is_status_2_on_the_command_line(tmp_path: Path) -> None:
     done = run(*arguments, "--resume", "--dtype", "fp32")
 
     assert done.exit_code == 2
-    assert "error: the run cannot go on with what is there" in done.stderr
+    assert "error: the earlier run cannot be resumed" in done.stderr
     assert f"  in: {home}" in done.stderr
     assert run(*arguments, "--resume", "--max-shard-size", "1KB").exit_code == 0
     assert not home.exists()
@@ -580,7 +580,7 @@ def test_a_full_disk_keeps_what_is_proven_and_the_run_goes_on_when_there_is_room
     with pytest.raises(OutputFailed, match="no space left") as caught:
         consolidate(source, out, progress=until_proven(0.4, fill), **options)
     assert caught.value.exit_code == 6
-    assert "Free some room" in str(caught.value.hint)
+    assert "Free some space" in str(caught.value.hint)
     assert "--resume" in str(caught.value.hint)
     assert not out.exists()
     (home,) = partials(out)
@@ -776,7 +776,7 @@ def test_an_interrupted_run_keeps_what_is_proven_and_is_gone_on_with(
         assert proven_units(home) > 0.5 * share * large.units
         said = log.read_text()
         assert "Traceback" not in said
-        assert number is not signal.SIGINT or f"--resume goes on; or delete {home}" in said
+        assert number is not signal.SIGINT or f"with --resume, or delete {home}" in said
 
     go_on_to_the_end(large, out, log)
 

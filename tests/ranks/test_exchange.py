@@ -329,8 +329,8 @@ def test_a_rank_that_dies_while_it_is_asked_is_missed(monkeypatch: pytest.Monkey
 
     leader, _, other = together(ranks_of(3, timeout=LONGEST_SECONDS), body)
 
-    assert "rank 1 gives no sign of life" in leader.fact
-    assert "rank 1 gives no sign of life" in other.fact
+    assert "rank 1 has sent no heartbeat" in leader.fact
+    assert "rank 1 has sent no heartbeat" in other.fact
 
 
 def test_a_rank_that_never_connects_holds_nobody_up() -> None:

@@ -299,7 +299,7 @@ def test_a_machine_that_is_lost_ends_the_other(large: Large, tmp_path: Path, los
 
     assert done.status != 0
     assert not out.exists()
-    fact = "rank 1 gives no sign of life for 5 s" if lost else "rank 2 lost the others"
+    fact = "rank 1 has sent no heartbeat for 5 s" if lost else "rank 2 lost the others"
     assert_told_once(done.said, f"error: {fact}")
     assert "Exception raised from" not in done.said, "torch tells each frame of its stack"
     assert "--resume" in done.said
@@ -376,8 +376,8 @@ def test_machines_whose_cable_is_pulled_end_both(large: Large, tmp_path: Path) -
 
     assert 0 not in (first.status, second.status)
     assert not out.exists()
-    assert_told_once(first.said, "error: rank 1 gives no sign of life for 5 s")
-    assert_told_once(second.said, "error: rank 1 lost the others (their store has not answered")
+    assert_told_once(first.said, "error: rank 1 has sent no heartbeat for 5 s")
+    assert_told_once(second.said, "error: rank 1 lost the others (the store has not answered")
 
 
 def join(nets: list[list[str]]) -> None:
@@ -409,7 +409,7 @@ def test_a_run_that_is_told_to_end_keeps_what_was_done(large: Large, tmp_path: P
 
     assert done.status != 0
     assert not out.exists()
-    assert_told_once(done.said, "Interrupted. What was done is kept")
+    assert_told_once(done.said, "Interrupted. The finished part is kept")
     assert went_on(large.resumed(out, ranks=3))
 
 
@@ -428,7 +428,7 @@ def test_a_rank_that_stands_still_ends_the_others(large: Large, tmp_path: Path) 
     done = ended(run)
 
     assert not out.exists()
-    assert_told_once(done.said, f"error: rank {frozen} gives no sign of life for 5 s")
+    assert_told_once(done.said, f"error: rank {frozen} has sent no heartbeat for 5 s")
 
 
 def test_a_command_that_is_wrong_is_said_so_once(tmp_path: Path) -> None:
@@ -489,7 +489,7 @@ def test_a_disk_that_fills_ends_the_run_and_a_larger_one_lets_it_go_on(
         assert done.status != 0
         assert not seen.exists()
         assert_told_once(done.said, "no space left on the output's disk")
-        assert "the same command with --resume goes on" in done.said
+        assert "Run the same command with --resume" in done.said
         mount("-o", "remount,size=200m", str(disk))
         resumed = ["-m", "ckpt_tools", *large.command(disk / "out", "--resume", "--json")]
         again = ended(popen([*within, sys.executable, *resumed]))

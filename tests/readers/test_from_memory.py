@@ -181,7 +181,7 @@ def test_copies_of_two_ranks_are_compared_though_one_is_far(tmp_path: Path) -> N
         (directory / "model_rank_1.pt").unlink()
         path = Pool(directory, [DirectoryPlace(directory), far_rank]).path()
         if last:
-            with pytest.raises(DamagedCheckpoint, match="with other values") as caught:
+            with pytest.raises(DamagedCheckpoint, match="with different values") as caught:
                 open_checkpoint(path)
             assert "machine node7:" in str(caught.value.path)
         else:

@@ -519,7 +519,7 @@ def test_a_full_disk_leaves_nothing_behind(
     assert caught.value.exit_code == 6
     assert caught.value.path is not None
     assert caught.value.path.is_relative_to(small_disk)
-    assert "Free some room" in str(caught.value.hint)
+    assert "Free some space" in str(caught.value.hint)
     assert list(small_disk.iterdir()) == []
 
 

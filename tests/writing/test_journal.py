@@ -122,10 +122,10 @@ def test_a_journal_that_cannot_be_begun_is_a_failure_of_the_output(tmp_path: Pat
 
 
 OTHERS = [
-    ({"tool": "0.9"}, "it was begun by ckpt-tools 0.9, and this is 1.0"),
-    ({"sources": "of others"}, "from another checkpoint, or the checkpoint changed since"),
-    ({"plan": "of another"}, "with other options, so its layout is another"),
-    ({"options": {"dtype": "bf16"}}, "with other options (dtype was bf16, and is auto)"),
+    ({"tool": "0.9"}, "it was started by ckpt-tools 0.9; this is 1.0"),
+    ({"sources": "of others"}, "from another checkpoint, or the checkpoint changed"),
+    ({"plan": "of another"}, "with other options, so its layout differs"),
+    ({"options": {"dtype": "bf16"}}, "with other options (dtype was bf16, now auto)"),
 ]
 
 
@@ -187,7 +187,7 @@ def test_a_directory_that_a_living_process_writes_into_is_refused(
 
     assert caught.value.exit_code == 2
     assert caught.value.path == home
-    assert "end it first" in str(caught.value.hint)
+    assert "or stop it" in str(caught.value.hint)
     holder.send_signal(signal.SIGSTOP)
     with pytest.raises(UsageError):
         Lock(home)
