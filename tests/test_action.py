@@ -239,6 +239,7 @@ class TestTheAction:
         assert list(runner.workspace.iterdir()) == []
         assert runner.evaluate(ACTION["outputs"]["report"]["value"]) == hostile
 
+    @pytest.mark.slow
     def test_a_clean_directory_passes(self, runner: Runner, out: Path) -> None:
         assert act(runner, directory="out", strict="true") == 0
 
@@ -249,6 +250,7 @@ class TestTheAction:
         suite = ElementTree.parse(runner.workspace / report).getroot()[0]
         assert (suite.get("name"), suite.get("failures")) == ("out", "0")
 
+    @pytest.mark.slow
     def test_a_bad_one_fails_with_annotations(self, runner: Runner, out: Path) -> None:
         (out / "generation_config.json").write_text('{"eos_token_id": 0}')
         assert act(runner, directory="out\nmissing") == 2

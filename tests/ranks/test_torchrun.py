@@ -235,6 +235,7 @@ def test_two_machines_write_the_same_bytes(
         assert (out / name / file).read_bytes() == (tmp_path / name / file).read_bytes()
 
 
+@pytest.mark.slow
 def test_the_command_line_under_torchrun_prints_once(tmp_path: Path) -> None:
     options: list[str | Path] = [tmp_path / "out", "--config", CHAT / "hf", "--json"]
     done = launch(["-m", "ckpt_tools", "consolidate", CHAT / "checkpoint", *options], ranks=2)
