@@ -170,6 +170,13 @@ _ADAPTERS: dict[str, Decorator[Any]] = {
 }
 
 _MODELS: dict[str, Decorator[Any]] = {
+    "key_map": option(
+        "--key-map",
+        group=READ,
+        type=PATH,
+        metavar="FILE",
+        help="A JSON file with the model's names of the checkpoint's tensors, as pipelines need.",
+    ),
     "max_shard_size": option(
         "--max-shard-size",
         group=WRITE,

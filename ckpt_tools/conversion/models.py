@@ -6,6 +6,7 @@ the model of the config, and collect the files beside the weights.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -15,6 +16,7 @@ from ckpt_tools import readers
 from ckpt_tools._version import __version__
 from ckpt_tools.conversion.pipeline import Planned, dtype_counts
 from ckpt_tools.conversion.request import Request
+from ckpt_tools.errors import UsageError
 from ckpt_tools.hub import AssetFile, Assets, ConfigSource, collect, find_config
 from ckpt_tools.hub.adapter_config import AdapterConfig, with_given
 from ckpt_tools.hub.card import CardFacts, model_card
@@ -26,6 +28,7 @@ from ckpt_tools.model.merging import merged_state
 from ckpt_tools.model.state import State, cast_state, main_dtype, mean_state, model_state
 from ckpt_tools.tensors.catalogue import Catalogue, Tensor
 from ckpt_tools.tensors.checkpoint import Checkpoint
+from ckpt_tools.transforms.key_map import KeyMap, key_map
 from ckpt_tools.writing.layout import Plan, plan
 from ckpt_tools.writing.manifest import NAME as MANIFEST
 from ckpt_tools.writing.manifest import Provenance
@@ -102,11 +105,13 @@ class _Model:
     def _provenance(self) -> Provenance:
         request = self.request
         every = (*self.sources, *([] if self.like is None else [self.like]))
-        options = {
+        options: dict[str, object] = {
             "weights": request.weights,
             "dtype": request.dtype,
             "attribute": request.attribute,
         }
+        if request.key_map is not None:
+            options["key_map"] = json.loads(request.key_map.read_text(encoding="utf-8"))
         return Provenance(request.command, every, options, self.combined.beside)
 
     def _card(self, layout: Plan, fitted: Fitted, assets: Assets) -> AssetFile:
@@ -132,7 +137,8 @@ class _Model:
 
 def prepare_model(sources: Sequence[Checkpoint], request: Request) -> _Model:
     """Combine the states of the sources, and ask which model the config describes."""
-    states = [model_state(source, request.weights, request.attribute) for source in sources]
+    names = read_key_map(request.key_map)
+    states = [model_state(source, request.weights, request.attribute, names) for source in sources]
     combined = _combined(states, sources, request)
     catalogue = cast_state(combined.state, request.dtype)
     config = _config(request)
@@ -147,6 +153,25 @@ def prepare_model(sources: Sequence[Checkpoint], request: Request) -> _Model:
         import_module("torch")
     tensors = [tensor for each in states for tensor in each.catalogue.values()]
     return _Model(sources, request, tensors, combined, catalogue, like, extra, config, answer)
+
+
+def read_key_map(path: Path | None) -> KeyMap | None:
+    """The key map in a file, if one was named.
+
+    Raises:
+        UsageError: it cannot be read, or is no key map.
+    """
+    if path is None:
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"the key map cannot be read: {error}",
+            path=path,
+            hint="It is a JSON file; docs/formats.md describes it.",
+        ) from error
+    return key_map(content)
 
 
 def _combined(

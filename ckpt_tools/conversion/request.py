@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 PathLike = str | os.PathLike[str]
 
-_PATHS = ("config", "tokenizer", "like", "adapter_dir", "adapter_config", "base")
+_PATHS = ("config", "key_map", "tokenizer", "like", "adapter_dir", "adapter_config", "base")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,7 @@ class Request(AssetOptions, Writing):
         format: name of the format, where the directory fits several.
         also: further directories with files of the same checkpoint: copies of what other machines hold.
         attribute: dotted path of the part of a composite model, and of its config.
+        key_map: a JSON file with the model's names of the checkpoint's tensors.
         weights: ``master`` takes the optimizer's fp32 copy where there is one, ``model`` the 16-bit copy.
         check_all_masters: compare every element of masters and 16-bit weights, not a sample.
         coefficients: of a mean, one a checkpoint, adding up to 1; None if all are equal.
@@ -66,6 +67,7 @@ class Request(AssetOptions, Writing):
     format: str | None = None
     also: Sequence[PathLike] = ()
     attribute: str | None = None
+    key_map: Path | None = None
     weights: Copy = "master"
     check_all_masters: bool = False
     coefficients: Sequence[float] | None = None
@@ -86,7 +88,14 @@ class Request(AssetOptions, Writing):
     @property
     def named_inputs(self) -> list[Path]:
         """Paths that were named beside the checkpoints: they are read, so they must not be replaced."""
-        named = (self.config, self.tokenizer, self.like, self.adapter_dir, self.adapter_config)
+        named = (
+            self.config,
+            self.key_map,
+            self.tokenizer,
+            self.like,
+            self.adapter_dir,
+            self.adapter_config,
+        )
         return [path for path in named if path is not None]
 
 
@@ -117,6 +126,7 @@ class AdapterOptions(TypedDict, total=False):
 class ModelOptions(AdapterOptions, total=False):
     """The options of every function that writes a model directory."""
 
+    key_map: PathLike | None
     generation_config: str
     like: PathLike | None
     max_shard_size: int | str

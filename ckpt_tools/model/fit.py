@@ -236,8 +236,8 @@ def _incomplete(
             f"{listed(missing[:2])}; those of the checkpoint are called {listed(surplus[:2])}",
             path=config.path,
             hint=f"Top-level attributes of the checkpoint: {', '.join(tops)}. Pass the config of the "
-            "model that was trained, write one attribute with extract-attr, or pass --weights-only "
-            "to write the tensors under these names.",
+            "model that was trained, write one attribute with extract-attr, name the tensors with "
+            "--key-map FILE, or pass --weights-only to write them under these names.",
         )
     return DamagedCheckpoint(
         f"{len(missing)} tensors of {reference.architecture} are not in the checkpoint: "

@@ -16,6 +16,7 @@ from ckpt_tools.tensors.checkpoint import Checkpoint, Copy, Kind
 from ckpt_tools.tensors.derived import cast
 from ckpt_tools.tensors.dtypes import BY_SHORT_NAME, DType
 from ckpt_tools.transforms.average import average
+from ckpt_tools.transforms.key_map import KeyMap
 from ckpt_tools.transforms.prefixes import rename, strip_wrappers
 from ckpt_tools.transforms.subset import take_attribute
 
@@ -41,14 +42,26 @@ class State:
     warnings: tuple[str, ...] = ()
 
 
-def model_state(checkpoint: Checkpoint, copy: Copy, attribute: str | None = None) -> State:
+def model_state(
+    checkpoint: Checkpoint,
+    copy: Copy,
+    attribute: str | None = None,
+    names: KeyMap | None = None,
+) -> State:
     """The state of the whole model, or of one attribute of a composite one.
 
+    Args:
+        checkpoint: the checkpoint.
+        copy: which copy of each tensor.
+        attribute: dotted path of the part of a composite model.
+        names: what its tensors are called in the model.
+
     Raises:
-        UsageError: the checkpoint does not keep this copy.
+        UsageError: the checkpoint does not keep this copy, or the key map does not fit its names.
         AttributeNotFound: it has no such attribute.
     """
-    whole = checkpoint.catalogue(copy)
+    stored = checkpoint.catalogue(copy)
+    whole = stored if names is None else names.apply(stored)
     removed: dict[str, int] = {}
 
     def unwrapped(catalogue: Catalogue) -> Catalogue:
@@ -62,13 +75,16 @@ def model_state(checkpoint: Checkpoint, copy: Copy, attribute: str | None = None
         # A path may contain the wrappers that are in the names, or not.
         as_spelt = any(name.startswith(f"{attribute}.") for name in whole)
         catalogue = unwrapped(take_attribute(whole if as_spelt else unwrapped(whole), attribute))
-    weights = {id(whole[name]): weight for name, weight in checkpoint.weights.items()}
+    weights = {id(stored[name]): weight for name, weight in checkpoint.weights.items()}
     held = {name: weights[id(tensor)] for name, tensor in catalogue.items()}
+    notes = [f"stripped {where} from {count} names" for where, count in removed.items()]
+    if names is not None:
+        notes.insert(0, f"the key map gave {len(whole)} tensors their names")
     return State(
         catalogue,
         {name: weight.dtype for name, weight in held.items()},
         {name: weight.kind for name, weight in held.items()},
-        tuple(f"stripped {where} from {count} names" for where, count in removed.items()),
+        tuple(notes),
     )
 
 

@@ -19,6 +19,7 @@ from typing import Protocol, cast
 
 from ckpt_tools.errors import (
     AmbiguousCheckpoint,
+    CkptError,
     DamagedCheckpoint,
     NotACheckpoint,
     UsageError,
@@ -175,7 +176,10 @@ def read(location: Location) -> Checkpoint:
     except KeyError:
         raise UsageError(f"there is no reader for the format {location.format!r}") from None
     with _folders_named(location.directory):
-        return _read(reader, location)
+        checkpoint = _read(reader, location)
+    if checkpoint.lost is not None:
+        _name_folders(checkpoint.lost, location.directory)
+    return checkpoint
 
 
 def _read(reader: Reader, location: Location) -> Checkpoint:
@@ -204,11 +208,15 @@ def _folders_named(path: Path) -> Iterator[None]:
     try:
         yield
     except (DamagedCheckpoint, NotACheckpoint) as error:
-        folders = searched(path)
-        if folders and not (error.path is not None and error.path.is_file()):
-            note = f"Read as one checkpoint: {', '.join(folders)}."
-            error.hint = f"{error.hint} {note}" if error.hint else note
+        _name_folders(error, path)
         raise
+
+
+def _name_folders(error: CkptError, path: Path) -> None:
+    folders = searched(path)
+    if folders and not (error.path is not None and error.path.is_file()):
+        note = f"Read as one checkpoint: {', '.join(folders)}."
+        error.hint = f"{error.hint} {note}" if error.hint else note
 
 
 def _ambiguous(path: Path, choices: list[str], advice: str) -> AmbiguousCheckpoint:

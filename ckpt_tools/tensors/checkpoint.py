@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from ckpt_tools.errors import UsageError
+from ckpt_tools.errors import CkptError, UsageError
 from ckpt_tools.tensors.catalogue import Catalogue, Shape, Stored, Tensor
 from ckpt_tools.tensors.dtypes import DType
 
@@ -89,6 +89,7 @@ class Checkpoint(Mapping[str, Tensor]):
         details: further facts of the format, such as ``stage``.
         remarks: oddities that do not prevent reading.
         doubts: reasons to compare all masters with the model copy in full.
+        lost: why the masters cannot be read, although the run kept some.
     """
 
     location: Location
@@ -102,6 +103,7 @@ class Checkpoint(Mapping[str, Tensor]):
     details: Mapping[str, object] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
     doubts: tuple[str, ...] = ()
+    lost: CkptError | None = None
 
     def catalogue(self, copy: Copy = "master") -> Catalogue:
         """The tensors, from one of the copies.
@@ -112,7 +114,10 @@ class Checkpoint(Mapping[str, Tensor]):
 
         Raises:
             UsageError: ``copy`` is ``model``, and the checkpoint does not keep that copy of every tensor.
+            CkptError: ``copy`` is ``master``, and the masters are lost.
         """
+        if copy == "master" and self.lost is not None:
+            raise self.lost
         if copy == "model":
             lacking = [name for name, weight in self.weights.items() if weight.model is None]
             if lacking:
@@ -133,6 +138,8 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         weight = self.weights[self.ties.get(name, name)]
+        if self.lost is not None and weight.kind == "parameter":
+            raise self.lost
         tensor = weight.master or weight.model
         assert tensor is not None
         return tensor

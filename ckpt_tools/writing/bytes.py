@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import TracebackType
 
@@ -48,6 +48,21 @@ class Written:
     bytes_written: int = 0
     move_seconds: float = 0.0
     sync_seconds: float = 0.0
+
+    @classmethod
+    def one_after_another(cls, parts: Sequence[Written]) -> Written:
+        """The sum of writes that one rank made."""
+        return cls(*(sum(getattr(part, f.name) for part in parts) for f in fields(cls)))
+
+    @classmethod
+    def side_by_side(cls, parts: Sequence[Written]) -> Written:
+        """The sum of the writes of several ranks; seconds are those of the slowest."""
+        summed = cls.one_after_another(parts)
+        return replace(
+            summed,
+            move_seconds=max(part.move_seconds for part in parts),
+            sync_seconds=max(part.sync_seconds for part in parts),
+        )
 
 
 def laid_out(plan: Plan, directory: Path) -> set[str]:

@@ -31,8 +31,6 @@ from ckpt_tools.writing.source import Checked, check_sources, runs_of
 from ckpt_tools.writing.units import Units
 
 _SHOW_SECONDS = 0.2
-_COUNTS = ("bytes_read", "bytes_written")
-_SECONDS = ("move_seconds", "sync_seconds")
 
 
 @dataclass(frozen=True)
@@ -137,7 +135,10 @@ def deliver(
                 proven = found is not None or journal.has_proof(partial.home)
                 partial.keep = writing.resumable and proven
     return Delivered(
-        _together([share.written for share in shares]), files, checked, _notes(job, checked)
+        Written.side_by_side([share.written for share in shares]),
+        files,
+        checked,
+        _notes(job, checked),
     )
 
 
@@ -278,7 +279,7 @@ def _write_shares(
             digests[number] = log.digests
         if ranks is not None:
             ranks.check()
-    share = _Share(_summed(written), digests, read)
+    share = _Share(Written.one_after_another(written), digests, read)
     if ranks is None:
         return [share]
     return ranks.gather("written", share) or []
@@ -389,20 +390,4 @@ def _notes(job: _Job, checked: Checked) -> tuple[str, ...]:
     return (
         *notes,
         f"continued an earlier run: {done:,} bytes were proven and not written again",
-    )
-
-
-def _summed(parts: Sequence[Written]) -> Written:
-    """The sum over the outputs of one rank."""
-    return Written(
-        *(sum(getattr(part, name) for part in parts) for name in _COUNTS),
-        *(sum(getattr(part, name) for part in parts) for name in _SECONDS),
-    )
-
-
-def _together(parts: Sequence[Written]) -> Written:
-    """The sum over ranks that work side by side."""
-    return Written(
-        *(sum(getattr(part, name) for part in parts) for name in _COUNTS),
-        *(max(getattr(part, name) for part in parts) for name in _SECONDS),
     )

@@ -250,7 +250,7 @@ def test_a_shard_that_no_machine_has_is_named_with_the_machines() -> None:
     ]
     path = Pool(source, [DirectoryPlace(source.parent / "hf"), *parts]).path()
     with pytest.raises(DamagedCheckpoint) as caught:
-        open_checkpoint(path)
+        open_checkpoint(path).catalogue("master")
     error = caught.value
     assert error.missing == (f"bf16_{lost}",)
     assert str(error).endswith(

@@ -1,7 +1,8 @@
-"""Owns the proof that the shard files of a directory belong to one save of one run.
+"""Proof that the shard files in a directory are those of one save of one run.
 
-The proof compares what every file states about itself: rank, world size, step, version, settings. It finds
-missing ranks and files of another step before the content of the files is used.
+Owns the comparison of what every file states about itself: ranks, world size, step, version, settings.
+A missing rank, or one of another step, is found here before anything is made of the contents. Knows
+nothing of how files are read or of what their tensors mean.
 """
 
 from __future__ import annotations
@@ -13,19 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckpt_tools.errors import DamagedCheckpoint
+from ckpt_tools.errors import CkptError, DamagedCheckpoint
 from ckpt_tools.readers.containers.restricted_pickle import TensorRef
 
 NODE_LOCAL = (
-    "If the run saved to node-local storage, they are on the other machines: copy the folder of every "
-    "machine here, or pass it with --also DIR."
+    "If the run saved to node-local storage, they lie on the other machines: copy every machine's "
+    "folder here, or name it with --also DIR."
 )
-SAME_SAVE = "Keep only the files of one save in this directory, and move the others away."
+SAME_SAVE = "Keep the files of one save in a directory of their own; move the others away."
 
 
 @dataclass(frozen=True)
 class ModelState:
-    """The used content of a ``*_model_states.pt`` file."""
+    """What is used of a ``*_model_states.pt`` file."""
 
     path: Path
     rank: int
@@ -38,7 +39,7 @@ class ModelState:
 
 @dataclass(frozen=True)
 class OptimState:
-    """The used content of a ``*_optim_states.pt`` file."""
+    """What is used of a ``*_optim_states.pt`` file."""
 
     path: Path
     rank: int
@@ -75,53 +76,108 @@ def stated_world_size(
         return int(dp or max(len(optims), 1))
     if stage and isinstance(dp, int) and dp != stated:
         raise DamagedCheckpoint(
-            f"{first.path.name} states {dp} ranks, the optimizer files state {stated}",
+            f"{first.path.name} was written by {dp} ranks, the optimizer files by {stated}",
             path=directory,
             hint=SAME_SAVE,
         )
     return stated
 
 
-def check_ranks(
+def without_optimizer(directory: Path, stage: int) -> CkptError:
+    """The error of a save of which only model files are here."""
+    return _lost(
+        f"a ZeRO-{stage} checkpoint without its optimizer files, which hold "
+        + ("the weights" if stage == 3 else "the masters"),
+        stage,
+        directory,
+        ["zero_pp_rank_*_optim_states.pt"],
+        "",
+    )
+
+
+def missing_optims(
+    world_size: int, directory: Path, optims: Sequence[OptimState]
+) -> CkptError | None:
+    """The error of a save of which the optimizer files of some ranks are not here, or None."""
+    present = {optim.rank for optim in optims}
+    lacking = [rank for rank in range(world_size) if rank not in present]
+    if not optims or not lacking:
+        return None
+    return _missing("optim", lacking, world_size, directory, optims)
+
+
+def check_models(world_size: int, directory: Path, models: Sequence[ModelState]) -> tuple[str, ...]:
+    """Every rank of stage 3 has its model file, or none of what is missing is needed.
+
+    Returns:
+        A remark where files are missing.
+
+    Raises:
+        DamagedCheckpoint: the missing files hold frozen parameters, or buffers of rank 0.
+    """
+    present = {model.rank for model in models}
+    lacking = [rank for rank in range(world_size) if rank not in present]
+    if not lacking:
+        return ()
+    frozen = models[0].get("frozen_param_shapes")
+    if frozen or (0 in lacking and models[0].get("buffer_names")):
+        raise _missing("model", lacking, world_size, directory, models)
+    ranks = _ranges(lacking)
+    fact = f"{len(lacking)} of {world_size} model files are missing (ranks {ranks})"
+    return (f"{fact}; nothing is frozen, so that no weight lies in them",)
+
+
+def _missing(
+    kind: str,
+    lacking: Sequence[int],
+    world_size: int,
+    directory: Path,
+    states: Sequence[ModelState] | Sequence[OptimState],
+) -> CkptError:
+    example, rank_text = states[0].path.name, re.compile(r"zero_pp_rank_\d+_")
+    names = [rank_text.sub(f"zero_pp_rank_{rank}_", example) for rank in lacking]
+    stage = states[0].stage if isinstance(states[0], OptimState) else 3
+    return _lost(
+        f"{len(lacking)} of {world_size} {kind}_states files are missing: ranks {_ranges(lacking)}",
+        1 if stage is None else stage,
+        directory,
+        names,
+        f"Expected {names[0]}" + (" and so on. " if len(names) > 1 else ". "),
+    )
+
+
+def _lost(
+    fact: str, stage: int, directory: Path, missing: Sequence[str], expected: str
+) -> CkptError:
+    whole = "" if stage == 3 else "The 16-bit weights are whole: --weights model takes them. "
+    return DamagedCheckpoint(
+        fact, path=directory, missing=missing, hint=whole + expected + NODE_LOCAL
+    )
+
+
+def check_extra(
     stage: int,
     world_size: int,
     directory: Path,
     models: Sequence[ModelState],
     optims: Sequence[OptimState],
 ) -> None:
-    """Check that every rank has its files, and that no file has a rank outside the world size."""
-    expected = range(world_size)
-    kinds: list[tuple[str, set[int], Sequence[ModelState] | Sequence[OptimState]]] = []
-    if optims:
-        kinds.append(("optim", {o.rank for o in optims}, optims))
+    """No file is of a rank that did not exist."""
+    kinds: list[tuple[str, Sequence[ModelState] | Sequence[OptimState]]] = [("optim", optims)]
     if stage == 3:
-        kinds.append(("model", {m.rank for m in models}, models))
-    for kind, present, states in kinds:
-        missing = [rank for rank in expected if rank not in present]
-        extra = sorted(present - set(expected))
-        example = states[0].path.name
-        rank_text = re.compile(r"zero_pp_rank_\d+_")
-        if missing:
-            names = [rank_text.sub(f"zero_pp_rank_{rank}_", example) for rank in missing]
-            raise DamagedCheckpoint(
-                f"{len(missing)} of {world_size} {kind}_states files are missing: ranks "
-                f"{_ranges(missing)}",
-                path=directory,
-                missing=names,
-                hint=f"Expected {names[0]}"
-                + (" and so on. " if len(names) > 1 else ". ")
-                + NODE_LOCAL,
-            )
+        kinds.append(("model", models))
+    for kind, states in kinds:
+        extra = sorted({state.rank for state in states} - set(range(world_size)))
         if extra:
             raise DamagedCheckpoint(
-                f"there are {kind}_states files of ranks {_ranges(extra)}, but the save had "
+                f"{kind}_states files of ranks {_ranges(extra)} lie here, but the save had "
                 f"{world_size} ranks",
                 path=directory,
                 hint=SAME_SAVE,
             )
     if stage < 3 and len(models) > 1:
         raise DamagedCheckpoint(
-            f"the model files are of ZeRO-3, the optimizer files of stage {stage}",
+            f"model files of ZeRO-3 lie beside optimizer files of stage {stage}",
             path=directory,
             hint=SAME_SAVE,
         )
@@ -130,7 +186,7 @@ def check_ranks(
 def check_agreement(
     directory: Path, models: Sequence[ModelState], optims: Sequence[OptimState]
 ) -> None:
-    """Check that steps, versions and settings are equal in all files."""
+    """Steps, versions and settings are the same in all files."""
     for key, meaning in (
         ("global_steps", "step"),
         ("dp_world_size", "world size"),
@@ -156,7 +212,7 @@ def check_agreement(
 
 
 def _settings(config: Any) -> object:
-    """The part of ``ds_config`` that is equal on all ranks of a run; None if it was not recorded."""
+    """The part of ``ds_config`` that is the same on every rank of a run; None where not recorded."""
     if not isinstance(config, dict) or not config:
         return None
     keys = ("optimizer", "bf16", "fp16", "train_batch_size", "gradient_accumulation_steps")
@@ -172,7 +228,7 @@ def _agree(directory: Path, meaning: str, values: dict[str, Any]) -> None:
 
 
 def mixed(directory: Path, meaning: str, values: dict[str, Any]) -> DamagedCheckpoint:
-    """The error for files of several saves; it names a file of the minority."""
+    """The error for files of several saves, naming those in the minority."""
     common, _ = Counter(map(repr, values.values())).most_common(1)[0]
     odd = {name: value for name, value in values.items() if repr(value) != common}
     name, value = next(iter(odd.items()))
@@ -183,7 +239,7 @@ def mixed(directory: Path, meaning: str, values: dict[str, Any]) -> DamagedCheck
         else (f" ({name}{more} differ from the others)")
     )
     return DamagedCheckpoint(
-        f"the files belong to different saves: they differ in {meaning}{shown}",
+        f"the files are not of one save: they differ in {meaning}{shown}",
         path=directory,
         hint=SAME_SAVE,
     )

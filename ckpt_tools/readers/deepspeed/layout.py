@@ -1,10 +1,10 @@
-"""Owns the layouts of ZeRO checkpoints: the place of each parameter's elements in the flat groups.
+"""Where the elements of each parameter lie in the flat groups of a ZeRO checkpoint.
 
-Each layout is one function over metadata that was already read:
+Pure arithmetic over metadata that was already read. Three layouts, each one function:
 
-* stages 1 and 2, and ``BF16_Optimizer``: one flat vector for each parameter group, with the parameters one
-  after the other (and recorded alignment paddings between them), cut into equal partitions. The padding at
-  the end is not saved, except by ``BF16_Optimizer``, which records its length;
+* stages 1 and 2, and ``BF16_Optimizer``: per parameter group one flat vector, parameters one after the
+  other (with recorded alignment paddings between them), cut into equal partitions; the padding at the
+  end is cut from what each rank saved, or, by ``BF16_Optimizer``, kept and its length recorded;
 * stage 3: per sub-group, each rank holds its slice of ``ceil(numel / world_size)`` elements of each
   parameter; only the last slices are padded;
 * stage 0: one file, without names. The fused optimizers keep one flat fp32 vector per parameter group,
@@ -27,14 +27,17 @@ from typing import Any
 from ckpt_tools.errors import DamagedCheckpoint
 from ckpt_tools.readers.containers.restricted_pickle import Opaque, TensorRef
 from ckpt_tools.readers.containers.torch_file import contiguous
+from ckpt_tools.readers.deepspeed.agreement import OptimState
 from ckpt_tools.readers.deepspeed.flat import FlatVector, match_by_value, named_weights
 from ckpt_tools.readers.deepspeed.shards import ShardSet
 from ckpt_tools.tensors.catalogue import FlatRange, Fragment, Shape, Stored
 from ckpt_tools.tensors.fragments import EvenSlices
 
+BY_MAPPING = "which masters are whose is told by the recorded slice mappings alone"
+
 
 def group_shapes(shapes: Any, path: Path) -> list[dict[str, Shape]]:
-    """``param_shapes`` as a list of groups; DeepSpeed up to 0.5 wrote one mapping for all groups."""
+    """``param_shapes`` as a list of groups; up to DeepSpeed 0.5 it was one mapping for all."""
     groups = [shapes] if isinstance(shapes, Mapping) else shapes
     if not isinstance(groups, list) or not all(isinstance(group, Mapping) for group in groups):
         raise DamagedCheckpoint("its param_shapes are missing or malformed", path=path)
@@ -45,8 +48,8 @@ def partitioned_masters(shards: ShardSet) -> tuple[dict[str, Stored], list[str]]
     """Masters of stages 1 and 2 and of ``BF16_Optimizer``.
 
     Returns:
-        The masters by name, and the doubts. A doubt is a group whose recorded slice mappings contradict the
-        order of the parameters, so that all values must be compared.
+        The masters by name, and the doubts: groups whose recorded slice mappings contradict the
+        order of the parameters, so that the values themselves must be compared.
 
     Raises:
         DamagedCheckpoint: the partitions do not hold what the parameters need.
@@ -63,41 +66,93 @@ def partitioned_masters(shards: ShardSet) -> tuple[dict[str, Stored], list[str]]
             path=shards.optims[0].path,
         )
     for index, shapes in enumerate(groups):
-        parts = _partitions(shards, index)
-        gaps = _alignment_paddings(shards, index, len(shapes))
-        end = 0
-        for gap, (name, shape) in zip(gaps, shapes.items(), strict=True):
-            start, end = end, end + math.prod(shape)
-            masters[name] = parts.tensor(start, shape, name)
-            end += gap
-        parts.check_used(end, shards.world_size)
-        if not _mappings_agree(shards, index, shapes, gaps, parts):
-            doubts.append(f"the recorded slice mappings of group {index} contradict its order")
+        found, doubt = group_masters(shards, index, shapes)
+        masters |= found
+        doubts += doubt
     return masters, doubts
+
+
+def group_masters(
+    shards: ShardSet, index: int, shapes: Mapping[str, Shape]
+) -> tuple[dict[str, Stored], list[str]]:
+    """Masters of one group of parameters, and the doubt about their order, if there is one.
+
+    Args:
+        shards: the optimizer files among which the group is partitioned.
+        index: which flat group.
+        shapes: its parameters, in order.
+    """
+    masters: dict[str, Stored] = {}
+    parts = partitions(shards, index)
+    gaps = _alignment_paddings(shards, index, len(shapes))
+    end = 0
+    for gap, (name, shape) in zip(gaps, shapes.items(), strict=True):
+        start, end = end, end + math.prod(shape)
+        masters[name] = parts.tensor(start, shape, name)
+        end += gap
+    parts.check_used(end, shards.world_size)
+    if _mappings_agree(shards, index, shapes, gaps, parts):
+        return masters, []
+    return masters, [f"the recorded slice mappings of group {index} contradict its order"]
+
+
+def mapped_masters(shards: ShardSet, index: int) -> dict[str, Stored]:
+    """Masters of a group whose shapes are not recorded, each flat, at the place that slice mappings record."""
+    vector = partitions(shards, index)
+    places: dict[str, list[int]] = {}
+    for rank, optim in enumerate(shards.optims):
+        for name, (start, numel) in _slices(optim, index).items():
+            low = vector.starts[rank] + start
+            place = places.setdefault(name, [low, low])
+            if place[1] != low:
+                raise DamagedCheckpoint(
+                    "its slices do not follow each other", path=optim.path, tensor=name
+                )
+            place[1] = low + numel
+    return {name: vector.tensor(low, (high - low,), name) for name, (low, high) in places.items()}
+
+
+def _slices(optim: OptimState, index: int) -> dict[str, tuple[int, int]]:
+    mappings = optim.get("param_slice_mappings")
+    if not isinstance(mappings, list) or index >= len(mappings):
+        raise DamagedCheckpoint(
+            "it records neither the shapes of its parameters nor where they lie",
+            path=optim.path,
+            hint="Only DeepSpeed since 0.7 writes `param_slice_mappings`. --weights model takes the 16-bit "
+            "weights.",
+        )
+    found = {}
+    for name, address in mappings[index].items():
+        state = address.state if isinstance(address, Opaque) else None
+        if not isinstance(state, dict):
+            raise DamagedCheckpoint("a slice mapping is malformed", path=optim.path, tensor=name)
+        found[name] = (int(state["start"]), int(state["numel"]))
+    return found
 
 
 def _matched_masters(
     shards: ShardSet, shapes: Mapping[str, Shape]
 ) -> tuple[dict[str, Stored], list[str]]:
-    """Masters of DeepSpeed up to 0.5, whose one mapping may have another order than the vectors."""
-    vectors = [_partitions(shards, index) for index in range(len(shards.optims[0].flat_groups))]
+    """Masters of DeepSpeed up to 0.5, whose one mapping is not always in the order of the vectors."""
+    vectors = [partitions(shards, index) for index in range(len(shards.optims[0].flat_groups))]
     module = named_weights(shards.first.content)
     order = {name: module[name] for name in shapes if name in module}
     masters = match_by_value(vectors, order, slack=2 * shards.world_size)
     if masters is None:
         raise DamagedCheckpoint(
-            "the values of the masters match no order of the module's weights",
+            "the masters fit no order of the module's weights",
             path=shards.optims[0].path,
-            hint="The files belong to two saves, or a file was damaged. Pass --weights model to take the "
+            hint="Files of two saves lie together, or a file was damaged. --weights model takes the "
             "16-bit weights instead.",
         )
     return masters, ["DeepSpeed up to 0.5 did not record the order of parameters faithfully"]
 
 
-def _partitions(shards: ShardSet, group: int) -> FlatVector:
+def partitions(shards: ShardSet, group: int) -> FlatVector:
+    """The flat vector of a group, of which each rank has a part."""
     refs, lengths = [], []
     if shards.optims[0].intervals is not None:
-        # In each interval the partitions of all ranks follow each other.
+        # Interval by interval, the partitions of all ranks follow each other.
         columns = zip(
             *(optim.intervals[group] for optim in shards.optims if optim.intervals), strict=True
         )
@@ -123,7 +178,7 @@ def _alignment_paddings(shards: ShardSet, group: int, count: int) -> Sequence[in
         raise DamagedCheckpoint(
             f"{len(gaps)} alignment paddings for {count} parameters of group {group}",
             path=shards.optims[0].path,
-            hint="The model file and the optimizer files belong to different saves.",
+            hint="The model file is of another save than the optimizer files.",
         )
     return [int(gap) for gap in gaps]
 
@@ -135,7 +190,7 @@ def _mappings_agree(
     gaps: Sequence[int],
     parts: FlatVector,
 ) -> bool:
-    """Whether each rank's recorded fragments agree with the order of the parameters."""
+    """Whether each rank's recorded fragments are those that the order of parameters gives."""
     for rank, optim in enumerate(shards.optims):
         mappings = optim.get("param_slice_mappings")
         if not isinstance(mappings, list) or group >= len(mappings):
@@ -155,8 +210,14 @@ def _mappings_agree(
     return True
 
 
-def sliced_masters(shards: ShardSet) -> dict[str, Stored]:
+def sliced_masters(
+    shards: ShardSet, groups: Sequence[Mapping[str, Shape]] | None = None
+) -> dict[str, Stored]:
     """Masters of stage 3.
+
+    Args:
+        shards: the files.
+        groups: names and shapes of the parameters; by default those that the model file records.
 
     Raises:
         DamagedCheckpoint: the sub-groups do not hold what the parameters need.
@@ -168,21 +229,23 @@ def sliced_masters(shards: ShardSet) -> dict[str, Stored]:
     for optim in shards.optims:
         if len(optim.flat_groups) == len(dtypes) and dtypes != [g.dtype for g in optim.flat_groups]:
             raise DamagedCheckpoint(
-                "the dtypes of its sub-groups differ from those of rank 0",
+                "its sub-groups are of other dtypes than those of rank 0",
                 path=optim.path,
-                hint="The file belongs to another save or run. Keep the files of one save apart.",
+                hint="The file is of another save or run; keep the files of one save apart.",
             )
         found = [contiguous(group, "a flat group").numel for group in optim.flat_groups]
         if found != lengths:
             raise DamagedCheckpoint(
                 f"its sub-groups have {found} elements, those of rank 0 {lengths}",
                 path=optim.path,
-                hint="The file belongs to another save or run. Keep the files of one save apart.",
+                hint="The file is of another save or run; keep the files of one save apart.",
             )
     masters: dict[str, Stored] = {}
     group, position, bases = -1, 0, [0] * world_size
     dtype = None
-    for shapes in group_shapes(shards.param_shapes, shards.first.path):
+    if groups is None:
+        groups = group_shapes(shards.param_shapes, shards.first.path)
+    for shapes in groups:
         for name, shape in shapes.items():
             numel = math.prod(shape)
             count = math.ceil(numel / world_size)
@@ -196,7 +259,7 @@ def sliced_masters(shards: ShardSet) -> dict[str, Stored]:
                     f"sub-group {group} ends before it",
                     path=files[0],
                     tensor=name,
-                    hint="The model files and the optimizer files belong to different saves.",
+                    hint="The model files are of another save than the optimizer files.",
                 )
             length = math.ceil(numel / len(files))
             slices = EvenSlices(files, position * dtype.itemsize, length, numel, bases)
@@ -207,13 +270,13 @@ def sliced_masters(shards: ShardSet) -> dict[str, Stored]:
         raise DamagedCheckpoint(
             f"the sub-groups hold {left:,} elements a rank more than the parameters need",
             path=files[0],
-            hint="The model files and the optimizer files belong to different saves.",
+            hint="The model files are of another save than the optimizer files.",
         )
     return masters
 
 
 def sliced_frozen(shards: ShardSet) -> dict[str, Stored]:
-    """Frozen parameters of stage 3, from the slices in the ranks' model files."""
+    """Frozen parameters of stage 3: each rank's model file holds its slice."""
     shapes = shards.first.get("frozen_param_shapes") or {}
     frozen: dict[str, Stored] = {}
     for name, recorded in shapes.items():
@@ -235,10 +298,10 @@ def sliced_frozen(shards: ShardSet) -> dict[str, Stored]:
 
 
 def unpartitioned_masters(shards: ShardSet) -> tuple[dict[str, Stored], list[str]]:
-    """Masters of a stage 0 checkpoint by name, and the reason to compare them with the module in full.
+    """Masters of a stage 0 checkpoint by name, and why they must be compared with the module in full.
 
-    Both are empty if the optimizer kept no masters (fp32 training). If the masters cannot be named, there is
-    only the reason.
+    Both are empty where the optimizer kept no masters (fp32 training). Where there are some that cannot be
+    named, only the reason is given.
     """
     optimizer = shards.first.get("optimizer")
     if not isinstance(optimizer, dict):
@@ -250,9 +313,9 @@ def unpartitioned_masters(shards: ShardSet) -> tuple[dict[str, Stored], list[str
     masters = match_by_value(vectors, named_weights(shards.first.content))
     if masters is None:
         return {}, [
-            "the values of the fp32 masters match no order of the weights; the 16-bit weights are read"
+            "the fp32 masters fit no order of the module's names; its 16-bit weights are read"
         ]
-    return masters, ["masters of stage 0 have no recorded names"]
+    return masters, ["masters of stage 0 carry no names"]
 
 
 def _masters_in_order(optimizer: dict[str, object]) -> list[TensorRef]:

@@ -1,7 +1,8 @@
-"""Owns the names of a DeepSpeed checkpoint's shard files, and the keys of their pickled content.
+"""The shard files of a raw DeepSpeed checkpoint: which there are, and whether they belong together.
 
-:mod:`~ckpt_tools.readers.deepspeed.agreement` proves that the files belong to one save, and
-:mod:`~ckpt_tools.readers.deepspeed.layout` locates the parameters in the flat groups.
+Owns file names and the pickled keys. That the files are of one save is proven by
+:mod:`~ckpt_tools.readers.deepspeed.agreement`; what the flat groups mean is the business of
+:mod:`~ckpt_tools.readers.deepspeed.layout`.
 
 Sources: ``deepspeed/runtime/engine.py`` (``_get_ckpt_name``, ``_get_zero_ckpt_name``,
 ``_common_checkpoint_state``), ``runtime/zero/stage_1_and_2.py`` and ``stage3.py`` (``state_dict``),
@@ -10,52 +11,46 @@ Sources: ``deepspeed/runtime/engine.py`` (``_get_ckpt_name``, ``_get_zero_ckpt_n
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout
+from ckpt_tools.errors import CkptError, DamagedCheckpoint
 from ckpt_tools.readers.containers.restricted_pickle import Opaque, TensorRef
-from ckpt_tools.readers.containers.torch_file import TorchFile, refuse_exchanged
 from ckpt_tools.readers.deepspeed.agreement import (
     NODE_LOCAL,
     SAME_SAVE,
     ModelState,
     OptimState,
     check_agreement,
-    check_ranks,
+    check_extra,
+    check_models,
+    missing_optims,
     mixed,
     stated_world_size,
+    without_optimizer,
 )
+from ckpt_tools.readers.deepspeed.names import MODEL_FILE, OPTIM_FILE, SaveNames, load_own
 from ckpt_tools.storage.pool import read_at
-
-MODEL_FILE = re.compile(r"(?:zero_pp_rank_(?P<dp>\d+)_)?mp_rank_(?P<mp>\d+)_model_states\.pt")
-OPTIM_FILE = re.compile(
-    r"(?P<prefix>bf16_|fp16_)?zero_pp_rank_(?P<dp>\d+)_mp_rank_(?P<mp>\d+)_?optim_states\.pt"
-)
-_FOREIGN = {
-    "native mixture-of-experts": re.compile(
-        r"(layer_\d+_)?expert_\d+_mp_rank_\d+_model_states\.pt"
-    ),
-    "pipeline-parallel": re.compile(r"layer_\d+-.*model_states\.pt"),
-}
 
 
 @dataclass(frozen=True)
 class ShardSet:
-    """All shards of one save, after the proof that they belong together.
+    """All shards of one save, agreed with each other.
 
     Attributes:
-        directory: their directory.
+        directory: where they lie.
         models: model files in rank order: one for stages 0 to 2, one a rank for stage 3.
         optims: optimizer files in rank order; none for stage 0.
         stage: ZeRO stage; BF16_Optimizer files count as stage 1.
         is_bf16_optimizer: written by ``BF16_Optimizer``, which records no stage.
         world_size: data-parallel world size.
         files: path to size in bytes of every shard.
+        lost: why the masters cannot be read though the run kept some: their files are not here.
+        remarks: what is odd about the set of files.
+        shared: second names, where another rank's file records them.
     """
 
     directory: Path
@@ -65,20 +60,28 @@ class ShardSet:
     is_bf16_optimizer: bool
     world_size: int
     files: dict[Path, int]
+    lost: CkptError | None = None
+    remarks: tuple[str, ...] = ()
+    shared: Mapping[str, str] | None = None
+
+    @property
+    def shared_params(self) -> Mapping[str, str]:
+        """For each second name of a parameter, its first name."""
+        return self.shared or self.first.get("shared_params") or {}
 
     @property
     def first(self) -> ModelState:
-        """Global rank 0's model file; the values that are equal on all ranks are read from it."""
+        """Global rank 0's model file, which alone holds what is the same on all ranks."""
         return self.models[0]
 
     @property
     def param_shapes(self) -> object:
-        """Names and shapes of the trained parameters; up to DeepSpeed 0.5 from the optimizer files."""
+        """Names and shapes of the trained parameters; up to DeepSpeed 0.5 in the optimizer files."""
         recorded = self.first.get("param_shapes")
         return recorded if recorded is not None or not self.optims else self.optims[0].param_shapes
 
 
-# Keys of all model files but rank 0's. With a thousand ranks, the other keys take hundreds of megabytes.
+# Of model files other than rank 0's; with a thousand ranks the rest is hundreds of megabytes.
 _KEPT_OF_EVERY_RANK = (
     "global_steps",
     "global_samples",
@@ -90,33 +93,26 @@ _KEPT_OF_EVERY_RANK = (
 )
 
 
-def is_shard_directory(path: Path) -> bool:
-    """Whether the directory holds model files of a DeepSpeed checkpoint."""
-    try:
-        return any(MODEL_FILE.fullmatch(entry.name) for entry in path.iterdir())
-    except OSError:
-        return False
+def open_shards(
+    names: SaveNames, model_rank: int = 0, *, masters_elsewhere: bool = False
+) -> ShardSet:
+    """Read the metadata of every shard of one model-parallel rank and prove that they belong to one save.
 
-
-def open_shards(directory: Path) -> ShardSet:
-    """Read the metadata of every shard and prove that they belong to one save.
+    Args:
+        names: the files of the folder.
+        model_rank: the model-parallel rank.
+        masters_elsewhere: the masters are not in optimizer files (universal checkpoints).
 
     Raises:
         DamagedCheckpoint: files are missing, truncated, or of different saves.
-        UnsupportedLayout: the shards are tensor- or pipeline-parallel, or of a native MoE.
     """
-    names = sorted(entry.name for entry in directory.iterdir() if entry.is_file())
-    for layout, pattern in _FOREIGN.items():
-        found = [name for name in names if pattern.fullmatch(name)]
-        if found:
-            raise UnsupportedLayout(
-                f"a {layout} checkpoint ({len(found)} files such as {found[0]})",
-                path=directory,
-                hint="This layout is not supported yet. DeepSpeed's ds_to_universal.py may help.",
-            )
-    model_names = _by_rank(directory, names, MODEL_FILE)
-    optim_names = _by_rank(directory, names, OPTIM_FILE)
-    models = _in_parallel(_read_model, [directory / model_names[r] for r in sorted(model_names)])
+    directory = names.directory
+    model_names, optim_names = names.models.get(model_rank, {}), names.optims.get(model_rank, {})
+    model_ranks = sorted(model_names)
+    models = [
+        *(_read_model(directory / model_names[rank], whole=True) for rank in model_ranks[:1]),
+        *_in_parallel(_read_model, [directory / model_names[rank] for rank in model_ranks[1:]]),
+    ]
     optims = _in_parallel(_read_optim, [directory / optim_names[r] for r in sorted(optim_names)])
     if not models:
         raise DamagedCheckpoint(
@@ -135,104 +131,61 @@ def open_shards(directory: Path) -> ShardSet:
     recorded = next(iter(stages), None)
     stage = recorded if recorded is not None else (1 if is_bf16_optimizer else 0)
     if stage == 2 and config_stage == 1:
-        stage = 1  # up to DeepSpeed 0.6 one class implemented both stages, and wrote 2 for both
-    if not optims and config_stage and first.get("optimizer") is None:
-        raise DamagedCheckpoint(
-            f"a ZeRO-{config_stage} checkpoint without its optimizer files, which hold the weights",
-            path=directory,
-            missing=["zero_pp_rank_*_optim_states.pt"],
-            hint=NODE_LOCAL,
-        )
+        stage = 1  # up to DeepSpeed 0.6 one class served both, and wrote the number of the second
+    lost: CkptError | None = None
+    if masters_elsewhere:
+        stage = config_stage
+    elif not optims and config_stage and first.get("optimizer") is None:
+        stage, lost = config_stage, without_optimizer(directory, config_stage)
     world_size = stated_world_size(directory, first, optims, stage)
     paths = [*(model.path for model in models), *(optim.path for optim in optims)]
     sizes = {path: path.stat().st_size for path in paths}
-    shards = ShardSet(
-        directory,
-        models,
-        optims,
-        stage,
-        is_bf16_optimizer,
-        world_size,
-        sizes,
-    )
-    check_ranks(shards.stage, world_size, directory, models, optims)
+    check_extra(stage, world_size, directory, models, optims)
     check_agreement(directory, models, optims)
-    return shards
-
-
-def _by_rank(directory: Path, names: Iterable[str], pattern: re.Pattern[str]) -> dict[int, str]:
-    """File names by data-parallel rank. Two files for one rank, and model parallelism, are refused."""
-    found: dict[int, str] = {}
-    for name in names:
-        match = pattern.fullmatch(name)
-        if match is None:
-            continue
-        if int(match["mp"]) > 0:
-            raise UnsupportedLayout(
-                f"a tensor- or pipeline-parallel checkpoint ({name})",
-                path=directory,
-                hint="Only data-parallel ZeRO checkpoints are supported so far.",
-            )
-        rank = int(match["dp"] or 0)
-        if rank in found:
-            raise DamagedCheckpoint(
-                f"one directory has files of two saves: {found[rank]} and {name} are both of rank {rank}",
-                path=directory,
-                hint=SAME_SAVE,
-            )
-        found[rank] = name
-    return found
+    lost = lost or missing_optims(world_size, directory, optims)
+    if lost and stage == 3:
+        raise lost
+    remarks = check_models(world_size, directory, models) if stage == 3 else ()
+    optims = [] if lost else optims
+    return ShardSet(
+        directory, models, optims, stage, is_bf16_optimizer, world_size, sizes, lost, remarks
+    )
 
 
 T = TypeVar("T")
 
 
 def _in_parallel(read: Callable[[Path], T], paths: Sequence[Path]) -> list[T]:
-    """Read many small pickles in threads, because a shared file system is slow for each of them."""
+    """Read many small pickles; on a shared file system the wait for each is what takes time."""
     if len(paths) < 4:
         return [read(path) for path in paths]
     with ThreadPoolExecutor(16) as pool:
         return list(pool.map(read, paths))
 
 
-def _read_model(path: Path) -> ModelState:
+def _read_model(path: Path, *, whole: bool = False) -> ModelState:
     match = MODEL_FILE.fullmatch(path.name)
     assert match is not None
-    content = _load_own(path, MODEL_FILE)
+    content = load_own(path)
     if not isinstance(content, dict) or "module" not in content:
         raise DamagedCheckpoint(
-            "not a model file of DeepSpeed: `module` is missing", path=path, hint=SAME_SAVE
+            "not a model file of DeepSpeed: it has no `module`", path=path, hint=SAME_SAVE
         )
-    if content["module"] is None:
-        raise UnsupportedLayout("a pipeline-parallel checkpoint (its `module` is None)", path=path)
     rank = int(match["dp"] or 0)
-    if rank:
+    if not whole:
         content = {key: content.get(key) for key in _KEPT_OF_EVERY_RANK}
     return ModelState(path, rank, content)
-
-
-def _load_own(path: Path, names: re.Pattern[str]) -> Any:
-    """The content of a rank's file that was saved as the file of this rank."""
-
-    def rank_of(name: str) -> tuple[int, int] | None:
-        match = names.fullmatch(name)
-        return None if match is None else (int(match["dp"] or 0), int(match["mp"]))
-
-    file = TorchFile(path)
-    content = file.load()
-    refuse_exchanged(file, rank_of)
-    return content
 
 
 def _read_optim(path: Path) -> OptimState:
     match = OPTIM_FILE.fullmatch(path.name)
     assert match is not None
-    content = _load_own(path, OPTIM_FILE)
+    content = load_own(path)
     state = content.get("optimizer_state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict):
         raise DamagedCheckpoint("not an optimizer file of DeepSpeed", path=path, hint=SAME_SAVE)
     groups = state.get("fp32_flat_groups", state.get("single_partition_of_fp32_groups"))
-    # In stage 1 of DeepSpeed up to 0.3, a rank has a partition in each of several intervals of a group.
+    # Up to DeepSpeed 0.3, stage 1: a rank has a partition in each of several intervals of a group.
     intervals = state.get("local_sub_partitions_of_fp32_groups")
     if groups is None and isinstance(intervals, list) and all(map(_is_tensors, intervals)):
         groups = [partitions[0] for partitions in intervals if partitions]
@@ -240,7 +193,7 @@ def _read_optim(path: Path) -> OptimState:
         raise DamagedCheckpoint(
             "its fp32 groups are missing or are not tensors",
             path=path,
-            hint="If the optimizer was offloaded to NVMe, its masters are not in this file.",
+            hint="If the optimizer was swapped to NVMe, its masters are not in this file.",
         )
     base = state.get("base_optimizer_state", state.get("optimizer_state_dict"))
     return OptimState(
@@ -263,16 +216,16 @@ def _is_tensors(values: Any) -> bool:
 
 
 def _enum_value(value: Any, path: Path) -> int | None:
-    """The stage, from a number or from DeepSpeed's ``ZeroStageEnum`` (an inert name with an argument)."""
+    """The stage: a number, or DeepSpeed's ``ZeroStageEnum`` kept as an inert name and argument."""
     if isinstance(value, Opaque) and len(value.args) == 1:
         value = value.args[0]
     if value is None or (isinstance(value, int) and 0 <= value <= 3):
         return value
-    raise DamagedCheckpoint(f"its zero_stage is {value!r}, which is not a ZeRO stage", path=path)
+    raise DamagedCheckpoint(f"its zero_stage is {value!r}, which is none", path=path)
 
 
 def _optimizer_step(state: dict[str, Any], base: Any) -> object:
-    """The optimizer's own step counter, in any of its places; None if it has no counter."""
+    """The optimizer's own step counter, wherever this optimizer keeps it; None if it counts none."""
     if "base_optimizer_state_step" in state:
         return state["base_optimizer_state_step"]
     groups = base if isinstance(base, list) else []
@@ -302,7 +255,7 @@ def _scalar(ref: TensorRef) -> float:
 
 
 def _hyperparameters(base: Any) -> object:
-    """Learning rates and other settings of every group, which are equal on all ranks of one save."""
+    """Learning rates and the like of every group: the same on all ranks of one save."""
     if not isinstance(base, dict):
         return None
     plain = (int, float, str, bool, tuple, type(None))

@@ -10,7 +10,7 @@ import pytest
 
 from ckpt_tools import open_checkpoint
 from ckpt_tools.conversion.masters import check_masters
-from ckpt_tools.errors import CkptError, DamagedCheckpoint, UnsafePickle, UnsupportedLayout
+from ckpt_tools.errors import CkptError, DamagedCheckpoint, UnsafePickle
 from tests import damage
 from tests.readers.contract import Case, assert_same
 
@@ -24,12 +24,13 @@ ELSEWHERE = (
     "If the run saved to node-local storage, they are on the other machines: copy the folder of every "
     "machine here, or pass it with --also DIR."
 )
+WHOLE = "The 16-bit weights are whole: --weights model takes them."
 
 
 def refusal(directory: Path) -> CkptError:
     """What a person is told; every refusal names a place under the checkpoint and a next step."""
     with pytest.raises(CkptError) as caught:
-        open_checkpoint(directory)
+        open_checkpoint(directory).catalogue("master")
     error = caught.value
     assert error.path is not None
     assert error.path == directory or error.path.parent == directory
@@ -55,7 +56,7 @@ def test_a_missing_rank_is_named(tmp_path: Path) -> None:
     error = damaged(directory)
     assert error.fact == "1 of 3 optim_states files are missing: ranks 1"
     assert error.missing == (name,)
-    assert error.hint == f"Expected {name}. {ELSEWHERE}"
+    assert error.hint == f"{WHOLE} Expected {name}. {ELSEWHERE}"
 
 
 def test_many_missing_ranks_are_named_as_ranges(tmp_path: Path) -> None:
@@ -67,12 +68,38 @@ def test_many_missing_ranks_are_named_as_ranges(tmp_path: Path) -> None:
     assert f"Expected {names[0]} and so on." in str(error)
 
 
-def test_a_missing_model_file_of_stage_3_is_named(tmp_path: Path) -> None:
-    directory = damage.copy_of(STAGE_3, tmp_path)
-    name = damage.drop_rank(directory, 5, "model")
+def test_a_missing_model_file_of_stage_3_with_frozen_slices_is_named(tmp_path: Path) -> None:
+    directory = damage.copy_of("zero3-bf16-llama-frozen-3ranks", tmp_path)
+    name = damage.drop_rank(directory, 1, "model")
     error = damaged(directory)
-    assert error.fact == "1 of 7 model_states files are missing: ranks 5"
+    assert error.fact == "1 of 3 model_states files are missing: ranks 1"
     assert error.missing == (name,)
+    assert error.hint == f"Expected {name}. {ELSEWHERE}"
+
+
+@pytest.mark.parametrize("rank", [0, 5])
+def test_a_missing_model_file_of_stage_3_is_remarked_where_nothing_is_frozen(
+    rank: int, tmp_path: Path
+) -> None:
+    directory = damage.copy_of(STAGE_3, tmp_path)
+    damage.drop_rank(directory, rank, "model")
+    checkpoint = open_checkpoint(directory)
+    (remark,) = checkpoint.remarks
+    assert remark == (
+        f"1 of 7 model files are missing (ranks {rank}); nothing is frozen, so that no weight lies in them"
+    )
+    case = Case(damage.ZERO / STAGE_3)
+    assert set(checkpoint) == set(case.model)
+    for tensor, truth in case.masters.items():
+        assert_same(checkpoint[tensor].load(), truth, tensor)
+
+
+def test_buffers_of_a_missing_first_rank_are_not_taken_from_another(tmp_path: Path) -> None:
+    directory = damage.copy_of("zero3-bf16-buffers-5ranks", tmp_path)
+    for path in damage.model_files(directory):
+        damage.edit(path, lambda content: content.update(frozen_param_shapes=None))
+    name = damage.drop_rank(directory, 0, "model")
+    assert damaged(directory).missing == (name,)
 
 
 def test_a_missing_last_rank_is_not_taken_for_a_smaller_run(tmp_path: Path) -> None:
@@ -101,17 +128,48 @@ def test_a_missing_model_file_is_said_to_be_missing(fixture: str, tmp_path: Path
 
 
 @pytest.mark.parametrize(("fixture", "stage"), [(STAGE_1, 1), (STAGE_2, 2), (STAGE_3, 3)])
-def test_a_checkpoint_without_any_optimizer_file_says_that_they_hold_the_weights(
+def test_a_checkpoint_without_any_optimizer_file_says_what_they_hold(
     fixture: str, stage: int, tmp_path: Path
 ) -> None:
     directory = damage.copy_of(fixture, tmp_path)
     for path in damage.optim_files(directory):
         path.unlink()
     error = damaged(directory)
+    held = "weights" if stage == 3 else "masters"
     assert error.fact == (
-        f"a ZeRO-{stage} checkpoint without its optimizer files, which hold the weights"
+        f"a ZeRO-{stage} checkpoint without its optimizer files, which hold the {held}"
     )
     assert error.missing == ("zero_pp_rank_*_optim_states.pt",)
+    assert error.hint == (ELSEWHERE if stage == 3 else f"{WHOLE} {ELSEWHERE}")
+
+
+LEFT = ["zero1-bf16-llama-frozen-2ranks", STAGE_2, "zero2-bf16-qwen3-tied-2ranks",
+        "zero1-bf16-llama-fp32-grad-accum-frozen-2ranks", "zero2-bf16-buffers-5ranks"]  # fmt: skip
+
+
+@pytest.mark.parametrize("lost", ["all", "one"])
+@pytest.mark.parametrize("fixture", LEFT)
+def test_the_16_bit_weights_are_read_without_optimizer_files(
+    fixture: str, lost: str, tmp_path: Path
+) -> None:
+    directory = damage.copy_of(fixture, tmp_path)
+    for path in damage.optim_files(directory)[: 1 if lost == "one" else None]:
+        path.unlink()
+    checkpoint, case = open_checkpoint(directory), Case(damage.ZERO / fixture)
+    assert dict(checkpoint.ties) == case.ties
+    catalogue = checkpoint.catalogue("model")
+    assert set(catalogue) | set(catalogue.ties) == set(case.model)
+    for tensor, truth in case.model.items():
+        assert_same(catalogue[tensor].load(), truth, tensor)
+    kinds = {
+        name: weight.kind for name, weight in checkpoint.weights.items() if case.model[name].numel()
+    }
+    assert {n for n, kind in kinds.items() if kind == "buffer"} == set(case.facts["buffers"])
+    assert {n for n, kind in kinds.items() if kind == "frozen"} == set(case.facts["frozen"])
+    for ask in (lambda: checkpoint.catalogue(), lambda: checkpoint["model.norm.weight"]):
+        if "buffers" not in fixture:
+            with pytest.raises(DamagedCheckpoint, match="--weights model takes them"):
+                ask()
 
 
 # Broken files.
@@ -260,7 +318,9 @@ def test_a_rank_of_a_smaller_world_is_found_out(tmp_path: Path) -> None:
 def test_a_surplus_rank_is_named(tmp_path: Path) -> None:
     directory = damage.copy_of(STAGE_2, tmp_path)
     last = damage.optim_files(directory)[2]
-    damage.take_over(last, directory, last.name.replace("rank_2_", "rank_3_"))
+    surplus = last.name.replace("rank_2_", "rank_3_")
+    damage.take_over(last, directory, surplus)
+    damage.as_saved_here(directory / surplus)
     error = damaged(directory)
     assert error.fact == "there are optim_states files of ranks 3, but the save had 3 ranks"
     assert error.hint == APART
@@ -400,38 +460,36 @@ def test_saving_again_without_a_change_is_no_damage(tmp_path: Path) -> None:
         assert_same(checkpoint[name].load(), truth, name)
 
 
-# Layouts that are known and not read.
+# Files of other layouts.
 
 
 @pytest.mark.parametrize(
-    ("name", "layout"),
+    ("name", "fact"),
     [
-        ("layer_3_expert_0_mp_rank_00_model_states.pt", "native mixture-of-experts"),
-        ("expert_0_mp_rank_00_model_states.pt", "native mixture-of-experts"),
-        ("layer_00-model_00-model_states.pt", "pipeline-parallel"),
-        ("layer_00-model_states.pt", "pipeline-parallel"),
-        ("mp_rank_01_model_states.pt", "tensor- or pipeline-parallel"),
-        ("zero_pp_rank_0_mp_rank_01_optim_states.pt", "tensor- or pipeline-parallel"),
+        ("layer_3_expert_0_mp_rank_00_model_states.pt", "not a file of an expert: "),
+        ("expert_0_mp_rank_00_model_states.pt", "not a file of an expert: "),
+        ("layer_00-model_00-model_states.pt", "files of a pipeline's layers, such as "),
+        ("layer_00-model_states.pt", "files of a pipeline's layers, such as "),
+        ("mp_rank_01_model_states.pt", "files of the model-parallel ranks [0, 1] lie here, "),
+        ("zero_pp_rank_0_mp_rank_01_optim_states.pt", "files of the model-parallel ranks [0, 1] "),
     ],
 )
-def test_files_of_another_parallel_layout_are_refused_by_its_name(
-    name: str, layout: str, tmp_path: Path
+def test_files_of_another_layout_are_files_of_two_saves(
+    name: str, fact: str, tmp_path: Path
 ) -> None:
     directory = damage.copy_of(STAGE_2, tmp_path)
     damage.take_over(directory / MODEL, directory, name)
-    error = refusal(directory)
-    assert type(error) is UnsupportedLayout
-    assert error.exit_code == 5
-    assert error.fact.startswith(f"a {layout} checkpoint")
-    assert name in error.fact
+    error = damaged(directory)
+    assert error.fact.startswith(fact)
+    assert error.hint == APART
 
 
-def test_a_pipeline_module_is_refused(tmp_path: Path) -> None:
+def test_a_pipeline_without_its_layers_is_said_to_be_one(tmp_path: Path) -> None:
     directory = damage.copy_of(STAGE_2, tmp_path)
     damage.edit(directory / MODEL, lambda content: content.update(module=None))
-    with pytest.raises(UnsupportedLayout, match="its `module` is None") as caught:
-        open_checkpoint(directory)
-    assert caught.value.path == directory / MODEL
+    error = damaged(directory)
+    assert error.fact == "a pipeline without the files of its layers: its `module` is None"
+    assert error.hint == ELSEWHERE
 
 
 def test_masters_that_were_swapped_out_are_said_to_be_elsewhere(tmp_path: Path) -> None:

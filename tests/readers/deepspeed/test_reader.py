@@ -300,8 +300,12 @@ def test_training_in_fp32_without_zero_keeps_one_copy() -> None:
 
 
 def test_masters_of_swapped_ranks_are_doubted_and_found_out(tmp_path: Path) -> None:
+    """Saved under their own names, as by a run whose ranks were numbered otherwise."""
     directory = damage.copy_of("zero2-bf16-llama-3ranks", tmp_path)
-    damage.swap(*damage.optim_files(directory)[:2])
+    swapped = damage.optim_files(directory)[:2]
+    damage.swap(*swapped)
+    for path in swapped:
+        damage.as_saved_here(path)
     checkpoint = open_checkpoint(directory)
     assert checkpoint.doubts == ("the recorded slice mappings of group 0 contradict its order",)
     with pytest.raises(DamagedCheckpoint, match="is not its 16-bit weight") as caught:

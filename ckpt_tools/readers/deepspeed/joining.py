@@ -1,0 +1,104 @@
+"""Tensors put together from the slices of tensor-parallel ranks, fragment by fragment.
+
+Owns the arithmetic alone: which box of a rank's slice lies where in the whole. Why a parameter is cut so
+is the business of :mod:`~ckpt_tools.readers.deepspeed.tensor_parallel`. Nothing is read; that the boxes
+tile the whole is proven when the tensor is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from ckpt_tools.tensors.catalogue import Box, FlatRange, Fragment, Shape, Stored
+from ckpt_tools.tensors.regions import intersection, row_major_strides, window_slabs
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A box of one rank's slice, and its place in the whole.
+
+    Attributes:
+        rank: which slice.
+        box: the elements in the slice.
+        offsets: first index in the whole, in each dimension.
+    """
+
+    rank: int
+    box: Box
+    offsets: Shape
+
+
+def whole(slice_shape: Shape) -> Box:
+    """All of a slice."""
+    return Box((0,) * len(slice_shape), slice_shape)
+
+
+def along(shape: Shape, axis: int, start: int, size: int) -> Box:
+    """The part of a slice of this shape that has ``size`` indices from ``start`` along an axis."""
+    offsets, sizes = [0] * len(shape), list(shape)
+    offsets[axis], sizes[axis] = start, size
+    return Box(tuple(offsets), tuple(sizes))
+
+
+def shifted(shape: Shape, axis: int, start: int) -> Shape:
+    """The first index of what begins at ``start`` along an axis."""
+    return tuple(start if index == axis else 0 for index in range(len(shape)))
+
+
+def joined(slices: Sequence[Stored], pieces: Sequence[Piece], shape: Shape) -> Stored:
+    """The tensor of this shape that the pieces make up.
+
+    Raises:
+        DamagedCheckpoint: the pieces leave an element out, or hold one twice.
+    """
+    fragments = [
+        fragment for piece in pieces for fragment in _placed(slices[piece.rank], piece, shape)
+    ]
+    return Stored(slices[0].dtype, shape, fragments)
+
+
+def _placed(stored: Stored, piece: Piece, shape: Shape) -> Iterator[Fragment]:
+    """The fragments of a slice that hold a piece of it, at their places in the whole."""
+    itemsize = stored.dtype.itemsize
+    for fragment in stored.fragments:
+        position = fragment.offset
+        for region in _boxes(fragment.region, stored.shape):
+            part = intersection(region, piece.box)
+            for run in _runs(part, region) if part is not None else ():
+                strides = row_major_strides(region.sizes)
+                local = sum(
+                    (low - base) * stride
+                    for low, base, stride in zip(run.offsets, region.offsets, strides, strict=True)
+                )
+                offsets = tuple(
+                    low - base + to
+                    for low, base, to in zip(
+                        run.offsets, piece.box.offsets, piece.offsets, strict=True
+                    )
+                )
+                yield Fragment(fragment.file, position + local * itemsize, Box(offsets, run.sizes))
+            position += region.numel * itemsize
+
+
+def _boxes(region: FlatRange | Box, shape: Shape) -> Iterator[Box]:
+    """A region as boxes that follow each other in its bytes."""
+    if isinstance(region, Box):
+        yield region
+    else:
+        yield from window_slabs(shape, region.start, region.stop)
+
+
+def _runs(part: Box, region: Box) -> Iterator[Box]:
+    """A part of a region as boxes that are each one run of the region's bytes."""
+    narrow = [
+        axis for axis, (n, m) in enumerate(zip(part.sizes, region.sizes, strict=True)) if n != m
+    ]
+    outer = narrow[-1] if narrow else 0
+    for index in product(*(range(size) for size in part.sizes[:outer])):
+        offsets = (
+            *(low + i for low, i in zip(part.offsets[:outer], index, strict=True)),
+            *part.offsets[outer:],
+        )
+        yield Box(offsets, ((1,) * outer + part.sizes[outer:]))

@@ -1,0 +1,255 @@
+"""How tensor-parallel slices are joined: what ``universal_checkpoint_info`` says of each parameter.
+
+AutoTP records it since DeepSpeed 0.19; Megatron-DeepSpeed puts it into the client state. It names
+parameters by regular expressions: replicated on all ranks, cut along the second axis (row parallelism),
+made of sub-parameters that are cut one by one (fused qkv or gate and up), padded to a rounder vocabulary;
+everything else is cut along the first axis. AutoTP also records the geometry of each parameter
+(``affine_map``), which comes first. Without a record nothing is guessed.
+
+Sources: ``deepspeed/checkpoint/ds_to_universal.py`` (``merge_tp_slices``), ``checkpoint/affine.py``.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout
+from ckpt_tools.readers.deepspeed.joining import Piece, along, joined, shifted, whole
+from ckpt_tools.readers.deepspeed.weights import Part
+from ckpt_tools.tensors.catalogue import Box, Shape, Stored
+from ckpt_tools.tensors.checkpoint import Weight
+from ckpt_tools.tensors.regions import row_major_strides
+
+INFO = "universal_checkpoint_info"
+_AFFINE_VERSION = 1
+_REPLICATED = "tp_replicated_parameter_patterns"
+_AVERAGED = "parameter_to_average_patterns"
+_ROW = "parameter_with_row_parallelism_patterns"
+_VOCABULARY = "vocabulary_parameter_patterns"
+_TWO_HALVES = "parameter_with_2_sub_params_cat_dim_0"
+_SUB_PARAMS = "parameter_with_sub_params"
+_WIDTHS = "sub_param_shard_widths"
+_UNDESCRIBED = "autotp_unsupported_parameter_patterns"
+
+
+class SliceRecord:
+    """The record of one save of how its slices are joined.
+
+    Args:
+        info: the value of ``universal_checkpoint_info``.
+        ranks: tensor-parallel ranks.
+        path: the file that holds it, for errors.
+
+    Raises:
+        UnsupportedLayout: there is no record, or one of a later kind.
+    """
+
+    def __init__(self, info: Any, ranks: int, path: Path) -> None:
+        if not isinstance(info, Mapping):
+            raise UnsupportedLayout(
+                f"a tensor-parallel checkpoint of {ranks} ranks that does not record how its slices are cut",
+                path=path,
+                hint="Its model files have no `universal_checkpoint_info`. AutoTP of DeepSpeed 0.19 writes
+                it: " "load the checkpoint in the training script with that release and save it again.",
+            )
+        self._info, self._ranks, self._path = info, ranks, path
+        affine = info.get("affine_map") or {}
+        if affine and int(affine.get("version", 1)) > _AFFINE_VERSION:
+            raise UnsupportedLayout(
+                f"its affine_map is of version {affine['version']}; version {_AFFINE_VERSION} is read",
+                path=path,
+                hint="Convert it with ds_to_universal.py of the DeepSpeed that wrote it; the result is read.",
+            )
+        self._affine: Mapping[str, Any] = affine.get("params") or {}
+
+    def tensor(self, name: str, slices: Sequence[Stored]) -> Stored:
+        """The whole tensor of these slices, one a rank."""
+        dtypes = {piece.dtype for piece in slices}
+        if len(dtypes) > 1:
+            raise DamagedCheckpoint(
+                "its slices differ in dtype", path=self._path.parent, tensor=name
+            )
+        try:
+            pieces, shape = self._pieces(name, [piece.shape for piece in slices])
+        except (IndexError, KeyError, TypeError, ValueError) as error:
+            raise DamagedCheckpoint(
+                f"its slices are not cut as {INFO} says ({error})", path=self._path, tensor=name
+            ) from error
+        return joined(slices, pieces, shape)
+
+    def weight(self, name: str, parts: Sequence[Weight]) -> Weight:
+        """The whole weight of the ranks' weights of one name."""
+        masters = [part.master for part in parts if part.master is not None]
+        models = [part.model for part in parts if part.model is not None]
+        whole = [
+            self.tensor(name, copies) if len(copies) == self._ranks else None
+            for copies in (masters, models)
+        ]
+        held = whole[0] or whole[1]
+        if held is None:
+            raise DamagedCheckpoint(
+                "not all tensor-parallel ranks hold it", path=self._path.parent, tensor=name
+            )
+        return Weight(parts[0].kind, held.shape, parts[0].dtype, *whole)
+
+    def part(self, parts: Sequence[Part]) -> Part:
+        """What the tensor-parallel ranks hold together."""
+        first = parts[0]
+        names = dict.fromkeys(name for part in parts for name in part.weights)
+        weights = {
+            name: self.weight(name, [p.weights[name] for p in parts if name in p.weights])
+            for name in names
+            if name not in first.ties
+        }
+        doubts = list(dict.fromkeys(doubt for part in parts for doubt in part.doubts))
+        remarks = list(dict.fromkeys(remark for part in parts for remark in part.remarks))
+        lost = next((part.lost for part in parts if part.lost is not None), None)
+        return Part(weights, first.ties, remarks, doubts, lost)
+
+    def _pieces(self, name: str, shapes: Sequence[Shape]) -> tuple[list[Piece], Shape]:
+        geometry = next((m for p, m in self._affine.items() if re.match(p, name)), None)
+        if geometry is not None:
+            scales = [p.get("scale", 1.0) for r in geometry["ranks"].values() for p in r["pieces"]]
+            if any(float(scale) != 1.0 for scale in scales):
+                raise self._unsupported(name, "the ranks hold it scaled")
+            return _geometric(geometry, shapes)
+        if self._says(_UNDESCRIBED, name):
+            reason = self._info[_UNDESCRIBED]
+            raise self._unsupported(name, f"DeepSpeed could not describe how it is cut: {reason}")
+        if self._says(_AVERAGED, name):
+            raise self._unsupported(name, "it is to be averaged over the tensor-parallel ranks")
+        if self._says(_REPLICATED, name):
+            if len(set(shapes)) > 1:
+                raise ValueError(f"replicated, but of shapes {shapes}")
+            return [Piece(0, whole(shapes[0]), (0,) * len(shapes[0]))], shapes[0]
+        if self._says(_TWO_HALVES, name):
+            halves = [_halved(shape[0]) for shape in shapes]
+            return _cut(shapes, 0, [halves, halves])
+        sub = next((s for s in self._info.get(_SUB_PARAMS) or () if _matches(s, name)), None)
+        if sub is not None:
+            return self._sub_parameters(sub, name, shapes)
+        axis = 1 if self._says(_ROW, name) else 0
+        pieces, shape = _cut(shapes, axis, [[shape[axis] for shape in shapes]])
+        if self._says(_VOCABULARY, name):
+            return _first_rows(pieces, shape, int(self._info["original_vocab_size"]))
+        return pieces, shape
+
+    def _sub_parameters(
+        self, sub: Mapping[str, Any], name: str, shapes: Sequence[Shape]
+    ) -> tuple[list[Piece], Shape]:
+        axis = int(sub["partition_dim"])
+        recorded = self._info.get(_WIDTHS) or {}
+        widths = next((w for pattern, w in recorded.items() if re.match(pattern, name)), None)
+        if widths is not None:
+            return _cut(shapes, axis, [list(map(int, row)) for row in widths])
+        # Before this record all splits were even: of so many equal parts, or of parts of stated sizes.
+        total = sum(shape[axis] for shape in shapes)
+        sizes = sub["shape"][axis]
+        if isinstance(sizes, int):
+            sizes = [_divided(total, sizes)] * sizes
+        return _cut(shapes, axis, [[_divided(n, len(shapes))] * len(shapes) for n in sizes])
+
+    def _says(self, key: str, name: str) -> bool:
+        return any(re.match(pattern, name) for pattern in self._info.get(key) or ())
+
+    def _unsupported(self, name: str, why: str) -> UnsupportedLayout:
+        return UnsupportedLayout(
+            why,
+            path=self._path,
+            tensor=name,
+            hint="Convert the checkpoint with DeepSpeed's ds_to_universal.py; the result is read.",
+        )
+
+
+def _matches(sub: Mapping[str, Any], name: str) -> bool:
+    return any(re.match(pattern, name) for pattern in sub["patterns"])
+
+
+def _cut(
+    shapes: Sequence[Shape], axis: int, widths: Sequence[Sequence[int]]
+) -> tuple[list[Piece], Shape]:
+    """The pieces of sub-parameters that follow each other along an axis, each cut among the ranks.
+
+    Args:
+        shapes: of the slices.
+        axis: along which they are cut.
+        widths: for each sub-parameter, how much of it each rank has.
+    """
+    rests = {shape[:axis] + shape[axis + 1 :] for shape in shapes}
+    held = [sum(row[rank] for row in widths) for rank in range(len(shapes))]
+    if len(rests) > 1 or held != [shape[axis] for shape in shapes]:
+        raise ValueError(f"shapes {list(shapes)}, widths {[list(row) for row in widths]}")
+    pieces, place, taken = [], 0, [0] * len(shapes)
+    for row in widths:
+        for rank, width in enumerate(row):
+            if width:
+                box = along(shapes[rank], axis, taken[rank], width)
+                pieces.append(Piece(rank, box, shifted(shapes[rank], axis, place)))
+            taken[rank] += width
+            place += width
+    return pieces, (*shapes[0][:axis], place, *shapes[0][axis + 1 :])
+
+
+def _first_rows(pieces: Sequence[Piece], shape: Shape, rows: int) -> tuple[list[Piece], Shape]:
+    """The pieces of the first rows: what follows is padding of the vocabulary."""
+    if not 0 < rows <= shape[0]:
+        raise ValueError(f"{rows} rows of {shape[0]}")
+    kept = []
+    for piece in pieces:
+        size = min(piece.box.sizes[0], rows - piece.offsets[0])
+        if size > 0:
+            kept.append(
+                Piece(
+                    piece.rank,
+                    Box(piece.box.offsets, (size, *piece.box.sizes[1:])),
+                    piece.offsets,
+                )
+            )
+    return kept, (rows, *shape[1:])
+
+
+def _geometric(geometry: Mapping[str, Any], shapes: Sequence[Shape]) -> tuple[list[Piece], Shape]:
+    """The pieces that an affine map records; of replicated ones the first rank's."""
+    full = tuple(map(int, geometry["logical_shape"]))
+    pieces, seen = [], set()
+    for rank, entry in sorted((int(r), e) for r, e in geometry["ranks"].items()):
+        shape = tuple(map(int, entry["shard_shape"]))
+        if shape != shapes[rank]:
+            raise ValueError(f"rank {rank} has {shapes[rank]}, recorded is {shape}")
+        for piece in entry["pieces"]:
+            sizes = tuple(map(int, piece["shape"]))
+            offsets = _corner(piece["source"], sizes, full)
+            if offsets in seen or not math.prod(sizes):
+                continue
+            seen.add(offsets)
+            pieces.append(Piece(rank, Box(_corner(piece["dest"], sizes, shape), sizes), offsets))
+    return pieces, full
+
+
+def _corner(view: Sequence[Any], sizes: Shape, shape: Shape) -> Shape:
+    """The first index of a strided view that is a box of a tensor of this shape."""
+    offset, strides = int(view[0]), tuple(map(int, view[1]))
+    own = row_major_strides(shape)
+    if len(sizes) != len(shape) or any(
+        size > 1 and a != b for size, a, b in zip(sizes, strides, own, strict=True)
+    ):
+        raise ValueError(f"strides {strides} in shape {shape}")
+    corner = []
+    for stride in own:
+        index, offset = divmod(offset, max(stride, 1))
+        corner.append(index)
+    return tuple(corner)
+
+
+def _halved(size: int) -> int:
+    return _divided(size, 2)
+
+
+def _divided(size: int, parts: int) -> int:
+    if parts < 1 or size % parts:
+        raise ValueError(f"{size} elements in {parts} parts")
+    return size // parts

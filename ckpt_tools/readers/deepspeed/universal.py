@@ -1,0 +1,131 @@
+"""Universal checkpoints: what DeepSpeed's ``ds_to_universal.py`` makes of a save.
+
+A folder ``zero`` has a folder for each parameter, with ``fp32.pt`` in it: the whole master,
+tensor-parallel slices joined. From stages 1 and 2 that is a mapping with the tensor in its shape, from
+stage 3 the flat tensor alone; its shape is in the model files, which are copied beside ``zero``.
+Parameters without a master (frozen ones, second names, buffers) may have an ``fp32.pt`` too: their 16-bit
+weight, widened. For these the copied model file is read.
+
+Source: ``deepspeed/checkpoint/ds_to_universal.py`` (``merge_tp_slices``, ``merge_zero3_slices``,
+``main``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+from ckpt_tools.errors import DamagedCheckpoint
+from ckpt_tools.readers.containers.restricted_pickle import TensorRef
+from ckpt_tools.readers.containers.torch_file import TorchFile, stored
+from ckpt_tools.readers.deepspeed.layout import group_shapes
+from ckpt_tools.readers.deepspeed.names import UNIVERSAL, names_in
+from ckpt_tools.readers.deepspeed.saves import Save, joined
+from ckpt_tools.readers.deepspeed.shards import ShardSet, open_shards
+from ckpt_tools.readers.deepspeed.weights import Part, default_dtype, sorted_part
+from ckpt_tools.tensors.catalogue import Stored
+from ckpt_tools.tensors.checkpoint import Weight
+from ckpt_tools.tensors.regions import Shape
+
+MASTER = "fp32.pt"
+_CONVERT_AGAIN = "Run ds_to_universal.py again on the checkpoint that it was made of."
+
+
+def read_universal(directory: Path) -> tuple[Save, Part]:
+    """The universal checkpoint in a folder.
+
+    Raises:
+        DamagedCheckpoint: files are missing, or fit each other not.
+    """
+    names = names_in(directory)
+    if not names.models:
+        raise DamagedCheckpoint(
+            "a universal checkpoint without its model files, which ds_to_universal.py copies beside `zero`",
+            path=directory,
+            missing=["mp_rank_00_model_states.pt"],
+            hint=_CONVERT_AGAIN,
+        )
+    shards = [open_shards(names, rank, masters_elsewhere=True) for rank in names.model_ranks]
+    shared = shards[0].shared_params
+    shards = [replace(one, shared=shared) for one in shards]
+    files = sorted((directory / UNIVERSAL).glob(f"*/{MASTER}"))
+    with ThreadPoolExecutor(16) as pool:
+        held = dict(
+            zip((file.parent.name for file in files), pool.map(_tensor, files), strict=True)
+        )
+    sizes = {file: file.stat().st_size for file in files}
+    save = Save(shards, "universal checkpoint", sizes)
+    if shards[0].first.content["module"] is None:
+        return save, _bare(shards, held)
+    shapes = _recorded(shards[0])
+    lacking = [name for name in shapes if name not in held]
+    if lacking:
+        raise DamagedCheckpoint(
+            f"{len(lacking)} of {len(shapes)} parameters have no {MASTER}, such as {lacking[0]}",
+            path=directory / UNIVERSAL,
+            missing=[f"{UNIVERSAL}/{name}/{MASTER}" for name in lacking],
+            hint=_CONVERT_AGAIN,
+        )
+    flat = shards[0].stage == 3
+    masters = {name: _shaped(held[name], shapes[name] if flat else None, name) for name in shapes}
+    if len(shards) == 1:
+        return save, sorted_part(shards[0], masters, [])
+    # The slices of the ranks' model copies are joined; the masters are joined already.
+    part = joined(shards, [sorted_part(one, {}, []) for one in shards])
+    return save, replace(part, weights=_with_masters(part.weights, masters))
+
+
+def _with_masters(
+    weights: Mapping[str, Weight], masters: Mapping[str, Stored]
+) -> dict[str, Weight]:
+    both = {}
+    for name, weight in weights.items():
+        master = masters.get(name)
+        if master is not None and master.shape != weight.shape:
+            raise DamagedCheckpoint(
+                f"its master has the shape {master.shape}, its weight {weight.shape}",
+                path=master.fragments[0].file,
+                tensor=name,
+                hint=_CONVERT_AGAIN,
+            )
+        both[name] = replace(weight, master=master)
+    return both
+
+
+def _bare(shards: list[ShardSet], held: Mapping[str, TensorRef]) -> Part:
+    """The masters of a pipeline, whose weights in training dtype are not copied."""
+    weights = {}
+    for name, ref in held.items():
+        master = stored(ref)
+        weights[name] = Weight(
+            "parameter", master.shape, default_dtype(shards[0], master), master, None
+        )
+    return Part(weights, {})
+
+
+def _recorded(shards: ShardSet) -> dict[str, Shape]:
+    """Names and shapes of the trained parameters; shapes are those of one tensor-parallel rank."""
+    groups = group_shapes(shards.param_shapes, shards.first.path)
+    return {name: shape for group in groups for name, shape in group.items()}
+
+
+def _tensor(path: Path) -> TensorRef:
+    content = TorchFile(path).load()
+    value = content.get("param") if isinstance(content, Mapping) else content
+    if not isinstance(value, TensorRef):
+        raise DamagedCheckpoint("it holds no tensor under `param`", path=path, hint=_CONVERT_AGAIN)
+    return value
+
+
+def _shaped(ref: TensorRef, shape: Shape | None, name: str) -> Stored:
+    if shape is not None and len(ref.shape) == 1 and ref.numel != math.prod(shape):
+        raise DamagedCheckpoint(
+            f"it has {ref.numel:,} elements where {shape} is recorded",
+            path=ref.storage.path,
+            tensor=name,
+            hint=_CONVERT_AGAIN,
+        )
+    return stored(ref, shape if len(ref.shape) == 1 else None)

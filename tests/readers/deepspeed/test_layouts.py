@@ -1,0 +1,31 @@
+"""DeepSpeed checkpoints beyond plain data-parallel ZeRO, against the live engines that wrote them."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.readers.contract import Case, ReaderContract, cases
+
+CASES = [case for case in cases("layouts") if not case.name.startswith("bin-")]
+
+
+class TestEveryLayoutFixture(ReaderContract):
+    @pytest.fixture(params=CASES, ids=lambda case: case.name)
+    def case(self, request: pytest.FixtureRequest) -> Case:
+        case = request.param
+        assert isinstance(case, Case)
+        return case
+
+    def keeps_model_copy(self, case: Case) -> bool:
+        # Stage 3 keeps placeholders; a universal checkpoint has no copy of a pipeline's layer files.
+        bare = case.name.startswith("universal-") and case.facts["shape"] == "megatron"
+        return bool(case.facts["stage"] < 3) and not bare
+
+    def framework(self, case: Case) -> str:
+        return f"deepspeed {case.facts['deepspeed_version']}"
+
+    def test_every_file_is_accounted_for(self, checkpoint, case) -> None:  # type: ignore[no-untyped-def]
+        directory = checkpoint.location.directory
+        sizes = {path: path.stat().st_size for path in directory.rglob("*.pt")}
+        moments = {"exp_avg.pt", "exp_avg_sq.pt", "step.pt", "optimizer_state.pt"}
+        assert dict(checkpoint.files) == {p: n for p, n in sizes.items() if p.name not in moments}
