@@ -53,8 +53,8 @@ class SliceRecord:
             raise UnsupportedLayout(
                 f"a tensor-parallel checkpoint of {ranks} ranks that does not record how its slices are cut",
                 path=path,
-                hint="Its model files have no `universal_checkpoint_info`. AutoTP of DeepSpeed 0.19 writes it: "
-                "load the checkpoint in the training script with that release and save it again.",
+                hint="Its model files have no `universal_checkpoint_info`. AutoTP of DeepSpeed 0.19 writes "
+                "it: load the checkpoint in the training script with that release and save it again.",
             )
         self._info, self._ranks, self._path = info, ranks, path
         affine = info.get("affine_map") or {}
