@@ -1,5 +1,4 @@
-"""Files that people save themselves: ``torch.save`` of a state dict, or of a mapping that has one or
-several.
+"""State dicts that people save themselves, alone in a torch file or in a mapping with other things.
 
 Owns the search for state dicts in such a file, and their names: ``model``, ``state_dict`` (Lightning
 too), ``ema.model``. A state dict is a mapping from names to tensors. Such a file is read by its name, or
@@ -16,7 +15,7 @@ from typing import Any
 from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout
 from ckpt_tools.readers.containers.restricted_pickle import Opaque, TensorRef
 from ckpt_tools.readers.containers.torch_file import TorchFile
-from ckpt_tools.readers.containers.weight_files import tensors_of
+from ckpt_tools.readers.containers.weight_files import ADAPTER_FILES, tensors_of
 from ckpt_tools.tensors.checkpoint import Checkpoint, Location, Weight
 
 NAME = "torch"
@@ -28,7 +27,7 @@ _WHOLE = ""
 
 def find(path: Path, tag: str | None = None) -> list[Location]:
     """The state dicts of a file, or of the only such file of a folder; tags mean nothing here."""
-    if tag is not None:
+    if tag is not None or path.name in ADAPTER_FILES:
         return []
     if path.is_dir():
         files = [entry for entry in path.iterdir() if entry.suffix in _SUFFIXES and entry.is_file()]

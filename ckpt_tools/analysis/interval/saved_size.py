@@ -50,7 +50,9 @@ def saved_size(path: str | os.PathLike[str], *, tag: str | None = None) -> Saved
     except AmbiguousCheckpoint:
         # Of several models in one save any one leads to it; several saves are ambiguous still.
         location = readers.locate(Path(path), tag, model=0)
-    readers.read(location)
+    checkpoint = readers.read(location)
+    if checkpoint.lost is not None:
+        raise checkpoint.lost
     directory = location.directory
     if directory.name in ("", ".."):
         directory = directory.resolve()
