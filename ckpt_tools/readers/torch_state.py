@@ -29,14 +29,21 @@ def find(path: Path, tag: str | None = None) -> list[Location]:
     """The state dicts of a file, or of the only such file of a folder; tags mean nothing here."""
     if tag is not None or path.name in ADAPTER_FILES:
         return []
-    if path.is_dir():
+    named = path.is_file()
+    if not named:
         files = [entry for entry in path.iterdir() if entry.suffix in _SUFFIXES and entry.is_file()]
-        if len(files) != 1 or not _state_dicts(_content(files[0])):
+        if len(files) != 1:
             return []
-        path = files[0]
+        (path,) = files
     elif path.suffix not in _SUFFIXES:
         return []
-    found = list(_state_dicts(_content(path)) or [_WHOLE])
+    content = _content(path)
+    found = list(_state_dicts(content))
+    if not found:
+        # What was named and cannot be read is refused with the reason.
+        if not named or isinstance(content, Mapping):
+            return []
+        found = [_WHOLE]
     location = Location(NAME, path, path.name, (path.parent, path.parent.parent))
     return [replace(location, part=part, name=part or path.name) for part in found]
 
@@ -117,9 +124,8 @@ def _no_state_dict(path: Path, content: Any) -> UnsupportedLayout:
             path=path,
             hint="Its class would have to run. Save `model.state_dict()` in the training script instead.",
         )
-    keys = ", ".join(map(str, list(content)[:8])) if isinstance(content, Mapping) else ""
     return UnsupportedLayout(
-        "no mapping from names to tensors lies in it",
+        f"a pickled {type(content).__name__}, not a state dict",
         path=path,
-        hint=f"It holds: {keys or type(content).__name__}. Name a file with the model's state dict.",
+        hint="Name a file with the model's state dict.",
     )
