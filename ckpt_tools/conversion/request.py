@@ -118,6 +118,7 @@ class AdapterOptions(TypedDict, total=False):
     resume: bool
     sha256: bool
     verify: bool
+    check_source: bool
     ranks: Ranks | None
     node_local: bool
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout
 from ckpt_tools.readers.containers.restricted_pickle import TensorRef
-from ckpt_tools.readers.containers.torch_file import TorchFile, stored
+from ckpt_tools.readers.containers.torch_file import stored
 from ckpt_tools.readers.deepspeed.agreement import NODE_LOCAL, SAME_SAVE, OptimState
 from ckpt_tools.readers.deepspeed.joining import Piece, joined, shifted, whole
 from ckpt_tools.readers.deepspeed.layout import (
@@ -30,7 +30,7 @@ from ckpt_tools.readers.deepspeed.layout import (
     mapped_masters,
     sliced_masters,
 )
-from ckpt_tools.readers.deepspeed.names import EXPERT_FILE, SaveNames
+from ckpt_tools.readers.deepspeed.names import EXPERT_FILE, SaveNames, load_own
 from ckpt_tools.readers.deepspeed.saves import Save
 from ckpt_tools.readers.deepspeed.shards import ShardSet
 from ckpt_tools.readers.deepspeed.weights import Part, default_dtype, masters_of, sorted_part
@@ -116,7 +116,7 @@ def _expert_files(names: SaveNames, shards: ShardSet) -> dict[str, TensorRef]:
         match = EXPERT_FILE.fullmatch(name)
         assert match is not None
         found.setdefault(int(match["layer"] or 0), set()).add(int(match["expert"]))
-        content = TorchFile(names.directory / name).load()
+        content = load_own(names.directory / name)
         tensors = {key: ref for key, ref in content.items() if isinstance(ref, TensorRef)}
         if not tensors:
             raise DamagedCheckpoint(

@@ -16,8 +16,10 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ckpt_tools.errors import DamagedCheckpoint
+from ckpt_tools.readers.containers.torch_file import TorchFile, refuse_exchanged
 from ckpt_tools.readers.deepspeed.agreement import SAME_SAVE
 
 MODEL_FILE = re.compile(r"(?:zero_pp_rank_(?P<dp>\d+)_)?mp_rank_(?P<mp>\d+)_model_states\.pt")
@@ -30,6 +32,7 @@ EXPERT_FILE = re.compile(
 EXPERT_OPTIM_FILE = re.compile(r"expp_rank_\d+_mp_rank_\d+_optim_states\.pt")
 LAYER_FILE = re.compile(r"layer_(?P<layer>\d+)(?:-model_(?P<tp>\d+))?-model_states\.pt")
 UNIVERSAL = "zero"
+_OF_RANKS = (MODEL_FILE, OPTIM_FILE, EXPERT_FILE, LAYER_FILE)
 
 ByRank = dict[int, dict[int, str]]
 
@@ -133,3 +136,24 @@ def _is_sequence_parallel(found: ByRank) -> bool:
 
 def _together(found: ByRank) -> ByRank:
     return {0: {rank: name for of_rank in found.values() for rank, name in of_rank.items()}}
+
+
+def load_own(path: Path) -> Any:
+    """The content of a file of one rank.
+
+    Raises:
+        DamagedCheckpoint: it was saved as the file of another rank.
+    """
+    file = TorchFile(path)
+    content = file.load()
+    refuse_exchanged(file, _whose)
+    return content
+
+
+def _whose(name: str) -> tuple[int, ...] | None:
+    """What tells a file of a save from the others of its kind; None for other files."""
+    for kind, pattern in enumerate(_OF_RANKS):
+        if match := pattern.fullmatch(name):
+            numbers = {key: value for key, value in match.groupdict().items() if key != "prefix"}
+            return kind, *(int(value or 0) for value in numbers.values())
+    return None

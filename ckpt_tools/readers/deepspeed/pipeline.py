@@ -19,10 +19,10 @@ from dataclasses import replace
 
 from ckpt_tools.errors import DamagedCheckpoint
 from ckpt_tools.readers.containers.restricted_pickle import TensorRef
-from ckpt_tools.readers.containers.torch_file import TorchFile, stored
+from ckpt_tools.readers.containers.torch_file import stored
 from ckpt_tools.readers.deepspeed.agreement import NODE_LOCAL, SAME_SAVE
 from ckpt_tools.readers.deepspeed.layout import BY_MAPPING, mapped_masters, partitioned_masters
-from ckpt_tools.readers.deepspeed.names import LAYER_FILE, SaveNames
+from ckpt_tools.readers.deepspeed.names import LAYER_FILE, SaveNames, load_own
 from ckpt_tools.readers.deepspeed.saves import Save, joined, open_all
 from ckpt_tools.readers.deepspeed.shards import ShardSet
 from ckpt_tools.readers.deepspeed.weights import Part, default_dtype
@@ -80,7 +80,7 @@ def _layers(names: SaveNames) -> list[Layers]:
     for name in names.layers:
         match = LAYER_FILE.fullmatch(name)
         assert match is not None
-        content = TorchFile(names.directory / name).load()
+        content = load_own(names.directory / name)
         tensors = {key: ref for key, ref in content.items() if isinstance(ref, TensorRef)}
         found.setdefault(int(match["tp"] or 0), {})[int(match["layer"])] = tensors
     every = sorted({layer for layers in found.values() for layer in layers})

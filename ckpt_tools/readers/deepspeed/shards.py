@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 
 from ckpt_tools.errors import CkptError, DamagedCheckpoint
 from ckpt_tools.readers.containers.restricted_pickle import Opaque, TensorRef
-from ckpt_tools.readers.containers.torch_file import TorchFile
 from ckpt_tools.readers.deepspeed.agreement import (
     NODE_LOCAL,
     SAME_SAVE,
@@ -33,7 +32,7 @@ from ckpt_tools.readers.deepspeed.agreement import (
     stated_world_size,
     without_optimizer,
 )
-from ckpt_tools.readers.deepspeed.names import MODEL_FILE, OPTIM_FILE, SaveNames
+from ckpt_tools.readers.deepspeed.names import MODEL_FILE, OPTIM_FILE, SaveNames, load_own
 from ckpt_tools.storage.pool import read_at
 
 
@@ -167,7 +166,7 @@ def _in_parallel(read: Callable[[Path], T], paths: Sequence[Path]) -> list[T]:
 def _read_model(path: Path, *, whole: bool = False) -> ModelState:
     match = MODEL_FILE.fullmatch(path.name)
     assert match is not None
-    content = TorchFile(path).load()
+    content = load_own(path)
     if not isinstance(content, dict) or "module" not in content:
         raise DamagedCheckpoint(
             "not a model file of DeepSpeed: it has no `module`", path=path, hint=SAME_SAVE
@@ -181,7 +180,7 @@ def _read_model(path: Path, *, whole: bool = False) -> ModelState:
 def _read_optim(path: Path) -> OptimState:
     match = OPTIM_FILE.fullmatch(path.name)
     assert match is not None
-    content = TorchFile(path).load()
+    content = load_own(path)
     state = content.get("optimizer_state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict):
         raise DamagedCheckpoint("not an optimizer file of DeepSpeed", path=path, hint=SAME_SAVE)
