@@ -3,6 +3,12 @@
 PYTHON ?= python3
 JOBS ?= 2
 
+# What pip takes for PyTorch before all else, such as the path of a CPU wheel; empty for what the index gives.
+TORCH ?=
+
+# How many processes burn the processor beside the tests.
+LOAD ?= 0
+
 # What `make bench` measures; kept in build/ for the next time.
 STAGE ?= 3
 PARAMS ?= 1.5e9
@@ -18,15 +24,19 @@ PIP := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_D
 	$(BIN)/python -m pip
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint fix bench clean distclean
+.PHONY: help venv demo quick test lint fix docs pages bench clean distclean
 
 help:
 	@echo "make demo       convert the shipped ZeRO-3 checkpoint, load the result, generate from it"
-	@echo "make test       run the whole test suite (JOBS=$(JOBS) processes)"
+	@echo "make quick      the tests to run before each commit: every part of the package, under 90 s on two cores"
+	@echo "make test       run the whole test suite (JOBS=$(JOBS) processes; LOAD=2: beside two that burn the processor)"
 	@echo "make lint       ruff and mypy"
 	@echo "make fix        let ruff repair and format what it can"
+	@echo "make docs       build the documentation as a site with search, in build/site"
+	@echo "make pages      derive the pages of docs/ anew, and what their commands print"
 	@echo "make bench      time ckpt-tools, zero_to_fp32.py and cp on a checkpoint of PARAMS=$(PARAMS) parameters"
-	@echo "make venv       install the pinned dependencies into $(VENV) (the others do it when needed)"
+	@echo "make venv       install the pinned dependencies into $(VENV) (the others do it when needed);"
+	@echo "                PYTHON=python3.12 names another interpreter, TORCH=FILE.whl a build of PyTorch"
 	@echo "make clean      remove what demo, test, lint and bench left"
 	@echo "make distclean  remove $(VENV) too"
 
@@ -37,6 +47,7 @@ $(STAMP): pyproject.toml constraints.txt
 		"this is " + sys.version.split()[0] + ". Name another one: make PYTHON=python3.12 ...")'
 	@echo "Installing pinned dependencies into $(VENV) (a minute or more; PyTorch is the largest) ..."
 	@$(PYTHON) -m venv $(VENV)
+	@test -z "$(TORCH)" || $(PIP) install -qq --no-deps $(TORCH)
 	@$(PIP) install -qq --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 	@echo "Installed: $$($(BIN)/python --version), $$($(PIP) list --format=freeze | wc -l) packages."
@@ -44,8 +55,12 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	@$(BIN)/python demo/run.py
 
+quick: $(STAMP)
+	@$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m "not slow"
+
 test: $(STAMP)
-	@$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
+	@$(BIN)/python -m tests.support.loaded $(LOAD) \
+		$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
 
 lint: $(STAMP)
 	@$(BIN)/ruff check --quiet && echo "ruff check: ok"
@@ -56,6 +71,14 @@ fix: $(STAMP)
 	@$(BIN)/ruff check --fix --quiet || true
 	@$(BIN)/ruff format
 
+docs: $(STAMP)
+	@$(BIN)/zensical build --strict --clean
+	@echo "The site is in build/site."
+
+pages: $(STAMP)
+	@$(BIN)/python docs/generate.py
+	@REWRITE=1 $(BIN)/python -m pytest -q tests/docs/test_blocks.py
+
 bench: $(STAMP)
 	@$(MAKE) --no-print-directory $(BENCH)/benchmark.json
 	@$(BIN)/python benchmarks/compare.py $(BENCH)
@@ -65,7 +88,7 @@ $(BENCH)/benchmark.json:
 	@$(BIN)/python benchmarks/make_zero.py $(BENCH) --stage $(STAGE) --params $(PARAMS) --ranks $(RANKS)
 
 clean:
-	@rm -rf demo-output build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	@rm -rf demo-output build dist .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean

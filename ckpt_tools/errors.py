@@ -35,11 +35,9 @@ class CkptError(Exception):
         tensor: the tensor it concerns, if there is one.
         hint: the next step for the person who reads it.
         exit_code: exit status of the command line for this kind of error.
-        told_elsewhere: whether another process tells the user of it.
     """
 
     exit_code = 1
-    told_elsewhere = False
 
     def __init__(
         self,

@@ -104,13 +104,3 @@ def base_directory(case: str, directory: Path) -> Path:
     save_file(plain, directory / "model.safetensors", metadata={"format": "pt"})
     shutil.copyfile(source / "hf/config.json", directory / "config.json")
     return directory
-
-
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    """For the input that the fixtures' logits are of."""
-    generator = torch.Generator().manual_seed(7)
-    ids = torch.randint(3, 67, (2, 9), generator=generator)
-    model.eval()
-    with torch.no_grad():
-        found: torch.Tensor = model(input_ids=ids, use_cache=False).logits
-    return found

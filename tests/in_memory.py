@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from ckpt_tools.storage.pool import FileFacts
+from ckpt_tools.storage.places import LOCAL, FileFacts
 
 SHORT = 509
 
@@ -30,7 +30,9 @@ class Memory:
         self.files = dict(files)
         self.label = label
         self.short = short
+        self.requests = LOCAL
         self.opened: list[str] = []
+        self.asked: list[tuple[int, int]] = []
         self.unclosed = 0
         self.lock = threading.Lock()
 
@@ -65,6 +67,8 @@ class MemoryFile:
 
     def read_into(self, view: memoryview, offset: int) -> int:
         assert self._is_open, "read after it was closed"
+        with self._place.lock:
+            self._place.asked.append((offset, len(view)))
         part = self._data[offset : offset + min(len(view), self._place.short)]
         view[: len(part)] = part
         return len(part)

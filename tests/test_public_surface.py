@@ -39,6 +39,7 @@ PUBLIC = [
     "verify",
 ]
 CALLABLES = [name for name in PUBLIC if callable(getattr(ckpt_tools, name))]
+FUNCTIONS = [name for name in CALLABLES if not name[0].isupper()]
 ERRORS = [
     error
     for _, error in inspect.getmembers(errors, inspect.isclass)
@@ -67,7 +68,7 @@ def test_a_public_name_says_what_it_does(name: str) -> None:
     assert first.endswith((".", ":"))
 
 
-@pytest.mark.parametrize("name", [n for n in CALLABLES if not n[0].isupper()])
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_public_function_documents_each_argument_and_its_errors(name: str) -> None:
     function = getattr(ckpt_tools, name)
     text = inspect.getdoc(function) or ""
@@ -105,25 +106,19 @@ def test_an_error_says_where_what_and_what_next() -> None:
     assert str(errors.CkptError("it is cut off")) == "it is cut off"
 
 
-def test_the_exit_statuses_are_those_of_the_readme() -> None:
-    documented = set(re.findall(r"^\| (\d) \|", (ROOT / "README.md").read_text(), re.MULTILINE))
+def test_the_exit_statuses_are_those_of_the_page() -> None:
+    page = (ROOT / "docs" / "exit-statuses.md").read_text()
+    documented = set(re.findall(r"^\| (\d) \|", page, re.MULTILINE))
 
     assert documented == {"0", *(str(error.exit_code) for error in ERRORS)}
 
 
-def test_the_readme_names_what_is_public() -> None:
-    readme = (ROOT / "README.md").read_text()
+def test_the_python_page_names_what_is_public() -> None:
+    page = (ROOT / "docs" / "python.md").read_text()
 
-    for name in (
-        "open_checkpoint",
-        "consolidate",
-        "get_fp32_state_dict_from_zero_checkpoint",
-        "merge_fsdp_weights",
-    ):
-        assert (
-            f"`{name}`" in readme or f"ckpt_tools.{name}(" in readme or f"import {name}" in readme
-        )
-    assert "`ckpt_tools.CkptError`" in readme
+    for name in FUNCTIONS:
+        assert f"`{name}(" in page or f"import {name}\n" in page, name
+    assert "`ckpt_tools.CkptError`" in page
 
 
 def test_the_version_is_that_of_the_installed_package() -> None:

@@ -13,12 +13,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import click
+
 from ckpt_tools.cli.signals import is_later_rank, is_rank, speak_undisturbed
 from ckpt_tools.cli.text import print_json, say
 from ckpt_tools.errors import CkptError
 
 if TYPE_CHECKING:
     from ckpt_tools.ranks import Ranks
+
+# Key of the ranks in the context of the command.
+_RANKS = "ckpt_tools.ranks"
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -34,17 +39,17 @@ def reports_errors(function: F) -> F:
             speak_undisturbed()
             if debug:
                 raise
-            if not error.told_elsewhere:
+            if not _is_told_elsewhere():
                 if kwargs.get("as_json"):
                     print_json({"error": _as_json(error)})
                 _print_error(error)
             sys.exit(error.exit_code)
-        except KeyboardInterrupt as end:
-            _say_what_is_left(kwargs.get("out"), end)
+        except KeyboardInterrupt:
+            _say_what_is_left(kwargs.get("out"))
             sys.exit(130)
         except SystemExit as end:
             if end.code == 128 + signal.SIGTERM:
-                _say_what_is_left(kwargs.get("out"), end)
+                _say_what_is_left(kwargs.get("out"))
             raise
         except BrokenPipeError:
             # The reader of our output is gone (`ckpt-tools inspect | head`).
@@ -54,11 +59,18 @@ def reports_errors(function: F) -> F:
     return run  # type: ignore[return-value]
 
 
-def _say_what_is_left(out: Path | None, end: BaseException) -> None:
+def _is_told_elsewhere(by_default: bool = False) -> bool:
+    """Whether another rank reports why the command ends; ``by_default`` if no session failed."""
+    ranks: Ranks | None = click.get_current_context().meta.get(_RANKS)
+    told = None if ranks is None else ranks.told_elsewhere
+    return by_default if told is None else told
+
+
+def _say_what_is_left(out: Path | None) -> None:
     """Report what an interruption left behind; only one of several ranks reports it."""
     from ckpt_tools.writing.publish import how_to_go_on, leftovers
 
-    if getattr(end, "told_elsewhere", is_later_rank()):
+    if _is_told_elsewhere(by_default=is_later_rank()):
         return
     left = leftovers(out) if out is not None else []
     kept = "".join(f". {how_to_go_on(path)}" for path in left) or "; nothing was left behind."
@@ -73,7 +85,10 @@ def joined_ranks(timeout: float) -> Ranks | None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from ckpt_tools.ranks import from_environment
 
-    return from_environment(timeout)
+    ranks = click.get_current_context().meta[_RANKS] = from_environment(timeout)
+    if ranks is not None:
+        ranks.await_all()
+    return ranks
 
 
 def _print_error(error: CkptError) -> None:

@@ -20,7 +20,7 @@ from ckpt_tools.conversion.masters import check_masters
 from ckpt_tools.conversion.report import Report
 from ckpt_tools.conversion.request import Request
 from ckpt_tools.errors import VerificationFailed
-from ckpt_tools.storage.pool import folders_of
+from ckpt_tools.storage.folders import folders_of
 from ckpt_tools.tensors.catalogue import Tensor
 from ckpt_tools.tensors.checkpoint import Checkpoint
 from ckpt_tools.tensors.deferred import settle

@@ -38,6 +38,8 @@ _HEADS: Mapping[str, tuple[str, ...]] = {
     "qa_outputs": ("QUESTION_ANSWERING",),
 }
 _GENERATING_HEADS = {"lm_head", "embed_out", "proj_out"}
+# Heads that trainers put beside a language model, such as TRL's value head.
+BESIDE_LANGUAGE_MODELS = frozenset({"v_head", "value_head"})
 _VALUE_HEADS = {"v_head", "value_head", "score", "classifier", "classification_head", "qa_outputs"}
 
 # Attributes under which classes with a head keep the model without one.
@@ -75,6 +77,12 @@ def contradiction(class_name: str, names: Iterable[str]) -> str | None:
     if class_name.endswith("Classification"):
         return min(heads & _GENERATING_HEADS, default=None)
     return None
+
+
+def fitting(model_type: str, names: Iterable[str], *, tied: bool | None) -> str | None:
+    """The only class of a model type that has these tensors; None if none or several have."""
+    candidates, _ = _candidates(model_type, tuple(names), tied=tied)
+    return candidates.pop() if len(candidates) == 1 else None
 
 
 def is_known(model_type: str) -> bool:

@@ -162,7 +162,7 @@ def finish(source: ConfigSource, tensors: Shapes, *, dtype: DType, untied: bool)
         _untie(config, notes, warnings)
     _set_architectures(config, source.path, tensors, notes, warnings)
     _set_dtype(config, dtype, notes)
-    _set_vocabulary(config, tensors, notes)
+    _set_vocabulary(config, tensors, notes, warnings)
     if "quantization_config" in config and not _is_quantised(tensors):
         warnings.append(
             "config.json has a quantization_config, but every tensor is plain floating point:"
@@ -254,7 +254,9 @@ def _set_dtype(config: dict[str, Any], dtype: DType, notes: list[str]) -> None:
         notes.append(f"dtype set to {dtype.name} (was {before or 'absent'})")
 
 
-def _set_vocabulary(config: dict[str, Any], tensors: Shapes, notes: list[str]) -> None:
+def _set_vocabulary(
+    config: dict[str, Any], tensors: Shapes, notes: list[str], warnings: list[str]
+) -> None:
     rows = embedding_rows(tensors)
     if rows is None:
         return
@@ -268,7 +270,8 @@ def _set_vocabulary(config: dict[str, Any], tensors: Shapes, notes: list[str]) -
         before = place.get("vocab_size")
         if before != rows:
             place["vocab_size"] = rows
-            notes.append(f"vocab_size set to {rows}, the rows of the embedding (was {before})")
+            text = f"vocab_size set to {rows}, the rows of the embedding (was {before})"
+            (notes if before is None else warnings).append(text)
 
 
 def _is_quantised(tensors: Shapes) -> bool:

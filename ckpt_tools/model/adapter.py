@@ -21,7 +21,7 @@ from ckpt_tools.hub.adapter_config import (
     infer,
 )
 from ckpt_tools.model.state import State
-from ckpt_tools.readers.containers.weight_files import entry_points, read_weight_files
+from ckpt_tools.readers.containers.weight_files import ADAPTER_FILES, entry_in, read_weight_files
 from ckpt_tools.tensors.catalogue import Catalogue, Shape, Tensor
 from ckpt_tools.tensors.dtypes import DType
 from ckpt_tools.transforms.lora import (
@@ -32,8 +32,6 @@ from ckpt_tools.transforms.lora import (
     with_adapter_name,
 )
 from ckpt_tools.transforms.lora_targets import Factors, Target, factors, find_targets
-
-_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 @dataclass(frozen=True)
@@ -190,11 +188,11 @@ def read_adapter_directory(directory: Path, adapter: str) -> tuple[State, Adapte
         MissingAsset: weights or config are not there.
         DamagedCheckpoint: a file is truncated.
     """
-    entry = next((directory / n for n in entry_points(_WEIGHTS) if (directory / n).is_file()), None)
+    entry = entry_in(directory, ADAPTER_FILES)
     config = find_adapter_config(None, [directory], adapter, alone=True)
     if entry is None or config is None:
         raise MissingAsset(
-            f"it holds no {_WEIGHTS[0]}" if entry is None else f"it holds no {NAME}",
+            f"it holds no {ADAPTER_FILES[0]}" if entry is None else f"it holds no {NAME}",
             path=directory,
             hint="Pass --adapter-dir a directory that PEFT's save_pretrained wrote.",
         )

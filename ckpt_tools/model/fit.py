@@ -12,6 +12,12 @@ from dataclasses import dataclass
 
 from ckpt_tools.errors import DamagedCheckpoint, UsageError, listed
 from ckpt_tools.hub import ConfigSource
+from ckpt_tools.hub.architectures import (
+    BESIDE_LANGUAGE_MODELS,
+    contradiction,
+    fitting,
+    never_generates,
+)
 from ckpt_tools.hub.config import finish
 from ckpt_tools.hub.reference import Answer, ReferenceModel, start
 from ckpt_tools.tensors.catalogue import Catalogue, Tensor
@@ -94,6 +100,7 @@ def fit_to_model(
         )
     tensors = dict(settled.catalogue.items())
     lacking = [name for name in reference.saved if name not in tensors]
+    _refuse_other_head(lacking, tensors, reference, config)
     taken = {name: extra[name] for name in lacking if name in extra} if extra is not None else {}
     tensors |= taken
     missing = [name for name in lacking if name not in tensors]
@@ -175,6 +182,36 @@ def _equal(a: Tensor, b: Tensor) -> bool:
         return False
     with Gatherer() as gatherer:
         return first_difference(gatherer, a, b) is None
+
+
+def _refuse_other_head(
+    lacking: Sequence[str],
+    tensors: Mapping[str, Tensor],
+    reference: ReferenceModel,
+    config: ConfigSource,
+) -> None:
+    """Refuse a config of the same model with another head: a reward model with a causal config.
+
+    The missing head and the surplus one together name the class. ``--like`` would fill in the missing head
+    and write the surplus one beside it. A value head beside a tied language model is left alone.
+    """
+    odd = contradiction(reference.architecture, tensors)
+    if odd is None or (not lacking and odd in BESIDE_LANGUAGE_MODELS):
+        return
+    surplus = [name for name in tensors if name not in reference.saved]
+    head = [name for name in surplus if name.startswith(f"{odd}.")]
+    if not head or (not lacking and never_generates(reference.architecture)):
+        return
+    tied = config.data.get("tie_word_embeddings")
+    meant = fitting(reference.model_type, tensors, tied=tied)
+    lacks = f" and lack {listed(lacking)}" if lacking else ""
+    raise UsageError(
+        f"the config names {reference.architecture}, but the tensors of the checkpoint hold "
+        f"{listed(head)}{lacks}" + (f": they are those of {meant}" if meant else ""),
+        path=config.path,
+        hint="Pass --config FILE, a copy of the config with "
+        f'"architectures": ["{meant or "<the class that was trained>"}"], or --weights-only.',
+    )
 
 
 def _incomplete(

@@ -11,8 +11,8 @@ Knows nothing of checkpoints, plans or outputs: messages are values.
 from __future__ import annotations
 
 from ckpt_tools.ranks.exchange import Exchange
+from ckpt_tools.ranks.joining import from_environment, from_process_group
 from ckpt_tools.ranks.pooling import pooled_machines
-from ckpt_tools.ranks.process_group import from_process_group
-from ckpt_tools.ranks.session import Ranks, from_environment
+from ckpt_tools.ranks.session import Ranks
 
 __all__ = ["Exchange", "Ranks", "from_environment", "from_process_group", "pooled_machines"]

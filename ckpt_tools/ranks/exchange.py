@@ -20,14 +20,14 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
 
 from ckpt_tools.errors import RankFailed
 from ckpt_tools.ranks.line import first_line
 from ckpt_tools.ranks.pulse import SEE_THERE
 from ckpt_tools.ranks.session import Ranks
-from ckpt_tools.storage.places import FileFacts, Place, Readable, read_fully
+from ckpt_tools.storage.places import LOCAL, FileFacts, Place, Readable, Requests, read_fully
 
 if TYPE_CHECKING:
     import torch
@@ -235,6 +235,7 @@ class _Elsewhere:
     label: str
     source: int
     number: int
+    requests: ClassVar[Requests] = LOCAL
 
     def listing(self) -> Mapping[str, FileFacts]:
         """See :meth:`ckpt_tools.storage.places.Place.listing`."""

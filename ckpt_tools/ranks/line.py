@@ -17,6 +17,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ckpt_tools.errors import RankFailed
+from ckpt_tools.ranks.clock import Clock
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
@@ -32,10 +33,11 @@ class Line:
         store: what all ranks share.
         rank: number of this process.
         limit: seconds in which the store must answer.
+        clock: by which they are counted.
     """
 
-    def __init__(self, store: Store, rank: int, limit: float) -> None:
-        self._store, self._rank, self._limit = store, rank, limit
+    def __init__(self, store: Store, rank: int, limit: float, clock: Clock) -> None:
+        self._store, self._rank, self._limit, self._clock = store, rank, limit, clock
         self._lost: str | None = None
         self._asked: SimpleQueue[_Asked | None] = SimpleQueue()
         threading.Thread(target=self._speak, name="store", daemon=True).start()
@@ -50,7 +52,7 @@ class Line:
         if self._lost is None:
             self._asked.put((ask, answer))
             try:
-                return answer.result(self._limit)
+                return self._clock.result(answer, self._limit)
             except futures.TimeoutError:
                 self._lost = self._lost or f"their store has not answered for {self._limit:.0f} s"
             except RuntimeError as error:  # torch.distributed's errors are of this class

@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from ckpt_tools.ranks.exchange import Exchange
 from ckpt_tools.ranks.session import Ranks
-from ckpt_tools.storage.pool import DirectoryPlace, FileFacts, Place, Pool, Readable
+from ckpt_tools.storage.places import LOCAL, DirectoryPlace, FileFacts, Place, Readable, Requests
+from ckpt_tools.storage.pool import Pool
 
 
 @contextmanager
@@ -64,6 +66,7 @@ class _Offered:
 
     pool: Pool
     label: str = "this machine"
+    requests: ClassVar[Requests] = LOCAL
 
     def listing(self) -> Mapping[str, FileFacts]:
         """See :meth:`ckpt_tools.storage.places.Place.listing`."""

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ckpt_tools.errors import CkptError, RankFailed
+from ckpt_tools.ranks.clock import Clock
 from ckpt_tools.ranks.line import Line, first_line
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ class Pulse:
         watched: ranks whose silence is the end of all.
         patience: seconds after which it is.
         failed: set once any rank has failed, or the store is gone.
+        time: by which the thread sleeps between two looks.
 
     Attributes:
         clock: seconds for which this rank has been watching.
@@ -66,10 +67,11 @@ class Pulse:
         watched: Iterable[int],
         patience: float,
         failed: threading.Event,
+        time: Clock,
     ) -> None:
         self._line, self._key, self._rank, self._patience = line, key, rank, patience
         self._watched = {other for other in watched if other != rank}
-        self._failed = failed
+        self._failed, self._time = failed, time
         self.failure: Failure | None = None
         self.reported = False
         self.clock = 0.0
@@ -135,12 +137,12 @@ class Pulse:
         self._failed.set()
 
     def _run(self) -> None:
-        last = time.monotonic()
+        last = self._time.now()
         try:
             with suppress(RankFailed):
-                while not self._ended.wait(BEAT_SECONDS):
+                while not self._time.wait(self._ended, BEAT_SECONDS):
                     self._beat()
-                    now = time.monotonic()
+                    now = self._time.now()
                     self.clock += min(now - last, 2 * BEAT_SECONDS)
                     last = now
                     self._look()

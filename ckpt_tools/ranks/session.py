@@ -12,25 +12,23 @@ from __future__ import annotations
 
 import os
 import pickle
-import socket
 import threading
-import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from ckpt_tools._version import __version__
 from ckpt_tools.errors import RankFailed
-from ckpt_tools.ranks.line import Line, first_line
+from ckpt_tools.ranks.clock import Clock
+from ckpt_tools.ranks.line import Line
 from ckpt_tools.ranks.pulse import DEAD_SECONDS, SEE_THERE, Pulse, as_error, described
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
 # Processes that a launcher starts at once have come by then, also from a cold file system.
-_START_SECONDS = 300.0
+START_SECONDS = 300.0
 # For the blocks that are being written when a rank fails, and for the leader's tidying up after it.
 _STOP_SECONDS = 10.0
 _OVER_SECONDS = 20.0
@@ -42,59 +40,6 @@ _CHUNK_BYTES = 4 << 20
 LEADER = 0
 
 
-def from_environment(timeout: float) -> Ranks | None:
-    """The ranks of the torchrun that started this process; None where none did, or only one rank.
-
-    Args:
-        timeout: seconds that any wait may last without progress.
-
-    Raises:
-        RankFailed: the others do not answer, or one has not come.
-    """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if "TORCHELASTIC_RUN_ID" not in os.environ or size < 2:
-        return None
-    from torch.distributed.distributed_c10d import PrefixStore
-    from torch.distributed.rendezvous import rendezvous
-
-    rank = int(os.environ["RANK"])
-    try:
-        found, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=_START_SECONDS)))
-    except Exception as error:  # whatever the store's backend raises
-        raise RankFailed(
-            f"rank {rank} cannot reach the others ({first_line(error)})",
-            hint="MASTER_ADDR and MASTER_PORT must be reachable from every machine.",
-        ) from error
-    # A launcher that starts its ranks again may do so with the store that they had.
-    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = PrefixStore(f"ckpt-tools/start-{start}", found)
-    _await_all(store, rank, size)
-    machine = os.environ.get("GROUP_RANK", socket.gethostname())
-    return Ranks(store, rank, size, machine, timeout)
-
-
-def _await_all(store: Store, rank: int, size: int) -> None:
-    """Wait until every rank has come: one that could not start gives no sign by which to miss it."""
-    line = Line(store, rank, DEAD_SECONDS)
-    came = line(lambda store: store.add("came", 1))
-    line(lambda store: store.set(f"came/{rank}", "1"))
-    deadline = time.monotonic() + _START_SECONDS
-    while came < size:
-        if time.monotonic() > deadline:
-            present = line(lambda store: [r for r in range(size) if store.check([f"came/{r}"])])
-            first = next(r for r in range(size) if r not in present)
-            error = RankFailed(
-                f"rank {first} did not start within {_START_SECONDS:.0f} s",
-                hint="See what its machine says: is ckpt-tools installed there, and torchrun started?",
-            )
-            error.told_elsewhere = rank != present[0]
-            time.sleep(_LAST_WORDS_SECONDS if error.told_elsewhere else 0)
-            raise error
-        time.sleep(_LONGEST_NAP)
-        came = line(lambda store: store.add("came", 0))
-    line.close()
-
-
 class Ranks:
     """This process among those that carry out one command.
 
@@ -104,21 +49,32 @@ class Ranks:
         size: number of processes.
         machine: what the processes of one machine have in common.
         timeout: seconds that any wait may last without progress.
+        clock: by which all limits are measured.
 
     Attributes:
         failed: set once any rank has failed.
         names: name of the machine of each rank, known in a session.
         machines: the same as numbers from 0.
         session_number: how many sessions there have been, this one included.
+        told_elsewhere: after a failure, whether another rank tells the user of it; None before.
     """
 
-    def __init__(self, store: Store, rank: int, size: int, machine: str, timeout: float) -> None:
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        size: int,
+        machine: str,
+        timeout: float,
+        clock: Clock,
+    ) -> None:
         self.store, self.rank, self.size, self.timeout = store, rank, size, timeout
-        self.machine = machine
+        self.machine, self.clock = machine, clock
         self.failed = threading.Event()
         self.session_number = 0
         self.names: tuple[str, ...] = ()
         self.machines: tuple[int, ...] = ()
+        self.told_elsewhere: bool | None = None
         self._stored: set[str] = set()
         self._line: Line
         self._pulse: Pulse
@@ -128,6 +84,32 @@ class Ranks:
     def leads(self) -> bool:
         """Whether this is the rank that plans, reports and publishes."""
         return self.rank == LEADER
+
+    def await_all(self) -> None:
+        """Wait until every rank has started. A rank that could not start gives no sign of life to miss.
+
+        Raises:
+            RankFailed: one has not started in time.
+        """
+        line = Line(self.store, self.rank, DEAD_SECONDS, self.clock)
+        came = line(lambda store: store.add("came", 1))
+        line(lambda store: store.set(f"came/{self.rank}", "1"))
+        everybody = range(self.size)
+        deadline = self.clock.now() + START_SECONDS
+        while came < self.size:
+            if self.clock.now() > deadline:
+                present = line(lambda store: [r for r in everybody if store.check([f"came/{r}"])])
+                first = next(r for r in everybody if r not in present)
+                self.told_elsewhere = self.rank != present[0]
+                self.clock.sleep(_LAST_WORDS_SECONDS if self.told_elsewhere else 0)
+                raise RankFailed(
+                    f"rank {first} did not start within {START_SECONDS:.0f} s",
+                    hint="See the output of its machine: is ckpt-tools installed there, and was torchrun "
+                    "started?",
+                )
+            self.clock.sleep(_LONGEST_NAP)
+            came = line(lambda store: store.add("came", 0))
+        line.close()
 
     @contextmanager
     def session(self, what: str = "") -> Iterator[None]:
@@ -142,12 +124,13 @@ class Ranks:
         before = self._stored
         self.session_number += 1
         self.failed.clear()
+        self.told_elsewhere = None
         self._told = False
         self._stored = {self._key(f"beat/{self.rank}"), self._key("failed")}
         patience = min(DEAD_SECONDS, self.timeout)
-        line = self._line = Line(self.store, self.rank, patience)
+        line = self._line = Line(self.store, self.rank, patience, self.clock)
         watched = range(self.size) if self.leads else [LEADER]
-        self._pulse = Pulse(line, self._key, self.rank, watched, patience, self.failed)
+        self._pulse = Pulse(line, self._key, self.rank, watched, patience, self.failed, self.clock)
         try:
             with self.ending_all():
                 self._pulse.start()
@@ -155,8 +138,8 @@ class Ranks:
                 self._forget(before)
                 yield
                 self.all_gather("end", None)
-        except BaseException as error:
-            error.told_elsewhere = self._part()  # type: ignore[attr-defined]  # of any class
+        except BaseException:
+            self.told_elsewhere = self._part()
             raise
         finally:
             self._pulse.stop()
@@ -240,7 +223,7 @@ class Ranks:
                 what = "has made no progress" if progress else "gives no sign of life"
                 waited = f"{pulse.clock - moved:.0f} s (--timeout)"
                 raise RankFailed(f"rank {source} {what} for {waited}", hint=SEE_THERE)
-            time.sleep(nap)
+            self.clock.sleep(nap)
             nap = min(nap * 1.5, _LONGEST_NAP)
         return key
 
@@ -329,7 +312,7 @@ class Ranks:
             else:
                 told = not self._pulse.reported
         if told:
-            time.sleep(_LAST_WORDS_SECONDS)
+            self.clock.sleep(_LAST_WORDS_SECONDS)
         return told
 
     def _is_over(self) -> bool:
@@ -344,9 +327,9 @@ class Ranks:
         return not keys or self._line(lambda store: store.check(keys))
 
     def _until(self, true: Callable[[], bool], seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        while not true() and time.monotonic() < deadline:
-            time.sleep(0.02)
+        deadline = self.clock.now() + seconds
+        while not true() and self.clock.now() < deadline:
+            self.clock.sleep(0.02)
 
     def _key(self, key: str) -> str:
         return f"ckpt-tools/{self.session_number}/{key}"

@@ -1,7 +1,8 @@
-"""Readers: one module a format on disk, each making a checkpoint of its metadata.
+"""Owns the list of readers: which formats there are, which one a path holds, and how it is read.
 
-A reader is a module of this package with ``NAME``, ``find(path, tag)`` and ``read(location)``; being here
-is all the registration there is. Readers never see transforms, plans or each other's formats.
+A reader is a module or package in this package with ``NAME``, ``find(path, tag)`` and ``read(location)``.
+It needs no other registration. A reader whose directories hold another format (Accelerate, OLMo-core) builds
+on the reader of that format.
 """
 
 from __future__ import annotations
@@ -23,11 +24,10 @@ from ckpt_tools.errors import (
     UsageError,
     listed,
 )
-from ckpt_tools.storage.pool import local_paths, searched
+from ckpt_tools.readers.containers.weight_files import ADAPTER_FILES
+from ckpt_tools.storage.folders import local_paths, searched
 from ckpt_tools.tensors.checkpoint import FINISHED, Checkpoint, Location
 
-# No format: an adapter is nothing to convert, but people name it, and are told what to do with it.
-_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _MODEL_NUMBER = re.compile(r"model(?:_fsdp)?(?:_(\d+))?$")
 
 
@@ -117,7 +117,7 @@ def _adapters(path: Path) -> list[Path]:
     places = [path.parent]
     if path.is_dir():
         places = [path, *sorted(path.iterdir(), key=lambda entry: (len(entry.name), entry.name))]
-    return [place for place in places if any((place / name).is_file() for name in _ADAPTER_WEIGHTS)]
+    return [place for place in places if any((place / name).is_file() for name in ADAPTER_FILES)]
 
 
 def _numbered(path: Path, found: list[Location], model: int) -> list[Location]:

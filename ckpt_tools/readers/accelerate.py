@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from ckpt_tools.errors import DamagedCheckpoint
 from ckpt_tools.readers import dcp
-from ckpt_tools.readers.containers.weight_files import entry_points, read_weight_files
+from ckpt_tools.readers.containers.weight_files import entry_in, entry_names, read_weight_files
 from ckpt_tools.readers.deepspeed import reader as zero
 from ckpt_tools.readers.trainer_state import is_trainer_directory, trainer_step
 from ckpt_tools.storage.folders import entries_of
@@ -56,7 +55,7 @@ def find(path: Path, tag: str | None = None) -> list[Location]:
     """
     if path.is_file():
         models = [model for model in _models(path.parent) if model.format == NAME]
-        return [model for model in models if path.name in _files(model)]
+        return [model for model in models if path.name in entry_names(_files(model))]
     models = _models(path)
     for saves in (path, path / "checkpoints"):
         if not models:
@@ -106,9 +105,9 @@ def _left_alone(entry: Path) -> str | None:
     return next(kind for kind in match.groups() if kind) if match else None
 
 
-def _files(model: Location) -> Iterator[str]:
+def _files(model: Location) -> list[str]:
     """Names of the files that may hold a model's weights, the preferred first."""
-    return entry_points(f"{model.part}.{suffix}" for suffix in ("safetensors", "bin"))
+    return [f"{model.part}.{suffix}" for suffix in ("safetensors", "bin")]
 
 
 def read(location: Location) -> Checkpoint:
@@ -118,8 +117,7 @@ def read(location: Location) -> Checkpoint:
         DamagedCheckpoint: a file is missing or truncated, or index and shards disagree.
     """
     directory = location.directory
-    candidates = (directory / name for name in _files(location))
-    entry = next((path for path in candidates if path.is_file()), None)
+    entry = entry_in(directory, _files(location))
     if entry is None:
         raise DamagedCheckpoint("its weights are gone", path=directory)
     held = read_weight_files(entry)

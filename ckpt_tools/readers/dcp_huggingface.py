@@ -19,8 +19,8 @@ from pathlib import Path
 
 from ckpt_tools.errors import DamagedCheckpoint, UsageError, listed
 from ckpt_tools.readers.containers.safetensors_file import SafetensorsFile, read_safetensors
-from ckpt_tools.readers.dcp.boxes import held_whole, sharding_info
 from ckpt_tools.readers.dcp.names import step_in
+from ckpt_tools.readers.dcp.sharding_info import held_whole, sharding_info
 from ckpt_tools.tensors.catalogue import Box, Shape, Stored
 from ckpt_tools.tensors.checkpoint import Checkpoint, Kind, Location, Weight
 from ckpt_tools.tensors.dtypes import DType

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 from ckpt_tools.errors import DamagedCheckpoint
-from ckpt_tools.readers.containers.weight_files import entry_points, read_weight_files
+from ckpt_tools.readers.containers.weight_files import entry_in, entry_names, read_weight_files
 from ckpt_tools.readers.trainer_state import trainer_step, trainer_world_size
 from ckpt_tools.tensors.checkpoint import Checkpoint, Location, Weight
 
@@ -22,19 +22,14 @@ _SINGLE = ("model.safetensors", "pytorch_model.bin")
 
 def find(path: Path, tag: str | None = None) -> list[Location]:
     """The model directory that ``path`` is, or none; tags mean nothing here."""
-    if path.is_file() and path.name in (*_SINGLE, *map("{}.index.json".format, _SINGLE)):
+    if path.is_file() and path.name in entry_names(_SINGLE):
         path = path.parent
     elif any(path.glob("sharded/shard-*-model-*.safetensors")):
         # torch consolidated them, and turns 0-d values into zeros: the shards have their own reader.
         return []
-    if tag is not None or _entry_point(path) is None:
+    if tag is not None or entry_in(path, _SINGLE) is None:
         return []
     return [Location(NAME, path, path.name, (path, path.parent))]
-
-
-def _entry_point(directory: Path) -> Path | None:
-    candidates = (directory / name for name in entry_points(_SINGLE))
-    return next((path for path in candidates if path.is_file()), None)
 
 
 def read(location: Location) -> Checkpoint:
@@ -43,7 +38,7 @@ def read(location: Location) -> Checkpoint:
     Raises:
         DamagedCheckpoint: a shard is missing or truncated, or index and shards disagree.
     """
-    entry = _entry_point(location.directory)
+    entry = entry_in(location.directory, _SINGLE)
     if entry is None:
         raise DamagedCheckpoint("its weights are gone", path=location.directory)
     held = read_weight_files(entry)

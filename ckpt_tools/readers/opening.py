@@ -11,12 +11,11 @@ from pathlib import Path
 
 from ckpt_tools import readers
 from ckpt_tools.errors import NotACheckpoint
-from ckpt_tools.readers.containers.weight_files import entry_points, read_weight_files
+from ckpt_tools.readers.containers.weight_files import ADAPTER_FILES, entry_in, read_weight_files
 from ckpt_tools.tensors.checkpoint import ADAPTER, Checkpoint, Location, Weight
 
 # `Location.format` of a file of weights.
 FILE = "file"
-_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _TORCH_FILES = (".bin", ".pt", ".pth")
 
 
@@ -37,18 +36,12 @@ def open_weights(path: Path, tag: str | None = None) -> Checkpoint:
     try:
         return readers.read(readers.locate(path, tag))
     except NotACheckpoint:
-        adapter = adapter_entry(path)
+        adapter = entry_in(path, ADAPTER_FILES)
         if adapter is not None:
             return _of_files(adapter, ADAPTER, path.name, "PEFT adapter")
         if path.is_file() and path.suffix in _TORCH_FILES:
             return _of_files(path, FILE, path.name, "torch file")
         raise
-
-
-def adapter_entry(directory: Path) -> Path | None:
-    """The file of an adapter's weights, or the index of its shards; None where there is neither."""
-    candidates = (directory / name for name in entry_points(_ADAPTER_FILES))
-    return next((path for path in candidates if path.is_file()), None)
 
 
 def _of_files(entry: Path, format: str, name: str, title: str) -> Checkpoint:

@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ckpt_tools.errors import UsageError, listed
-from ckpt_tools.storage.pool import DirectoryPlace, Pool, PooledPath
+from ckpt_tools.storage.places import DirectoryPlace
+from ckpt_tools.storage.pool import Pool, PooledPath
 
 # A checkpoint's directory is at most this far below what people name.
 _LEVELS = 3
@@ -34,6 +35,34 @@ def entries_of(directory: Path) -> list[Path]:
 def by_number(path: Path) -> tuple[int, str]:
     """Sorts paths by the digits in their names, so that ``step9`` comes before ``step10``."""
     return int("".join(c for c in path.name if c.isdigit()) or 0), path.name
+
+
+def searched(path: Path) -> list[str]:
+    """Labels of all places that are searched for what is under a path; none for a plain path."""
+    if isinstance(path, PooledPath) and path.within is not None:
+        return [place.label for place in path.pool.places]
+    return []
+
+
+def folders_of(path: Path) -> list[Path]:
+    """The plain directories of this machine that are searched for what is under a path."""
+    if not isinstance(path, PooledPath) or path.within is None:
+        return local_paths(path)
+    roots = (place.root for place in path.pool.places if isinstance(place, DirectoryPlace))
+    return [*local_paths(path), *roots]
+
+
+def local_paths(path: Path) -> list[Path]:
+    """The plain paths on this machine that a path stands for: one for each folder that holds it."""
+    if not isinstance(path, PooledPath):
+        return [path]
+    if path.within is None:
+        return [Path(path.as_posix())]
+    return [
+        place.path(path.within)
+        for place in path.pool.holders(path.within)
+        if isinstance(place, DirectoryPlace) and place.covers(path.within)
+    ]
 
 
 def read_as_one(path: Path, also: Sequence[str | os.PathLike[str]]) -> Path:

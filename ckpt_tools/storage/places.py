@@ -13,10 +13,22 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
+
+# Files of which two copies are equal or belong to different saves.
+_OF_A_SAVE = (".pt", ".bin", ".pth", ".safetensors", ".distcp", ".metadata")
+# Files among them that each machine may write by itself, under one name.
+_OF_A_MACHINE = (
+    "dl_state_dict",
+    "random_states",
+    "rng_state",
+    "sampler",
+    "scheduler",
+    "training_args",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +42,27 @@ class FileFacts:
 
     size: int
     mtime_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Requests:
+    """How a place is read best. The defaults are those of a local disk.
+
+    Attributes:
+        nbytes: most bytes of one request for several short runs. The default is large enough for disks and
+            shared file systems. It is small enough that the bytes are still in the processor's cache when
+            they are cast.
+        gap_bytes: reading a gap this long between two runs costs less than a second request.
+        at_once: the number of requests that one thread makes at a time. If more than 1, a long run is cut
+            into requests of ``nbytes``.
+    """
+
+    nbytes: int = 1 << 20
+    gap_bytes: int = 64 << 10
+    at_once: int = 1
+
+
+LOCAL = Requests()
 
 
 class Readable(Protocol):
@@ -51,6 +84,10 @@ class Readable(Protocol):
 
 class Place(Protocol):
     """Where some of the files of a tree lie."""
+
+    @property
+    def requests(self) -> Requests:
+        """How its files are read best."""
 
     @property
     def label(self) -> str:
@@ -165,6 +202,7 @@ class DirectoryPlace:
 
     root: Path
     under: str = ""
+    requests: ClassVar[Requests] = LOCAL
 
     @property
     def label(self) -> str:
@@ -291,3 +329,9 @@ class Tree:
         """Numbers of the listings with a file, or with something in a directory, in order."""
         found = self.directories.get(name)
         return sorted(self.files.get(name, ()) or (found.holders if found else ()))
+
+
+def is_of_a_save(relative: str) -> bool:
+    """Whether a file with this path holds tensors or metadata of one save, so that its copies must agree."""
+    name = relative.rpartition("/")[2]
+    return name.endswith(_OF_A_SAVE) and not name.startswith(_OF_A_MACHINE)

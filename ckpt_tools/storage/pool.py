@@ -1,8 +1,7 @@
-"""One directory tree whose files lie in several places.
+"""Owns where a file is read, of a directory tree whose files lie in several places.
 
-Owns where a file of such a tree is read. A :class:`Pool` is the union of its places, of which the first that
-holds a file counts; a :class:`PooledPath` is a path in it, which whoever looks for files and opens them need
-not tell from a plain one. Reads only; knows no format, no tensor and no network.
+A :class:`Pool` is the union of its places; a file is read from the first place that holds it. A
+:class:`PooledPath` is a path in a pool, and works as a plain path where files are listed and opened.
 """
 
 from __future__ import annotations
@@ -17,27 +16,24 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path, PosixPath, PurePath
-from typing import IO, Any, ClassVar
+from typing import IO, Any
 from weakref import WeakValueDictionary
 
 from ckpt_tools.errors import DamagedCheckpoint
-from ckpt_tools.storage.places import DirectoryPlace as DirectoryPlace
-from ckpt_tools.storage.places import FileFacts as FileFacts
-from ckpt_tools.storage.places import LocalFile, Region, Tree, read_fully
-from ckpt_tools.storage.places import Place as Place
-from ckpt_tools.storage.places import Readable as Readable
-
-# Files whose copies are one and the same, or of different saves.
-_OF_A_SAVE = (".pt", ".bin", ".pth", ".safetensors", ".distcp", ".metadata")
-# Those of them that each machine may write by itself, under one name.
-_OF_A_MACHINE = (
-    "dl_state_dict",
-    "random_states",
-    "rng_state",
-    "sampler",
-    "scheduler",
-    "training_args",
+from ckpt_tools.storage.places import (
+    LOCAL,
+    DirectoryPlace,
+    FileFacts,
+    LocalFile,
+    Place,
+    Readable,
+    Region,
+    Requests,
+    Tree,
+    is_of_a_save,
+    read_fully,
 )
+
 # A request to another machine costs about as much for this many bytes as for one.
 _BUFFER = 64 << 10
 
@@ -45,15 +41,14 @@ _BUFFER = 64 << 10
 class Pool:
     """Directories and other places, read as one tree.
 
-    The places are looked at when it is made. Where several hold a file the first counts. Copies of a file
-    with tensors that differ in size are of two saves: an error, raised when the file is wanted. Copies of one
-    size are not told apart here: readers compare what the files of a checkpoint state about themselves.
+    The places are listed when the pool is made. A file is read from the first place that holds it. If copies
+    of a file with tensors differ in size, they belong to two saves; this is an error when the file is read.
+    Copies of one size are not compared here: readers compare what the files state about themselves.
 
     Args:
-        root: what the tree is called: the directory that the caller named. It need not exist.
-        places: where the files lie; one's own place first.
-        key: under which an unpickled path finds the pool again; in another process, the pool there of the
-            same key. The newest pool of a key is meant. By default no other has it.
+        root: the name of the tree: the directory that the caller named. It need not exist.
+        places: where the files lie; the places of this process first.
+        key: an unpickled path finds the newest pool with this key in its process. The default is unique.
 
     Raises:
         OSError: a place cannot be read.
@@ -67,24 +62,19 @@ class Pool:
         self._tree = Tree(self._listings)
         ways = (self.root, self.root.absolute(), Path(os.path.abspath(root)), self.root.resolve())
         self._stems = tuple(dict.fromkeys(way.parts for way in ways))
-        self._kind: type[PooledPath] = type("PooledPath", (PooledPath,), {"pool": self})
         _POOLS[self.key] = self
 
     def path(self, relative: str = "") -> PooledPath:
         """A path of the tree; by default its root."""
-        return self._kind(self.root, relative)
+        return PooledPath(self.root, relative).put_in(self)
 
     def relative(self, path: PurePath) -> str | None:
-        """Where a path is in the tree, empty for the root; None for what lies elsewhere."""
+        """The name of a path in the tree, empty for the root; None for a path outside."""
         parts = PurePath(os.path.abspath(path)).parts if ".." in path.parts else path.parts
         for stem in self._stems:
             if parts[: len(stem)] == stem and (stem or parts[:1] != ("/",)):
                 return "/".join(parts[len(stem) :])
         return None
-
-    def files(self) -> Iterable[str]:
-        """Every file of the tree."""
-        return self._tree.files
 
     def is_file(self, relative: str) -> bool:
         """Whether a place holds such a file."""
@@ -100,7 +90,7 @@ class Pool:
         return sorted(found.names) if found else []
 
     def holders(self, relative: str) -> list[Place]:
-        """The places with a file, or with something below a directory, the first first."""
+        """The places with a file, or with something below a directory, in order."""
         return [self.places[index] for index in self._tree.holders(relative)]
 
     def place_of(self, relative: str) -> Place:
@@ -113,7 +103,7 @@ class Pool:
         held = self._tree.files.get(relative)
         if held is None:
             raise _absent(self.root / relative)
-        if len(held) > 1 and _is_of_a_save(relative):
+        if len(held) > 1 and is_of_a_save(relative):
             self._check_copies(relative, held)
         return self.places[held[0]]
 
@@ -125,8 +115,8 @@ class Pool:
                 raise DamagedCheckpoint(
                     f"it has {size:,} bytes in {first} and {other:,} in {label}",
                     path=self.root / relative,
-                    hint="One of the two is stale, of another save. Name folders of one save, or move the "
-                    "stale file away.",
+                    hint="One of the two files is of another save. Name folders of one save, or move the "
+                    "file of the other save away.",
                 )
 
     def facts(self, relative: str) -> FileFacts:
@@ -139,7 +129,7 @@ class Pool:
         return self.place_of(relative).open(relative)
 
     def shown(self, relative: str) -> str | None:
-        """Where a file is, for a person; None for what is no file."""
+        """Where a file lies, for messages; None for anything but a file."""
         if not self.is_file(relative):
             return None
         place = self.holders(relative)[0]
@@ -151,26 +141,65 @@ class Pool:
 _POOLS: WeakValueDictionary[str, Pool] = WeakValueDictionary()
 
 
-def _is_of_a_save(relative: str) -> bool:
-    name = relative.rpartition("/")[2]
-    return name.endswith(_OF_A_SAVE) and not name.startswith(_OF_A_MACHINE)
-
-
 def _absent(path: PurePath) -> FileNotFoundError:
     return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
 
 
 class PooledPath(PosixPath):
-    """A path in the tree of a :class:`Pool`, made by :meth:`Pool.path`; paths derived from it are such too.
+    """A path in the tree of a :class:`Pool`, made by :meth:`Pool.path`; a derived path keeps the pool.
 
-    Outside the tree it is a plain path. Inside, what it is called decides what it equals and how it is
-    sorted, and it equals no plain path. As text it is where a file really lies, for messages; ``as_posix()``
-    is what it is called. ``os.fspath`` gives the real place of a file of this machine, and refuses where
-    there is no such place or, for a directory, no single one. Empty directories are not seen. Each pool has
-    a class of its own, which is how a derived path keeps the pool, in every version of pathlib.
+    Outside the tree it behaves as a plain path. Inside, its name decides equality and order, and it equals no
+    plain path. ``as_posix()`` gives its name. ``str`` gives the place of the file, for messages;
+    ``os.fspath`` gives its place on this machine, and raises where there is none or more than one.
     """
 
-    pool: ClassVar[Pool]
+    pool: Pool
+
+    def put_in(self, pool: Pool) -> PooledPath:
+        """Make it a path of a pool; called once, before any other use."""
+        self.pool = pool
+        return self
+
+    def with_segments(self, *segments: str | os.PathLike[str]) -> PooledPath:
+        """A path of the same pool. From Python 3.12 on, pathlib derives every path with this method."""
+        return PooledPath(*segments).put_in(self.pool)
+
+    # Up to Python 3.11, pathlib gives a derived path nothing but the class.
+    def joinpath(self, *others: str | os.PathLike[str]) -> PooledPath:
+        """See ``pathlib``, as for those that follow."""
+        return super().joinpath(*others).put_in(self.pool)
+
+    def __truediv__(self, other: str | os.PathLike[str]) -> PooledPath:
+        return self.joinpath(other)
+
+    def __rtruediv__(self, other: str | os.PathLike[str]) -> PooledPath:
+        return (
+            self.with_segments(other, self)
+            if isinstance(other, (str, os.PathLike))
+            else NotImplemented
+        )
+
+    @property
+    def parent(self) -> PooledPath:
+        """The directory that it is in."""
+        return super().parent.put_in(self.pool)
+
+    @property
+    def parents(self) -> Sequence[PooledPath]:
+        """The directories above it, the nearest first."""
+        return [above.put_in(self.pool) for above in super().parents]
+
+    def with_name(self, name: str) -> PooledPath:
+        """Another name in the same directory."""
+        return super().with_name(name).put_in(self.pool)
+
+    def with_suffix(self, suffix: str) -> PooledPath:
+        """The same with another suffix."""
+        return super().with_suffix(suffix).put_in(self.pool)
+
+    def absolute(self) -> PooledPath:
+        """The same from the root of the file system on."""
+        return super().absolute().put_in(self.pool)
 
     @cached_property
     def _plain(self) -> Path:
@@ -178,7 +207,7 @@ class PooledPath(PosixPath):
 
     @cached_property
     def within(self) -> str | None:
-        """Where it is in the tree; None outside."""
+        """Its name in the tree; None outside."""
         return self.pool.relative(self._plain)
 
     def __str__(self) -> str:
@@ -186,7 +215,7 @@ class PooledPath(PosixPath):
         return PosixPath.__str__(self) if shown is None else shown
 
     def as_posix(self) -> str:
-        """What it is called."""
+        """Its name."""
         return PosixPath.__str__(self)
 
     def __repr__(self) -> str:
@@ -238,21 +267,21 @@ class PooledPath(PosixPath):
         return _pooled, (self.pool.key, self.within)
 
     def relative_to(self, *other: Any, **options: Any) -> Path:  # type: ignore[override]
-        """The way here from another path, which is no path of the tree."""
+        """The relative path from another path to this one, as a plain path."""
         named = [o._plain if isinstance(o, PooledPath) else o for o in other]
         return self._plain.relative_to(*named, **options)
 
     def is_relative_to(self, *other: Any) -> bool:
-        """Whether it is called as something below another path."""
+        """Whether its name is below another path."""
         named = [o._plain if isinstance(o, PooledPath) else o for o in other]
         return self._plain.is_relative_to(*named)
 
     def match(self, *pattern: Any, **options: Any) -> bool:
-        """Whether what it is called fits a pattern."""
+        """Whether its name fits a pattern."""
         return self._plain.match(*pattern, **options)
 
     def exists(self, **options: Any) -> bool:
-        """Whether the tree has it; like those below, for a plain path what pathlib says."""
+        """Whether the tree has it. Outside the tree, this and the methods below do as ``pathlib`` does."""
         return super().exists(**options) if self.within is None else self.is_file() or self.is_dir()
 
     def is_file(self, **options: Any) -> bool:
@@ -280,7 +309,7 @@ class PooledPath(PosixPath):
         if self.within is None:
             return super().open(mode, buffering, *text, **options)
         if set(mode) - set("rbt"):
-            raise OSError(errno.EROFS, "a tree of several places is only read", str(self))
+            raise OSError(errno.EROFS, "a tree of several places is read-only", str(self))
         if isinstance(place := self.pool.place_of(self.within), DirectoryPlace):
             return place.path(self.within).open(mode, buffering, *text, **options)
         region = Region(self.pool.open(self.within), 0, self.pool.facts(self.within).size)
@@ -292,7 +321,7 @@ class PooledPath(PosixPath):
     def iterdir(self) -> Generator[PooledPath, None, None]:
         """What is in the directory, sorted by name."""
         if self.within is None:
-            yield from super().iterdir()
+            yield from map(self.with_segments, self._plain.iterdir())
             return
         if not self.is_dir():
             raise _absent(self)
@@ -302,7 +331,7 @@ class PooledPath(PosixPath):
     def glob(self, pattern: str, **options: Any) -> Iterator[PooledPath]:  # type: ignore[override]
         """What fits a pattern; ``**`` is this directory and all below it."""
         if self.within is None:
-            yield from map(type(self), self._plain.glob(pattern, **options))
+            yield from map(self.with_segments, self._plain.glob(pattern, **options))
         else:
             yield from dict.fromkeys(self._fitting(PurePath(pattern).parts))
 
@@ -324,12 +353,12 @@ class PooledPath(PosixPath):
                     yield from child._fitting(pattern)
 
     def resolve(self, strict: bool = False) -> PooledPath:
-        """The same, without links on the way to the tree."""
+        """The same path, with the links above the tree resolved."""
         if self.within is None:
-            return type(self)(self._plain.resolve(strict))
+            return self.with_segments(self._plain.resolve(strict))
         if strict and not self.exists():
             raise _absent(self)
-        return type(self)(self.pool.root.resolve(), self.within)
+        return self.with_segments(self.pool.root.resolve(), self.within)
 
 
 def _pooled(key: str, relative: str) -> PooledPath:
@@ -346,7 +375,7 @@ def _stat_result(mode: int, facts: FileFacts) -> os.stat_result:
 
 
 def open_for_reading(path: Path) -> Readable:
-    """Open a file, wherever it lies.
+    """Open a file of any place.
 
     Raises:
         OSError: it cannot be opened.
@@ -357,36 +386,15 @@ def open_for_reading(path: Path) -> Readable:
     return LocalFile(path)
 
 
+def requests_for(path: Path) -> Requests:
+    """How a file is read best; raises as :meth:`Pool.place_of` does."""
+    if isinstance(path, PooledPath) and path.within is not None and path.is_file():
+        return path.pool.place_of(path.within).requests
+    return LOCAL
+
+
 def read_at(path: Path, offset: int, count: int) -> bytes:
     """Bytes of a file, fewer than ``count`` where it ends; raises as :func:`open_for_reading` does."""
     data = bytearray(count)
     with contextlib.closing(open_for_reading(path)) as file:
         return bytes(data[: read_fully(file, memoryview(data), offset)])
-
-
-def searched(path: Path) -> list[str]:
-    """Labels of all places that are searched for what is under a path; none for a plain one."""
-    if isinstance(path, PooledPath) and path.within is not None:
-        return [place.label for place in path.pool.places]
-    return []
-
-
-def folders_of(path: Path) -> list[Path]:
-    """The plain directories of this machine that are searched for what is under a path."""
-    if not isinstance(path, PooledPath) or path.within is None:
-        return local_paths(path)
-    roots = (place.root for place in path.pool.places if isinstance(place, DirectoryPlace))
-    return [*local_paths(path), *roots]
-
-
-def local_paths(path: Path) -> list[Path]:
-    """The plain paths on this machine that a path stands for: one for each folder that holds it."""
-    if not isinstance(path, PooledPath):
-        return [path]
-    if path.within is None:
-        return [path._plain]
-    return [
-        place.path(path.within)
-        for place in path.pool.holders(path.within)
-        if isinstance(place, DirectoryPlace) and place.covers(path.within)
-    ]

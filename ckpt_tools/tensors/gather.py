@@ -1,33 +1,30 @@
-"""Carries out moves: reads runs of file bytes and puts their elements in place in a buffer.
+"""Owns carrying out moves: it reads runs of file bytes and puts their elements in place in a buffer.
 
-The only module that reads tensor data. One :class:`Gatherer` belongs to one thread; it keeps its files
-open and one read buffer, so memory does not depend on what is read. Runs of a window are read in the
-order in which they lie in their files, neighbours in one request: with many ranks a window holds a small
-piece of each of many parameters from each rank, and those pieces are neighbours in the rank's file.
-Knows moves and buffers; knows nothing of names, formats or output files.
+One :class:`Gatherer` belongs to one thread. It keeps its files and its read buffers, so memory does not
+depend on the size of the tensors. The runs of a window are read in the order of their bytes in the files, and
+neighbours are read in one request. With many ranks, a window holds a small piece of each of many parameters
+from each rank, and these pieces are neighbours in the rank's file. The place of a file says how large a
+request is, and how many requests one thread makes at a time.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from ckpt_tools.errors import DamagedCheckpoint
-from ckpt_tools.storage.pool import Readable, open_for_reading
+from ckpt_tools.storage.places import LOCAL, Readable, Requests
+from ckpt_tools.storage.pool import open_for_reading, requests_for
 from ckpt_tools.tensors.catalogue import Computed, Move, Tensor, row_major_strides, window_slabs
 
 if TYPE_CHECKING:
     import torch
 
-# Large enough for disks and shared file systems, small enough that what is read is still in the
-# processor's cache when it is cast.
-REQUEST_BYTES = 1 << 20
-# Reading a gap this long costs less than a second request.
-_GAP_BYTES = 64 << 10
 _OPEN_FILES = 64
 # The factors of one merged weight: two, and room for those of a neighbour.
 _KEPT_TENSORS = 6
@@ -58,7 +55,8 @@ class Gatherer:
         self._torch = torch
         self._files: OrderedDict[Path, Readable] = OrderedDict()
         self._kept: OrderedDict[int, tuple[Tensor, torch.Tensor]] = OrderedDict()
-        self._scratch = bytearray(REQUEST_BYTES)
+        self._scratch: list[bytearray] = []
+        self._threads: ThreadPoolExecutor | None = None
         self.bytes_read = 0
 
     def __enter__(self) -> Gatherer:
@@ -73,7 +71,10 @@ class Gatherer:
         self.close()
 
     def close(self) -> None:
-        """Close the files that are kept open."""
+        """Close the files that are kept open, and end the threads."""
+        if self._threads is not None:
+            self._threads.shutdown()
+            self._threads = None
         while self._files:
             self._files.popitem()[1].close()
 
@@ -91,38 +92,48 @@ class Gatherer:
                 else:
                     work.append((move, part))
         work.sort(key=lambda pair: (pair[0].file, pair[0].offset))
-        pending: list[tuple[Move, Slice]] = []
-        for move, part in work:
-            if move.is_plain and move.nbytes >= _GAP_BYTES:
-                at = part.at + move.at * move.dtype.itemsize
-                self._read(move.file, move.offset, memoryview(buffer)[at : at + move.nbytes])
-                continue
-            for small in _split(move):
-                if pending and not _joins(pending[0][0], pending[-1][0], small):
-                    self._scatter(pending, buffer)
-                    pending = []
-                pending.append((small, part))
-        if pending:
-            self._scatter(pending, buffer)
+        waiting: list[_Request] = []
+        for request in _requests_of(work, buffer):
+            waiting.append(request)
+            if len(waiting) >= min(request.at_once, _OPEN_FILES):
+                self._carry_out(waiting, buffer)
+                waiting = []
+        if waiting:
+            self._carry_out(waiting, buffer)
 
-    def _scatter(self, pending: Sequence[tuple[Move, Slice]], buffer: bytearray) -> None:
-        """Read the neighbouring runs in one request and put each in place, cast on the way."""
-        torch = self._torch
-        first, last = pending[0][0], pending[-1][0]
-        length = max(move.offset + move.nbytes for move, _ in pending) - first.offset
-        assert length <= len(self._scratch) and last.file == first.file
-        self._read(first.file, first.offset, memoryview(self._scratch)[:length])
-        for move, part in pending:
-            values = torch.frombuffer(
-                self._scratch,
-                dtype=move.dtype.torch,
-                count=move.nbytes // move.dtype.itemsize,
-                offset=move.offset - first.offset,
-            )
-            self._place(values, move, part, buffer)
+    def _carry_out(self, requests: Sequence[_Request], buffer: bytearray) -> None:
+        """Read what is requested, all at once, and put each run in place, cast on the way."""
+        views = [
+            self._scratch_view(index, request.nbytes) if request.into is None else request.into
+            for index, request in enumerate(requests)
+        ]
+        files = [self._open(request.file) for request in requests]
+        if len(requests) == 1:
+            _read(files[0], requests[0], views[0])
+        else:
+            if self._threads is None:
+                self._threads = ThreadPoolExecutor(_OPEN_FILES)
+            list(self._threads.map(_read, files, requests, views))
+        self.bytes_read += sum(request.nbytes for request in requests)
+        for request, view in zip(requests, views, strict=True):
+            for move, part in request.moves:
+                values = self._torch.frombuffer(
+                    view,
+                    dtype=move.dtype.torch,
+                    count=move.nbytes // move.dtype.itemsize,
+                    offset=move.offset - request.offset,
+                )
+                self._place(values, move, part, buffer)
+
+    def _scratch_view(self, index: int, nbytes: int) -> memoryview:
+        while len(self._scratch) <= index:
+            self._scratch.append(bytearray())
+        if len(self._scratch[index]) < nbytes:
+            self._scratch[index] = bytearray(max(nbytes, LOCAL.nbytes))
+        return memoryview(self._scratch[index])[:nbytes]
 
     def _compute(self, tensor: Computed, move: Move, part: Slice, buffer: bytearray) -> None:
-        for small in _split(move):
+        for small in _split(move, LOCAL.nbytes):
             start = small.offset // small.dtype.itemsize
             stop = start + small.nbytes // small.dtype.itemsize
             self._place(tensor.compute(start, stop, self), small, part, buffer)
@@ -157,25 +168,6 @@ class Gatherer:
             self._kept.popitem(last=False)
         return loaded
 
-    def _read(self, path: Path, offset: int, into: memoryview) -> None:
-        file = self._open(path)
-        done = 0
-        while done < len(into):
-            try:
-                count = file.read_into(into[done:], offset + done)
-            except OSError as error:
-                raise DamagedCheckpoint(
-                    f"cannot be read at byte {offset + done:,} ({error.strerror})", path=path
-                ) from error
-            if not count:
-                raise DamagedCheckpoint(
-                    f"the file ends at byte {offset + done:,}, before the bytes that it should hold",
-                    path=path,
-                    hint="It is truncated or changed while it was read; copy it anew.",
-                )
-            done += count
-        self.bytes_read += done
-
     def _open(self, path: Path) -> Readable:
         file = self._files.get(path)
         if file is None:
@@ -198,13 +190,90 @@ def load(tensor: Tensor) -> torch.Tensor:
         return gatherer.window(tensor, 0, tensor.numel).view(tensor.shape)
 
 
-def _split(move: Move) -> Iterator[Move]:
-    """The move in parts that fit the read buffer."""
-    if move.nbytes <= REQUEST_BYTES:
+@dataclass(slots=True)
+class _Request:
+    """A run of a file's bytes that is read at once.
+
+    Attributes:
+        file: the file.
+        offset: its first byte.
+        nbytes: the number of bytes.
+        at_once: the number of requests that the file's place accepts at a time.
+        into: where the bytes belong, where they need no change.
+        moves: otherwise what is made of the bytes.
+    """
+
+    file: Path
+    offset: int
+    nbytes: int
+    at_once: int
+    into: memoryview | None = None
+    moves: list[tuple[Move, Slice]] = field(default_factory=list)
+
+    def takes(self, move: Move, requests: Requests) -> bool:
+        """Whether ``move``, which begins no earlier, can be read in this request too."""
+        return (
+            self.into is None
+            and move.file == self.file
+            and move.offset - (self.offset + self.nbytes) <= requests.gap_bytes
+            and move.offset + move.nbytes - self.offset <= requests.nbytes
+            # torch views a buffer as elements only where they are aligned.
+            and (move.offset - self.offset) % move.dtype.itemsize == 0
+        )
+
+
+def _requests_of(work: Iterable[tuple[Move, Slice]], buffer: bytearray) -> Iterator[_Request]:
+    """Moves, sorted by file and offset, as few requests."""
+    file, requests = None, LOCAL
+    pending: _Request | None = None
+    for move, part in work:
+        if move.file is not file and move.file != file:
+            file, requests = move.file, requests_for(move.file)
+        if move.is_plain and move.nbytes >= requests.gap_bytes:
+            view = memoryview(buffer)[part.at + move.at * move.dtype.itemsize :][: move.nbytes]
+            step = requests.nbytes if requests.at_once > 1 else move.nbytes
+            for start in range(0, move.nbytes, step):
+                into = view[start : start + step]
+                yield _Request(file, move.offset + start, len(into), requests.at_once, into)
+            continue
+        for small in _split(move, requests.nbytes):
+            if pending is None or not pending.takes(small, requests):
+                if pending is not None:
+                    yield pending
+                pending = _Request(file, small.offset, small.nbytes, requests.at_once)
+            end = max(pending.offset + pending.nbytes, small.offset + small.nbytes)
+            pending.nbytes = end - pending.offset
+            pending.moves.append((small, part))
+    if pending is not None:
+        yield pending
+
+
+def _read(file: Readable, request: _Request, into: memoryview) -> None:
+    done = 0
+    while done < len(into):
+        at = request.offset + done
+        try:
+            count = file.read_into(into[done:], at)
+        except OSError as error:
+            raise DamagedCheckpoint(
+                f"cannot be read at byte {at:,} ({error.strerror})", path=request.file
+            ) from error
+        if not count:
+            raise DamagedCheckpoint(
+                f"the file ends at byte {at:,}, before the bytes that it should hold",
+                path=request.file,
+                hint="The file is truncated, or was changed while it was read. Copy it again.",
+            )
+        done += count
+
+
+def _split(move: Move, most: int) -> Iterator[Move]:
+    """The move in parts of at most ``most`` bytes."""
+    if move.nbytes <= most:
         yield move
         return
     count = move.nbytes // move.dtype.itemsize
-    step = REQUEST_BYTES // move.dtype.itemsize
+    step = max(most // move.dtype.itemsize, 1)
     local = row_major_strides(move.sizes)
     for start in range(0, count, step):
         for slab in window_slabs(move.sizes, start, min(start + step, count)):
@@ -216,15 +285,3 @@ def _split(move: Move) -> Iterator[Move]:
                 sizes=slab.sizes,
                 at=move.at + place,
             )
-
-
-def _joins(first: Move, last: Move, move: Move) -> bool:
-    """Whether ``move`` can be read in the request that runs from ``first`` to ``last``."""
-    end = last.offset + last.nbytes
-    return (
-        move.file == first.file
-        and move.offset - end <= _GAP_BYTES
-        and move.offset + move.nbytes - first.offset <= REQUEST_BYTES
-        # torch views a buffer as elements only where they are aligned.
-        and (move.offset - first.offset) % move.dtype.itemsize == 0
-    )

@@ -1,7 +1,7 @@
 """The part of a DTensor that this process holds: FSDP2, tensor parallelism, both.
 
 Owns the step from a live DTensor to the arithmetic of placements, which files use too
-(:mod:`ckpt_tools.readers.dtensor`). Nothing is gathered, and no other process is asked.
+(:mod:`ckpt_tools.tensors.placements`). Nothing is gathered, and no other process is asked.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from ckpt_tools.errors import UnsupportedLayout
-from ckpt_tools.readers.dtensor import Sharding, Spans, local_boxes, local_spans
 from ckpt_tools.tensors.checkpoint import Kind
+from ckpt_tools.tensors.placements import Sharding, Spans, local_boxes, local_spans
 from ckpt_tools.training.holding import Held, Piece, dtype_of
 
 

@@ -13,7 +13,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ckpt_tools.storage.places import FileFacts, Readable
+from ckpt_tools.storage.places import LOCAL, FileFacts, Readable
 from ckpt_tools.tensors.regions import window_slabs
 
 if TYPE_CHECKING:
@@ -73,6 +73,8 @@ class Memory:
     Attributes:
         label: its name in messages.
     """
+
+    requests = LOCAL
 
     def __init__(self, label: str, rows: Mapping[str, Row]) -> None:
         self.label = label

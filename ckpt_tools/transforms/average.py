@@ -1,4 +1,9 @@
-"""A weighted mean of states of one architecture, computed in fp32 and streamed.
+"""A weighted mean of states of one architecture, streamed.
+
+Each term is multiplied with its coefficient and added in the order of the terms, in fp64; the sum is rounded
+once to fp32. Product and sum are two operations, since a processor may fuse them where they are one: so the
+bits of a mean are the same on every processor (NaNs excepted), for any windows, threads and ranks. The mean
+of equal states is that state, bit for bit.
 
 Knows tensors; knows no format. Sources: Wortsman et al. 2022, "Model soups" (uniform means of
 fine-tuned models); the annealed OLMo models are such means.
@@ -46,14 +51,14 @@ class Mean(Computed):
         """The sum of each term times its coefficient, added in the order of the terms."""
         import torch
 
-        total = torch.zeros(stop - start, dtype=torch.float32)
+        total = torch.zeros(stop - start, dtype=torch.float64)
         for tensor, weight in zip(self.tensors, self.weights, strict=True):
-            total.add_(values.window(tensor, start, stop).float(), alpha=weight)
-        return total
+            total += values.window(tensor, start, stop).double().mul_(weight)
+        return total.float()
 
 
 def average(states: Sequence[Catalogue], coefficients: Sequence[float] | None = None) -> Catalogue:
-    """The mean of ``states``, name by name, in fp32.
+    """The mean of ``states``, name by name, rounded to fp32.
 
     Tensors that are not floating (counters, masks) are taken from the last state.
 

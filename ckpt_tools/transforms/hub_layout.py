@@ -15,7 +15,7 @@ from typing import Literal, TypeAlias
 
 from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout, UsageError
 from ckpt_tools.hub.reference import ReferenceModel, SavedTensor
-from ckpt_tools.hub.reference.recipes import Computed, Joined, Live, Recipe, Strided, leaves
+from ckpt_tools.hub.reference.recipes import Joined, Live, NewValues, Recipe, Strided, leaves
 from ckpt_tools.tensors.catalogue import Catalogue, Tensor
 from ckpt_tools.tensors.derived import Concat, view
 
@@ -135,7 +135,7 @@ def _recipe(
     if found == "hub":
         return Live(name) if name in in_state else None
     for leaf in leaves(saved.recipe):
-        if isinstance(leaf, Computed):
+        if isinstance(leaf, NewValues):
             raise UnsupportedLayout(
                 f"save_pretrained computes it ({leaf.by}), and only moving data is supported",
                 tensor=name,

@@ -175,18 +175,6 @@ def recipe_leaves(recipe: Json) -> Iterator[Leaf]:
             yield from recipe_leaves(part)
 
 
-def is_computed(recipe: Json) -> bool:
-    """Whether the recipe adds or multiplies numbers, and does not only move and round them.
-
-    Raises:
-        DamagedCheckpoint: it is not a recipe.
-    """
-    if _is_leaf(recipe):
-        return False
-    op, _ = _operation(recipe)
-    return op not in _MOVES or any(is_computed(part) for part in _parts(recipe))
-
-
 def _made(op: str, fields: Mapping[str, Any], leaves: Mapping[Leaf, Tensor]) -> Tensor:
     """The tensor that an operation makes of its fields."""
 
@@ -305,7 +293,6 @@ _PARTS = {
     "column_norms": ("of",),
     "merged_bias": ("base", "update"),
 }
-_MOVES = {"cast", "view", "concat"}
 
 
 def _parts(recipe: Json) -> list[Json]:

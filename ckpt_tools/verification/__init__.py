@@ -1,29 +1,30 @@
-"""Reads a finished directory, a model's or an adapter's, and says everything that is wrong with it.
+"""Owns the verification of a finished directory: finds the checks, carries them out, returns a verdict.
 
-Owns the order of the checks. Each is a function that takes the directory and writes to
-:class:`~ckpt_tools.verification.problem.Findings`; none stops at its first problem. It shares no code with
-what writes directories, and must not know how a verdict is shown.
+The directory holds a model or adapters. A check is a module of this package; see
+:mod:`ckpt_tools.verification.run`. A check does not stop at its first problem. The package shares no code
+with the package that writes directories.
 """
 
 from __future__ import annotations
 
+import pkgutil
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from functools import cache
+from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
+from typing import Protocol, cast
 
 from ckpt_tools.errors import UsageError
 from ckpt_tools.ranks import Ranks
 from ckpt_tools.tensors.checkpoint import Checkpoint
-from ckpt_tools.verification.adapter import check_adapters
-from ckpt_tools.verification.config import check_config, check_precision, read_config
-from ckpt_tools.verification.data import Progress, check_data, help_to_read
+from ckpt_tools.verification.config import read_config
+from ckpt_tools.verification.data import help_to_read
 from ckpt_tools.verification.directory import list_directory
 from ckpt_tools.verification.layout import read_weights
-from ckpt_tools.verification.loading import check_loading
-from ckpt_tools.verification.manifest import check_manifests, is_of_weights_alone, read_manifests
-from ckpt_tools.verification.model import check_model, written_ties
+from ckpt_tools.verification.manifest import is_of_weights_alone, read_manifests
 from ckpt_tools.verification.problem import (
     KINDS,
     Findings,
@@ -33,7 +34,7 @@ from ckpt_tools.verification.problem import (
     Verdict,
     ordered,
 )
-from ckpt_tools.verification.text import check_text
+from ckpt_tools.verification.run import Progress, Request, Run
 
 __all__ = ["KINDS", "Findings", "Kind", "Problem", "Progress", "Severity", "Verdict", "verify"]
 
@@ -79,14 +80,14 @@ def verify(
             "also names folders of the checkpoint that the directory is compared with, and none is named",
             hint="Name the path of that checkpoint with --against.",
         )
-    options = _Options(
+    request = Request(
         against, also, read_data, load, base, trust_remote_code, workers, progress, ranks
     )
     if ranks is None:
-        return _verdict(Path(directory), options)
+        return _verdict(Path(directory), request)
     with ranks.session():
         if ranks.leads:
-            verdict = _verdict(Path(directory), options)
+            verdict = _verdict(Path(directory), request)
             ranks.put("verdict", verdict)
             return verdict
         if read_data:
@@ -95,66 +96,43 @@ def verify(
         return found
 
 
-class _Options(NamedTuple):
-    """The arguments of :func:`verify`."""
+class Check(Protocol):
+    """A module that checks; :mod:`ckpt_tools.verification.run` says what it needs."""
 
-    against: str | Path | Checkpoint | None
-    also: Sequence[str | Path]
-    read_data: bool
-    load: bool
-    base: str | Path | None
-    trust_remote_code: bool
-    workers: int | None
-    progress: Progress | None
-    ranks: Ranks | None
+    ORDER: int
+
+    def check(self, run: Run) -> None:
+        """Check the directory, and add to ``run.findings``."""
+
+
+@cache
+def checks() -> tuple[Check, ...]:
+    """Every check of the package, in order. Their kinds of problems are added to ``KINDS``."""
+    modules = [import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
+    found = [cast("Check", module) for module in modules if hasattr(module, "check")]
+    for module in found:
+        KINDS.update(getattr(module, "KINDS", {}))
+    return tuple(sorted(found, key=lambda module: module.ORDER))
 
 
 def _help(path: Path, ranks: Ranks, workers: int | None) -> None:
-    """Read this rank's share; what is wrong with the structure the leader finds itself."""
+    """Read this rank's share. The leader finds the problems of the structure."""
     findings = Findings()
     found = list_directory(path, findings)
     read_weights(found, findings)
     help_to_read(found, read_manifests(found, findings), ranks, workers)
 
 
-def _verdict(path: Path, options: _Options) -> Verdict:
-    against, also, read_data, load, base, trust_remote_code, workers, progress, ranks = options
+def _verdict(path: Path, request: Request) -> Verdict:
     started = time.monotonic()
     findings = Findings()
     found = list_directory(path, findings)
-    found.trust_remote_code = trust_remote_code
-    checkpoint = None if against is None else _opened(against, also)
+    found.trust_remote_code = request.trust_remote_code
+    checkpoint = None if request.against is None else _opened(request.against, request.also)
     read_weights(found, findings)
     manifests = read_manifests(found, findings)
     read_config(found, findings, weights_alone=is_of_weights_alone(manifests))
-    with ThreadPoolExecutor(1) as pool:
-        # A process of its own, which takes seconds: others do their work meanwhile.
-        texts = Findings()
-        asked = pool.submit(check_text, found, texts)
-        reference = check_model(found, findings)
-        check_config(found, reference, findings)
-        check_precision(found, reference, findings)
-        check_adapters(found, findings)
-        check_manifests(found, manifests, findings)
-        if read_data:
-            check_data(
-                found,
-                manifests,
-                reference,
-                findings,
-                workers=workers,
-                progress=progress,
-                ranks=ranks,
-            )
-        asked.result()
-    findings.include(texts)
-    if load:
-        check_loading(found, findings, None if base is None else Path(base))
-    if checkpoint is not None:
-        from ckpt_tools.verification.against import check_against
-
-        ties = written_ties(found, reference)
-        check_against(found, checkpoint, findings, ties=ties, workers=workers, progress=progress)
+    _carry_out(Run(request, found, findings, manifests, checkpoint))
     tensors = found.every_tensor
     return Verdict(
         path,
@@ -165,6 +143,22 @@ def _verdict(path: Path, options: _Options) -> Verdict:
         sum(entry.nbytes for entry in tensors),
         time.monotonic() - started,
     )
+
+
+def _carry_out(run: Run) -> None:
+    with ThreadPoolExecutor() as pool:
+        begun: dict[int, tuple[Findings, Future[None]]] = {}
+        for number, module in enumerate(checks()):
+            if getattr(module, "IN_BACKGROUND", False):
+                own = replace(run, findings=Findings())
+                begun[number] = (own.findings, pool.submit(module.check, own))
+        for number, module in enumerate(checks()):
+            if number in begun:
+                findings, done = begun[number]
+                done.result()
+                run.findings.include(findings)
+            else:
+                module.check(run)
 
 
 def _opened(checkpoint: str | Path | Checkpoint, also: Sequence[str | Path]) -> Checkpoint:

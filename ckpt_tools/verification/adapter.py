@@ -19,10 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_tools.errors import listed
+from ckpt_tools.hub.adapter_config import NAME as ADAPTER_CONFIG
 from ckpt_tools.verification.container import Entry
-from ckpt_tools.verification.directory import ADAPTER_CONFIG, Directory, read_object
+from ckpt_tools.verification.directory import read_object
 from ckpt_tools.verification.problem import Findings
+from ckpt_tools.verification.run import Run
 
+ORDER = 30
 _PREFIX = "base_model.model."
 # Of what several modules share, such as the projections of VeRA.
 _SHARED_PREFIX = "base_model."
@@ -80,8 +83,9 @@ class _Part:
     tail: str | None
 
 
-def check_adapters(directory: Directory, findings: Findings) -> None:
-    """Check every adapter of a directory."""
+def check(run: Run) -> None:
+    """Check every adapter of the directory."""
+    directory, findings = run.directory, run.findings
     for folder, tensors in directory.adapters.items():
         file = f"{folder}/{ADAPTER_CONFIG}" if folder else ADAPTER_CONFIG
         if file not in directory.files:

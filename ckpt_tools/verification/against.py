@@ -12,7 +12,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,11 +26,27 @@ from ckpt_tools.tensors.threads import default_workers
 from ckpt_tools.verification.bitwise import Expected, Held, Progress, compare
 from ckpt_tools.verification.container import Entry
 from ckpt_tools.verification.directory import MANIFEST, Directory
+from ckpt_tools.verification.model import written_ties
 from ckpt_tools.verification.problem import Findings
 from ckpt_tools.verification.replay import Record, read_record, replay
+from ckpt_tools.verification.run import Run
 
+ORDER = 80
 _OTHER = "Is it the checkpoint that the directory was made of?"
 _ANEW = "Write the directory anew from this checkpoint, or name the one that it was made of."
+
+
+def check(run: Run) -> None:
+    """Compare the directory with the checkpoint of the request, if there is one."""
+    if run.checkpoint is not None:
+        check_against(
+            run.directory,
+            run.checkpoint,
+            run.findings,
+            ties=written_ties(run.directory, run.reference),
+            workers=run.request.workers,
+            progress=run.request.progress,
+        )
 
 
 def check_against(
@@ -161,7 +176,7 @@ class _Question:
         found = [
             each
             for name, tensor in done.tensors.items()
-            if (each := self._expected(name, tensor, name in done.computed)) is not None
+            if (each := self._expected(name, tensor)) is not None
         ]
         # A manifest of a directory that was changed since need not know every tensor.
         left = {n: h for n, h in self.part.held.items() if n not in self.record.recipes}
@@ -201,7 +216,7 @@ class _Question:
             else:
                 self._add("tensor-extra", "the checkpoint does not have it", name)
         for name, tensor in found.items():
-            if (each := self._expected(name, tensor, False)) is not None:
+            if (each := self._expected(name, tensor)) is not None:
                 yield each
         if not self.record:
             self._note_missing(there, matched.only_second)
@@ -218,7 +233,7 @@ class _Question:
                 severity="warning" if is_buffer else None,
             )
 
-    def _expected(self, name: str, tensor: Tensor, computed: bool) -> Expected | None:
+    def _expected(self, name: str, tensor: Tensor) -> Expected | None:
         """What to compare a tensor with; None, and a problem, where shape or dtype differ already."""
         held = self.part.held[name]
         if tensor.shape != held.tensor.shape:
@@ -232,27 +247,16 @@ class _Question:
             detail = f"its dtype is {held.tensor.dtype}, in the checkpoint {tensor.dtype}"
             self._add("tensor-differs", detail, name)
             return None
-        return Expected(held, rounded, tensor.dtype, self._hint(computed))
+        return Expected(held, rounded, tensor.dtype, self._hint())
 
-    def _hint(self, computed: bool) -> str:
+    def _hint(self) -> str:
         """What may be the reason, as far as the manifest tells."""
         record, step = self.record, self.checkpoint.step
         if record is not None and record.step is not None and step not in (None, record.step):
             return f"It was made of step {record.step:,}, and the checkpoint is of step {step:,}."
-        if record is not None and computed:
-            written, here = record.versions.get("torch"), _installed("torch")
-            if written != here:
-                return f"It was computed with torch {written}; torch {here} may round otherwise."
         return _ANEW
 
     def _add(self, kind: str, detail: str, name: str | None = None) -> None:
         held = None if name is None else self.part.held.get(name)
         file = None if held is None else held.entry.file
         self.findings.add(kind, detail, file=file, tensor=name, hint=_OTHER)
-
-
-def _installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -17,6 +17,9 @@ from ckpt_tools.tensors.dtypes import BFLOAT16, BY_NAME, FLOAT16, FLOAT32, DType
 from ckpt_tools.verification.container import Entry
 from ckpt_tools.verification.directory import CONFIG, Directory, read_object
 from ckpt_tools.verification.problem import Findings
+from ckpt_tools.verification.run import Run
+
+ORDER = 20
 
 
 def read_config(directory: Directory, findings: Findings, *, weights_alone: bool = False) -> None:
@@ -61,6 +64,12 @@ def is_quantized(directory: Directory) -> bool:
     """Whether tensors are stored in a quantized form, whose names and shapes are a quantizer's."""
     config = directory.config or {}
     return any(config.get(key) for key in ("quantization_config", "compression_config"))
+
+
+def check(run: Run) -> None:
+    """Compare the config with the tensors, and the dtypes with each other."""
+    check_config(run.directory, run.reference, run.findings)
+    check_precision(run.directory, run.reference, run.findings)
 
 
 def check_config(

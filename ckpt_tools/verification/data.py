@@ -17,19 +17,35 @@ import xxhash
 from ckpt_tools.hub.reference import ReferenceModel
 from ckpt_tools.ranks import Ranks
 from ckpt_tools.verification.container import Entry
-from ckpt_tools.verification.directory import MANIFEST, Directory
-from ckpt_tools.verification.manifest import Manifest, read_sums
+from ckpt_tools.verification.directory import MANIFEST, Directory, Manifest
+from ckpt_tools.verification.manifest import read_sums
 from ckpt_tools.verification.model import written_ties
 from ckpt_tools.verification.problem import Findings
 from ckpt_tools.verification.reading import read_together
+from ckpt_tools.verification.run import Progress, Run
 from ckpt_tools.verification.scan import BLOCK_BYTES, Piece, Seen, Summary, scan
 from ckpt_tools.verification.values import judge
 
-Progress = Callable[[int, int], None]
+ORDER = 50
 
 # A few blocks: small enough to divide one file among all workers, large enough to be worth a task.
 PIECE_BYTES = 16 * BLOCK_BYTES
 _READ_BYTES = 1 << 20
+
+
+def check(run: Run) -> None:
+    """Read every byte, if that was asked for."""
+    asked = run.request
+    if asked.read_data:
+        check_data(
+            run.directory,
+            run.manifests,
+            run.reference,
+            run.findings,
+            workers=asked.workers,
+            progress=asked.progress,
+            ranks=asked.ranks,
+        )
 
 
 def check_data(

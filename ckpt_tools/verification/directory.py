@@ -20,7 +20,6 @@ from ckpt_tools.verification.container import Container, Entry, parse_json
 from ckpt_tools.verification.problem import Findings
 
 CONFIG = "config.json"
-ADAPTER_CONFIG = "adapter_config.json"
 MANIFEST = "ckpt_tools_manifest.json"
 SHA256SUMS = "SHA256SUMS"
 
@@ -70,6 +69,27 @@ class Directory:
             *self.tensors.values(),
             *(e for held in self.adapters.values() for e in held.values()),
         ]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is recorded of one folder.
+
+    Attributes:
+        folder: where it lies, with a slash at the end; empty for the directory itself.
+        unit_bytes: where tensors are cut for their digests.
+        tensors: for each tensor, its file and its digest.
+        sizes: bytes of each file.
+        digests: the digest of each file that has one; of weight files, that of the header.
+        headers: the files whose digest is of the header alone.
+    """
+
+    folder: str
+    unit_bytes: int
+    tensors: Mapping[str, tuple[str, str]]
+    sizes: Mapping[str, int]
+    digests: Mapping[str, str]
+    headers: frozenset[str]
 
 
 def list_directory(path: Path, findings: Findings) -> Directory:

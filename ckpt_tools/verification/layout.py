@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckpt_tools.errors import listed
+from ckpt_tools.hub.adapter_config import NAME as ADAPTER_CONFIG
+from ckpt_tools.readers.containers.weight_files import ADAPTER_FILES
 from ckpt_tools.verification.container import Entry, read_container, read_pickled
-from ckpt_tools.verification.directory import ADAPTER_CONFIG, CONFIG, Directory, read_object
+from ckpt_tools.verification.directory import CONFIG, Directory, read_object
 from ckpt_tools.verification.problem import Findings
 
 _INDEX_SUFFIX = ".index.json"
@@ -47,12 +49,11 @@ class _Family:
         """Those of ``names`` that are weights of this kind."""
         if self.is_pickled:
             return [n for n in names if re.fullmatch(r"pytorch_model.*\.bin", n)]
-        return [n for n in names if n.endswith(".safetensors") and n != _ADAPTER_FILES[0]]
+        return [n for n in names if n.endswith(".safetensors") and n != ADAPTER_FILES[0]]
 
 
 _SAFETENSORS = _Family("model.safetensors", False)
 _PICKLED = _Family("pytorch_model.bin", True)
-_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def read_weights(directory: Directory, findings: Findings) -> None:
@@ -96,12 +97,12 @@ def read_weights(directory: Directory, findings: Findings) -> None:
 
 def _read_adapters(directory: Directory, findings: Findings) -> None:
     """Every adapter: in the directory itself, or in folders of the adapters' names."""
-    wanted = (ADAPTER_CONFIG, *_ADAPTER_FILES)
+    wanted = (ADAPTER_CONFIG, *ADAPTER_FILES)
     places = (file.rpartition("/") for file in directory.files)
     folders = {folder for folder, _, name in places if name in wanted and "/" not in folder}
     for folder in sorted(folders):
         prefix = f"{folder}/" if folder else ""
-        present = [prefix + n for n in _ADAPTER_FILES if prefix + n in directory.files]
+        present = [prefix + n for n in ADAPTER_FILES if prefix + n in directory.files]
         read = _reader(directory, present[0].endswith(".bin") if present else False, findings)
         directory.adapters[folder] = (read(present[0]) or {}) if present else {}
         if not present:
@@ -109,7 +110,7 @@ def _read_adapters(directory: Directory, findings: Findings) -> None:
                 "no-weights",
                 "there is no file with the adapter's tensors beside its config",
                 file=prefix + ADAPTER_CONFIG,
-                hint=f"An adapter has {_ADAPTER_FILES[0]}.",
+                hint=f"An adapter has {ADAPTER_FILES[0]}.",
             )
         if len(present) == 2:
             findings.add(

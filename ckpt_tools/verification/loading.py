@@ -15,16 +15,26 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ckpt_tools.hub.adapter_config import NAME as ADAPTER_CONFIG
 from ckpt_tools.hub.reference.process import run_child
 from ckpt_tools.verification.container import Entry
-from ckpt_tools.verification.directory import ADAPTER_CONFIG, CONFIG, Directory
+from ckpt_tools.verification.directory import CONFIG, Directory
 from ckpt_tools.verification.problem import Findings
+from ckpt_tools.verification.run import Run
 
+ORDER = 70
 _STEPS = {
     "load": ("load-failed", "loading"),
     "forward": ("forward-failed", "a forward pass"),
     "generation": ("generation-failed", "a short generation"),
 }
+
+
+def check(run: Run) -> None:
+    """Load the directory, if that was asked for."""
+    base = run.request.base
+    if run.request.load:
+        check_loading(run.directory, run.findings, None if base is None else Path(base))
 
 
 def check_loading(directory: Directory, findings: Findings, base: Path | None = None) -> None:

@@ -10,15 +10,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import xxhash
 
 from ckpt_tools.errors import listed
-from ckpt_tools.verification.directory import CONFIG, MANIFEST, SHA256SUMS, Directory
+from ckpt_tools.verification.directory import CONFIG, MANIFEST, SHA256SUMS, Directory, Manifest
 from ckpt_tools.verification.problem import Findings
+from ckpt_tools.verification.run import Run
 
+ORDER = 40
 VERSION = 1
 _KEYS = (
     *("version", "tool", "command", "sources", "options", "versions"),
@@ -29,25 +30,9 @@ _SUM = re.compile(r"([0-9a-f]{64})  (.+)")
 _WRITE_ANEW = "Write the directory anew, or compare it with the checkpoint: --against CKPT"
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """What is recorded of one folder.
-
-    Attributes:
-        folder: where it lies, with a slash at the end; empty for the directory itself.
-        unit_bytes: where tensors are cut for their digests.
-        tensors: for each tensor, its file and its digest.
-        sizes: bytes of each file.
-        digests: the digest of each file that has one; of weight files, that of the header.
-        headers: the files whose digest is of the header alone.
-    """
-
-    folder: str
-    unit_bytes: int
-    tensors: Mapping[str, tuple[str, str]]
-    sizes: Mapping[str, int]
-    digests: Mapping[str, str]
-    headers: frozenset[str]
+def check(run: Run) -> None:
+    """Compare the directory with its manifests, without reading data."""
+    check_manifests(run.directory, run.manifests, run.findings)
 
 
 def read_manifests(directory: Directory, findings: Findings) -> list[Manifest]:
@@ -124,7 +109,9 @@ def is_of_weights_alone(manifests: Sequence[Manifest]) -> bool:
     return any(not m.folder and CONFIG not in m.sizes for m in manifests)
 
 
-def check_manifests(directory: Directory, manifests: list[Manifest], findings: Findings) -> None:
+def check_manifests(
+    directory: Directory, manifests: Sequence[Manifest], findings: Findings
+) -> None:
     """Compare files and tensors with the manifests, by names and sizes."""
     scopes = [manifest.folder for manifest in manifests]
     for manifest in manifests:

@@ -19,11 +19,18 @@ from ckpt_tools.verification.container import Entry
 from ckpt_tools.verification.directory import CONFIG, Directory
 from ckpt_tools.verification.names import common_prefix, plain_names
 from ckpt_tools.verification.problem import Findings
+from ckpt_tools.verification.run import Run
 
+ORDER = 10
 _WHOSE = "tensors against the model"
 
 # Asks for the model in the layout of a directory with these names.
 _Ask = Callable[[Collection[str]], ReferenceModel | None]
+
+
+def check(run: Run) -> None:
+    """Compare the tensors with the model of the config, and keep the model in ``run``."""
+    run.reference = check_model(run.directory, run.findings)
 
 
 def check_model(directory: Directory, findings: Findings) -> ReferenceModel | None:

@@ -22,7 +22,7 @@ from ckpt_tools.tensors.checkpoint import Checkpoint, Copy
 from ckpt_tools.tensors.derived import cast
 from ckpt_tools.transforms.lora import adapted_names, with_adapter_name
 from ckpt_tools.transforms.prefixes import strip_wrappers
-from ckpt_tools.transforms.recipe import Json, Leaf, is_computed, leaves_of, rebuilt, recipe_leaves
+from ckpt_tools.transforms.recipe import Json, Leaf, leaves_of, rebuilt, recipe_leaves
 
 Leaves = dict[Leaf, Tensor]
 
@@ -35,13 +35,11 @@ class Record:
         recipes: for each tensor, what it was made of.
         sources: what is recorded of each source.
         weights: which copy was taken.
-        versions: of the packages that computed.
     """
 
     recipes: Mapping[str, Json]
     sources: tuple[Mapping[str, Any], ...]
     weights: Copy
-    versions: Mapping[str, str]
 
     @property
     def step(self) -> int | None:
@@ -57,10 +55,9 @@ def read_record(path: Path) -> Record | None:
         sources = tuple(dict(source) for source in data["sources"])
         weights: Copy = "model" if data["options"].get("weights") == "model" else "master"
         recipes = {name: entry.get("from", name) for name, entry in data["tensors"].items()}
-        versions = {str(k): str(v) for k, v in data["versions"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    return Record(recipes, sources, weights, versions) if sources else None
+    return Record(recipes, sources, weights) if sources else None
 
 
 @dataclass(frozen=True)
@@ -72,14 +69,12 @@ class Replayed:
         elsewhere: those that begin with a tensor that the checkpoint has not, with the reason.
         broken: those whose recipe cannot be followed, with the reason.
         absent: those that need a source that is not there, by the reason.
-        computed: those in which numbers were added or multiplied.
     """
 
     tensors: Mapping[str, Tensor]
     elsewhere: Mapping[str, str]
     broken: Mapping[str, str]
     absent: Mapping[str, tuple[str, ...]]
-    computed: frozenset[str]
 
 
 def replay(record: Record, checkpoint: Checkpoint, names: Iterable[str]) -> Replayed:
@@ -119,8 +114,7 @@ def replay(record: Record, checkpoint: Checkpoint, names: Iterable[str]) -> Repl
                 tensors[name] = rebuilt(recipes[name], held)
             except DamagedCheckpoint as error:
                 broken[name] = str(error)
-    computed = frozenset(name for name in begun if is_computed(recipes[name]))
-    return Replayed(tensors, elsewhere, broken, absent, computed)
+    return Replayed(tensors, elsewhere, broken, absent)
 
 
 def _place(record: Record, checkpoint: Checkpoint) -> int:

@@ -19,8 +19,11 @@ from ckpt_tools.hub.reference.process import run_child
 from ckpt_tools.verification.directory import Directory
 from ckpt_tools.verification.generation import judge_generation, read_generation
 from ckpt_tools.verification.problem import Findings
+from ckpt_tools.verification.run import Run
 from ckpt_tools.verification.tokenizer import SIGNS, judge_tokenizer, read_answer, read_tokenizer
 
+ORDER = 60
+IN_BACKGROUND = True  # a child process takes seconds
 _TIMEOUT_SECONDS = 180
 
 # The embedding of the input, by the last part of its name, in the models that transformers has.
@@ -28,6 +31,11 @@ _EMBEDDING = re.compile(
     r"(?:^|\.)(?:embed_tokens|wte|word_embeddings?|embed_in|shared|tok_embeddings|token_embedding"
     r"|embeddings?)\.weight$"
 )
+
+
+def check(run: Run) -> None:
+    """Check tokenizer, chat template and generation config."""
+    check_text(run.directory, run.findings)
 
 
 def check_text(directory: Directory, findings: Findings) -> None:

@@ -11,9 +11,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 
+from ckpt_tools.hub.adapter_config import NAME as ADAPTER_CONFIG
 from ckpt_tools.hub.reference import Live, ReferenceModel, leaves
 from ckpt_tools.verification.container import Entry
-from ckpt_tools.verification.directory import ADAPTER_CONFIG, Directory
+from ckpt_tools.verification.directory import Directory
 from ckpt_tools.verification.problem import Findings, Severity
 from ckpt_tools.verification.scan import STEP_BYTES, Summary
 

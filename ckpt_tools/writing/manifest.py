@@ -22,7 +22,7 @@ import xxhash
 
 from ckpt_tools._version import __version__
 from ckpt_tools.errors import OutputFailed
-from ckpt_tools.storage.pool import local_paths
+from ckpt_tools.storage.folders import local_paths
 from ckpt_tools.tensors.catalogue import Catalogue, Tensor
 from ckpt_tools.tensors.checkpoint import LIVE, Checkpoint, Copy, Location
 from ckpt_tools.transforms.recipe import Json, Leaf, described, leaf_names, leaves_of

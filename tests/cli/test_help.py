@@ -1,4 +1,4 @@
-"""Every command explains itself, stands in the README, and starts at once."""
+"""Every command explains itself, is documented, and starts at once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from ckpt_tools import __version__
 from ckpt_tools.cli import cli
 from tests.cli.test_consolidate import run, run_program
 
-README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
+COMMANDS_PAGE = (ROOT / "docs" / "commands.md").read_text()
+STATUSES_PAGE = (ROOT / "docs" / "exit-statuses.md").read_text()
 CONTEXT = click.Context(cli)
 COMMANDS = cli.list_commands(CONTEXT)
 
@@ -60,7 +63,27 @@ def test_a_command_is_in_the_overview_and_in_the_readme(name: str) -> None:
 
     (line,) = [line for line in overview.splitlines() if line.split()[:1] == [name]]
     assert len(line.split()) > 3
-    assert f"ckpt-tools {name} " in README
+    assert f"`ckpt-tools {name} " in README
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_has_a_section_with_its_own_options(name: str) -> None:
+    """An option that `consolidate` explains in the same words stands there alone."""
+    section = sections(COMMANDS_PAGE)[name]
+    shared = (
+        {(o.opts[0], o.help) for o in options("consolidate")} if name != "consolidate" else set()
+    )
+    refers = "all options of [consolidate](#consolidate)" in section
+    for option in options(name):
+        row = rf"^\| `[^|]*{option.opts[0]}\b"
+        assert re.search(row, section, re.MULTILINE) or (
+            refers and (option.opts[0], option.help) in shared
+        ), option.opts
+
+
+def sections(page: str) -> dict[str, str]:
+    """The text below each heading of the second level."""
+    return dict(part.split("\n", 1) for part in page.split("\n## ")[1:])
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -72,14 +95,14 @@ def test_an_option_is_explained(name: str) -> None:
 
 
 @pytest.mark.parametrize("option", [o.opts[0] for o in options("consolidate")])
-def test_an_option_of_consolidate_is_in_the_readme(option: str) -> None:
-    assert re.search(rf"`{option}\b", README)
+def test_an_option_of_consolidate_is_documented(option: str) -> None:
+    assert re.search(rf"`{option}\b", COMMANDS_PAGE)
 
 
-def test_help_lists_the_exit_statuses_of_the_readme() -> None:
+def test_help_lists_the_exit_statuses_of_the_page() -> None:
     shown = re.findall(r"^ +(\d)  \S", run("--help").stdout, re.MULTILINE)
 
-    assert shown == re.findall(r"^\| (\d) \|", README, re.MULTILINE) == list("012345678")
+    assert shown == re.findall(r"^\| (\d) \|", STATUSES_PAGE, re.MULTILINE) == list("012345678")
 
 
 @pytest.mark.parametrize("flag", ["-h", "--help"])

@@ -595,13 +595,13 @@ class TestOnRealDirectories:
         held = json.loads(config.read_text())
         config.write_text(json.dumps({**held, "eos_token_id": 0}))
 
-        done = run_program("verify", out)
-        assert done.returncode == 1
+        done = run("verify", out)
+        assert done.exit_code == 1
         (hint,) = re.findall(
             r"next: In generation_config.json: (\"eos_token_id\": .*)", done.stdout
         )
         config.write_text(json.dumps({**held, **json.loads(f"{{{hint}}}")}))
-        left = json.loads(run_program("verify", out, "--format", "json").stdout)
+        left = json.loads(run("verify", out, "--format", "json").stdout)
         kinds = {one["kind"] for one in left["directories"][0]["problems"]}
         assert not kinds & {"eos-not-closing-turn", "olmo-eos-incomplete"}
 

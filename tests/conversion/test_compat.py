@@ -340,7 +340,7 @@ def test_a_wrong_directory_is_our_error_with_the_right_one(tmp_path: Path, save:
     zero = error_of(WORKING[0].checkpoint)
     assert isinstance(zero, UsageError)
     assert (zero.fact, zero.hint) == (
-        "it is no sharded FSDP state but deepspeed",
+        "it is not a sharded FSDP state; its format is deepspeed",
         "ckpt_tools.consolidate reads it.",
     )
     shutil.copytree(save / MODEL, save / "pytorch_model_fsdp_1")

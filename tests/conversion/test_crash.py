@@ -10,37 +10,42 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-import xxhash
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from tests.support.outputs import partials, proven_units, written
+from tests.support.waiting import cpu_seconds, wait_until
+
 CONSOLIDATE = [sys.executable, "-m", "ckpt_tools", "consolidate"]
-TENSORS, ROWS = 30, 2_500_000
+TENSORS, ROWS = 30, 1_250_000
 
 
 @dataclass(frozen=True)
 class Large:
-    """A source that takes a while to write, what comes of it, and how long that takes."""
+    """A source that takes a while to write, and what comes of it."""
 
     path: Path
     output: Path
-    seconds: float
 
     @property
     def options(self) -> list[str]:
-        return ["--weights-only", "--dtype", "bf16", "--max-shard-size", "50MB", "--workers", "2"]
+        return ["--weights-only", "--dtype", "bf16", "--max-shard-size", "25MB", "--workers", "2"]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(path.stat().st_size for path in self.output.glob("*.safetensors"))
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Large]:
-    """300 MB in which no bytes are zero: what is not written yet reads as zeros."""
+    """150 MB in which no bytes are zero: what is not written yet reads as zeros."""
     root = tmp_path_factory.mktemp("large")
     values = torch.arange(1, ROWS + 1, dtype=torch.float32)
     (root / "source").mkdir()
@@ -49,16 +54,13 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Large]:
         root / "source" / "model.safetensors",
         metadata={"format": "pt"},
     )
-    whole = Large(root / "source", root / "output", 0.0)
+    whole = Large(root / "source", root / "output")
     run = start(whole, whole.output, root / "log")
-    wait_for_partial(run, whole.output)
-    began = time.monotonic()
-    assert run.wait(timeout=300) == 0, (root / "log").read_text()
-    seconds = time.monotonic() - began
+    assert run.wait() == 0, (root / "log").read_text()
     assert len(list(whole.output.glob("*.safetensors"))) == 3
     with safe_open(whole.output / "model-00001-of-00003.safetensors", "pt") as shard:
         assert torch.equal(shard.get_tensor("layers.0.weight"), values.bfloat16())
-    yield Large(whole.path, whole.output, seconds)
+    yield whole
     for path in (*whole.path.iterdir(), *whole.output.iterdir()):
         path.unlink()
 
@@ -74,17 +76,20 @@ def start(large: Large, out: Path, log: Path, *options: str) -> subprocess.Popen
         )
 
 
-def partials(out: Path) -> list[Path]:
-    return sorted(out.parent.glob(f"{out.name}.partial-*"))
-
-
 def wait_for_partial(run: subprocess.Popen[bytes], out: Path) -> None:
-    deadline = time.monotonic() + 120
     before = set(partials(out))
-    while not set(partials(out)) - before:
-        assert run.poll() is None, "it ended before it wrote"
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
+    wait_until(lambda: set(partials(out)) - before, run)
+
+
+def wait_for_share(run: subprocess.Popen[bytes], large: Large, out: Path, share: float) -> None:
+    """Until a share of the weights is written, or the run has ended; more than all of them: published."""
+
+    def reached() -> bool:
+        if share > 1:
+            return not partials(out)
+        return written(out) >= share * large.nbytes
+
+    wait_until(lambda: run.poll() is not None or reached())
 
 
 def is_complete(out: Path, expected: Path) -> bool:
@@ -98,8 +103,8 @@ def kill_at_random_moments(large: Large, directory: Path, times: int, *, overwri
     """Kill runs, early ones and late ones, and look at what is there after each."""
     out, log = directory / "out", directory / "log"
     chance = random.Random(times)
-    incomplete = 0
-    for number in range(times):
+    number = incomplete = 0
+    while number < times or not incomplete:
         for path in (*partials(out), *([] if overwrite else [out])):
             remove(path)
         if overwrite and not (out / "old").exists():
@@ -108,9 +113,10 @@ def kill_at_random_moments(large: Large, directory: Path, times: int, *, overwri
             (out / "old").write_text("old")
         run = start(large, out, log, *(["--overwrite"] if overwrite else []))
         wait_for_partial(run, out)
-        time.sleep((number + chance.random()) / times * large.seconds * 1.2)
+        wait_for_share(run, large, out, (number % times + chance.random()) / times * 1.2)
         run.kill()
-        run.wait(timeout=60)
+        run.wait()
+        number += 1
         if overwrite and (out / "old").exists():
             assert [path.name for path in out.iterdir()] == ["old"]
             assert (out / "old").read_text() == "old"
@@ -120,7 +126,6 @@ def kill_at_random_moments(large: Large, directory: Path, times: int, *, overwri
         else:
             assert len(partials(out)) == 1
             incomplete += 1
-    assert incomplete, "no run was killed before its end"
     for path in (*partials(out), out):
         remove(path)
 
@@ -130,31 +135,13 @@ def remove(directory: Path) -> None:
         shutil.rmtree(directory)
 
 
-def proven_units(home: Path) -> int:
-    """How many units the journal of a partial directory proves, by its checksums."""
-    count = 0
-    for log in (home / "journal").glob("*.log"):
-        for line in log.read_bytes().splitlines():
-            text, _, checksum = line.rpartition(b"\t")
-            if xxhash.xxh64_hexdigest(text).encode() == checksum:
-                count += len(json.loads(text)["digests"])
-    return count
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_killed_run_leaves_no_output_or_a_complete_one(
     tmp_path: Path, large: Large, overwrite: bool
 ) -> None:
-    kill_at_random_moments(large, tmp_path, 3, overwrite=overwrite)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_run_killed_again_and_again_leaves_no_output_or_a_complete_one(
-    tmp_path: Path, large: Large, overwrite: bool
-) -> None:
-    """``KILLS`` times, eight by default."""
-    kills = int(os.environ.get("KILLS", "8"))
+    """``KILLS`` times, four by default."""
+    kills = int(os.environ.get("KILLS", "4"))
     kill_at_random_moments(large, tmp_path, kills, overwrite=overwrite)
 
 
@@ -165,11 +152,11 @@ def test_the_next_run_succeeds_and_mentions_what_a_killed_one_left(
     run = start(large, out, tmp_path / "log")
     wait_for_partial(run, out)
     run.kill()
-    run.wait(timeout=60)
+    run.wait()
     (left,) = partials(out)
 
     again = start(large, out, tmp_path / "log", "--json", "--quiet")
-    assert again.wait(timeout=300) == 0
+    assert again.wait() == 0
 
     report = json.loads((tmp_path / "log").read_text())
     assert [warning for warning in report["warnings"] if str(left) in warning]
@@ -189,15 +176,14 @@ def test_an_interrupted_run_leaves_nothing_behind_but_what_is_proven(
     while True:
         run = start(large, out, tmp_path / "log")
         wait_for_partial(run, out)
-        time.sleep(share * large.seconds)
-        os.killpg(run.pid, number)
+        wait_for_share(run, large, out, share)
+        if run.poll() is None:
+            os.killpg(run.pid, number)
         if shell_status(run) != 0:
             break
-        # It was done before the signal came: a busy machine had made the trial run look slow.
-        assert share
+        # It was done before the signal came.
         assert is_complete(out, large.output)
         shutil.rmtree(tmp_path / "made")
-        share /= 2
 
     said = (tmp_path / "log").read_text()
     assert shell_status(run) == status, said
@@ -206,7 +192,6 @@ def test_an_interrupted_run_leaves_nothing_behind_but_what_is_proven(
     left = partials(out)
     if left:
         (home,) = left
-        assert share, "nothing is proven at once"
         assert proven_units(home) > 0
         assert number is not signal.SIGINT or f"--resume goes on; or delete {home}" in said
     else:
@@ -219,14 +204,21 @@ def test_an_interrupted_run_leaves_the_old_output(
     tmp_path: Path, large: Large, number: signal.Signals, status: int
 ) -> None:
     out = tmp_path / "out"
-    out.mkdir()
-    (out / "old").write_text("old")
-    run = start(large, out, tmp_path / "log", "--overwrite")
-    wait_for_partial(run, out)
-    os.killpg(run.pid, number)
+    while True:
+        out.mkdir()
+        (out / "old").write_text("old")
+        run = start(large, out, tmp_path / "log", "--overwrite")
+        wait_for_partial(run, out)
+        if run.poll() is None:
+            os.killpg(run.pid, number)
+        if shell_status(run) != 0:
+            break
+        shutil.rmtree(out)
 
     assert shell_status(run) == status, (tmp_path / "log").read_text()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "out"]
+    left = partials(out)
+    assert all(map(proven_units, left))
+    assert sorted(path.name for path in tmp_path.iterdir() if path not in left) == ["log", "out"]
     assert [path.name for path in out.iterdir()] == ["old"]
     assert (out / "old").read_text() == "old"
 
@@ -246,8 +238,9 @@ def test_a_run_is_interrupted_while_transformers_describes_the_model(
     tmp_path: Path, fixtures: Path, number: signal.Signals, status: int
 ) -> None:
     run = start_small(fixtures, tmp_path)
-    wait_for_child(run)
-    time.sleep(0.5)
+    child = wait_for_child(run)
+    # From here on it imports transformers, which takes it much longer than a signal takes.
+    wait_until(lambda: "libtorch_python" in maps(child), run)
     os.killpg(run.pid, number)
 
     assert shell_status(run) == status, (tmp_path / "log").read_text()
@@ -264,32 +257,44 @@ def test_no_signal_is_lost_while_torch_is_imported(
     for moment in range(int(number) % 2, 8, 2):
         run = start_small(fixtures, tmp_path)
         wait_for_child(run)
-        time.sleep(0.12 * moment)
+        # The import is a matter of the processor: so far it has come, however slowly.
+        until = cpu_seconds(run.pid) + 0.12 * moment
+        wait_until(partial(has_used, run, until))
         run.send_signal(number)
 
         assert shell_status(run) == status, (tmp_path / "log").read_text()
         assert [path.name for path in tmp_path.iterdir()] == ["log"]
 
 
+def has_used(run: subprocess.Popen[bytes], seconds: float) -> bool:
+    return run.poll() is not None or cpu_seconds(run.pid) >= seconds
+
+
 def shell_status(run: subprocess.Popen[bytes]) -> int:
     """The exit status as a shell gives it: Python ends some interrupted runs by the signal itself."""
-    status = run.wait(timeout=60)
+    status = run.wait()
     return status if status >= 0 else 128 - status
 
 
-def wait_for_child(run: subprocess.Popen[bytes]) -> None:
+def wait_for_child(run: subprocess.Popen[bytes]) -> int:
+    """The process that it has started."""
     tasks = Path(f"/proc/{run.pid}/task")
     if not tasks.exists():
         pytest.skip("children are found with Linux's /proc")
-    deadline = time.monotonic() + 60
-    while not any(children(task) for task in tasks.iterdir()):
-        assert run.poll() is None, "it ended without asking"
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    wait_until(lambda: any(children(task) for task in tasks.iterdir()), run)
+    return next(int(child) for task in tasks.iterdir() for child in children(task))
 
 
-def children(task: Path) -> str:
+def children(task: Path) -> list[str]:
     try:
-        return (task / "children").read_text()
+        return (task / "children").read_text().split()
+    except OSError:
+        return []
+
+
+def maps(pid: int) -> str:
+    """What a process has in memory."""
+    try:
+        return Path(f"/proc/{pid}/maps").read_text()
     except OSError:
         return ""

@@ -20,6 +20,7 @@ from ckpt_tools import consolidate
 from ckpt_tools.errors import CkptError, DamagedCheckpoint, UsageError
 from ckpt_tools.tensors.dtypes import BY_SHORT_NAME
 from tests.conftest import FIXTURES
+from tests.support.models import live_model, loaded, of_config, same_logits
 
 State = dict[str, torch.Tensor]
 
@@ -205,46 +206,18 @@ def test_the_older_of_two_saves_is_found_by_its_tag(tmp_path: Path) -> None:
             assert different(masters, case.masters()) != []
 
 
-def auto_class(hf: Path) -> Any:
-    import transformers
-
-    (architecture,) = json.loads((hf / "config.json").read_text())["architectures"]
-    if architecture.endswith("ForCausalLM") or architecture == "GPT2LMHeadModel":
-        return transformers.AutoModelForCausalLM
-    return getattr(transformers, architecture)
-
-
-def loaded(out: Path) -> Any:
-    """The model that transformers makes of the directory, which must not lack or add a key."""
-    model, info = auto_class(out).from_pretrained(
-        out, dtype="auto", attn_implementation="eager", output_loading_info=True
-    )
-    assert {kind: list(names) for kind, names in info.items() if names} == {}
-    return model.eval()
-
-
-def logits(case: Case, model: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Those of the model and those of the live engine."""
-    inputs = load_file(case.path / "truth" / "logits.safetensors")
-    live = inputs.pop("logits")
-    with torch.no_grad():
-        return model(**inputs, use_cache=False).logits, live
-
-
 def saved_by_transformers(case: Case, state: State, directory: Path, **options: Any) -> Path:
     """What ``save_pretrained`` writes of the live model: a model of the config with the live weights."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(case.hf)
-    model_class = auto_class(case.hf)
-    if hasattr(model_class, "from_config"):
-        model = model_class.from_config(config)
-    else:
-        model = model_class(config)
+    model = of_config(case.hf)
     model.to(next(tensor.dtype for tensor in state.values() if tensor.is_floating_point()))
     model.load_state_dict(state, strict=True)
     model.save_pretrained(directory, **options)
     return directory
+
+
+def loads_as_the_live_model(out: Path, case: Case) -> bool:
+    """Whether transformers reads a directory with no key amiss, and it then gives the live model's logits."""
+    return same_logits(loaded(out), live_model(case.hf, case.named(case.model())))
 
 
 @every(WHOLE)
@@ -255,9 +228,42 @@ def test_transformers_loads_the_live_model(tmp_path: Path, case: Case) -> None:
     theirs = saved_by_transformers(case, case.named(case.model()), tmp_path / "theirs")
     ours = (tmp_path / "out" / "model.safetensors").read_bytes()
     assert ours == (theirs / "model.safetensors").read_bytes()
-    found, live = logits(case, loaded(tmp_path / "out"))
-    assert found.dtype == live.dtype
-    assert torch.equal(found, live)
+    assert loads_as_the_live_model(tmp_path / "out", case)
+
+
+WRONG_ROPE = {"rope_theta": 510_000.0, "rope_type": "default"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_parameters": WRONG_ROPE},
+        {"rms_norm_eps": 1.1e-5},
+        {"hidden_act": "gelu_new"},
+        {"sliding_window": 5},
+        {"tie_word_embeddings": True},
+        {},
+    ],
+    ids=lambda changes: next(iter(changes), "a-bit-of-a-weight"),
+)
+def test_logits_tell_a_wrong_directory(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """The comparison that the test above rests on: a config or a weight that is slightly wrong fails it."""
+    case = Case(FIXTURES / "zero" / "zero3-bf16-olmo3-2ranks")
+    out = tmp_path / "out"
+    consolidate(case.checkpoint, out, config=case.hf)
+    assert loads_as_the_live_model(out, case)
+
+    config = json.loads((out / "config.json").read_text())
+    if "rope_parameters" in changes:
+        changes = {"rope_parameters": dict.fromkeys(config["rope_parameters"], WRONG_ROPE)}
+    (out / "config.json").write_text(json.dumps(config | changes))
+    state = load_file(out / "model.safetensors")
+    if not changes:
+        state["model.layers.1.mlp.down_proj.weight"].view(torch.int16)[4, 7] ^= 1
+    elif "tie_word_embeddings" in changes:
+        del state["lm_head.weight"]
+    save_file(state, out / "model.safetensors", {"format": "pt"})
+    assert not loads_as_the_live_model(out, case)
 
 
 @every(WHOLE)
@@ -316,8 +322,7 @@ def test_values_of_their_own_under_a_tie_of_the_config_are_both_written(
     output = json.loads((tmp_path / "out" / "config.json").read_text())
     assert output["tie_word_embeddings"] is False
     assert [w for w in report.warnings if "lm_head.weight" in w and "values of its own" in w]
-    found, live = logits(case, loaded(tmp_path / "out"))
-    assert torch.equal(found, live)
+    assert loads_as_the_live_model(tmp_path / "out", case)
 
 
 def test_a_tie_that_the_config_does_not_have_is_written_twice(tmp_path: Path) -> None:
@@ -328,8 +333,7 @@ def test_a_tie_that_the_config_does_not_have_is_written_twice(tmp_path: Path) ->
     consolidate(case.checkpoint, tmp_path / "out", config=tmp_path / "config.json")
 
     assert different(written(tmp_path / "out"), case.model()) == []
-    found, live = logits(case, loaded(tmp_path / "out"))
-    assert torch.equal(found, live)
+    assert loads_as_the_live_model(tmp_path / "out", case)
 
 
 @every(EXCLUDED)
@@ -361,8 +365,7 @@ def test_frozen_tensors_that_were_left_out_are_taken_from_the_base_model(
 
     assert different(written(tmp_path / "out"), case.model()) == []
     assert [w for w in report.warnings if "taken from --like" in w and case.facts["frozen"][0] in w]
-    found, live = logits(case, loaded(tmp_path / "out"))
-    assert torch.equal(found, live)
+    assert loads_as_the_live_model(tmp_path / "out", case)
 
 
 def test_frozen_tensors_from_the_base_model_are_cast_like_the_others(tmp_path: Path) -> None:
@@ -414,8 +417,7 @@ def test_shards_and_index_are_those_of_save_pretrained(tmp_path: Path) -> None:
     assert names == {path.name for path in (tmp_path / "out").glob("model*")}
     for name in names:
         assert (tmp_path / "out" / name).read_bytes() == (theirs / name).read_bytes(), name
-    found, live = logits(case, loaded(tmp_path / "out"))
-    assert torch.equal(found, live)
+    assert loads_as_the_live_model(tmp_path / "out", case)
 
 
 CHAT = Case(FIXTURES / "zero" / "zero3-bf16-olmo2-chat-2ranks")

@@ -26,10 +26,11 @@ from tests.adapted import (
     facts,
     files,
     files_but_manifests,
-    logits,
     lora_state,
     write_checkpoint,
 )
+from tests.support.models import same_logits
+from tests.support.peft_models import live_adapted
 
 LORA = [case for case in CASES if set(facts(case)["adapters"].values()) == {"LORA"}]
 OTHERS = [case for case in CASES if case not in LORA]
@@ -85,8 +86,7 @@ def test_peft_loads_it_and_gives_the_live_logits(case: str, fixtures: Path, tmp_
     )
     model = PeftModel.from_pretrained(base, tmp_path / "out", autocast_adapter_dtype=False)
 
-    live = load_file(source / "truth/logits.safetensors")["logits"]
-    assert torch.equal(logits(model), live)
+    assert same_logits(model, live_adapted(source))
 
 
 @pytest.mark.parametrize(
@@ -316,7 +316,7 @@ def test_a_tensor_without_its_partner_is_named(tmp_path: Path) -> None:
 
 def test_another_tuner_needs_pefts_word(fixtures: Path, tmp_path: Path) -> None:
     source = fixtures / "peft/zero2-olmo2-ia3"
-    with pytest.raises(MissingAsset, match="only that of a LoRA can be inferred"):
+    with pytest.raises(MissingAsset, match="only a LoRA config can be inferred"):
         extract_lora(source / "checkpoint", tmp_path / "out")
     with pytest.raises(UnsupportedLayout, match="what PEFT saves of a IA3 adapter is not known"):
         extract_lora(
@@ -349,7 +349,7 @@ def test_trained_tensors_that_peft_leaves_out_are_named(fixtures: Path, tmp_path
     report = extract_lora(source / "checkpoint", tmp_path / "out", adapter_config=tmp_path)
 
     (warning,) = report.warnings
-    assert warning.startswith("trained, but no part of an adapter as PEFT saves it: ")
+    assert warning.startswith("trained, but not part of an adapter as PEFT saves it: ")
     assert warning.count("base_layer.bias") == 2
 
 
@@ -368,7 +368,7 @@ def test_dtypes(dtype: Any, expected: torch.dtype, fixtures: Path, tmp_path: Pat
 
 def test_an_unknown_dtype_is_refused(tmp_path: Path) -> None:
     run = write_checkpoint(tmp_path / "run", lora_state(), adapter_config())
-    with pytest.raises(UsageError, match="'int3' is no dtype"):
+    with pytest.raises(UsageError, match="'int3' is not a dtype"):
         extract_lora(run, tmp_path / "out", dtype="int3")  # type: ignore[arg-type]
 
 

@@ -16,6 +16,7 @@ REWRITE = os.environ.get("REWRITE") == "1"
 TEXTS = {path: path.read_text() for path in PAGES}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "path",
     [path for path, text in TEXTS.items() if "```" in text],

@@ -170,7 +170,7 @@ class TestFinish:
     def test_the_vocabulary_is_as_large_as_the_embedding(self) -> None:
         result = finished(LLAMA, language_model(rows=512))
         assert result.data["vocab_size"] == 512
-        assert "vocab_size set to 512, the rows of the embedding (was 400)" in result.notes
+        assert "vocab_size set to 512, the rows of the embedding (was 400)" in result.warnings
 
     @pytest.mark.parametrize(
         "name",
@@ -213,7 +213,7 @@ class TestFinish:
         result = finished(config)
         assert result.data["text_config"]["vocab_size"] == 400
         assert result.data["vocab_size"] == 999
-        assert bool([note for note in result.notes if "vocab_size" in note]) == (nested != 400)
+        assert bool([note for note in result.warnings if "vocab_size" in note]) == (nested != 400)
 
     def test_the_outer_vocabulary_follows_where_no_other_is_stated(self) -> None:
         config = LLAMA | {"vocab_size": 1, "text_config": {"hidden_size": 8}}

@@ -15,10 +15,10 @@ import torch
 from ckpt_tools.errors import CkptError, UsageError
 from ckpt_tools.hub import reference
 from ckpt_tools.hub.reference import (
-    Computed,
     Joined,
     Live,
     LiveTensor,
+    NewValues,
     Strided,
     child,
     describe,
@@ -319,7 +319,7 @@ RECIPES: list[Recipe] = [
     Live("a.weight"),
     Strided(Live("a"), 3, (2, 2), (1, 4)),
     Joined((Live("a"), Strided(Live("b"), 0, (2,), (1,))), 1),
-    Computed("aten.exp.default"),
+    NewValues("aten.exp.default"),
 ]
 
 
@@ -363,5 +363,5 @@ class TestTracing:
             lambda a, b: a.clone().fill_(0),
             lambda a, b: a.flip(0),
         ):
-            assert isinstance(traced(make), Computed)
-        assert traced(lambda a, b: (a + b)[1:]) == Computed("aten.add.Tensor")
+            assert isinstance(traced(make), NewValues)
+        assert traced(lambda a, b: (a + b)[1:]) == NewValues("aten.add.Tensor")

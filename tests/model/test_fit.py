@@ -211,3 +211,35 @@ def test_what_is_written_unchecked_says_which_names_are_left_out(state: dict[str
     (note,) = fitted.notes
     assert HEAD in note
     assert EMBEDDING in note
+
+
+def scored(state: Mapping[str, Tensor], directory: Path, name: str) -> dict[str, Tensor]:
+    """The state without its head, and with one of another kind in its place."""
+    return {**without(state, HEAD), **on_disk(directory, {name: torch.ones(1, 16).bfloat16()})}
+
+
+@pytest.mark.parametrize("tied_head", [True, False])
+@pytest.mark.parametrize("like", [True, False])
+def test_a_reward_model_with_a_causal_config_is_refused_with_its_class(
+    tied: Case, state: dict[str, Tensor], tmp_path: Path, tied_head: bool, like: bool
+) -> None:
+    """``--like`` a causal model must not make a causal model of it."""
+    config = config_of(tied, tmp_path, tie_word_embeddings=tied_head)
+    tensors = scored(state, tmp_path, "score.weight")
+
+    with pytest.raises(UsageError, match=r"score\.weight") as caught:
+        fit(tensors, config, extra={HEAD: state[HEAD]} if like else None)
+
+    assert "they are those of Qwen3ForSequenceClassification" in caught.value.fact
+    assert '"architectures": ["Qwen3ForSequenceClassification"]' in str(caught.value.hint)
+
+
+def test_a_value_head_beside_a_tied_language_model_is_written_with_a_warning(
+    tied: Case, state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    tensors = scored(state, tmp_path, "v_head.summary.weight")
+
+    fitted = fit(tensors, config_of(tied, tmp_path, tie_word_embeddings=True))
+
+    assert "v_head.summary.weight" in fitted.catalogue
+    assert any("v_head.summary.weight" in warning for warning in fitted.warnings)

@@ -144,7 +144,7 @@ def test_a_state_of_the_live_model_meets_its_hub_directory(tmp_path: Path) -> No
     assert names_of(a) == names_of(b) == set(load_file(hub / "model.safetensors"))
     pairs = match(a.copies[0], b.copies[0]).pairs
     assert all(torch.equal(x.load(), y.load()) for x, y in pairs.values())
-    assert a.notes == ("A: brought into the hub's layout, by the config of B",)
+    assert a.notes == ("A: brought into the hub layout by the config of B",)
     assert b is finished
     b, a = alike(finished, run)
     assert names_of(a) == names_of(b)
@@ -181,7 +181,7 @@ def test_a_state_with_an_adapter_meets_the_adapters_directory(case: str, folder:
         torch.equal(a.copies[1][name].load(), value.to(a.copies[1][name].dtype.torch))
         for name, value in truth.items()
     )
-    assert a.notes[-1] == "A: only the adapter is compared, B being one"
+    assert a.notes[-1] == "A: only the adapter is compared, because B is an adapter"
 
 
 def test_an_adapter_of_another_name_is_met_if_it_is_the_only_one(tmp_path: Path) -> None:

@@ -53,6 +53,8 @@ def counted() -> Iterator[list[int]]:
 
 def main(path: str) -> None:
     ranks = from_environment(60)
+    assert ranks is not None
+    ranks.await_all()
     for case in json.loads(Path(path).read_text()):
         function = getattr(ckpt_tools, case["function"])
         with otherwise(case.get("changed", {})) as own, counted() as counts:
@@ -66,7 +68,7 @@ def main(path: str) -> None:
                     "fact": getattr(error, "fact", str(error)),
                     "path": str(getattr(error, "path", None)),
                     "exit_code": getattr(error, "exit_code", RankFailed.exit_code),
-                    "told_elsewhere": error.told_elsewhere,  # type: ignore[attr-defined]
+                    "told_elsewhere": ranks.told_elsewhere,
                 }
         sys.stdout.write(f"rank {RANK}: {json.dumps(said)}\nshare {RANK} {sum(counts)}\n")
         sys.stdout.flush()

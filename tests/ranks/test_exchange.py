@@ -10,14 +10,14 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from torch._C._distributed_c10d import HashStore
 
 from ckpt_tools.errors import OutputFailed, RankFailed
 from ckpt_tools.ranks import Exchange, Ranks, exchange
-from ckpt_tools.storage.places import FileFacts, Place, Readable, read_fully
+from ckpt_tools.storage.places import LOCAL, FileFacts, Place, Readable, Requests, read_fully
 from tests.ranks.in_threads import hurried, made, together
 
 __all__ = ["hurried"]
@@ -32,6 +32,7 @@ class Memory:
     opening: Callable[[str], object] = str
     at_once: list[int] = field(default_factory=list)
     label: str = "memory"
+    requests: ClassVar[Requests] = LOCAL
 
     def listing(self) -> Mapping[str, FileFacts]:
         return {name: FileFacts(len(data), 0) for name, data in self.files.items()}

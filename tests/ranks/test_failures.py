@@ -135,7 +135,7 @@ def assert_told_once(said: str, message: str) -> None:
 
 
 def went_on(report: dict[str, Any]) -> bool:
-    return any("went on with" in note for note in report["notes"])
+    return any("continued an earlier run" in note for note in report["notes"])
 
 
 # Damage
@@ -207,7 +207,7 @@ def test_what_one_rank_meets_every_rank_raises_and_the_next_command_works(tmp_pa
         (damaged, "a compressed chunk is damaged"),
         (strange, "TypeError"),
         (older, "rank 1 was started with ckpt-tools 0.0.1, and rank 0 with ckpt-tools"),
-        (differing, "rank 2 understands the plan otherwise than rank 0"),
+        (differing, "rank 2 computes another digest of the plan than rank 0"),
         (missing, "nothing"),
     ):
         assert all(fact in str(said) for said in told), told
@@ -284,7 +284,7 @@ def test_machines_that_hold_too_little_or_too_much_are_told_so(tmp_path: Path) -
         (lacking, "DamagedCheckpoint", "1 of 2 optim_states files are missing: ranks 1"),
         (differing, "DamagedCheckpoint", "bytes in", "machine 1", stale.name),
         (unlike, "RankFailed", "rank 1 was started with no --node-local"),
-        (unseen, "RankFailed", "rank 1: machine 1 does not see it", "out.partial-"),
+        (unseen, "RankFailed", "rank 1: machine 1 cannot see it", "out.partial-"),
     ):
         assert [each["told_elsewhere"] for each in said] == [False, True]
         assert said[0]["error"] == error

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import random
 import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -16,16 +13,16 @@ import pytest
 from torch._C._distributed_c10d import HashStore, TCPStore
 
 from ckpt_tools.errors import CkptError, DamagedCheckpoint, OutputFailed, RankFailed
-from ckpt_tools.ranks import Ranks, pulse, session
-from tests.ranks.in_threads import Store, hurried, made, together
+from ckpt_tools.ranks import Ranks, pulse
+from tests.ranks.in_threads import Store, at_once, clock, made, together
+from tests.ranks.simulated import SimulatedClock
 
-__all__ = ["hurried"]
-pytestmark = pytest.mark.usefixtures("hurried")
+__all__ = ["clock"]
 
 
-def told(outcomes: list[Any]) -> list[int]:
+def told(ranks: list[Ranks]) -> list[int]:
     """Ranks that tell the user why they ended."""
-    return [rank for rank, error in enumerate(outcomes) if not error.told_elsewhere]
+    return [number for number, own in enumerate(ranks) if own.told_elsewhere is False]
 
 
 def assert_failed(error: Any, fact: str) -> None:
@@ -36,21 +33,25 @@ def assert_failed(error: Any, fact: str) -> None:
 # Values
 
 
-def test_every_rank_gets_the_values_of_all_by_rank() -> None:
-    found = together(made(3), lambda own: own.all_gather("square", own.rank**2))
+def test_every_rank_gets_the_values_of_all_by_rank(clock: SimulatedClock) -> None:
+    found = together(made(clock, 3), lambda own: own.all_gather("square", own.rank**2))
 
     assert found == [[0, 1, 4]] * 3
 
 
-def test_only_the_leader_gathers() -> None:
-    assert together(made(3), lambda own: own.gather("rank", own.rank)) == [[0, 1, 2], None, None]
+def test_only_the_leader_gathers(clock: SimulatedClock) -> None:
+    assert together(made(clock, 3), lambda own: own.gather("rank", own.rank)) == [
+        [0, 1, 2],
+        None,
+        None,
+    ]
 
 
-def test_a_value_larger_than_the_store_takes_travels_in_parts() -> None:
+def test_a_value_larger_than_the_store_takes_travels_in_parts(clock: SimulatedClock) -> None:
     port_of = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     limit = timedelta(seconds=30)
     clients = [TCPStore("127.0.0.1", port_of.port, timeout=limit) for _ in range(2)]
-    ranks = [Ranks(client, rank, 2, "here", 30) for rank, client in enumerate(clients)]
+    ranks = [Ranks(client, rank, 2, "here", 30, clock) for rank, client in enumerate(clients)]
     large = random.Random(7).randbytes(9 << 20)
 
     def body(own: Ranks) -> bool:
@@ -61,28 +62,28 @@ def test_a_value_larger_than_the_store_takes_travels_in_parts() -> None:
     assert together(ranks, body) == [True, True]
 
 
-def test_ranks_know_which_of_them_share_a_machine() -> None:
-    found = together(made(5), lambda own: (own.names, own.machines))
+def test_ranks_know_which_of_them_share_a_machine(clock: SimulatedClock) -> None:
+    found = together(made(clock, 5), lambda own: (own.names, own.machines))
 
     names = ("machine-0", "machine-0", "machine-1", "machine-1", "machine-2")
     assert found == [(names, (0, 0, 1, 1, 2))] * 5
 
 
-def test_the_leader_knows_how_many_bytes_all_have_finished() -> None:
+def test_the_leader_knows_how_many_bytes_all_have_finished(clock: SimulatedClock) -> None:
     def body(own: Ranks) -> int:
         own.active(100 * (own.rank + 1))
-        time.sleep(0.3)
+        own.clock.sleep(2 * pulse.BEAT_SECONDS)
         own.all_gather("noted", None)
         return own.nbytes()
 
-    assert together(made(3), body)[0] == 600
+    assert together(made(clock, 3), body)[0] == 600
 
 
 # Sessions
 
 
-def test_a_session_sees_nothing_of_the_one_before() -> None:
-    ranks = made(2)
+def test_a_session_sees_nothing_of_the_one_before(clock: SimulatedClock) -> None:
+    ranks = made(clock, 2)
 
     def body(own: Ranks) -> Any:
         if own.leads:
@@ -99,9 +100,9 @@ def test_a_session_sees_nothing_of_the_one_before() -> None:
     ]
 
 
-def test_a_training_of_many_sessions_does_not_fill_the_store() -> None:
+def test_a_training_of_many_sessions_does_not_fill_the_store(clock: SimulatedClock) -> None:
     store = HashStore()
-    ranks = made(2, store=store)
+    ranks = made(clock, 2, store=store)
     counts = []
 
     def body(own: Ranks) -> None:
@@ -116,8 +117,8 @@ def test_a_training_of_many_sessions_does_not_fill_the_store() -> None:
     assert counts[0] == counts[2] == counts[3], counts
 
 
-def test_a_session_after_a_failed_one_is_as_any_other() -> None:
-    ranks = made(3)
+def test_a_session_after_a_failed_one_is_as_any_other(clock: SimulatedClock) -> None:
+    ranks = made(clock, 3)
 
     def fail(own: Ranks) -> None:
         if own.rank == 2:
@@ -131,7 +132,9 @@ def test_a_session_after_a_failed_one_is_as_any_other() -> None:
 # Failures
 
 
-def test_a_failed_follower_ends_all_with_its_message_told_by_the_leader() -> None:
+def test_a_failed_follower_ends_all_with_its_message_told_by_the_leader(
+    clock: SimulatedClock,
+) -> None:
     damage = DamagedCheckpoint("it ends early", path="shard.pt", tensor="w", hint="Copy it anew.")
 
     def body(own: Ranks) -> None:
@@ -139,49 +142,49 @@ def test_a_failed_follower_ends_all_with_its_message_told_by_the_leader() -> Non
             raise damage
         own.get("never")
 
-    leader, failed, other = together(made(3), body)
+    leader, failed, other = together(ranks := made(clock, 3), body)
 
     assert failed is damage
     for error in (leader, other):
         assert_failed(error, "rank 1: it ends early")
         assert (error.path, error.tensor, error.hint) == (Path("shard.pt"), "w", "Copy it anew.")
         assert error.exit_code == DamagedCheckpoint.exit_code
-    assert told([leader, failed, other]) == [0]
+    assert told(ranks) == [0]
 
 
-def test_a_failed_leader_ends_all() -> None:
+def test_a_failed_leader_ends_all(clock: SimulatedClock) -> None:
     def body(own: Ranks) -> None:
         if own.leads:
             raise OutputFailed("no space left")
         own.get("plan")
 
-    leader, *others = together(made(3), body)
+    leader, *others = together(ranks := made(clock, 3), body)
 
     assert isinstance(leader, OutputFailed)
     for error in others:
         assert_failed(error, "rank 0: no space left")
-    assert told([leader, *others]) == [0]
+    assert told(ranks) == [0]
 
 
-def test_a_failure_reaches_a_rank_that_waits_for_nothing() -> None:
+def test_a_failure_reaches_a_rank_that_waits_for_nothing(clock: SimulatedClock) -> None:
     def body(own: Ranks) -> None:
         if own.rank == 1:
             raise OutputFailed("no space left")
-        assert own.failed.wait(5)
+        assert own.clock.wait(own.failed, 5)
 
-    leader, _, other = together(made(3), body)
+    leader, _, other = together(made(clock, 3), body)
 
     assert_failed(leader, "rank 1: no space left")
     assert_failed(other, "rank 1: no space left")
 
 
-def test_what_nobody_foresaw_is_told_by_its_name() -> None:
+def test_what_nobody_foresaw_is_told_by_its_name(clock: SimulatedClock) -> None:
     def body(own: Ranks) -> None:
         if own.rank == 1:
             raise ZeroDivisionError("division by zero\nand more")
         own.get("never")
 
-    leader, failed = together(made(2), body)
+    leader, failed = together(made(clock, 2), body)
 
     assert isinstance(failed, ZeroDivisionError)
     assert_failed(leader, "rank 1: ZeroDivisionError: division by zero")
@@ -189,42 +192,42 @@ def test_what_nobody_foresaw_is_told_by_its_name() -> None:
 
 
 @pytest.mark.parametrize("end", [SystemExit(143), KeyboardInterrupt()])
-def test_a_signal_stays_a_signal_where_it_came(end: BaseException) -> None:
+def test_a_signal_stays_a_signal_where_it_came(clock: SimulatedClock, end: BaseException) -> None:
     def body(own: Ranks) -> None:
         if own.rank == 1:
             raise end
         own.get("never")
 
-    leader, failed = together(made(2), body)
+    leader, failed = together(ranks := made(clock, 2), body)
 
     assert failed is end
     assert_failed(leader, "rank 1: was ended by a signal")
-    assert told([leader, failed]) == [0]
+    assert told(ranks) == [0]
 
 
-def test_of_several_failures_one_is_told() -> None:
+def test_of_several_failures_one_is_told(clock: SimulatedClock) -> None:
     def body(own: Ranks) -> None:
         raise OutputFailed(f"no space left for rank {own.rank}")
 
-    outcomes = together(made(4), body)
+    outcomes = together(ranks := made(clock, 4), body)
 
     assert [type(error) for error in outcomes] == [OutputFailed] * 4
-    assert told(outcomes) == [0]
+    assert told(ranks) == [0]
 
 
-def test_an_error_that_only_follows_from_another_gives_way_to_it() -> None:
+def test_an_error_that_only_follows_from_another_gives_way_to_it(clock: SimulatedClock) -> None:
     def body(own: Ranks) -> None:
         if own.rank == 1:
             raise OutputFailed("no space left")
-        time.sleep(0.5)
+        own.clock.sleep(2 * pulse.BEAT_SECONDS)
         raise RankFailed("rank 1 gives no answer")
 
-    leader, _ = together(made(2), body)
+    leader, _ = together(made(clock, 2), body)
 
     assert_failed(leader, "rank 1: no space left")
 
 
-def test_the_leader_tidies_up_only_when_all_have_stopped() -> None:
+def test_the_leader_tidies_up_only_when_all_have_stopped(clock: SimulatedClock) -> None:
     stopped = threading.Event()
 
     def body(own: Ranks) -> bool:
@@ -235,25 +238,25 @@ def test_the_leader_tidies_up_only_when_all_have_stopped() -> None:
             finally:
                 assert stopped.is_set()
         else:
-            own.failed.wait(10)
-            time.sleep(1.5)  # a block that is being written
+            own.clock.wait(own.failed, 10)
+            own.clock.sleep(5)  # a block that is being written
             stopped.set()
             own.check()
         return False
 
-    leader, follower = together(made(2), body)
+    leader, follower = together(made(clock, 2), body)
 
     assert isinstance(leader, OutputFailed)
     assert_failed(follower, "rank 0: no space left")
 
 
-def test_others_wait_until_the_leader_has_tidied_up() -> None:
+def test_others_wait_until_the_leader_has_tidied_up(clock: SimulatedClock) -> None:
     left = []
 
     def body(own: Ranks) -> None:
         if own.leads:
-            own.failed.wait(10)
-            time.sleep(1.5)
+            own.clock.wait(own.failed, 10)
+            own.clock.sleep(5)
             left.append("tidy")
             own.check()
         try:
@@ -261,53 +264,55 @@ def test_others_wait_until_the_leader_has_tidied_up() -> None:
         finally:
             own.active()
 
-    ranks = made(2)
-    leader, follower = together(ranks, body)
+    ranks = made(clock, 2)
+    together(ranks, body)
 
     assert left
-    assert told([leader, follower]) == [0]
+    assert told(ranks) == [0]
 
 
 # Ranks that are lost
 
 
-def test_a_follower_that_dies_is_missed_by_a_leader_that_waits_for_it() -> None:
+def test_a_follower_that_dies_is_missed_by_a_leader_that_waits_for_it(
+    clock: SimulatedClock,
+) -> None:
     def body(own: Ranks) -> None:
         if own.rank == 1:
             die(own)
         own.all_gather("value", None)
 
-    leader, _, other = together(made(3), body)
+    leader, _, other = together(made(clock, 3), body)
 
     assert_failed(leader, "rank 1 gives no sign of life")
     assert_failed(other, "rank 0: rank 1 gives no sign of life")
 
 
-def test_a_follower_that_dies_is_missed_by_a_leader_that_is_busy() -> None:
+def test_a_follower_that_dies_is_missed_by_a_leader_that_is_busy(clock: SimulatedClock) -> None:
     def body(own: Ranks) -> None:
         if own.rank == 1:
             die(own)
-        assert own.failed.wait(10)
+        assert own.clock.wait(own.failed, 30)
 
-    leader, _, other = together(made(3), body)
+    leader, _, other = together(made(clock, 3), body)
 
     assert_failed(leader, "rank 1 gives no sign of life")
     assert_failed(other, "rank 0: rank 1 gives no sign of life")
 
 
-def test_where_the_leader_is_dead_the_rank_that_missed_it_speaks() -> None:
+def test_where_the_leader_is_dead_the_rank_that_missed_it_speaks(clock: SimulatedClock) -> None:
     def body(own: Ranks) -> None:
         if own.leads:
             die(own)
         own.get("plan")
 
-    _, *others = together(made(3), body)
+    _, *others = together(ranks := made(clock, 3), body)
 
     assert all("rank 0 gives no sign of life" in error.fact for error in others)
-    assert len(told(others)) == 1
+    assert len(told(ranks[1:])) == 1
 
 
-def test_where_the_leader_is_dead_a_failed_rank_speaks_for_itself() -> None:
+def test_where_the_leader_is_dead_a_failed_rank_speaks_for_itself(clock: SimulatedClock) -> None:
     def body(own: Ranks) -> None:
         if own.leads:
             die(own)
@@ -315,128 +320,122 @@ def test_where_the_leader_is_dead_a_failed_rank_speaks_for_itself() -> None:
             raise OutputFailed("no space left")
         own.get("plan")
 
-    _, *others = together(made(3), body)
+    _, *others = together(ranks := made(clock, 3), body)
 
     assert isinstance(others[0], OutputFailed)
     assert_failed(others[1], "rank 1: no space left")
-    assert told(others) == [0]
+    assert told(ranks[1:]) == [0]
 
 
 def die(own: Ranks) -> None:
     """As a process that was killed, or stopped: nothing is heard of it for longer than others wait."""
     own._pulse.stop()
-    time.sleep(2.5)
+    own.clock.sleep(3 * pulse.DEAD_SECONDS)
     raise SystemExit
 
 
-def test_a_rank_that_lives_and_does_nothing_is_waited_for_no_longer_than_asked() -> None:
-    started = time.monotonic()
-
+def test_a_rank_that_lives_and_does_nothing_is_waited_for_no_longer_than_asked(
+    clock: SimulatedClock,
+) -> None:
     def body(own: Ranks) -> None:
         if own.rank == 1:
-            own.failed.wait(30)
+            own.clock.wait(own.failed, 300)
         own.all_gather("value", None)
 
-    leader, follower = together(made(2, timeout=2), body)
+    leader, follower = together(made(clock, 2, timeout=60), body)
 
-    assert 2 < time.monotonic() - started < 8
-    assert_failed(leader, "rank 1 has made no progress for 2 s (--timeout)")
+    assert 60 < clock.now() < 65
+    assert_failed(leader, "rank 1 has made no progress for 60 s (--timeout)")
     assert_failed(follower, "rank 0: rank 1 has made no progress")
 
 
-def test_a_rank_that_makes_progress_may_take_longer_than_the_timeout() -> None:
+def test_a_rank_that_makes_progress_may_take_longer_than_the_timeout(clock: SimulatedClock) -> None:
     """Nor do those lose patience who wait for the leader, which waits for it."""
 
     def body(own: Ranks) -> Any:
         for _ in range(20 if own.rank == 2 else 0):
-            time.sleep(0.15)
+            own.clock.sleep(8)
             own.active()
         values = own.gather("written", own.rank)
         if own.leads:
             own.put("report", values)
         return own.get("report")
 
-    assert together(made(3, timeout=1.5), body) == [[0, 1, 2]] * 3
+    assert together(made(clock, 3, timeout=10), body) == [[0, 1, 2]] * 3
+    assert clock.now() > 160
 
 
-def test_two_ranks_that_wait_for_each_other_do_not_do_so_for_ever() -> None:
+def test_two_ranks_that_wait_for_each_other_do_not_do_so_for_ever(clock: SimulatedClock) -> None:
     def body(own: Ranks) -> None:
         own.get("never", source=1 - own.rank)
 
-    for error in together(made(2, timeout=1.5), body):
+    for error in together(made(clock, 2, timeout=1.5), body):
         assert_failed(error, "has made no progress")
 
 
-def test_a_rank_that_waits_for_itself_does_not_do_so_for_ever() -> None:
-    leader, _ = together(made(2, timeout=1.5), lambda own: own.get("never"))
+def test_a_rank_that_waits_for_itself_does_not_do_so_for_ever(clock: SimulatedClock) -> None:
+    leader, _ = together(made(clock, 2, timeout=1.5), lambda own: own.get("never"))
 
     assert_failed(leader, "rank 0 has made no progress")
 
 
-def test_a_rank_that_never_comes_is_waited_for_as_long_as_asked() -> None:
-    first, _ = made(2, timeout=1.5)
+def test_a_rank_that_never_comes_is_waited_for_as_long_as_asked(clock: SimulatedClock) -> None:
+    first, _ = made(clock, 2, timeout=60)
 
     (error,) = together([first], lambda own: None)
 
-    assert_failed(error, "rank 1 gives no sign of life for 2 s (--timeout)")
+    assert_failed(error, "rank 1 gives no sign of life for 60 s (--timeout)")
 
 
-def test_a_rank_that_could_not_start_is_named_by_the_first_that_did(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(session, "_START_SECONDS", 0.5)
-    store = HashStore()
+def test_a_rank_that_could_not_start_is_named_by_the_first_that_did(clock: SimulatedClock) -> None:
+    ranks = made(clock, 4)
+    del ranks[1]
 
-    def come(rank: int) -> RankFailed:
-        with pytest.raises(RankFailed, match="rank 1 did not start within") as raised:
-            session._await_all(store, rank, 4)
-        return raised.value
+    outcomes = at_once([own.await_all for own in ranks], clock)
 
-    with ThreadPoolExecutor() as pool:
-        assert told(list(pool.map(come, [0, 2, 3]))) == [0]
+    for error in outcomes:
+        assert isinstance(error, RankFailed)
+        assert error.fact == "rank 1 did not start within 300 s"
+    assert told(ranks) == [0]
 
 
-def test_ranks_that_have_all_started_wait_no_longer() -> None:
-    store = HashStore()
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda rank: session._await_all(store, rank, 3), range(3)))
+def test_ranks_that_have_all_started_wait_no_longer(clock: SimulatedClock) -> None:
+    assert at_once([own.await_all for own in made(clock, 3)], clock) == [None] * 3
+    assert clock.now() < 5
 
 
-def test_a_rank_may_come_late() -> None:
-    ranks = made(2, timeout=10)
+def test_a_rank_may_come_late(clock: SimulatedClock) -> None:
+    ranks = made(clock, 2, timeout=100)
 
     def late(own: Ranks) -> str:
         if own.rank:
-            time.sleep(3)
+            own.clock.sleep(90)
         return ""
 
     assert together(ranks, lambda own: own.all_gather("rank", own.rank), late) == [[0, 1]] * 2
 
 
-def test_a_process_that_was_stopped_for_a_while_accuses_nobody(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_process_that_was_stopped_for_a_while_accuses_nobody(clock: SimulatedClock) -> None:
     """All of a job may be, and the first that runs again finds the signs of life that it had seen."""
-    ahead = [0.0]
-    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + ahead[0])
 
     def body(own: Ranks) -> Any:
         own.all_gather("here", None)
         if own.rank == 1:
             with mock.patch.object(own._pulse, "_beat"):
-                time.sleep(0.2)
-                ahead[0] = 1000.0
-                time.sleep(0.3)
+                clock.sleep(2 * pulse.BEAT_SECONDS)
+                clock.stopped_for = 1000.0
+                clock.sleep(3 * pulse.BEAT_SECONDS)
         return own.all_gather("rank", own.rank)
 
-    monkeypatch.setattr(pulse, "time", clock)
-    assert together(made(2), body) == [[0, 1]] * 2
+    assert together(made(clock, 2), body) == [[0, 1]] * 2
 
 
 # The store
 
 
-def test_when_the_store_is_gone_every_rank_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_when_the_store_is_gone_every_rank_ends(
+    monkeypatch: pytest.MonkeyPatch, clock: SimulatedClock
+) -> None:
     store = Store()
     monkeypatch.setenv("LOCAL_RANK", "0")
 
@@ -445,15 +444,15 @@ def test_when_the_store_is_gone_every_rank_ends(monkeypatch: pytest.MonkeyPatch)
         store.gone = True
         own.get("never")
 
-    outcomes = together(made(3, store=store), body)
+    outcomes = together(ranks := made(clock, 3, store=store), body)
 
     for rank, error in enumerate(outcomes):
         assert_failed(error, f"rank {rank} lost the others (Connection reset by peer)")
-    assert told(outcomes) == [0, 1, 2], "each is the first of its machine"
+    assert told(ranks) == [0, 1, 2], "each is the first of its machine"
 
 
 def test_when_the_store_is_gone_one_rank_of_a_machine_speaks(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, clock: SimulatedClock
 ) -> None:
     store = Store()
     monkeypatch.setenv("LOCAL_RANK", "1")
@@ -462,42 +461,46 @@ def test_when_the_store_is_gone_one_rank_of_a_machine_speaks(
         store.gone = True
         own.get("never")
 
-    leader, other = together(made(2, store=store), body)
-    assert (leader.told_elsewhere, other.told_elsewhere) == (False, True)
+    together(ranks := made(clock, 2, store=store), body)
+    assert told(ranks) == [0]
 
 
-def test_a_busy_rank_learns_that_the_store_is_gone() -> None:
+def test_a_busy_rank_learns_that_the_store_is_gone(clock: SimulatedClock) -> None:
     store = Store()
 
     def body(own: Ranks) -> None:
         store.gone = True
-        assert own.failed.wait(10)
+        assert own.clock.wait(own.failed, 10)
         own.check()
 
-    for error in together(made(2, store=store), body):
+    for error in together(made(clock, 2, store=store), body):
         assert_failed(error, "lost the others")
 
 
-def test_a_store_that_does_not_answer_is_waited_for_as_long_as_a_dead_rank() -> None:
-    store = Store()
-    started = time.monotonic()
+def test_a_store_that_does_not_answer_is_waited_for_as_long_as_a_dead_rank(
+    clock: SimulatedClock,
+) -> None:
+    store = Store(clock.unanswered)
 
     def body(own: Ranks) -> None:
         own.all_gather("rank", own.rank)
         store.silent.set()
         own.get("never")
 
-    for error in together(made(2, store=store), body):
-        assert_failed(error, "their store has not answered for 1 s")
-    assert time.monotonic() - started < 15
+    for error in together(made(clock, 2, store=store), body):
+        assert_failed(error, "their store has not answered for 20 s")
 
 
 # What is started
 
 
-def test_ranks_that_were_asked_for_different_things_do_not_work_together() -> None:
+def test_ranks_that_were_asked_for_different_things_do_not_work_together(
+    clock: SimulatedClock,
+) -> None:
     outcomes = together(
-        made(3), lambda own: own.get("never"), lambda own: "--node-local" * (own.rank == 2)
+        ranks := made(clock, 3),
+        lambda own: own.get("never"),
+        lambda own: "--node-local" * (own.rank == 2),
     )
     assert_failed(outcomes[0], "rank 2 was started with --node-local, and rank 0 with")
-    assert told(outcomes) == [0]
+    assert told(ranks) == [0]

@@ -17,14 +17,16 @@ import torch
 
 from ckpt_tools import average, consolidate, extract_lora, inspect, open_checkpoint, readers
 from ckpt_tools.errors import CkptError, DamagedCheckpoint
-from ckpt_tools.storage.pool import DirectoryPlace, Pool, PooledPath
+from ckpt_tools.storage.places import DirectoryPlace
+from ckpt_tools.storage.pool import Pool, PooledPath
 from ckpt_tools.tensors.checkpoint import Checkpoint
 from ckpt_tools.tensors.deferred import settle
 from tests.in_memory import Memory
-from tests.readers import test_accelerate, test_dcp_huggingface, test_olmo_core, test_rank_files
+from tests.readers import test_accelerate, test_dcp_huggingface, test_olmo_core
 from tests.readers.contract import FIXTURES, Case, assert_same, bits
 from tests.readers.dcp import test_dcp
 from tests.readers.deepspeed import test_reader
+from tests.readers.rank_files import test_reader as test_rank_files
 
 EVERY = sorted(path.parent for path in FIXTURES.glob("*/*/checkpoint"))
 

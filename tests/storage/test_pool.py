@@ -16,19 +16,16 @@ from pathlib import Path
 import pytest
 
 from ckpt_tools.errors import DamagedCheckpoint
-from ckpt_tools.storage.places import LocalFile, Region, read_fully
-from ckpt_tools.storage.pool import (
+from ckpt_tools.storage.folders import folders_of, local_paths, searched
+from ckpt_tools.storage.places import (
     DirectoryPlace,
     FileFacts,
+    LocalFile,
     Place,
-    Pool,
-    PooledPath,
-    folders_of,
-    local_paths,
-    open_for_reading,
-    read_at,
-    searched,
+    Region,
+    read_fully,
 )
+from ckpt_tools.storage.pool import Pool, PooledPath, open_for_reading, read_at
 from tests.in_memory import Memory
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -603,7 +600,7 @@ def test_in_another_process_it_is_read_from_the_places_there(
     program = (
         "import pickle, sys\n"
         "from pathlib import Path\n"
-        "from ckpt_tools.storage.pool import DirectoryPlace, Pool\n"
+        "from ckpt_tools.storage.places import DirectoryPlace\nfrom ckpt_tools.storage.pool import Pool\n"
         "from tests.in_memory import Memory\n"
         f"places = [DirectoryPlace(Path({str(there)!r})), Memory({HERE!r}, 'rank 0')]\n"
         f"pool = Pool(Path({str(here)!r}), places, key='shared')\n"

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
 from ckpt_tools.errors import DamagedCheckpoint
-from ckpt_tools.tensors import gather
+from ckpt_tools.storage.places import LOCAL, Requests
+from ckpt_tools.storage.pool import Pool
 from ckpt_tools.tensors.catalogue import Box, FlatRange, Fragment, Stored, Tensor
 from ckpt_tools.tensors.derived import cast, view
 from ckpt_tools.tensors.dtypes import BFLOAT16, BY_NAME, FLOAT16, FLOAT32
 from ckpt_tools.tensors.gather import Gatherer, Slice
+from tests.in_memory import Memory, MemoryFile
 
 
 def in_file(path: Path, truth: torch.Tensor, *, pad: int = 0) -> Stored:
@@ -93,7 +96,7 @@ def test_a_run_longer_than_the_read_buffer_is_scattered(tmp_path: Path, reads: R
     truth = torch.arange(1200 * 1000, dtype=torch.float32).reshape(1200, 1000)
     lazy = in_file(tmp_path / "data.bin", truth)
     assert torch.equal(view(lazy, 0, (1000, 1200), (1, 1000)).load(), truth.T)
-    assert max(size for _, size in reads.requests) <= gather.REQUEST_BYTES
+    assert max(size for _, size in reads.requests) <= LOCAL.nbytes
     assert sum(size for _, size in reads.requests) == truth.nbytes
 
 
@@ -148,3 +151,62 @@ def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
     with pytest.raises(DamagedCheckpoint, match="cannot be opened") as error:
         lazy.load()
     assert error.value.path == path
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_a_place_says_how_large_its_requests_are(tmp_path: Path, at_once: int) -> None:
+    truth = torch.arange(4000, dtype=torch.float32)
+    place = Memory({"run": truth.numpy().tobytes()}, short=1 << 20)
+    place.requests = Requests(nbytes=1600, gap_bytes=400, at_once=at_once)
+    file = Pool(Path("/far"), [place]).path("run")
+    long = Stored(FLOAT32, (2000,), [Fragment(file, 0, FlatRange(0, 2000))])
+    # 40 elements of every 100: the gaps of 240 bytes are read, a request holds four runs.
+    short = [
+        Stored(FLOAT32, (40,), [Fragment(file, 4 * start, FlatRange(0, 40))])
+        for start in range(2000, 4000, 100)
+    ]
+    slices = [Slice(long, 0, 2000, 0)]
+    slices += [Slice(tensor, 0, 40, 8000 + 160 * i) for i, tensor in enumerate(short)]
+    buffer = bytearray(8000 + 160 * 20)
+
+    with Gatherer() as gatherer:
+        gatherer.fill(buffer, slices)
+
+    found = torch.frombuffer(buffer, dtype=torch.float32)
+    kept = [truth[start : start + 40] for start in range(2000, 4000, 100)]
+    assert torch.equal(found, torch.cat([truth[:2000], *kept]))
+    asked = sorted(place.asked)
+    joined = [(8000 + 1600 * i, 3 * 400 + 160) for i in range(5)]
+    whole = [(1600 * i, 1600) for i in range(5)] if at_once > 1 else [(0, 8000)]
+    assert asked == whole + joined
+    assert place.unclosed == 0
+
+
+def test_as_many_requests_are_under_way_as_a_place_accepts() -> None:
+    place = Together({"run": bytes(range(64))}, parties=4)
+    place.requests = Requests(nbytes=16, gap_bytes=1, at_once=4)
+    file = Pool(Path("/far"), [place]).path("run")
+    tensor = Stored(BY_NAME["uint8"], (64,), [Fragment(file, 0, FlatRange(0, 64))])
+
+    assert tensor.load().tolist() == list(range(64))
+
+
+class Together(Memory):
+    """A place that answers only if so many requests have come."""
+
+    def __init__(self, files: dict[str, bytes], parties: int) -> None:
+        super().__init__(files)
+        self.barrier = threading.Barrier(parties, timeout=30)
+
+    def open(self, relative: str) -> MemoryFile:
+        file, barrier = super().open(relative), self.barrier
+
+        class Waiting(MemoryFile):
+            def read_into(self, view: memoryview, offset: int) -> int:
+                barrier.wait()
+                return file.read_into(view, offset)
+
+            def close(self) -> None:
+                file.close()
+
+        return Waiting(self, b"")

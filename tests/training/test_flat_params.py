@@ -60,7 +60,7 @@ def test_runs_of_a_shard_are_runs_of_parameters() -> None:
 
 
 def test_parameters_in_another_order_of_elements_are_refused() -> None:
-    with pytest.raises(UnsupportedLayout, match="bias: FSDP keeps it in an order of its own"):
+    with pytest.raises(UnsupportedLayout, match="bias: FSDP keeps its elements in another order"):
         holding_of(FullyShardedDataParallel(_contiguities=[True, False]))
 
 

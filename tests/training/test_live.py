@@ -209,7 +209,7 @@ def test_ranks_with_other_tensors_are_refused(odd: Callable[[], Held]) -> None:
     leader, *others = look(lambda rank: [odd() if rank == 2 else held("a", torch.ones(2))], loaded)
 
     assert isinstance(leader, UnsupportedLayout)
-    assert "rank 2 holds other tensors than rank 0" in str(leader)
+    assert "the tensors of rank 2 are not those of rank 0" in str(leader)
     assert all(isinstance(error, CkptError) for error in others)
 
 

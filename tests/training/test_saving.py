@@ -107,11 +107,11 @@ def test_what_will_be_written_is_known_beforehand() -> None:
     ("model", "options", "error", "said"),
     [
         (Composite(), {"attribute": "polic"}, AttributeNotFound, "no attribute 'polic'"),
-        (Composite(), {"adapter": "default"}, UsageError, "none; it is no PEFT model"),
+        (Composite(), {"adapter": "default"}, UsageError, "none, because it is not a PEFT model"),
         (Adapted(), {"adapter": "third"}, UsageError, "It has: default, other"),
         (Adapted(), {"weights_only": False}, UsageError, "Pass adapter='default'"),
         (Composite(), {"weights_only": False}, MissingAsset, "a Composite has no config"),
-        (Composite(), {"dtype": "int4"}, UsageError, "'int4' is no dtype"),
+        (Composite(), {"dtype": "int4"}, UsageError, "'int4' is not a dtype"),
     ],
 )
 def test_what_cannot_be_saved_is_said_and_leaves_nothing(
@@ -124,7 +124,7 @@ def test_what_cannot_be_saved_is_said_and_leaves_nothing(
 
 
 def test_a_model_in_a_dictionary_is_no_model(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="a dict is no model"):
+    with pytest.raises(UsageError, match="a dict is not a model"):
         training.save({}, tmp_path / "out")
 
 

@@ -67,7 +67,7 @@ def test_a_wrapper_that_stays_in_the_names_is_left_to_them() -> None:
 
 
 def test_what_is_no_model_is_refused() -> None:
-    with pytest.raises(UsageError, match="a dict is no model"):
+    with pytest.raises(UsageError, match="a dict is not a model"):
         unwrapped({})
     with pytest.raises(UnsupportedLayout, match="pipeline-parallel"):
         unwrapped(PipelineEngine(model()))

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from ckpt_tools import training
 from tests.training.frameworks import FRAMEWORKS, subject
+from tests.warm import warm_children
 
 
 def run(case: str, out: Path) -> None:
@@ -68,7 +69,8 @@ def main(out: Path, cases: list[str]) -> None:
 if __name__ == "__main__":
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
-    main(Path(sys.argv[1]), sys.argv[2:])
+    with warm_children():
+        main(Path(sys.argv[1]), sys.argv[2:])
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout, UsageError
 from ckpt_tools.hub.reference import LiveTensor, ReferenceModel, SavedTensor, _parsed, child
-from ckpt_tools.hub.reference.recipes import Computed, Live
+from ckpt_tools.hub.reference.recipes import Live, NewValues
 from ckpt_tools.tensors.catalogue import Catalogue, FlatRange, Fragment, Stored
 from ckpt_tools.tensors.dtypes import BFLOAT16, BY_NAME, FLOAT32
 from ckpt_tools.transforms.hub_layout import HubLayout, hub_layout
@@ -513,7 +513,7 @@ def test_missing_fused_experts_are_left_out(tmp_path: Path) -> None:
 
 
 def test_a_computed_tensor_is_refused() -> None:
-    reference = model({"a": (2,)}, {"b": SavedTensor((2,), Computed("aten.exp.default"))})
+    reference = model({"a": (2,)}, {"b": SavedTensor((2,), NewValues("aten.exp.default"))})
     with pytest.raises(UnsupportedLayout, match="computes it"):
         hub_layout(Catalogue({"a": tensor(2)}), reference)
 

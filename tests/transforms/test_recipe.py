@@ -28,7 +28,6 @@ from ckpt_tools.transforms.recipe import (
     Json,
     Leaf,
     described,
-    is_computed,
     leaf_names,
     leaves_of,
     rebuilt,
@@ -142,7 +141,8 @@ def test_the_grammar_is_this(stored: dict[str, Tensor]) -> None:
     leaves = of_one_source(stored)
     for name, (tensor, recipe) in table.items():
         assert described(tensor, leaf_names(leaves)) == recipe, name
-        assert rebuilt(through_json(recipe), leaves) == tensor or is_computed(recipe), name
+        again = rebuilt(through_json(recipe), leaves)
+        assert described(again, leaf_names(leaves)) == recipe, name
 
 
 def test_what_is_rebuilt_computes_what_torch_computes(
@@ -204,7 +204,6 @@ def test_views_joins_and_casts_of_each_other(
 
     assert same_bits(rebuilt(recipe, leaves).load(), pair.truth)
     assert set(recipe_leaves(recipe)) == set(leaves)
-    assert not is_computed(recipe)
 
 
 def _stored_in(tensor: Tensor) -> list[Tensor]:
@@ -314,9 +313,8 @@ def test_a_base_of_its_own_and_a_mean_are_of_two_sources(tmp_path: Path) -> None
         load_file(saves / d / "masters.safetensors") for d in ("truth-global_step2", "truth")
     ]
     for name, tensor in found.items():
-        total = torch.zeros_like(masters[0][name])
-        total.add_(masters[0][name], alpha=0.3).add_(masters[1][name], alpha=0.7)
-        assert same_bits(tensor, total.bfloat16())
+        total = masters[0][name].double() * 0.3 + masters[1][name].double() * 0.7
+        assert same_bits(tensor, total.float().bfloat16())
 
 
 def _opened(*paths: Path) -> list[Checkpoint]:
@@ -423,16 +421,3 @@ def test_leaves_are_named_as_often_as_they_are_used() -> None:
     assert [leaf.name for leaf in recipe_leaves(MERGE)] == ["w", "a", "b"]
     with pytest.raises(DamagedCheckpoint, match="'rotate' is not an operation"):
         list(recipe_leaves({"op": "cast", "of": {"op": "rotate"}}))
-
-
-@pytest.mark.parametrize(
-    ("recipe", "computed"),
-    [
-        ("w", False),
-        ({"op": "cast", "of": "w", "dtype": "float32"}, False),
-        (MERGE, True),
-        ({"op": "cast", "of": {"op": "concat", "of": ["w", MERGE], "axis": 0}}, True),
-    ],
-)
-def test_a_sum_is_told_from_a_move(recipe: Json, computed: bool) -> None:
-    assert is_computed(recipe) is computed

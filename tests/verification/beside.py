@@ -109,8 +109,8 @@ def mean_of_two(directory: Path) -> Path:
     ]
     state, recipes = {}, {}
     for name, first in masters[0].items():
-        total = torch.zeros_like(first).add_(first, alpha=0.3)
-        state[name] = total.add_(masters[1][name], alpha=0.7).bfloat16()
+        total = first.double() * 0.3 + masters[1][name].double() * 0.7
+        state[name] = total.float().bfloat16()
         of: Json = [name, {"op": "stored", "source": 1, "name": name}]
         mean: Json = {"op": "mean", "of": of, "weights": [0.3, 0.7]}
         recipes[name] = {"op": "cast", "of": mean, "dtype": "bfloat16"}

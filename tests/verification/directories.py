@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,7 +15,7 @@ import transformers
 from ckpt_tools import consolidate, extract_lora
 from ckpt_tools.hub import reference
 from ckpt_tools.hub.reference import child
-from ckpt_tools.verification import KINDS, Verdict, verify
+from ckpt_tools.verification import KINDS, Verdict, text, verify
 from tests.conftest import FIXTURES
 from tests.transforms.test_hub_layout import ARCHITECTURES, fill
 
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-# As an attribute of ckpt_tools the name is that of the function.
-PACKAGE = import_module("ckpt_tools.verification")
 Header = dict[str, Any]
 Maker = Callable[[Path], Path]
 
@@ -174,7 +171,7 @@ def also(*names: str) -> frozenset[str]:
 def answer_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ask transformers in this process, where it is loaded anyway; tokenizers have their own tests."""
     monkeypatch.setattr(reference, "ask", lambda _, question: child._answer(json.loads(question)))
-    monkeypatch.setattr(PACKAGE, "check_text", lambda directory, findings: None)
+    monkeypatch.setattr(text, "check_text", lambda directory, findings: None)
 
 
 def kinds(verdict: Verdict) -> set[str]:

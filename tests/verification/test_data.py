@@ -16,13 +16,12 @@ import torch
 
 from ckpt_tools.errors import NotACheckpoint
 from ckpt_tools.tensors.dtypes import ALL
+from ckpt_tools.verification import config, verify
 from ckpt_tools.verification import scan as scanning
-from ckpt_tools.verification import verify
 from ckpt_tools.verification.container import Entry
 from ckpt_tools.verification.scan import STEP_BYTES, Piece, Summary, scan
 from tests.conftest import FIXTURES
 from tests.verification.directories import (
-    PACKAGE,
     SINGLE,
     Damage,
     also,
@@ -267,7 +266,7 @@ def test_a_file_that_shrinks_meanwhile_is_a_problem(
     def shrink(*arguments: object) -> None:
         os.truncate(directory / SINGLE, (directory / SINGLE).stat().st_size // 2)
 
-    monkeypatch.setattr(PACKAGE, "check_precision", shrink)
+    monkeypatch.setattr(config, "check_precision", shrink)
 
     assert kinds(verify(directory, read_data=True)) == {"file-unreadable"}
 
@@ -336,7 +335,7 @@ def test_memory_does_not_grow_with_the_files(tmp_path: Path) -> None:
         from importlib import import_module
         from pathlib import Path
         package = import_module("ckpt_tools.verification")
-        package.check_text = lambda directory, findings: None
+        import_module("ckpt_tools.verification.text").check_text = lambda directory, findings: None
         found = package.verify({str(tmp_path)!r}, read_data=True, workers=2)
         assert found.nbytes == {nbytes}, found
         print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])

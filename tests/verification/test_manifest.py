@@ -16,10 +16,9 @@ import xxhash
 from safetensors.torch import save
 
 from ckpt_tools import consolidate
-from ckpt_tools.verification import verify
+from ckpt_tools.verification import model, verify
 from tests.conftest import FIXTURES
 from tests.verification.directories import (
-    PACKAGE,
     SINGLE,
     Damage,
     also,
@@ -285,7 +284,7 @@ def test_digests_are_those_of_the_definition(
 def bytes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out what starts processes; none of it looks at the bytes of weights."""
     answer_here(monkeypatch)
-    monkeypatch.setattr(PACKAGE, "check_model", lambda directory, findings: None)
+    monkeypatch.setattr(model, "check_model", lambda directory, findings: None)
 
 
 @pytest.mark.slow

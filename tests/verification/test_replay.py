@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ckpt_tools import open_checkpoint
+from ckpt_tools import merge_lora, open_checkpoint
 from ckpt_tools.hub import AssetOptions, find_config, reference
 from ckpt_tools.hub.reference import child
 from ckpt_tools.model.fit import fit_to_model
@@ -41,6 +41,8 @@ from tests.verification.beside import (
     told,
     written,
 )
+
+TIED_EMBEDDING = PEFT / "zero2-qwen3-tied-embedding"
 
 
 @pytest.fixture
@@ -319,19 +321,39 @@ def test_recipes_that_cannot_be_followed(model: Path) -> None:
     assert details["new"] == "it was made of model.gone, which the checkpoint does not hold"
 
 
-def test_sums_of_another_torch_may_round_otherwise(tmp_path: Path) -> None:
+def test_sums_are_the_same_with_any_torch(tmp_path: Path) -> None:
     directory = mean_of_two(tmp_path / "mean")
     manifest = json.loads((directory / MANIFEST).read_text())
     manifest["versions"]["torch"] = "2.4.0"
     (directory / MANIFEST).write_text(json.dumps(manifest))
+    checkpoint = SAVES / "checkpoint" / "global_step2"
+    assert good(against(directory, checkpoint), 21)
     state = load_file(directory / SINGLE)
-    state[UP][0, 0] += 1
+    state[UP].view(torch.int16)[0, 0] ^= 1
     written(directory, state)
 
-    (problem,) = against(directory, SAVES / "checkpoint" / "global_step2").problems
+    (problem,) = against(directory, checkpoint).problems
 
+    assert (problem.kind, problem.tensor) == ("tensor-differs", UP)
     assert problem.hint is not None
-    assert problem.hint.startswith("It was computed with torch 2.4.0; torch ")
+    assert problem.hint.startswith("Write the directory anew from this checkpoint")
+
+
+@pytest.mark.parametrize("case", [DORA, EXPERTS, TIED_EMBEDDING], ids=lambda case: case.name)
+def test_what_merge_lora_writes_is_made_again(case: Path, tmp_path: Path) -> None:
+    """And an element that is one step beside it is told."""
+    out = tmp_path / "out"
+    merge_lora(
+        case / "checkpoint", out, adapter_config=case / "truth" / "adapter", config=case / "hf"
+    )
+    assert "merge" in (out / MANIFEST).read_text()
+    state = load_file(out / SINGLE)
+    assert good(against(out, case / "checkpoint"), len(state))
+
+    name = next(name for name in state if name.endswith("q_proj.weight"))
+    state[name].view(torch.int16)[3, 1] ^= 1
+    written(out, state)
+    assert told(against(out, case / "checkpoint")) == {("tensor-differs", name)}
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors import SafetensorError, deserialize
 
+from ckpt_tools import verification
 from ckpt_tools.errors import UsageError
 from ckpt_tools.verification import verify
 from ckpt_tools.verification.container import read_container
@@ -24,7 +25,6 @@ from ckpt_tools.verification.directory import list_directory
 from ckpt_tools.verification.problem import Findings
 from tests.verification.directories import (
     INDEX,
-    PACKAGE,
     SINGLE,
     Damage,
     Header,
@@ -457,7 +457,7 @@ def test_a_file_that_vanishes_meanwhile_is_a_problem_and_no_crash(
     directory = copy_of(maker, tmp_path / "directory")
     listing = list_directory(directory, Findings())
     (directory / file).unlink()
-    monkeypatch.setattr(PACKAGE, "list_directory", lambda path, findings: listing)
+    monkeypatch.setattr(verification, "list_directory", lambda path, findings: listing)
 
     problems = verify(directory, read_data=True).problems
 
@@ -557,7 +557,7 @@ def test_the_structure_of_405_billion_parameters_is_checked_in_flat_memory(tmp_p
         from pathlib import Path
         from importlib import import_module
         package = import_module('ckpt_tools.verification')
-        package.check_text = lambda directory, findings: None
+        import_module('ckpt_tools.verification.text').check_text = lambda directory, findings: None
         found = package.verify({str(tmp_path)!r})
         peak = re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())
         loaded = sorted({{"torch", "transformers"}} & sys.modules.keys())

@@ -20,9 +20,9 @@ from typing import Any, Literal
 from ckpt_tools.errors import UsageError
 from ckpt_tools.hub.reference.process import ask
 from ckpt_tools.hub.reference.recipes import (
-    Computed,
     Joined,
     Live,
+    NewValues,
     Recipe,
     Shape,
     Strided,
@@ -32,7 +32,7 @@ from ckpt_tools.hub.reference.recipes import (
 
 __all__ = [
     "Answer",
-    "Computed",
+    "NewValues",
     "Joined",
     "Live",
     "LiveTensor",

@@ -48,7 +48,7 @@ class Joined:
 
 
 @dataclass(frozen=True, slots=True)
-class Computed:
+class NewValues:
     """A tensor whose values are not those of live ones: it cannot be made by moving data.
 
     Attributes:
@@ -58,10 +58,10 @@ class Computed:
     by: str
 
 
-Recipe: TypeAlias = Live | Strided | Joined | Computed
+Recipe: TypeAlias = Live | Strided | Joined | NewValues
 
 
-def leaves(recipe: Recipe) -> Iterator[Live | Computed]:
+def leaves(recipe: Recipe) -> Iterator[Live | NewValues]:
     """The live tensors, and what stands in their place, that a recipe is made of."""
     if isinstance(recipe, Strided):
         yield from leaves(recipe.of)
@@ -92,4 +92,4 @@ def from_json(value: Any) -> Recipe:
         return Strided(from_json(of), offset, tuple(sizes), tuple(strides))
     if value[0] == "join":
         return Joined(tuple(from_json(part) for part in value[1]), value[2])
-    return Computed(value[1])
+    return NewValues(value[1])

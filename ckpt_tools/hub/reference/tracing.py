@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ckpt_tools.hub.reference.recipes import Computed, Joined, Live, Recipe, Strided
+from ckpt_tools.hub.reference.recipes import Joined, Live, NewValues, Recipe, Strided
 
 _aten = torch.ops.aten
 _COPIES = {_aten.clone.default, _aten._to_copy.default, _aten.contiguous.default}
@@ -64,23 +64,23 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             results = result if isinstance(result, (tuple, list)) else [result]
             for item in results:
                 if isinstance(item, torch.Tensor) and _key(item) not in self._made:
-                    self._note(item, Computed(str(func)))
+                    self._note(item, NewValues(str(func)))
         # What an operation writes in place is no longer what was noted.
         if func._schema.is_mutable and isinstance(args[0], torch.Tensor):
-            self._note(args[0], Computed(str(func)))
+            self._note(args[0], NewValues(str(func)))
         return result
 
     def recipe(self, tensor: torch.Tensor) -> Recipe:
         """How ``tensor`` is made of the tensors that were given."""
         if _key(tensor) not in self._made:
-            return Computed("a new tensor")
+            return NewValues("a new tensor")
         made = self._made[_key(tensor)]
         sizes = tuple(int(size) for size in tensor.shape)
         strides = tuple(int(stride) for stride in tensor.stride())
         offset = int(tensor.storage_offset())
         if tensor.dtype != made.tensor.dtype:
-            return Computed("a view of the bytes in another dtype")
-        if isinstance(made.recipe, Computed):
+            return NewValues("a view of the bytes in another dtype")
+        if isinstance(made.recipe, NewValues):
             return made.recipe
         if sizes == made.tensor.shape and not offset and tensor.is_contiguous():
             return made.recipe
@@ -88,7 +88,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _note(self, tensor: torch.Tensor, recipe: Recipe) -> None:
         if not tensor.is_contiguous() or tensor.storage_offset():
-            recipe = Computed("a tensor that is not contiguous")
+            recipe = NewValues("a tensor that is not contiguous")
         # Holding the tensor keeps its storage's address from being used again.
         self._made[_key(tensor)] = _Made(tensor, recipe)
 

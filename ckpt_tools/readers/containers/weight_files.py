@@ -9,7 +9,7 @@ Source: ``transformers/utils/hub.py`` (``get_checkpoint_shard_files``), ``transf
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,9 @@ from ckpt_tools.readers.containers.restricted_pickle import TensorRef
 from ckpt_tools.readers.containers.safetensors_file import read_safetensors
 from ckpt_tools.readers.containers.torch_file import TorchFile, stored
 from ckpt_tools.tensors.catalogue import Stored
+
+# PEFT's names for an adapter's weights, the preferred first.
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +38,15 @@ class WeightFiles:
     files: Mapping[Path, int]
 
 
-def entry_points(names: Iterable[str]) -> Iterator[str]:
-    """Names of files to look for: an index comes before the single file that it replaced."""
-    for name in names:
-        yield from (f"{name}.index.json", name)
+def entry_names(names: Iterable[str]) -> list[str]:
+    """The given file names, each after the name of the index that may stand in its place."""
+    return [entry for name in names for entry in (f"{name}.index.json", name)]
+
+
+def entry_in(directory: Path, names: Iterable[str]) -> Path | None:
+    """The first of the given files, or indexes of their shards, that ``directory`` holds."""
+    paths = (directory / name for name in entry_names(names))
+    return next((path for path in paths if path.is_file()), None)
 
 
 def read_weight_files(entry: Path) -> WeightFiles:

@@ -26,8 +26,9 @@ from ckpt_tools.errors import DamagedCheckpoint, OutputFailed, UnsafePickle, Uns
 from ckpt_tools.readers.containers.restricted_pickle import TensorRef
 from ckpt_tools.readers.containers.torch_file import TorchFile
 from ckpt_tools.readers.dcp.metadata import Chunk
+from ckpt_tools.storage.folders import local_paths
 from ckpt_tools.storage.places import Region
-from ckpt_tools.storage.pool import local_paths, open_for_reading, read_at
+from ckpt_tools.storage.pool import open_for_reading, read_at
 from ckpt_tools.tensors.catalogue import Box, FlatRange, Fragment, Shape
 from ckpt_tools.tensors.deferred import DeferredFragment
 from ckpt_tools.tensors.dtypes import DType

@@ -19,7 +19,6 @@ from pathlib import Path
 from ckpt_tools.errors import CkptError, DamagedCheckpoint, UnsupportedLayout, UsageError, listed
 from ckpt_tools.readers.containers.safetensors_file import SafetensorsFile, read_safetensors
 from ckpt_tools.readers.containers.torch_file import TorchFile
-from ckpt_tools.readers.dcp.boxes import held_whole, sharding_info
 from ckpt_tools.readers.dcp.chunks import (
     STALE,
     ChunkFragment,
@@ -39,6 +38,7 @@ from ckpt_tools.readers.dcp.metadata import (
     read_metadata,
 )
 from ckpt_tools.readers.dcp.names import TOP, left_alone, models, objects_of, step_in, step_names
+from ckpt_tools.readers.dcp.sharding_info import held_whole, sharding_info
 from ckpt_tools.readers.trainer_state import trainer_step
 from ckpt_tools.storage.folders import entries_of
 from ckpt_tools.tensors.catalogue import Box, Fragment, Stored

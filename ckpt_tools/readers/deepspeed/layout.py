@@ -7,11 +7,14 @@ Pure arithmetic over metadata that was already read. Three layouts, each one fun
   end is cut from what each rank saved, or, by ``BF16_Optimizer``, kept and its length recorded;
 * stage 3: per sub-group, each rank holds its slice of ``ceil(numel / world_size)`` elements of each
   parameter; only the last slices are padded;
-* stage 0: flat or unflattened groups in one file, without names.
+* stage 0: one file, without names. The fused optimizers keep one flat fp32 vector per parameter group,
+  the unfused one a list of tensors per group, in the order of the optimizer's groups. This is usually,
+  but not necessarily, the order of the module, so an order is proposed from the values.
 
 Sources: ``stage_1_and_2.py`` (``_get_groups_without_padding``, ``flatten_dense_tensors_aligned``),
 ``bf16_optimizer.py`` (``_setup_for_real_optimizer``), ``stage3.py``, ``partition_parameters.py``
-(``partition_numel``), ``utils/zero_to_fp32.py``.
+(``partition_numel``), ``utils/zero_to_fp32.py``, ``fp16/fused_optimizer.py`` and
+``fp16/unfused_optimizer.py`` (``state_dict``).
 """
 
 from __future__ import annotations
@@ -229,3 +232,31 @@ def sliced_frozen(shards: ShardSet) -> dict[str, Stored]:
         assert dtype is not None
         frozen[name] = Stored(dtype, shape, fragments)
     return frozen
+
+
+def unpartitioned_masters(shards: ShardSet) -> tuple[dict[str, Stored], list[str]]:
+    """Masters of a stage 0 checkpoint by name, and why they must be compared with the module in full.
+
+    Both are empty where the optimizer kept no masters (fp32 training). Where there are some that cannot be
+    named, only the reason is given.
+    """
+    optimizer = shards.first.get("optimizer")
+    if not isinstance(optimizer, dict):
+        return {}, []
+    refs = [contiguous(ref, "a master") for ref in _masters_in_order(optimizer)]
+    vectors = [FlatVector([ref], [ref.numel]) for ref in refs if ref.numel]
+    if not vectors:
+        return {}, []
+    masters = match_by_value(vectors, named_weights(shards.first.content))
+    if masters is None:
+        return {}, [
+            "the fp32 masters fit no order of the module's names; its 16-bit weights are read"
+        ]
+    return masters, ["masters of stage 0 carry no names"]
+
+
+def _masters_in_order(optimizer: dict[str, object]) -> list[TensorRef]:
+    flat, nested = optimizer.get("fp32_groups_flat"), optimizer.get("fp32_groups")
+    groups = flat if isinstance(flat, list) else nested if isinstance(nested, list) else []
+    members = [m for group in groups for m in (group if isinstance(group, list) else [group])]
+    return [member for member in members if isinstance(member, TensorRef)]

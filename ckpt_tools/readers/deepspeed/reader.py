@@ -13,7 +13,12 @@ from typing import Any
 
 from ckpt_tools.errors import DamagedCheckpoint, UsageError
 from ckpt_tools.readers.containers.torch_file import stored
-from ckpt_tools.readers.deepspeed.layout import partitioned_masters, sliced_frozen, sliced_masters
+from ckpt_tools.readers.deepspeed.layout import (
+    partitioned_masters,
+    sliced_frozen,
+    sliced_masters,
+    unpartitioned_masters,
+)
 from ckpt_tools.readers.deepspeed.module import module_tensors
 from ckpt_tools.readers.deepspeed.shards import (
     MODEL_FILE,
@@ -22,7 +27,6 @@ from ckpt_tools.readers.deepspeed.shards import (
     is_shard_directory,
     open_shards,
 )
-from ckpt_tools.readers.deepspeed.unpartitioned import unpartitioned_masters
 from ckpt_tools.storage.folders import by_number, entries_of
 from ckpt_tools.tensors.catalogue import Stored
 from ckpt_tools.tensors.checkpoint import Checkpoint, Location, Weight

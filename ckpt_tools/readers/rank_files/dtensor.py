@@ -14,9 +14,8 @@ Source: ``torch/distributed/tensor/_utils.py`` (``_compute_local_shape_and_globa
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +24,10 @@ from ckpt_tools.readers.containers.restricted_pickle import Opaque, TensorRef
 from ckpt_tools.readers.containers.torch_file import contiguous
 from ckpt_tools.tensors.catalogue import Box, Shape
 from ckpt_tools.tensors.dtypes import DType
+from ckpt_tools.tensors.placements import Sharding, local_boxes, local_spans
 
-Spans = tuple[tuple[int, int], ...]
 # A strided placement makes a span of each chunk; there are as many as ranks of a tensor-parallel group.
 _MOST_CHUNKS = 1 << 16
-
-
-@dataclass(frozen=True, slots=True)
-class Sharding:
-    """A placement that cuts an axis; ``split_factor`` is 1 for ``Shard``."""
-
-    axis: int
-    split_factor: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,80 +64,6 @@ class Part:
     kind: str
     rank: int | None = None
     world_size: int | None = None
-
-
-def local_spans(
-    shape: Shape, mesh: Shape, coordinate: Shape, placements: Sequence[Sharding | None]
-) -> tuple[Spans, ...]:
-    """The spans of each axis that the rank at ``coordinate`` holds, in the order in which they are stored.
-
-    Args:
-        shape: sizes of the whole.
-        mesh: sizes of the mesh.
-        coordinate: of the rank in the mesh.
-        placements: for each axis of the mesh, what it does to the tensor; None where it replicates.
-    """
-    spans: list[Spans] = [((0, size),) if size else () for size in shape]
-    for parts, index, placement in zip(mesh, coordinate, placements, strict=True):
-        if placement is not None:
-            held = spans[placement.axis]
-            factor = placement.split_factor
-            chunks = _chunks(held, factor) if factor > 1 else (held,)
-            taken = [_chunk(chunk, parts, index) for chunk in chunks]
-            spans[placement.axis] = _joined(span for part in taken for span in part)
-    return tuple(spans)
-
-
-def _chunk(spans: Spans, parts: int, index: int) -> Spans:
-    """The part at ``index`` of ``parts`` that ``torch.chunk`` makes of the spans laid end to end."""
-    length = sum(high - low for low, high in spans)
-    step = -(-length // parts)
-    start, stop = min(step * index, length), min(step * (index + 1), length)
-    taken = []
-    for low, high in spans:
-        first, last = max(start, 0), min(stop, high - low)
-        if first < last:
-            taken.append((low + first, low + last))
-        start, stop = start - (high - low), stop - (high - low)
-    return tuple(taken)
-
-
-def _chunks(spans: Spans, parts: int) -> Iterator[Spans]:
-    length = sum(high - low for low, high in spans)
-    step = -(-length // parts)
-    # A factor larger than the axis leaves empty chunks at the end.
-    for index in range(-(-length // step) if step else 0):
-        yield _chunk(spans, parts, index)
-
-
-def _joined(spans: Iterator[tuple[int, int]]) -> Spans:
-    joined: list[tuple[int, int]] = []
-    for low, high in spans:
-        if joined and joined[-1][1] == low:
-            joined[-1] = (joined[-1][0], high)
-        else:
-            joined.append((low, high))
-    return tuple(joined)
-
-
-def local_boxes(spans: Sequence[Spans]) -> Iterator[tuple[Box, int]]:
-    """Cut a rank's tensor into boxes of the whole that are each one run of it.
-
-    Yields:
-        A box, and the element of the rank's tensor at which it begins.
-    """
-    broken = [axis for axis, held in enumerate(spans) if len(held) != 1]
-    if any(not held for held in spans):
-        return
-    last = broken[-1] if broken else 0
-    # Before the last axis that is held in several spans, a run is one index of each axis.
-    indices = [[(i, 1) for low, high in held for i in range(low, high)] for held in spans[:last]]
-    rest = [[(low, high - low) for low, high in held] for held in spans[last:]]
-    start = 0
-    for cell in product(*indices, *rest):
-        box = Box(tuple(low for low, _ in cell), tuple(size for _, size in cell))
-        yield box, start
-        start += box.numel
 
 
 def whole(ref: TensorRef) -> Part:

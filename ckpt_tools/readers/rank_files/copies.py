@@ -13,7 +13,7 @@ from contextlib import closing
 
 from ckpt_tools.errors import DamagedCheckpoint
 from ckpt_tools.readers.containers.torch_file import ZipStorage
-from ckpt_tools.readers.dtensor import Run
+from ckpt_tools.readers.rank_files.dtensor import Run
 from ckpt_tools.storage.places import read_fully
 from ckpt_tools.storage.pool import open_for_reading
 

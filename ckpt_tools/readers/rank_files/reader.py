@@ -1,8 +1,9 @@
 """One torch file a rank, each with its part of every tensor: verl, Accelerate without DCP, plain loops.
 
-Owns the names of the files, the completeness of a set of them, and the agreement of the ranks. Which elements
-a rank holds is the business of :mod:`~ckpt_tools.readers.dtensor`. A tensor that every rank holds whole is
-taken once, never joined. Optimizer and extra state have names of their own and are not opened.
+Owns the names of the files, the completeness of a set of files, and the agreement of the ranks. Which
+elements a rank holds is the business of :mod:`~ckpt_tools.readers.rank_files.dtensor`. A tensor that every
+rank holds whole is taken once, never joined. Optimizer and extra state have names of their own and are not
+opened.
 
 Sources: verl ``utils/checkpoint/fsdp_checkpoint_manager.py``; ``accelerate/utils/fsdp_utils.py``
 (``save_fsdp_model``), read at 1.15; ``torch/distributed/fsdp/_state_dict_utils.py`` (the three kinds of
@@ -22,8 +23,8 @@ from pathlib import Path
 from ckpt_tools.errors import DamagedCheckpoint, UnsafePickle, UnsupportedLayout, listed
 from ckpt_tools.readers.containers.restricted_pickle import Opaque
 from ckpt_tools.readers.containers.torch_file import TorchFile
-from ckpt_tools.readers.dtensor import Part, Run, part_of
-from ckpt_tools.readers.rank_copies import differ
+from ckpt_tools.readers.rank_files.copies import differ
+from ckpt_tools.readers.rank_files.dtensor import Part, Run, part_of
 from ckpt_tools.readers.trainer_state import trainer_step
 from ckpt_tools.tensors.catalogue import Box, FlatRange, Stored
 from ckpt_tools.tensors.checkpoint import Checkpoint, Location, Weight

@@ -16,15 +16,10 @@ from torch.distributed.tensor.placement_types import Placement, Replicate, Shard
 
 from ckpt_tools.errors import CkptError, DamagedCheckpoint, UnsupportedLayout
 from ckpt_tools.readers.containers.restricted_pickle import Opaque, StorageRef, TensorRef
-from ckpt_tools.readers.dtensor import (
-    Part,
-    Sharding,
-    local_boxes,
-    local_spans,
-    part_of,
-)
+from ckpt_tools.readers.rank_files.dtensor import Part, part_of
 from ckpt_tools.tensors.catalogue import Box, Fragment, Shape, Stored
 from ckpt_tools.tensors.dtypes import FLOAT32, DType
+from ckpt_tools.tensors.placements import Sharding, local_boxes, local_spans
 
 HERE = Path("rank_0.pt")
 
