@@ -148,6 +148,18 @@ def test_missing_tensors_come_from_the_other_directory_and_no_others(
     assert lost in warning
 
 
+def test_what_the_other_directory_lacks_too_is_missing(
+    tied: Case, state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    found, lost = "model.layers.1.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"
+    extra = on_disk(tmp_path / "extra", {found: tied.model()[found]})
+
+    with pytest.raises(DamagedCheckpoint) as caught:
+        fit(without(state, found, lost), config_of(tied, tmp_path), extra=extra)
+
+    assert caught.value.missing == (lost,)
+
+
 def test_a_tensor_that_the_model_does_not_have_is_written_and_mentioned(
     tied: Case, state: dict[str, Tensor], tmp_path: Path
 ) -> None:
