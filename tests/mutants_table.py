@@ -776,8 +776,6 @@ _MODEL = (
         "if len(shape) != len(saved.shape):",
         "a tensor of another shape than the config's is written with a warning",
         "model/test_fit.py",
-        "transforms/test_hub_layout.py",
-        "conversion/test_end_to_end.py",
     ),
     _mutant(
         "fit-like-hides-missing",
@@ -793,10 +791,7 @@ _MODEL = (
         "counts[tensor.dtype] += max(tensor.numel, 1)",
         "counts[tensor.dtype] += 1",
         "the dtype of a model is that of most tensors, not of most elements",
-        "model/test_fit.py",
-        "conversion/test_api.py",
-        "hub/test_config.py",
-        "conversion/test_end_to_end.py",
+        "model/test_state.py",
     ),
     _mutant(
         "masters-doubt-ignored",
