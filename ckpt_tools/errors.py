@@ -1,10 +1,10 @@
-"""One tree of errors: every failure that ckpt-tools foresees, whose fault it is, and its exit status.
+"""Owns the tree of errors: every failure that ckpt-tools foresees, whose fault it is, and its exit status.
 
     CkptError                      1   anything below
     ├── UsageError                 2   the request cannot be carried out as typed
     │   ├── AmbiguousCheckpoint    2   several checkpoints fit the path; the choices are listed
     │   ├── AttributeNotFound      2   a composite model has no such part; the parts are listed
-    │   ├── OutputExists           2   the output is there already and --overwrite was not given
+    │   ├── OutputExists           2   the output exists and --overwrite was not given
     │   └── MissingAsset           2   a config, tokenizer or token that the output needs was not found
     ├── NotACheckpoint             3   nothing under the path is a checkpoint
     ├── DamagedCheckpoint          4   missing, truncated, mixed or contradictory files
@@ -14,9 +14,8 @@
     ├── VerificationFailed         7   the output was written, and verify found it wrong; it never appeared
     └── RankFailed                 8   another rank failed with no status of its own, was lost, or hangs
 
-``except CkptError`` catches all of ours and none of anybody else's. Each error says what is wrong, in
-which file, and what to do next; the fields let a program act on them. This module knows nothing of
-checkpoints, tensors or the command line.
+``except CkptError`` catches all errors of ckpt-tools and no others. Each error says what is wrong, in which
+file, and what to do next. A program can read the same from its fields.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class CkptError(Exception):
         fact: what is wrong, one sentence without a full stop.
         path: the file or directory it was found in, if there is one.
         tensor: the tensor it concerns, if there is one.
-        hint: the next step for the person who reads it.
+        hint: the next step, in whole sentences.
         exit_code: exit status of the command line for this kind of error.
     """
 
@@ -48,7 +47,7 @@ class CkptError(Exception):
         hint: str | None = None,
     ) -> None:
         self.fact = fact
-        # By its text: a path in a tree of several places says with it where the file really is.
+        # The text of a path in a tree of several places says where the file really is.
         self.path = Path(str(path)) if path is not None else None
         self.tensor = tensor
         self.hint = hint
@@ -95,7 +94,7 @@ class AttributeNotFound(UsageError):
 
 
 class OutputExists(UsageError):
-    """The output path is taken and was not to be replaced."""
+    """The output path exists, and it was not to be replaced."""
 
 
 class MissingAsset(UsageError):
@@ -112,7 +111,7 @@ class DamagedCheckpoint(CkptError):
     """Files of the checkpoint are missing, truncated, mixed or contradict each other.
 
     Attributes:
-        missing: the names of files that should be there and are not.
+        missing: the names of the missing files.
     """
 
     exit_code = 4
@@ -131,7 +130,7 @@ class DamagedCheckpoint(CkptError):
 
 
 class UnsafePickle(DamagedCheckpoint):
-    """Something that must be read is built by code that is not on the allow-list."""
+    """The checkpoint needs code that is not on the allow-list to build something that must be read."""
 
 
 class UnsupportedLayout(CkptError):

@@ -22,6 +22,7 @@ import error_messages
 import ckpt_tools
 from ckpt_tools import errors
 from ckpt_tools.cli import cli
+from ckpt_tools.verification.problem import KINDS
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -136,6 +137,9 @@ def _help(text: str) -> Iterator[str]:
 # -- formats and versions ---------------------------------------------------------------------------
 
 
+_FRAMEWORKS = {"ai2-olmo-core": "OLMo-core", "transformers": "the Trainer of transformers"}
+
+
 def _facts() -> Iterator[tuple[Path, Mapping[str, object]]]:
     for path in sorted(FIXTURES.glob("*/*/facts.json")):
         yield path.parent, json.loads(path.read_text())
@@ -177,25 +181,32 @@ def others() -> str:
     counts: Counter[tuple[str, str, str]] = Counter()
     for case, facts in _facts():
         found = _inspected(_checkpoint(case))
-        if not isinstance(found, str) and found.format == "deepspeed":
-            continue
-        torch = f"torch {str(facts['torch_version']).partition('+')[0]}"
-        name = str(facts.get("framework") or "accelerate")
-        version = facts.get("framework_version") or facts.get("accelerate_version")
-        writer = f"{name} {version}, {torch}" if name != "torch" and version else torch
         if isinstance(found, str):
-            counts[found, writer, "refused"] += 1
+            kind, answer = "adapter directory of PEFT", "an adapter: `merge-lora --adapter-dir`"
+        elif found.format == "deepspeed":
+            continue
         elif found.problems:
-            counts["FSDP1 `LOCAL_STATE_DICT` files", writer, "refused"] += 1
+            kind, answer = "FSDP1 `LOCAL_STATE_DICT` files", "refused"
         else:
-            counts[found.title, writer, "read"] += 1
+            kind, answer = found.title, "read"
+        counts[kind[0].upper() + kind[1:], _writer(facts), answer] += 1
     rows = [
-        (title[0].upper() + title[1:], writer, str(count), answer)
-        for (title, writer, answer), count in sorted(
-            counts.items(), key=lambda item: (item[0][2], item[0])
+        (kind, writer, str(count), answer)
+        for (kind, writer, answer), count in sorted(
+            counts.items(), key=lambda item: (item[0][2] != "read", item[0])
         )
     ]
     return table(("what", "written by", "fixtures", "answer"), rows)
+
+
+def _writer(facts: Mapping[str, object]) -> str:
+    """What wrote a fixture, with versions."""
+    torch = f"torch {str(facts['torch_version']).partition('+')[0]}"
+    name = str(facts.get("framework") or "accelerate")
+    version = facts.get("framework_version") or facts.get("accelerate_version")
+    if name == "torch" or not version:
+        return torch
+    return f"{_FRAMEWORKS.get(name, name)} {version}, {torch}"
 
 
 # -- messages ---------------------------------------------------------------------------------------
@@ -213,6 +224,15 @@ def messages() -> str:
     return "\n".join(parts)
 
 
+# -- kinds of problems ------------------------------------------------------------------------------
+
+
+def kinds() -> str:
+    """Every kind of problem that verify can find."""
+    rows = [(f"`{kind}`", severity, meaning) for kind, (severity, meaning) in KINDS.items()]
+    return table(("kind", "severity", "meaning"), rows)
+
+
 # -- security ---------------------------------------------------------------------------------------
 
 
@@ -224,6 +244,7 @@ def security() -> str:
 PARTS: dict[str, Callable[[], str]] = {
     "commands": commands,
     "deepspeed": deepspeed,
+    "kinds": kinds,
     "messages": messages,
     "others": others,
     "security": security,

@@ -15,8 +15,14 @@ from tests.warm import warm_children
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-# By default an example may take 200 ms, which it does where other processes have the processor.
-hypothesis.settings.register_profile("ckpt-tools", deadline=None)
+# By default an example may take 200 ms, which it does where other processes have the processor; generating
+# examples has a limit of time too. The same examples in every run give the same result in every run.
+hypothesis.settings.register_profile(
+    "ckpt-tools",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
 hypothesis.settings.load_profile("ckpt-tools")
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"

@@ -54,6 +54,14 @@ def drop_rank(directory: Path, rank: int, kind: str = "optim") -> str:
     return path.name
 
 
+def as_saved_here(path: Path) -> None:
+    """Let the records of a copied file lie under its new name, as if it had been saved so."""
+    with zipfile.ZipFile(path) as archive:
+        root = archive.namelist()[0].partition("/")[0]
+    assert len(root) == len(path.stem)
+    path.write_bytes(path.read_bytes().replace(root.encode(), path.stem.encode()))
+
+
 def truncate(path: Path, size: int) -> None:
     """Keep the first bytes, as an interrupted copy does."""
     with path.open("rb+") as stream:

@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from tests.ranks.launching import REPOSITORY, ended, start
+from tests.support.merges import assert_all_rounded
 
 pytestmark = pytest.mark.slow
-SECONDS = 550
 
 
 def run(name: str, out: Path) -> str:
     """The example under the torchrun that its docstring shows; what it printed."""
     script = REPOSITORY / "examples" / name
     assert f"torchrun --nproc-per-node 2 examples/{name} OUT" in script.read_text()
-    result = ended(start([script, out], ranks=2), SECONDS)
+    result = ended(start([script, out], ranks=2))
     assert result.status == 0, result.stdout + result.stderr
     return result.stdout
 
@@ -44,10 +44,10 @@ def test_a_fine_tune_leaves_adapters_that_load(tmp_path: Path) -> None:
     assert losses == sorted(losses, reverse=True)
     base: Any = loads(tmp_path / "base")
     adapted = PeftModel.from_pretrained(base, str(tmp_path / "adapter-step-6"))
-    merged = loads(tmp_path / "merged")
-    ids = torch.arange(20).view(2, 10)
-    difference = adapted(input_ids=ids).logits - merged(input_ids=ids).logits
-    assert difference.abs().max() < 0.2
+    for parameter in adapted.parameters():
+        parameter.data = parameter.data.double()
+    merged: Any = adapted.merge_and_unload()  # type: ignore[operator]
+    assert_all_rounded(loads(tmp_path / "merged").state_dict(), merged.state_dict())
     assert {path.name for path in tmp_path.glob("adapter-*")} == {
         "adapter-step-3",
         "adapter-step-6",

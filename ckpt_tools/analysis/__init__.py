@@ -1,1 +1,1 @@
-"""Answers that write nothing: inspect, diff, interval."""
+"""Owns the commands that write nothing: inspect, diff, interval."""

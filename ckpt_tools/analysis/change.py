@@ -1,9 +1,8 @@
-"""How the numbers of two tensors differ: counts, extremes and sums over windows that add up.
+"""Owns the arithmetic of a difference between two tensors: counts, extremes and sums.
 
-Owns the arithmetic. Everything is computed in float64 from pieces of a fixed size, each summed by itself
-and then added in order, so that the result is the same however many threads there are. Differences of
-integers are exact until they are rounded once to float64. Knows two runs of elements in memory; knows
-nothing of names, files or reports.
+All sums are computed in float64. Pieces of a fixed size are summed separately and added in order, so the
+result does not depend on the number of threads. Differences of integers are exact and are rounded once, to
+float64.
 """
 
 from __future__ import annotations
@@ -39,11 +38,11 @@ class Tolerance:
 
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """What is known of some elements of two tensors.
+    """The statistics of some elements of two tensors.
 
     Attributes:
         changed: elements that differ.
-        finite: elements that are finite in both; the rest is of these.
+        finite: elements that are finite in both. The other statistics cover these elements.
         largest: largest ``|a - b|``.
         total: sum of ``|a - b|``.
         squares: sum of ``|a - b|**2``.
@@ -75,17 +74,17 @@ class Sums:
 
     @property
     def mean(self) -> float:
-        """Mean ``|a - b|``; 0 where nothing is finite."""
+        """Mean ``|a - b|``; 0 if no element is finite."""
         return self.total / self.finite if self.finite else 0.0
 
     @property
     def relative(self) -> float | None:
-        """``||a - b|| / ||a||``; None where A is zero, or too large for float64."""
+        """``||a - b|| / ||a||``; None if A is zero or too large for float64."""
         return _quotient(math.sqrt(self.squares), math.sqrt(self.a_squares))
 
     @property
     def cosine(self) -> float | None:
-        """Cosine of the angle between A and B; None where one of them is zero."""
+        """Cosine of the angle between A and B; None if one of them is zero."""
         norms = math.sqrt(self.a_squares) * math.sqrt(self.b_squares)
         cosine = _quotient(self.products, norms)
         return None if cosine is None else min(max(cosine, -1.0), 1.0)
@@ -94,8 +93,8 @@ class Sums:
 def measure(a: torch.Tensor, b: torch.Tensor, tolerance: Tolerance) -> Sums:
     """Compare two flat tensors of the same size, element by element.
 
-    Elements of one dtype are compared bit for bit where the tolerance is exact, and by value otherwise;
-    then a NaN equals a NaN.
+    With an exact tolerance, elements of one dtype are compared bit for bit. Otherwise values are compared,
+    and a NaN equals a NaN.
     """
     sums = Sums()
     for start in range(0, len(a), _PIECE):
@@ -155,7 +154,7 @@ def _values(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 
 
 def _halves(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The upper and lower 32 bits of integers, as int64: neither they nor their differences overflow."""
+    """The upper and lower 32 bits of integers, as int64. Their differences cannot overflow."""
     import torch
 
     if values.dtype == torch.uint64:

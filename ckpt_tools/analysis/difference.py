@@ -1,9 +1,8 @@
-"""What is different between two checkpoints: the values behind ``ckpt-tools diff``.
+"""Owns the comparison of two checkpoints, for ``ckpt-tools diff``: which tensors form a pair, and the result.
 
     open both -> names without wrappers -> pair by name -> choose the copy of each -> compare windows
 
-Owns what is compared with what, and the result. Only tensors that differ cost arithmetic: windows are
-compared as bytes first. Knows no format and no command line.
+Windows are compared as bytes first. Arithmetic is needed only for tensors that differ.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ class Layout:
 
     @classmethod
     def of(cls, tensor: Tensor) -> Layout:
-        """That of a tensor."""
+        """The layout of a tensor."""
         return cls(str(tensor.dtype), tensor.shape)
 
     def __str__(self) -> str:
@@ -57,12 +56,12 @@ class TensorDifference:
     Attributes:
         name: its name.
         shape: sizes, the same on both sides.
-        dtypes: element types in A and B, as they were compared.
+        dtypes: the compared element types of A and B.
         changed: elements that differ.
         max_abs: largest ``|a - b|`` of the elements that are finite on both sides.
         mean_abs: mean of them, over all elements that are finite on both sides.
-        relative: ``||a - b|| / ||a||`` of them; None where A is zero.
-        cosine: cosine of the angle between A and B; None where one of them is zero.
+        relative: ``||a - b|| / ||a||`` of them; None if A is zero.
+        cosine: cosine of the angle between A and B; None if one of them is zero.
         nan: elements that are NaN, in A and in B.
         inf: elements that are infinite, in A and in B.
     """
@@ -85,33 +84,32 @@ class TensorDifference:
 
     @property
     def size(self) -> tuple[float, float, int]:
-        """How large the change is: what is not finite first, then by ``relative`` and ``max_abs``."""
+        """The sort key of the change: NaN and infinity first, then ``relative`` and ``max_abs``."""
         odd = any((*self.nan, *self.inf))
         relative = math.inf if odd or (self.relative is None and self.max_abs) else self.relative
         return relative or 0.0, self.max_abs, self.changed
 
     def to_json(self) -> dict[str, Any]:
-        """As one object of the report; a number that JSON does not have is null."""
+        """The object of the report; a number that JSON cannot hold is null."""
         data = asdict(self) | {"numel": self.numel}
         return {k: None if v in (math.inf, -math.inf) else v for k, v in data.items()}
 
 
 @dataclass(frozen=True)
 class Difference:
-    """What is different between two checkpoints, A and B.
+    """The differences between two checkpoints, A and B.
 
     Attributes:
-        a: what A is: its ``path``, ``title``, ``name`` and ``step``.
-        b: the same of B.
-        rtol: an element counts as changed where ``|a - b| > atol + rtol * |b|``.
-        atol: the absolute part of it.
-        compared: tensors that both have, in one shape.
-        elements: elements of them.
-        same: how many of them did not change.
-        changed: those that did, the largest change first.
-        recast: names of tensors that the two hold in different dtypes, with both; they are compared by
-            value.
-        reshaped: names of tensors of different shapes, with both layouts; they are not compared.
+        a: ``path``, ``title``, ``name`` and ``step`` of A.
+        b: the same for B.
+        rtol: an element counts as changed if ``|a - b| > atol + rtol * |b|``.
+        atol: the absolute part of the tolerance.
+        compared: number of tensors that both have in the same shape.
+        elements: number of their elements.
+        same: number of compared tensors that did not change.
+        changed: tensors that changed, largest change first.
+        recast: names of tensors with different dtypes, with both dtypes. Their values are compared.
+        reshaped: names of tensors with different shapes, with both layouts. They are not compared.
         added: tensors that only B has.
         removed: tensors that only A has.
         notes: how names and copies were chosen.
@@ -133,7 +131,7 @@ class Difference:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing is different."""
+        """Whether there is no difference."""
         return not (self.changed or self.recast or self.reshaped or self.added or self.removed)
 
     def to_json(self) -> dict[str, Any]:
@@ -185,31 +183,31 @@ def diff(
     """Compare two checkpoints of any formats, tensor by tensor.
 
     Args:
-        a: a training checkpoint, a model's or an adapter's directory, a file of weights, or an opened
+        a: a training checkpoint, a directory of a model or an adapter, a file of weights, or an opened
             checkpoint.
-        b: the other.
-        tag_a: which of several checkpoints A is, by name.
-        tag_b: which of several checkpoints B is, by name.
-        weights: which copy of a training checkpoint's tensors. ``master`` takes the optimizer's copy
-            where there is one; ``model`` the weights that it trains with, which are the masters rounded;
-            ``auto`` for each tensor whichever the other side holds too, masters first.
-        rtol: an element counts as changed where ``|a - b| > atol + rtol * |b|``; where both are 0 every
-            bit counts.
-        atol: the absolute part of it.
+        b: the other checkpoint.
+        tag_a: the name of A among several checkpoints.
+        tag_b: the name of B among several checkpoints.
+        weights: the copy of a training checkpoint's tensors. ``master`` takes the optimizer's copy if
+            there is one. ``model`` takes the weights of the training dtype, which are the rounded masters.
+            ``auto`` takes for each tensor the copy that the other side holds too, masters first.
+        rtol: an element counts as changed if ``|a - b| > atol + rtol * |b|``. If both are 0, every bit
+            counts.
+        atol: the absolute part of the tolerance.
         workers: number of threads; the result does not depend on it.
         progress: called with bytes done and bytes in all, from any thread.
 
     Returns:
-        What is different.
+        The differences.
 
     Raises:
         UsageError: a tolerance is negative, or a tag or copy is unknown.
         CkptError: see :mod:`ckpt_tools.errors`; one of the two cannot be read.
     """
     if not (0 <= rtol < math.inf and 0 <= atol < math.inf):
-        raise UsageError(f"a tolerance is a number from 0 on, not rtol {rtol:g}, atol {atol:g}")
+        raise UsageError(f"a tolerance must be a number >= 0, not rtol {rtol:g}, atol {atol:g}")
     if weights not in ("auto", "master", "model"):
-        raise UsageError(f"{weights!r} is no copy", hint="Choose auto, master or model.")
+        raise UsageError(f"{weights!r} is not a copy", hint="Choose auto, master or model.")
     opened = [_opened(a, tag_a, "a"), _opened(b, tag_b, "b")]
     sides = alike(side_of(opened[0], "A", weights), side_of(opened[1], "B", weights))
     first, second = (side.copies[0] for side in sides)
@@ -252,7 +250,7 @@ def _opened(checkpoint: PathLike | Checkpoint, tag: str | None, side: str) -> Ch
         return open_weights(Path(checkpoint), tag)
     except AmbiguousCheckpoint as error:
         if error.hint is not None:
-            # There are two sides here, and a tag for each.
+            # This command has a tag option for each side.
             error.hint = error.hint.replace("--tag ", f"--tag-{side} ")
         raise
 
@@ -269,13 +267,13 @@ def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _chosen(name: str, a: Side, b: Side) -> tuple[Tensor, Tensor]:
-    """The copies of a tensor that lie in one dtype; the preferred of each where none do."""
+    """The copies of a tensor that have the same dtype; otherwise the preferred copy of each side."""
     choices = [(x[name], y[name]) for x, y in product(a.copies, b.copies)]
     return next(((x, y) for x, y in choices if x.dtype == y.dtype), choices[0])
 
 
 def _rounded(pairs: Mapping[str, tuple[Tensor, Tensor]], sides: Sequence[Side]) -> Iterator[str]:
-    """Which masters were compared as the weights that they train."""
+    """Notes on masters that were compared as the weights of the training dtype."""
     for index, (side, other) in enumerate((sides, sides[::-1])):
         masters = side.copies[0]
         dtypes = Counter(
@@ -285,13 +283,13 @@ def _rounded(pairs: Mapping[str, tuple[Tensor, Tensor]], sides: Sequence[Side]) 
         )
         for (master, trained), count in dtypes.items():
             yield (
-                f"{side.label}: {count} {master} masters are compared as the {trained} weights that "
-                f"they train, since {other.label} holds {trained}"
+                f"{side.label}: {count} {master} masters are compared as {trained} weights, "
+                f"because {other.label} holds {trained}"
             )
 
 
 def _strangers(matched: Matched) -> Iterator[str]:
-    """That nothing could be compared, with a name of each side."""
+    """A note if no names match, with a name of each side."""
     if not matched.pairs and matched.only_first and matched.only_second:
         yield (
             f"no tensor has the same name in both: A has {matched.only_first[0]}, "
@@ -303,13 +301,13 @@ def _strangers(matched: Matched) -> Iterator[str]:
         ):
             for attribute in _attributes(*names):
                 yield (
-                    f"by its names {part} may be the attribute {attribute} of {whole}: compare it with "
-                    f"what ckpt-tools extract-attr {attribute} makes of {whole}"
+                    f"the names suggest that {part} is the attribute {attribute} of {whole}: compare {part} "
+                    f"with the output of ckpt-tools extract-attr {attribute} for {whole}"
                 )
 
 
 def _attributes(whole: Sequence[str], part: Sequence[str]) -> list[str]:
-    """Under which attributes of a composite model all names of another lie."""
+    """The attributes of a composite model that contain all names of another model."""
     names, end = set(whole), f".{part[0]}"
     found = {name.removesuffix(end) for name in whole if name.endswith(end)}
     return sorted(a for a in found if all(f"{a}.{name}" in names for name in part))
@@ -343,7 +341,7 @@ def _changes(
                 sums += measured
         if sums.changed:
             found[index], same[index] = sums, equal
-    # What is the same on both sides counts in the norms of a tensor that changed elsewhere.
+    # Equal windows of a changed tensor count in its norms.
     left = [window for windows in same.values() for window in windows]
     meter.expect(sum(groups[w.group][0].dtype.itemsize * (w.stop - w.start) for w in left))
     alone = [(a,) for a, _ in groups]

@@ -1,6 +1,6 @@
-"""What a checkpoint is, from metadata alone: the value behind ``ckpt-tools inspect``.
+"""Owns the description of a checkpoint from its metadata, for ``ckpt-tools inspect``.
 
-Reads no tensor data, imports no torch, writes nothing.
+It reads no tensor data and does not import torch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ckpt_tools.transforms.prefixes import strip_wrappers
 
 @dataclass(frozen=True)
 class Group:
-    """Some of the tensors: how many, of how many elements, of how many bytes in training dtype."""
+    """A group of tensors: their number, elements, and bytes in the training dtype."""
 
     tensors: int
     parameters: int
@@ -38,26 +38,26 @@ class Inspection:
     Attributes:
         path: its directory.
         format: the reader's name for it.
-        title: what it is, for a person.
+        title: the format, for a person.
         name: tag or folder.
-        step: optimizer step, where known.
-        world_size: ranks that wrote it, where known.
-        framework: what wrote it, with its version where known.
+        step: optimizer step, if known.
+        world_size: ranks that wrote it, if known.
+        framework: the library that wrote it, with its version if known.
         details: further facts of the format, such as ``stage``.
         parameters: distinct elements of parameters, trained and frozen.
         files: number of files.
         bytes_on_disk: bytes of all files.
-        weight_bytes: bytes of them that a conversion reads.
-        training_dtype: dtype of most elements in the model.
-        dtypes: dtype name to elements trained in it.
+        weight_bytes: bytes that a conversion reads.
+        training_dtype: dtype of most elements of the model.
+        dtypes: number of elements of each training dtype.
         trained, frozen, buffers: the tensors by kind.
-        tied: second names, each with the name it is listed under.
-        adapters: adapter name to its tensors.
-        attributes: top-level attribute to its tensors.
-        wrappers: prefixes that a conversion strips, with the number of names.
+        tied: second names, each with the name that lists the tensor.
+        adapters: the tensors of each adapter.
+        attributes: the tensors of each top-level attribute.
+        wrappers: prefixes that a conversion removes, with the number of names.
         output_bytes: bytes of the tensors of an output, for each dtype.
-        remarks: what is odd.
-        problems: what is wrong.
+        remarks: unusual facts.
+        problems: errors.
     """
 
     path: Path
@@ -98,11 +98,11 @@ def inspect(
     format: str | None = None,
     also: Sequence[str | os.PathLike[str]] = (),
 ) -> Inspection:
-    """Look at a checkpoint without reading its tensors.
+    """Describe a checkpoint without reading its tensors.
 
     Raises:
-        NotACheckpoint, UsageError: there is no one checkpoint under the path. A checkpoint that is
-            there but damaged is no error here: its ``problems`` say what is wrong.
+        NotACheckpoint, UsageError: the path does not name exactly one checkpoint. A damaged checkpoint is
+            not an error: its ``problems`` describe the damage.
     """
     place = read_as_one(Path(path), also)
     location = readers.locate(place, tag, model=model, format=format)
@@ -123,10 +123,10 @@ def inspect(
 
 
 def _sizes(directory: Path) -> Iterator[int]:
-    """Bytes of each file of a checkpoint that something is wrong with."""
+    """Bytes of each file of a damaged checkpoint."""
     for entry in directory.iterdir():
         if entry.is_file():
-            with suppress(CkptError):  # copies that differ have no one size
+            with suppress(CkptError):  # copies with different sizes
                 yield entry.stat().st_size
 
 

@@ -136,6 +136,14 @@ _ADAPTERS: dict[str, Decorator[Any]] = {
         is_flag=True,
         help="Compare all masters with the 16-bit weights, not a sample.",
     ),
+    "check_source": option(
+        "--no-check-source",
+        "check_source",
+        group=CHECK,
+        flag_value=False,
+        default=True,
+        help="Do not compare the bytes that are read with the checksums of their files.",
+    ),
     "verify": option(
         "--verify",
         group=CHECK,

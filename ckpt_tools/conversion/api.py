@@ -102,8 +102,8 @@ def average(
 ) -> Report:
     """Write the mean of several checkpoints of one architecture as a model directory.
 
-    Computed in fp32 from the masters (or the 16-bit weights, with ``weights="model"``), cast once.
-    Formats may be mixed. Config and tokenizer are looked for near the first checkpoint.
+    Computed in fp64 from the masters (or the 16-bit weights, with ``weights="model"``), rounded to fp32
+    and cast. Formats may be mixed. Config and tokenizer are looked for near the first checkpoint.
 
     Args:
         checkpoints: paths, or opened checkpoints; two or more.
@@ -187,7 +187,7 @@ def merge_lora(
     base: PathLike | None = None,
     **options: Unpack[ModelOptions],
 ) -> Report:
-    """Write the model that a LoRA adapter makes of its base: ``W + s B A`` in fp32, rounded once.
+    """Write the model that a LoRA adapter makes of its base: ``W + s B A``, the same bits on every machine.
 
     Args:
         checkpoint: a path, or an opened checkpoint.

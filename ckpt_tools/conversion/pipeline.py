@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -30,6 +30,7 @@ from ckpt_tools.writing.delivery import Delivered, deliver
 from ckpt_tools.writing.manifest import Provenance
 from ckpt_tools.writing.output import Output, Writing
 from ckpt_tools.writing.publish import check_target, leftovers
+from ckpt_tools.writing.source import Stamps
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,8 @@ def run(sources: Sequence[Checkpoint], request: Request, prepare: Prepare, clock
         folders = [f for source in sources for f in folders_of(source.location.directory)]
         inputs = [*folders, *request.named_inputs]
         check_target(request.output, inputs, overwrite=request.overwrite)
+    checks = _Checks()
+    checks.add(file for source in sources for file in source.files)
     pending = prepare(sources, request)
     settle(pending.tensors, request.workers)
     clock.lap("read")
@@ -116,29 +119,35 @@ def run(sources: Sequence[Checkpoint], request: Request, prepare: Prepare, clock
     clock.lap("check")
     planned = pending.plan()
     clock.lap("plan")
-    delivered = deliver(request.output, planned.outputs, request, planned.provenance, _refuse_wrong)
+    checks.add(planned.provenance.files())
+    delivered = deliver(request.output, planned.outputs, request, planned.provenance, checks)
     clock.lap("write")
     return _report(sources[0], request, planned, delivered, checked, clock)
 
 
-def _refuse_wrong(directory: Path, writing: Writing) -> None:
-    """Verify every byte of a directory that is about to appear.
+class _Checks(Stamps):
+    """The last checks of sources and output; see ``Checks`` of :mod:`ckpt_tools.writing.finishing`."""
 
-    Raises:
-        VerificationFailed: it is wrong.
-    """
-    verdict = verify(directory, read_data=True, workers=writing.workers, progress=writing.active)
-    errors = verdict.errors
-    if errors:
-        first = errors[0]
-        more = f", and {len(errors) - 1} more problems" if len(errors) > 1 else ""
-        raise VerificationFailed(
-            f"verify found the output wrong: {first.kind}: {first.detail}{more}",
-            path=first.file,
-            tensor=first.tensor,
-            hint="Nothing was published. Write it without --verify, then run ckpt-tools verify on it "
-            "for the whole list.",
+    def refuse_wrong(self, directory: Path, writing: Writing) -> None:
+        """Verify every byte of a directory that is about to appear.
+
+        Raises:
+            VerificationFailed: it is wrong.
+        """
+        verdict = verify(
+            directory, read_data=True, workers=writing.workers, progress=writing.active
         )
+        errors = verdict.errors
+        if errors:
+            first = errors[0]
+            more = f", and {len(errors) - 1} more problems" if len(errors) > 1 else ""
+            raise VerificationFailed(
+                f"verify found the output wrong: {first.kind}: {first.detail}{more}",
+                path=first.file,
+                tensor=first.tensor,
+                hint="Nothing was published. Write it without --verify, then run ckpt-tools verify "
+                "on it for the whole list.",
+            )
 
 
 def dtype_counts(tensors: Iterable[Tensor]) -> dict[str, int]:
@@ -180,6 +189,7 @@ def _report(
         bytes_written=0 if delivered is None else sum(files.values()),
         checked=checked,
         seconds=clock.laps | {"move": written.move_seconds, "sync": written.sync_seconds},
+        checksums={} if delivered is None else asdict(delivered.checked),
         notes=planned.notes if delivered is None else (*planned.notes, *delivered.notes),
         warnings=(*map(_leftover, leftovers(request.output)), *planned.warnings),
         dry_run=request.dry_run,

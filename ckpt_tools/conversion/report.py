@@ -32,6 +32,8 @@ class Report:
         checked: how many tensors' masters were compared with the 16-bit weights.
         seconds: ``read``, ``check``, ``plan`` and ``write``; of the last, ``move`` and ``sync``;
             and ``total``.
+        checksums: source bytes that were compared with a checksum of their file (``checked``), that were not
+            because only a part of their record was read (``partly``), or that have none (``without``).
         notes: what was decided or changed.
         warnings: what to look at.
         dry_run: nothing was written.
@@ -53,6 +55,7 @@ class Report:
     bytes_written: int
     checked: int
     seconds: Mapping[str, float]
+    checksums: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     dry_run: bool = False

@@ -109,6 +109,7 @@ class AdapterOptions(TypedDict, total=False):
     resume: bool
     sha256: bool
     verify: bool
+    check_source: bool
     ranks: Ranks | None
     node_local: bool
 

@@ -1,10 +1,9 @@
-"""Every file of the output directory that is not tensors.
+"""Owns every file of the output directory that does not hold tensors.
 
-Owns config, generation config, tokenizer, chat template, processor files and the custom code of the
-source: which there are, and which bytes they hold. It must not know how tensors are read or
-written, and writes nothing itself: the caller gets a list of files. No number is invented, no code
-of the source is run, torch is never imported, and transformers only for vocabularies that nothing
-else reads.
+These are config, generation config, tokenizer, chat template, processor files and the custom code of the
+source. The caller gets a list of files with their content; nothing is written here. Every number comes from
+the source or from the tensors, and no code of the source is run. torch is never imported, transformers only
+for vocabularies that have no other reader.
 
     config = find_config(options)                       # stops the run early when there is none
     assets = collect(options, config, tensors, dtype=BFLOAT16, untied=False)
@@ -38,13 +37,13 @@ __all__ = ["AssetFile", "AssetOptions", "Assets", "ConfigSource", "collect", "fi
 
 @dataclass(frozen=True)
 class Assets:
-    """What goes beside the tensors.
+    """The files that go beside the tensors.
 
     Attributes:
         files: every file, each name once.
         config: the content of the output's ``config.json``.
         notes: what was changed or decided, one sentence each, for the report.
-        warnings: what the user should look at, one sentence each.
+        warnings: what the user should check, one sentence each.
     """
 
     files: tuple[AssetFile, ...]
@@ -59,16 +58,16 @@ def collect(
     """The files that belong beside the tensors.
 
     Args:
-        options: what the user asked for, and where to look.
+        options: the user's options, and where to look.
         config: the model config, from :func:`find_config`.
         tensors: name to dtype and shape of every output tensor.
         dtype: dtype of the output as a whole, for ``config.json``.
         untied: whether tied names hold different values and both were written.
 
     Raises:
-        MissingAsset: a file, class or token that the output needs is not there.
-        UsageError: a token id is no row of the embedding, or two sources give one file different
-            contents.
+        MissingAsset: a file, class or token that the output needs is missing.
+        UsageError: a token id is not a row of the embedding, or two sources have different contents for
+            one file.
         DamagedCheckpoint: a JSON or Python file of the source is damaged.
     """
     finished = finish(config, tensors, dtype=dtype, untied=untied)
@@ -85,10 +84,10 @@ def collect(
     generation = choose(options.generation_config, model)
 
     auto_map = finished.data.get("auto_map")
-    code = code_files(auto_map, home, hint="pass --config DIR, a directory that holds it")
+    code = code_files(auto_map, home, hint="Pass --config DIR, a directory that holds it.")
     for repository in hub_repositories(auto_map):
         warnings.append(
-            f"config.json uses code of the Hub repository {repository}; none was copied"
+            f"config.json uses code of the Hub repository {repository}, which was not copied"
         )
 
     finished_config = AssetFile(CONFIG_NAME, content=json_bytes(finished.data))
@@ -105,30 +104,30 @@ def _report_tokenizer(
     tokenizer: Tokenizer | None, rows: int | None, notes: list[str], warnings: list[str]
 ) -> None:
     if tokenizer is None:
-        warnings.append("no tokenizer was found, and none was written; pass --tokenizer DIR")
+        warnings.append("no tokenizer was found, so none was written; pass --tokenizer DIR")
         return
     notes.append(f"tokenizer copied from {tokenizer.directory}")
     count = tokenizer.id_count
     if rows is not None and count is not None and count > rows:
         warnings.append(
             f"the tokenizer in {tokenizer.directory} has ids up to {count - 1}, but the embedding"
-            f" has {rows} rows; pass --tokenizer DIR, the tokenizer that the model was trained with"
+            f" has {rows} rows; pass the tokenizer of the training run: --tokenizer DIR"
         )
 
 
 def _each_once(files: Iterable[AssetFile]) -> tuple[AssetFile, ...]:
-    """The files with duplicates of equal content dropped, in order of name.
+    """The files in order of name, without duplicates of equal content.
 
     Raises:
-        UsageError: two files of one name differ.
+        UsageError: two files with one name differ.
     """
     chosen: dict[str, AssetFile] = {}
     for file in files:
         other = chosen.setdefault(file.name, file)
         if other != file and other.read() != file.read():
             raise UsageError(
-                f"config and tokenizer bring different files named {file.name}",
+                f"the directories of config and tokenizer have different files named {file.name}",
                 path=file.source,
-                hint="pass --config and --tokenizer directories that agree, such as one directory",
+                hint="Pass one directory to both --config and --tokenizer, or directories that agree.",
             )
     return tuple(chosen[name] for name in sorted(chosen))

@@ -1,8 +1,7 @@
-"""``adapter_config.json``: where it is found, what the tensors say of it, and what must be given.
+"""Owns ``adapter_config.json``: the search for it, its inference from tensors, its check against tensors.
 
-Owns the search, the inference from tensors where there is no file, and the check of a file against the
-tensors. A value that neither a file nor the tensors nor the user determines is never filled in: alpha
-and the name of the base model are asked for. Knows names and shapes; knows no data and writes nothing.
+A value is taken from a file, from the names and shapes of tensors, or from the user, and never invented.
+The user must give alpha and the name of the base model if no file has them.
 
 Sources: ``peft/config.py`` (``save_pretrained``: sorted keys, two spaces, no newline at the end),
 ``peft/utils/other.py`` (``get_pattern_key``), ``peft/tuners/tuners_utils.py``
@@ -27,7 +26,7 @@ NAME = "adapter_config.json"
 _DEFAULT = "default"
 # PEFT's EMBEDDING_LAYER_NAMES.
 _EMBEDDINGS = ("embed_tokens", "lm_head")
-# PEFT's name of the task for the end of a class name; others have none that is certain.
+# PEFT's task name for the end of a class name; other class names have no certain task.
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
     "ForSequenceClassification": "SEQ_CLS",
@@ -42,7 +41,7 @@ class AdapterConfig:
 
     Attributes:
         data: the content of ``adapter_config.json``.
-        path: the file it is from; None where it was inferred.
+        path: the file it is from; None if it was inferred.
         notes: what was decided.
     """
 
@@ -57,7 +56,7 @@ class AdapterConfig:
 
     @property
     def bias(self) -> str:
-        """Which biases belong to the adapter."""
+        """The setting ``bias``: which biases belong to the adapter."""
         return str(self.data.get("bias") or "none")
 
     @property
@@ -66,7 +65,7 @@ class AdapterConfig:
         return self.data.get("trainable_token_indices") or self.data.get("token_indices")
 
     def rank(self, module: str) -> int:
-        """``r`` of a module: that of the first pattern that fits, or the common one.
+        """``r`` of a module: the value of the first pattern that matches, or the common value.
 
         Raises:
             MissingAsset: the config has none.
@@ -80,7 +79,7 @@ class AdapterConfig:
         """``lora_alpha`` of a module.
 
         Raises:
-            MissingAsset: the config has none, or none that does anything.
+            MissingAsset: the config has no ``lora_alpha``, or one that is not positive.
         """
         value = self._by_pattern("alpha_pattern", "lora_alpha", module)
         if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
@@ -93,7 +92,7 @@ class AdapterConfig:
         return self.alpha(module) / (math.sqrt(rank) if self.data.get("use_rslora") else rank)
 
     def targets_embeddings(self, modules: Iterable[str]) -> bool:
-        """Whether PEFT takes one of ``modules`` to be a targeted embedding, and saves its base layer."""
+        """Whether PEFT takes one of ``modules`` for a targeted embedding, and saves its base layer."""
         named = self.data.get("target_modules") or ()
         if self.token_indices is not None or named == "all-linear":
             return False
@@ -110,27 +109,28 @@ class AdapterConfig:
     def _lacks(self, key: str, value: object) -> MissingAsset:
         option = " --lora-alpha X or" if key == "lora_alpha" else ""
         return MissingAsset(
-            f"the adapter's config has no usable {key} (it says {json.dumps(value)})",
+            f"the adapter's config has no usable {key} (its value is {json.dumps(value)})",
             path=self.path,
-            hint=f"pass{option} --adapter-config FILE|DIR, the config that the adapter was trained with",
+            hint=f"Pass{option} --adapter-config FILE|DIR, the config of the training run.",
         )
 
 
 def find_adapter_config(
     named: Path | None, search: Sequence[Path], adapter: str, *, alone: bool
 ) -> AdapterConfig | None:
-    """The config of an adapter: the one named, else the nearest one; None where there is none.
+    """The config of an adapter: the one given, else the nearest one; None if there is none.
 
-    PEFT writes the config of ``default`` into the directory itself and others into folders of their names.
+    PEFT writes the config of ``default`` into the directory itself, and others into folders named after the
+    adapters.
 
     Args:
         named: ``--adapter-config``, a file or a directory.
         search: directories near the checkpoint, nearest first.
         adapter: the adapter's name.
-        alone: whether it is the only adapter, so that any config there is must be its own.
+        alone: whether it is the only adapter; any config that is found then belongs to it.
 
     Raises:
-        MissingAsset: ``named`` holds no config of it.
+        MissingAsset: ``named`` holds no config of the adapter.
         DamagedCheckpoint: a file is not a JSON object.
     """
     if named is not None and named.is_file():
@@ -145,9 +145,9 @@ def find_adapter_config(
     if named is None:
         return None
     raise MissingAsset(
-        f"--adapter-config holds no {NAME} of adapter {adapter!r}",
+        f"--adapter-config has no {NAME} of adapter {adapter!r}",
         path=named,
-        hint=f"pass the file, or a directory with {NAME} or {adapter}/{NAME}",
+        hint=f"Pass the file, or a directory with {NAME} or {adapter}/{NAME}.",
     )
 
 
@@ -155,9 +155,9 @@ def _read(path: Path) -> AdapterConfig:
     data = read_object(path)
     if not isinstance(data.get("peft_type"), str):
         raise MissingAsset(
-            "it is no adapter's config: it has no peft_type",
+            "not an adapter config: peft_type is missing",
             path=path,
-            hint=f"pass --adapter-config the {NAME} that PEFT wrote",
+            hint=f"Pass --adapter-config with the {NAME} that PEFT wrote.",
         )
     return AdapterConfig(data, path)
 
@@ -165,16 +165,16 @@ def _read(path: Path) -> AdapterConfig:
 def with_given(
     config: AdapterConfig, *, lora_alpha: float | None, base_model: str | None, for_file: bool
 ) -> AdapterConfig:
-    """The config with what the user gave, fit to be written or used.
+    """The config with the user's values, complete enough to be written or used.
 
     Args:
         config: as found or inferred.
         lora_alpha: ``--lora-alpha``.
         base_model: ``--base-model``.
-        for_file: whether it will be written: a base model must then be known.
+        for_file: whether it will be written; the base model must then be known.
 
     Raises:
-        MissingAsset: alpha or the base model is not known.
+        MissingAsset: alpha or the base model is unknown.
         UsageError: alpha is not positive.
     """
     data = dict(config.data)
@@ -182,7 +182,7 @@ def with_given(
     if lora_alpha is not None:
         if not (math.isfinite(lora_alpha) and lora_alpha > 0):
             raise UsageError(
-                f"--lora-alpha {lora_alpha:g} would switch the adapter off",
+                f"--lora-alpha must be positive, not {lora_alpha:g}",
                 hint="Pass the lora_alpha of the training run.",
             )
         before = data.get("lora_alpha")
@@ -196,15 +196,15 @@ def with_given(
         changed.alpha("")
     if for_file and not data.get("base_model_name_or_path"):
         raise MissingAsset(
-            "the base model of the adapter is not known",
+            "the base model of the adapter is unknown",
             path=config.path,
-            hint="pass --base-model NAME, the Hub name or directory that the run started from",
+            hint="Pass --base-model NAME, the Hub name or directory that the training run started from.",
         )
     return changed
 
 
 def adapter_config_file(config: AdapterConfig) -> AssetFile:
-    """The file as PEFT writes it: an adapter that is loaded is not trained on."""
+    """The file as PEFT writes it, in inference mode."""
     data = {**config.data, "inference_mode": True}
     content = json.dumps(data, indent=2, sort_keys=True).encode()
     return AssetFile(NAME, content=content)
@@ -212,17 +212,17 @@ def adapter_config_file(config: AdapterConfig) -> AssetFile:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the tensors of a LoRA adapter say of its config.
+    """The facts about a LoRA config that the adapter's tensors show.
 
     Attributes:
         ranks: ``r`` of each adapted module.
-        parameters: of those, the ones that are parameters of a module, by name (``target_parameters``).
-        modules: all modules of the base that hold a weight; empty where the base is not there.
+        parameters: the entries of ``ranks`` that are parameters of a module (``target_parameters``).
+        modules: all modules of the base that have a weight; empty if the base is absent.
         replaced: modules saved whole.
         dora: modules with a magnitude vector.
         biased_factors: modules whose ``B`` has a bias.
-        bias: ``none``, ``all``, ``lora_only``; None where the tensors do not tell.
-        transposed: whether weights are stored (in, out); None where shapes do not tell.
+        bias: ``none``, ``all`` or ``lora_only``; None if the tensors do not show it.
+        transposed: whether weights are stored (in, out); None if shapes do not show it.
     """
 
     ranks: Mapping[str, int]
@@ -239,7 +239,7 @@ def infer(evidence: Evidence, architecture: str | None, base_model: str | None) 
     """The config of a LoRA adapter, from its tensors.
 
     Raises:
-        MissingAsset: the tensors do not determine something that loading needs.
+        MissingAsset: the tensors do not determine a setting that loading needs.
     """
     modules = [module for module in evidence.ranks if module not in evidence.parameters]
     _require(evidence.bias is not None, "whether biases were trained")
@@ -261,7 +261,7 @@ def infer(evidence: Evidence, architecture: str | None, base_model: str | None) 
         "use_dora": bool(evidence.dora),
     }
     if evidence.transposed is not None:
-        # PEFT finds it by itself where it is not written.
+        # PEFT determines it by itself if it is absent.
         data["fan_in_fan_out"] = evidence.transposed
     if evidence.parameters:
         data["target_parameters"] = sorted(evidence.parameters)
@@ -270,7 +270,7 @@ def infer(evidence: Evidence, architecture: str | None, base_model: str | None) 
         data["task_type"] = task
     notes = (
         f"no {NAME} was found: written from the tensors (r {rank}, {len(modules)} modules)",
-        "use_rslora and alpha_pattern leave no trace in tensors and are off; --adapter-config has them",
+        "use_rslora and alpha_pattern are not visible in tensors and are off; --adapter-config sets them",
     )
     return AdapterConfig(data, None, notes)
 
@@ -278,13 +278,13 @@ def infer(evidence: Evidence, architecture: str | None, base_model: str | None) 
 def _require(known: bool, what: str) -> None:
     if not known:
         raise MissingAsset(
-            f"no {NAME} was found, and the tensors do not tell {what}",
-            hint=f"pass --adapter-config FILE|DIR, the {NAME} of the training run",
+            f"no {NAME} was found, and the tensors do not show {what}",
+            hint=f"Pass --adapter-config FILE|DIR, the {NAME} of the training run.",
         )
 
 
 def _targets(modules: Iterable[str], all_modules: frozenset[str]) -> list[str]:
-    """Last names of the modules, where every module of that name is adapted; else full names."""
+    """The last part of a module's name if every module with it is adapted, else the full name."""
     adapted = set(modules)
     targets: dict[str, None] = {}
     for module in adapted:
@@ -295,18 +295,18 @@ def _targets(modules: Iterable[str], all_modules: frozenset[str]) -> list[str]:
 
 
 def check(config: AdapterConfig, ranks: Mapping[str, int]) -> None:
-    """Refuse a LoRA config that is not of these tensors.
+    """Refuse a LoRA config that does not belong to these tensors.
 
     Args:
         config: a config that was found.
-        ranks: ``r`` of each adapted module, from the shapes; a parameter by its own name.
+        ranks: ``r`` of each adapted module or parameter, from the shapes.
 
     Raises:
-        UsageError: it is of another adapter.
+        UsageError: the config belongs to another adapter.
     """
     targets = config.data.get("target_modules") or ()
     parameters = config.data.get("target_parameters") or ()
-    hint = "Pass --adapter-config FILE|DIR, the config that this adapter was trained with."
+    hint = "Pass --adapter-config FILE|DIR, the config of this adapter's training run."
     for module, rank in ranks.items():
         if config.rank(module) != rank:
             raise UsageError(

@@ -1,9 +1,7 @@
-"""Which transformers class the tensors belong to, when a config does not say.
+"""Owns the inference of the transformers class from model type and tensor names, if a config has no class.
 
-Owns the deduction from model type and tensor names to a class name. The class names come from
-transformers' own tables, read as text: importing ``modeling_auto`` would import torch and take
-seconds, and executing nothing is safer still. A deduction is made only when exactly one class
-remains; several are an error that lists them. It must not know config files or where they lie.
+The class names come from transformers' own tables. They are parsed as text, because an import of
+``modeling_auto`` imports torch and takes seconds. If more than one class remains, an error lists them.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ _LANGUAGE = (
     "MASKED_LM",
 )
 
-# The module that only the head of a class has, and the tables whose classes have it.
+# A module that only the head of a class has, and the tables whose classes have it.
 _HEADS: Mapping[str, tuple[str, ...]] = {
     "lm_head": _LANGUAGE,
     "embed_out": ("CAUSAL_LM",),
@@ -42,7 +40,7 @@ _GENERATING_HEADS = {"lm_head", "embed_out", "proj_out"}
 BESIDE_LANGUAGE_MODELS = frozenset({"v_head", "value_head"})
 _VALUE_HEADS = {"v_head", "value_head", "score", "classifier", "classification_head", "qa_outputs"}
 
-# Attributes under which classes with a head keep the model without one.
+# Attributes under which classes with a head keep the model without a head.
 _BASE_PREFIXES = {"model", "transformer", "gpt_neox", "backbone"}
 _EMBEDDINGS = {
     "embed_tokens",
@@ -60,17 +58,17 @@ _HEADLESS_TASK = re.compile(
 
 
 def input_embeddings(names: Iterable[str]) -> tuple[str, ...]:
-    """The names that are, by their structure, input embeddings of tokens."""
+    """The names that have the structure of input embeddings of tokens."""
     return tuple(name for name in names if _is_embedding(name.split(".")))
 
 
 def never_generates(class_name: str) -> bool:
-    """Whether a class is of a task without text generation, by its name."""
+    """Whether the name of a class is that of a task without text generation."""
     return _HEADLESS_TASK.search(class_name) is not None
 
 
 def contradiction(class_name: str, names: Iterable[str]) -> str | None:
-    """The head among the tensors that the class does not have, or None when they agree."""
+    """A head among the tensors that the class does not have, or None if class and tensors agree."""
     heads = _heads(names)
     if _GENERATING_CLASS.search(class_name) and not heads & _GENERATING_HEADS:
         return min(heads & _VALUE_HEADS, default=None)
@@ -93,16 +91,16 @@ def is_known(model_type: str) -> bool:
 def infer(
     model_type: str, names: Iterable[str], *, tied: bool | None, path: Path
 ) -> tuple[str, str]:
-    """The only class of a model type that has these tensors, and what showed it.
+    """The only class of a model type that has these tensors, and the evidence for it.
 
     Args:
-        model_type: the config's model type, one that :func:`is_known`.
+        model_type: the config's model type; :func:`is_known` must be true of it.
         names: tensor names of the output.
-        tied: ``tie_word_embeddings`` of the config, None when it does not say.
+        tied: ``tie_word_embeddings`` of the config; None if it is absent.
         path: the config file, for the error.
 
     Raises:
-        MissingAsset: no class, or more than one, has these tensors.
+        MissingAsset: no class, or more than one class, has these tensors.
     """
     names = tuple(names)
     candidates, evidence = _candidates(model_type, names, tied=tied)
@@ -111,16 +109,16 @@ def infer(
     fits = f"the tensors fit {' and '.join(sorted(candidates))}" if candidates else evidence
     example = min(candidates, default="<the class of the model>")
     raise MissingAsset(
-        f"has no architectures, and they cannot be told from the tensors: {fits}",
+        f"architectures is missing, and the tensors do not determine it: {fits}",
         path=path,
-        hint=f'pass --config FILE, a copy of it with "architectures": ["{example}"] added',
+        hint=f'Add "architectures": ["{example}"] to a copy of the file, and pass it: --config FILE.',
     )
 
 
 def _candidates(
     model_type: str, names: tuple[str, ...], *, tied: bool | None
 ) -> tuple[set[str], str]:
-    """The classes that these tensors leave possible, and what was seen among the tensors."""
+    """The classes that may have these tensors, and the evidence among the tensors."""
     heads = sorted(_heads(names) & _HEADS.keys())
     if heads:
         fitting = [_classes(model_type, _tables_of(head, names)) for head in heads]
@@ -128,7 +126,7 @@ def _candidates(
         return found, f"the tensors hold {' and '.join(heads)}"
     roots = {name.split(".")[0] for name in names}
     if any(name.split(".")[:-2] in ([], ["embeddings"]) for name in input_embeddings(names)):
-        # T5 has no prefix in any class: bare model, encoder and tied language model look alike.
+        # T5 classes have no prefix: bare model, encoder and tied language model have the same names.
         decodes = any("decoder" in name.split(".") for name in names)
         twin = "SEQ_TO_SEQ_CAUSAL_LM" if decodes else "TEXT_ENCODING"
         found = _classes(model_type, ("BASE", twin))
@@ -136,18 +134,18 @@ def _candidates(
     if roots <= _BASE_PREFIXES and len(roots) == 1 and tied is not False:
         found = _by_stacks(_classes(model_type, _LANGUAGE), model_type, names)
         return found, f"all tensors lie under {min(roots)}. and only a tied head can be absent"
-    return set(), "they hold no head that is known"
+    return set(), "they hold no known head"
 
 
 def _tables_of(head: str, names: tuple[str, ...]) -> tuple[str, ...]:
-    # Llama's and its relatives' classifiers of sequences and of tokens differ in the bias alone.
+    # In Llama and similar models, classifiers of sequences and of tokens differ only in the bias.
     if head == "score" and "score.bias" in names:
         return ("TOKEN_CLASSIFICATION",)
     return _HEADS[head]
 
 
 def _by_stacks(candidates: set[str], model_type: str, names: tuple[str, ...]) -> set[str]:
-    """Tell encoder-decoders from decoders by the stacks that are there."""
+    """Tell encoder-decoders from decoders by the stacks among the tensors."""
     both = _classes(model_type, ("SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ"))
     parts = {part for name in names for part in name.split(".")}
     if "decoder" not in parts or not both:
@@ -156,7 +154,7 @@ def _by_stacks(candidates: set[str], model_type: str, names: tuple[str, ...]) ->
 
 
 def _heads(names: Iterable[str]) -> set[str]:
-    """First components of the names; ``language_model.lm_head`` is a head in older layouts."""
+    """First parts of the names; in older layouts ``language_model.lm_head`` is a head."""
     return {name.removeprefix("language_model.").split(".")[0] for name in names}
 
 
@@ -170,7 +168,7 @@ def _classes(model_type: str, tables: Iterable[str]) -> set[str]:
 
 @cache
 def _tables() -> Mapping[str, Mapping[str, tuple[str, ...]]]:
-    """Table name to model type to class names, from the source of ``modeling_auto``."""
+    """For each table and model type the class names, from the source of ``modeling_auto``."""
     spec = importlib.util.find_spec("transformers")
     if spec is None or spec.origin is None:
         return {}

@@ -1,8 +1,8 @@
-"""The model card: ``README.md`` of the output, which says what the weights are.
+"""Owns the text of the model card, ``README.md`` of the output.
 
-Owns its words. Every statement is a fact of the weights, the config or the conversion; nothing is said of
-what the model can do, and nothing of how a checkpoint was stored: that stands in the manifest, so that the
-same weights have the same card. Knows neither tensors nor formats.
+Every statement is a fact about the weights, the config or the conversion. The card does not describe what
+the model can do or how a checkpoint was stored: the same weights have the same card, and the manifest has
+the rest.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ CARD_NAME = "README.md"
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card says.
+    """The facts that a card states.
 
     Attributes:
-        made_of: what was put together, where it was more than one checkpoint.
-        step: optimizer step, where known.
-        weights: ``master`` or ``model``: which copy was taken.
-        parameters: elements written.
+        made_of: the sources, if there was more than one checkpoint.
+        step: optimizer step, if known.
+        weights: the copy that was taken: ``master`` or ``model``.
+        parameters: number of elements written.
         nbytes: bytes of the weights.
-        dtypes: dtype name to elements written in it.
-        attribute: the part of a composite model that this is, if it is one.
+        dtypes: number of elements written in each dtype, by its name.
+        attribute: the part of a composite model that was taken, if any.
         notes: what the conversion decided or changed.
-        version: of ckpt-tools.
-        manifest: name of the file beside it that says how the weights were made.
+        version: version of ckpt-tools.
+        manifest: name of the manifest, which states how the weights were made.
     """
 
     made_of: str | None
@@ -60,7 +60,7 @@ def model_card(facts: CardFacts, config: Mapping[str, Any]) -> AssetFile:
 
 
 def _is_hub_name(name: str) -> bool:
-    """Whether it is ``owner/model``; a path on the machine that trained means nothing elsewhere."""
+    """Whether it is ``owner/model``, and not a path on the machine of the training run."""
     return name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
@@ -72,16 +72,23 @@ def _body(facts: CardFacts, config: Mapping[str, Any]) -> str:
         ("Training step", "unknown" if facts.step is None else f"{facts.step:,}"),
     ]
     if facts.weights == "model":
-        rows.append(("Weights", "those that the model computed with, not the optimizer's masters"))
+        rows.append(
+            ("Weights", "the copy that the model computed with, not the optimizer's masters")
+        )
     if facts.attribute is not None:
         rows.insert(0, ("Part of a composite model", f"`{facts.attribute}`"))
     if facts.made_of is not None:
         rows.insert(0, ("Made of", facts.made_of))
     model = ", ".join(config.get("architectures") or ()) or "Model"
-    # Never the output's own name: the same checkpoint gives the same files, wherever they are written.
+    # The output's name is left out: the same checkpoint gives the same files in any directory.
     lines = [f"# {model}", "", "| | |", "|---|---|"]
     lines += [f"| {label} | {value} |" for label, value in rows]
-    lines += ["", f"Made of a training run's weights by ckpt-tools {facts.version}."]
-    lines += [f"`{facts.manifest}` says which, how each tensor was derived, and its digest."]
+    lines += [
+        "",
+        f"ckpt-tools {facts.version} made this directory from the weights of a training run.",
+    ]
+    lines += [
+        f"`{facts.manifest}` states their source, and for each tensor its derivation and digest."
+    ]
     lines += ["", *(f"- {note}" for note in facts.notes)] if facts.notes else []
     return "\n".join(lines) + "\n"

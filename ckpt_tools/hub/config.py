@@ -1,9 +1,7 @@
-"""``config.json``: where it is found, and what the tensors make of it.
+"""Owns ``config.json``: the search for a model's config, and the values in it that the conversion decides.
 
-Owns the search for a model's config and the few values that the conversion itself decides: dtype,
-vocabulary size, tying and, when absent, the class. Everything else is kept as it was read. It must
-not know tokenizers or generation, and it never fills in a number that neither the config nor the
-tensors hold.
+These values are dtype, vocabulary size, tying and, if it is absent, the class. All other values are kept as
+they were read. A number that neither the config nor the tensors hold is never filled in.
 """
 
 from __future__ import annotations
@@ -26,8 +24,8 @@ CONFIG_NAME = "config.json"
 _TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
 _NOT_MODELS = ("quantization_config", "compression_config", "generation_config")
 
-# In T5 and its relatives tie_word_embeddings=false means, too, that the decoder's output is not
-# scaled before the head: writing it would change what the model computes.
+# In T5 and similar models tie_word_embeddings=false also means that the decoder's output is not scaled
+# before the head, so writing it would change what the model computes.
 _TIE_SCALES_OUTPUT = (
     "longt5",
     "mt5",
@@ -47,7 +45,7 @@ class ConfigSource:
 
     Attributes:
         path: the file.
-        data: its content.
+        data: the content of the file.
     """
 
     path: Path
@@ -61,7 +59,7 @@ class FinishedConfig:
     Attributes:
         data: the content of the output's ``config.json``.
         notes: what was changed or decided.
-        warnings: what the user should look at.
+        warnings: what the user should check.
     """
 
     data: dict[str, Any]
@@ -72,12 +70,11 @@ class FinishedConfig:
 def find_config(options: AssetOptions) -> ConfigSource:
     """The model config: ``--config``, else the nearest one.
 
-    A ``config.json`` without ``model_type`` and ``architectures`` (DeepSpeed's) is no model config:
-    it is passed over in a search and refused when it was named. One that OLMo-core saved states the
-    model in its own terms, and is translated.
+    A ``config.json`` without ``model_type`` and ``architectures``, such as DeepSpeed's, is not a model
+    config. The search skips it, and ``--config`` with it is refused. A config of OLMo-core is translated.
 
     Raises:
-        MissingAsset: there is none; every place looked at is named.
+        MissingAsset: there is none; the error lists every place that was searched.
         DamagedCheckpoint: the file is not a JSON object.
     """
     if options.config is not None:
@@ -91,10 +88,10 @@ def find_config(options: AssetOptions) -> ConfigSource:
         data = _model_config(read_object(path), path)
         if data is not None:
             return ConfigSource(path, data)
-        places.append(f"{directory} (its config.json is not a model's)")
+        places.append(f"{directory} (its config.json is not a model config)")
     raise MissingAsset(
-        f"no config.json of a model was found; looked in: {', '.join(places) or 'no directory'}",
-        hint="pass --config FILE|DIR (or --like DIR), or --weights-only to write the weights alone",
+        f"no config.json of a model was found; searched: {', '.join(places) or 'no directory'}",
+        hint="Pass --config FILE|DIR or --like DIR, or pass --weights-only to write the weights alone.",
     )
 
 
@@ -108,16 +105,16 @@ def _named_config(named: Path) -> ConfigSource:
     path = named / CONFIG_NAME if named.is_dir() else named
     if not path.is_file():
         raise MissingAsset(
-            "--config names no config.json",
+            "--config is neither a file nor a directory with a config.json",
             path=path,
-            hint="pass --config a file, or a directory on this machine that holds config.json",
+            hint="Pass --config with a file, or with a directory on this machine that holds config.json.",
         )
     data = _model_config(read_object(path), path)
     if data is None:
         raise MissingAsset(
-            "--config is not a model's config: it has neither model_type nor architectures",
+            "--config is not a model config: model_type and architectures are missing",
             path=path,
-            hint="pass --config the config.json of the model, as save_pretrained writes it",
+            hint="Pass --config with the config.json of the model, as save_pretrained writes it.",
         )
     return ConfigSource(path, data)
 
@@ -130,8 +127,8 @@ def _is_model_config(data: Mapping[str, Any]) -> bool:
 def of_attribute(source: ConfigSource, path: str) -> ConfigSource:
     """The config of one attribute of a composite model.
 
-    A composite config may hold its parts' configs (``policy``, ``policy_config``); one that does
-    not is taken to be the attribute's own.
+    A composite config may hold the configs of its parts (``policy``, ``policy_config``). A config without
+    them is taken for the attribute's own.
     """
     data: Mapping[str, Any] = source.data
     for segment in path.split("."):
@@ -144,16 +141,16 @@ def of_attribute(source: ConfigSource, path: str) -> ConfigSource:
 
 
 def finish(source: ConfigSource, tensors: Shapes, *, dtype: DType, untied: bool) -> FinishedConfig:
-    """The config with the values that the output decides.
+    """The config with the values that follow from the output.
 
     Args:
-        source: the config as found.
+        source: the config as it was found.
         tensors: name to dtype and shape of every output tensor.
         dtype: dtype of the output as a whole.
         untied: whether tied names hold different values and both were written.
 
     Raises:
-        MissingAsset: ``architectures`` is absent, and the tensors do not determine it.
+        MissingAsset: ``architectures`` is missing, and the tensors do not determine it.
     """
     config = copy.deepcopy(dict(source.data))
     notes: list[str] = []
@@ -166,20 +163,20 @@ def finish(source: ConfigSource, tensors: Shapes, *, dtype: DType, untied: bool)
     if "quantization_config" in config and not _is_quantised(tensors):
         warnings.append(
             "config.json has a quantization_config, but every tensor is plain floating point:"
-            " loaders will try to quantise or refuse; remove it unless that is meant"
+            " loaders will quantise the weights or refuse them; remove it if this is not intended"
         )
     return FinishedConfig(config, tuple(notes), tuple(warnings))
 
 
 def embedding_rows(tensors: Shapes) -> int | None:
-    """Rows of the input embedding of tokens; None when there is none, or several that differ."""
+    """Rows of the input embedding of tokens; None if there is none, or if several differ."""
     shapes = [tensors[name][1] for name in architectures.input_embeddings(tensors)]
     rows = {shape[0] for shape in shapes if len(shape) == 2}
     return rows.pop() if len(rows) == 1 else None
 
 
 def text_value(config: Mapping[str, Any], key: str) -> Any:
-    """A value of the config, or else of the language model inside it; None when neither has it."""
+    """A value of the config, or else of the language model inside it; None if neither has it."""
     for place in (config, *text_configs(config)):
         if place.get(key) is not None:
             return place[key]
@@ -205,8 +202,8 @@ def _sub_configs(config: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any
 def _untie(config: dict[str, Any], notes: list[str], warnings: list[str]) -> None:
     if config.get("model_type") in _TIE_SCALES_OUTPUT:
         warnings.append(
-            "the tied tensors hold different values, but tie_word_embeddings was left as it was:"
-            f" in {config['model_type']} models it also scales the output; transformers 5 sees that"
+            "the tied tensors hold different values, but tie_word_embeddings was not changed:"
+            f" in {config['model_type']} models it also scales the output; transformers 5 detects that"
             " the tensors differ and keeps both, transformers 4 ties them again"
         )
         return
@@ -226,15 +223,15 @@ def _set_architectures(
         odd = architectures.contradiction(str(names[0]), tensors)
         if odd is not None:
             warnings.append(
-                f"config.json names {names[0]}, but the tensors hold {odd}, which that class does"
-                " not have; pass the --config of the model that was trained"
+                f"the class in config.json is {names[0]}, which has no {odd}, but the tensors hold {odd};"
+                " pass the config of the trained model: --config FILE|DIR"
             )
         return
     model_type = str(config.get("model_type"))
     if "auto_map" in config or not architectures.is_known(model_type):
         warnings.append(
             f"config.json has no architectures, and model type {model_type!r} has custom code or is"
-            " unknown to the installed transformers: none were written"
+            " unknown to the installed transformers, so architectures was not written"
         )
         return
     tied = config.get("tie_word_embeddings")
@@ -261,8 +258,8 @@ def _set_vocabulary(
     if rows is None:
         return
     texts = list(text_configs(config))
-    # As `resize_token_embeddings` does: beside a language model's own, the outer value means little
-    # (PaliGemma's stays what it was) and is left as it is.
+    # As in `resize_token_embeddings`: if a language model has a value of its own, the outer value is not
+    # changed (PaliGemma's, for example).
     places = [place for place in texts if "vocab_size" in place]
     if not places:
         places = [config] if "vocab_size" in config or not texts else texts[:1]
@@ -275,5 +272,5 @@ def _set_vocabulary(
 
 
 def _is_quantised(tensors: Shapes) -> bool:
-    """Whether any tensor is of integers or of eight-bit floats."""
+    """Whether any tensor has integers or 8-bit floats."""
     return any(not dtype.is_floating or dtype.itemsize < 2 for dtype, _ in tensors.values())

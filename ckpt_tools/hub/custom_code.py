@@ -1,8 +1,7 @@
-"""The Python files that an ``auto_map`` names, found without running them.
+"""Owns the search for the Python files that an ``auto_map`` needs.
 
-Owns the way from ``auto_map`` to files: the named module and, by its relative imports, the modules
-it needs from the same directory. Code is parsed, never imported. It must not know what the classes
-are.
+They are the named modules and, by their relative imports, further modules of the same directory. Code is
+parsed and never imported.
 """
 
 from __future__ import annotations
@@ -19,16 +18,16 @@ from ckpt_tools.hub.files import AssetFile
 def code_files(auto_map: Any, directory: Path, *, hint: str) -> tuple[AssetFile, ...]:
     """The files that the classes of an ``auto_map`` need, to be copied byte for byte.
 
-    A class that lives in a Hub repository (``owner/name--module.Class``) needs no file here.
+    A class in a Hub repository (``owner/name--module.Class``) needs no file here.
 
     Args:
-        auto_map: the value of ``auto_map``; anything that is no mapping needs no files.
-        directory: where the file with the ``auto_map`` lies.
-        hint: what to pass instead when a file is missing.
+        auto_map: the value of ``auto_map``; a value that is not a mapping needs no files.
+        directory: the directory of the file with the ``auto_map``.
+        hint: the next step if a file is missing.
 
     Raises:
-        MissingAsset: a file that is named, or that a named file imports, is not there.
-        DamagedCheckpoint: a file is not Python, or a name is not that of a module.
+        MissingAsset: a file that is named, or that a named file imports, is missing.
+        DamagedCheckpoint: a file is not Python, or an entry is not ``module.Class``.
     """
     pending = list(_modules(auto_map, directory))
     found: dict[Path, AssetFile] = {}
@@ -37,7 +36,9 @@ def code_files(auto_map: Any, directory: Path, *, hint: str) -> tuple[AssetFile,
         if path in found:
             continue
         if not path.is_file():
-            raise MissingAsset("custom code that auto_map needs is missing", path=path, hint=hint)
+            raise MissingAsset(
+                "a file of custom code that auto_map needs is missing", path=path, hint=hint
+            )
         found[path] = AssetFile(path.relative_to(directory).as_posix(), source=path)
         pending += _relative_imports(path, directory)
     return tuple(found[path] for path in sorted(found))
@@ -49,7 +50,7 @@ def hub_repositories(auto_map: Any) -> tuple[str, ...]:
 
 
 def _references(auto_map: Any) -> Iterator[str]:
-    """``module.Class`` references: a value is one, or a slow and a fast one that may be null."""
+    """``module.Class`` references. A value is one, or a list of a slow and a fast one; each may be null."""
     for value in auto_map.values() if isinstance(auto_map, Mapping) else ():
         for reference in value if isinstance(value, list) else [value]:
             if isinstance(reference, str):
@@ -63,9 +64,9 @@ def _modules(auto_map: Any, directory: Path) -> Iterator[Path]:
         module = reference.split(".")[:-1]
         if not module or not all(part.isidentifier() for part in module):
             raise DamagedCheckpoint(
-                f"auto_map holds {reference!r}, which is not module.Class",
+                f"an entry of auto_map is {reference!r}, not module.Class",
                 path=directory,
-                hint="correct auto_map in the JSON files of this directory",
+                hint="Correct auto_map in the JSON files of this directory.",
             )
         yield _file(directory, module)
 
@@ -77,7 +78,7 @@ def _relative_imports(path: Path, directory: Path) -> Iterator[Path]:
         raise DamagedCheckpoint(
             f"is not valid Python ({error})",
             path=path,
-            hint="restore the file from where the model came from",
+            hint="Copy the file anew from the source of the model.",
         ) from error
     for node in ast.walk(tree):
         if not isinstance(node, ast.ImportFrom) or node.level == 0:
@@ -93,7 +94,7 @@ def _relative_imports(path: Path, directory: Path) -> Iterator[Path]:
 def _imported(package: Path, node: ast.ImportFrom) -> Iterable[Path]:
     if node.module is not None:
         return (_file(package, node.module.split(".")),)
-    # `from . import name`: a module, or something that the package's __init__ defines.
+    # `from . import name`: the name is a module, or is defined by the package's __init__.
     modules = (_file(package, [alias.name]) for alias in node.names)
     return (path for path in modules if path.is_file())
 

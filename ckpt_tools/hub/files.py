@@ -1,8 +1,6 @@
-"""What an output file is made of, and how JSON is read and written.
+"""Owns the description of an output file (bytes to write, or a file to copy), and reading and writing JSON.
 
-Owns the two kinds of file the package hands on (bytes to write, or a file to copy byte for byte)
-and the one reader and one writer of JSON. It must not know what any file means: configs, tokenizers
-and generation configs are understood elsewhere. Nothing here writes to disk.
+Nothing is written to disk here.
 """
 
 from __future__ import annotations
@@ -15,15 +13,17 @@ from typing import Any
 
 from ckpt_tools.errors import DamagedCheckpoint
 
+_RESTORE = "Copy the file anew from the source of the model, or pass another directory."
+
 
 @dataclass(frozen=True)
 class AssetFile:
-    """One file of the output directory that is not tensors.
+    """One file of the output directory that does not hold tensors.
 
     Attributes:
         name: path inside the output directory, with forward slashes.
-        content: the bytes to write, or None when ``source`` is set.
-        source: the file to copy byte for byte, or None when ``content`` is set.
+        content: the bytes to write, or None if ``source`` is set.
+        source: the file to copy byte for byte, or None if ``content`` is set.
 
     Raises:
         ValueError: both or neither of ``content`` and ``source`` are set.
@@ -65,13 +65,15 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except OSError as error:
         raise DamagedCheckpoint(
-            f"cannot be read ({error.strerror})", path=path, hint="check the file's permissions"
+            f"cannot be read ({error.strerror})",
+            path=path,
+            hint="Check the permissions of the file.",
         ) from error
     except (ValueError, RecursionError) as error:
         raise DamagedCheckpoint(
             f"is not valid JSON ({error})",
             path=path,
-            hint="restore the file from where the model came from, or pass another directory",
+            hint=_RESTORE,
         ) from error
 
 
@@ -84,9 +86,9 @@ def read_object(path: Path) -> dict[str, Any]:
     data = read_json(path)
     if not isinstance(data, dict):
         raise DamagedCheckpoint(
-            f"holds a JSON {type(data).__name__} where an object was expected",
+            f"holds a JSON {type(data).__name__}, not an object",
             path=path,
-            hint="restore the file from where the model came from, or pass another directory",
+            hint=_RESTORE,
         )
     return data
 

@@ -1,11 +1,10 @@
-"""``generation_config.json``: which tokens end a text, taken from the tokenizer and checked.
+"""Owns ``generation_config.json``: its four sources, and the check of its token ids.
 
-Owns the four ways to come by the file (none, a given file, OLMo's rule, automatic) and the checks
-that an id exists in the embedding and in the vocabulary. It must not know how tokens are stored or
-what else is in the output. An id is written only when the tokenizer or a config states it.
+The sources are: none, a given file, OLMo's rule, automatic. The check is that an id exists in the embedding
+and in the vocabulary. An id is written only if the tokenizer or a config states it.
 
-A model counts as OLMo when its ``model_type`` starts with ``olmo`` or is ``flex_olmo`` or
-``hf_olmo``, or when its chat template holds the word OLMo in any case (``Molmo`` is another model).
+A model counts as OLMo if its ``model_type`` starts with ``olmo`` or is ``flex_olmo`` or ``hf_olmo``, or if
+its chat template holds the word OLMo in any case (``Molmo`` is another model).
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ _CHECKED_IDS = ("eos_token_id", "bos_token_id", "pad_token_id", "decoder_start_t
 _ROLES: tuple[Role, ...] = ("eos", "bos", "pad")
 _ONLY_IN_CONFIG = ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
 
-# Flags of sampling and the values that switch them off; transformers refuses to save others
-# without do_sample.
+# Flags of sampling and the values that switch them off. transformers refuses to save other values without
+# do_sample.
 _SAMPLING_OFF: Mapping[str, float | None] = {
     "temperature": 1.0,
     "top_p": 1.0,
@@ -46,17 +45,17 @@ _SAMPLING_OFF: Mapping[str, float | None] = {
     "epsilon_cutoff": 0.0,
     "eta_cutoff": 0.0,
 }
-_OTHER_MODES = "pass --generation-config none, or FILE to give your own"
+_OTHER_MODES = "pass --generation-config none, or FILE to give your own."
 
 
 @dataclass(frozen=True)
 class Generation:
-    """The outcome: a file or none, and what to tell about it.
+    """The chosen file, if any, and remarks about the choice.
 
     Attributes:
         file: the output's ``generation_config.json``, or None for no such file.
         notes: what was decided.
-        warnings: what the user should look at.
+        warnings: what the user should check.
     """
 
     file: AssetFile | None
@@ -66,14 +65,14 @@ class Generation:
 
 @dataclass(frozen=True)
 class Model:
-    """What the choice of a generation config depends on.
+    """The facts on which the choice of a generation config depends.
 
     Attributes:
         config: the finished model config.
-        config_path: where it was found.
-        tokenizer: the output's tokenizer, or None when there is none.
-        rows: rows of the input embedding, or None when they are not known.
-        places: directories where the source's own generation config may lie, in order.
+        config_path: the file it is from.
+        tokenizer: the output's tokenizer, or None if there is none.
+        rows: rows of the input embedding, or None if unknown.
+        places: directories to search for the source's own generation config, in order.
     """
 
     config: Mapping[str, Any]
@@ -88,15 +87,15 @@ def choose(mode: str, model: Model) -> Generation:
 
     Args:
         mode: ``auto``, ``olmo``, ``none``, or the path of a file or directory.
-        model: what it is for.
+        model: the model of the output.
 
     Raises:
-        MissingAsset: the file that was named, or a token that OLMo's rule needs, is not there.
-        UsageError: an id is no row of the embedding, or is no number.
+        MissingAsset: the given file, or a token that OLMo's rule needs, is missing.
+        UsageError: an id is not a row of the embedding, or not a number.
         DamagedCheckpoint: a generation config or tokenizer file is damaged.
     """
     if mode == "none":
-        return Generation(None, notes=("no generation_config.json, as asked",))
+        return Generation(None, notes=("no generation_config.json, as requested",))
     if mode == "olmo":
         return _olmo(model)
     if mode == "auto":
@@ -105,7 +104,7 @@ def choose(mode: str, model: Model) -> Generation:
 
 
 def is_olmo(config: Mapping[str, Any], tokenizer: Tokenizer | None) -> bool:
-    """Whether model type or chat template says OLMo.
+    """Whether the model is OLMo by its model type or chat template.
 
     Raises:
         DamagedCheckpoint: a file that holds the chat template is damaged.
@@ -131,7 +130,9 @@ def _auto(model: Model) -> Generation:
         found = _given(own, model)
         if not olmo:
             return found
-        unchecked = f"no tokenizer was found, so the token ids of {own} were not checked by name"
+        unchecked = (
+            f"no tokenizer was found, so the token ids in {own} were not checked against tokens"
+        )
         return Generation(found.file, found.notes, (*found.warnings, unchecked))
     if olmo:
         absent = "no generation_config.json: OLMo's end tokens need a tokenizer (--tokenizer DIR)"
@@ -144,7 +145,7 @@ def _olmo(model: Model) -> Generation:
         raise MissingAsset(
             "OLMo's generation config needs the ids of "
             f"{' and '.join(OLMO_END_TOKENS)}, and no tokenizer was found",
-            hint=f"pass --tokenizer DIR, or {_OTHER_MODES}",
+            hint=f"Pass --tokenizer DIR, or {_OTHER_MODES}",
         )
     ends = [_required_id(token, model.tokenizer) for token in OLMO_END_TOKENS]
     for token, number in zip(OLMO_END_TOKENS, ends, strict=True):
@@ -171,13 +172,13 @@ def _required_id(token: str, tokenizer: Tokenizer) -> int:
         raise MissingAsset(
             f"the tokenizer has no token {token}, which OLMo's generation config needs",
             path=tokenizer.directory,
-            hint=f"pass --tokenizer DIR with a tokenizer that has it, or {_OTHER_MODES}",
+            hint=f"Pass --tokenizer DIR with a tokenizer that has it, or {_OTHER_MODES}",
         )
     return number
 
 
 def _from_ids(model: Model) -> Generation:
-    """A generation config of the tokenizer's own tokens, or of config.json where it has none."""
+    """A generation config with the tokenizer's special tokens, or with those of config.json."""
     data: dict[str, Any] = {}
     warnings: list[str] = []
     origins: list[str] = []
@@ -203,7 +204,7 @@ def _from_ids(model: Model) -> Generation:
             origins.append(f"{key} of config.json")
     if not data:
         return Generation(None, notes=("no generation_config.json: no special tokens are known",))
-    note = f"generation_config.json made of {', '.join(origins)}"
+    note = f"generation_config.json made from {', '.join(origins)}"
     return Generation(_written(data), notes=(note,), warnings=tuple(warnings))
 
 
@@ -213,12 +214,12 @@ def _tokenizer_id(role: Role, tokenizer: Tokenizer | None, warnings: list[str]) 
         return None
     number = tokenizer.id_of(token)
     if number is None:
-        warnings.append(f"the tokenizer names {token} as its {role} token but does not have it")
+        warnings.append(f"the tokenizer's {role} token is {token}, which is not in its vocabulary")
     return number
 
 
 def _pad_left_out(what: str, rows: int | None) -> str:
-    """A padding id outside the embedding is common: a token added without a resize, or -1."""
+    """The warning for a padding id outside the embedding: -1, or a token added without a resize."""
     extent = f"the {rows} rows of the embedding" if rows is not None else "any embedding"
     return f"{what} lies outside {extent}: pad_token_id was left out of generation_config.json"
 
@@ -230,19 +231,21 @@ def _named_file(named: str) -> Path:
         raise MissingAsset(
             "--generation-config is neither a mode nor a generation config on this machine",
             path=file,
-            hint=f"pass {', '.join(MODES)}, a file, or a directory that holds {GENERATION_NAME}",
+            hint=f"Pass {', '.join(MODES)}, a file, or a directory that holds {GENERATION_NAME}.",
         )
     return file
 
 
 def _given(path: Path, model: Model) -> Generation:
-    """A generation config as it is, after its ids were checked."""
+    """A given generation config, unchanged, after a check of its ids."""
     data = read_object(path)
     warnings: list[str] = []
     known = model.tokenizer.id_count if model.tokenizer is not None else None
     for key, number in _ids(data, path):
         if key == "pad_token_id" and number < 0:
-            warnings.append(f"{path} has pad_token_id {number}, which no model can look up")
+            warnings.append(
+                f"{path} has pad_token_id {number}, which is not a row of any embedding"
+            )
             continue
         _check_row(key, number, model.rows, path)
         if known is not None and number >= known:
@@ -252,7 +255,7 @@ def _given(path: Path, model: Model) -> Generation:
     flags = _sampling_flags(data)
     if flags:
         warnings.append(
-            f"{path} sets {', '.join(flags)} without do_sample; it was copied as it is, but"
+            f"{path} sets {', '.join(flags)} without do_sample; it was copied unchanged, but"
             " transformers refuses to save it again after a change"
         )
     file = AssetFile(GENERATION_NAME, source=path)
@@ -265,8 +268,7 @@ def _ids(data: Mapping[str, Any], path: Path) -> Iterator[tuple[str, int]]:
     """Every id that is set, with its key.
 
     Raises:
-        UsageError: one is not a whole number, such as the null that other converters write for an
-            unknown token.
+        UsageError: an id is not a whole number; other converters write null for an unknown token.
     """
     for key in _CHECKED_IDS:
         value = data.get(key)
@@ -275,9 +277,9 @@ def _ids(data: Mapping[str, Any], path: Path) -> Iterator[tuple[str, int]]:
         for number in value if isinstance(value, list) else [value]:
             if not isinstance(number, int) or isinstance(number, bool):
                 raise UsageError(
-                    f"{key} holds {number!r}, which is no token id",
+                    f"{key} holds {number!r}, which is not a token id",
                     path=path,
-                    hint=f"correct the file, or {_OTHER_MODES}",
+                    hint=f"Correct the file, or {_OTHER_MODES}",
                 )
             yield key, number
 
@@ -288,7 +290,7 @@ def _check_row(what: str, number: int, rows: int | None, path: Path) -> None:
         raise UsageError(
             f"{what} is id {number}, but the model's embedding {extent}",
             path=path,
-            hint=f"pass --tokenizer DIR, the one the model was trained with, or {_OTHER_MODES}",
+            hint=f"Pass the tokenizer of the training run, --tokenizer DIR, or {_OTHER_MODES}",
         )
 
 

@@ -1,9 +1,7 @@
-"""A Hugging Face config for a model that OLMo-core trained, from the config that OLMo-core saved beside it.
+"""Owns the translation of OLMo-core's saved config to a Hugging Face config of Olmo2 or Olmo3.
 
-Owns the answer to which of OLMo-core's models are an Olmo2 or Olmo3, and what their config says. Every value
-is one that OLMo-core's ``config.json`` states. A setting that is not known here and is not empty is a reason
-to refuse, because it may change what the model computes: a config that is nearly right is worse than none.
-Pure: a mapping in, a mapping out.
+Every value is taken from OLMo-core's ``config.json``. A setting that is unknown here and not empty is
+refused, because it may change what the model computes.
 
 Sources: OLMo-core ``nn/hf/config.py`` (``get_hf_config``), ``nn/hf/convert_checkpoint.py`` (token ids and
 positions) and ``nn/attention/__init__.py`` (sliding windows), read at commit fa6c5014 (3.0).
@@ -18,7 +16,7 @@ from typing import Any
 from ckpt_tools.errors import UnsupportedLayout
 
 _ABSENT = object()
-# Settings that say how a model was made or runs, and not what it computes.
+# Known settings. Those that are not read here say how a model is made or runs, not what it computes.
 _MODEL = {
     "_CLASS_", "block", "block_overrides", "d_model", "dtype", "embedding_init_std", "freeze_params",
     "init_method", "init_seed", "init_std", "lm_head", "n_layers", "name", "tie_word_embeddings",
@@ -38,23 +36,23 @@ _HEAD = {"_CLASS_", "bias", "dtype", "layer_norm", "loss_implementation", "name"
 
 
 def is_experiment(data: Mapping[str, Any]) -> bool:
-    """Whether a ``config.json`` is one that OLMo-core's trainer saved."""
+    """Whether OLMo-core's trainer saved this ``config.json``."""
     model = data.get("model")
     return isinstance(model, Mapping) and {"d_model", "n_layers", "block"} <= model.keys()
 
 
 def hub_config(experiment: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The Hugging Face config of the model that an experiment trained.
+    """The Hugging Face config of an experiment's model.
 
     Args:
         experiment: the content of OLMo-core's ``config.json``.
-        path: that file, for errors.
+        path: this file, for errors.
 
     Returns:
-        A config of model type ``olmo2`` or ``olmo3``, of a form that transformers 4 and 5 both read.
+        A config of model type ``olmo2`` or ``olmo3``, in a form that transformers 4 and 5 both read.
 
     Raises:
-        UnsupportedLayout: the model is no Olmo2 or Olmo3, or the file does not state what a config needs.
+        UnsupportedLayout: the model is not an Olmo2 or Olmo3, or the file lacks a needed value.
     """
     return _Experiment(experiment, path).config()
 
@@ -88,7 +86,7 @@ class _Experiment:
             "num_key_value_heads": attention.get("n_kv_heads") or heads,
             "hidden_act": "silu",
             "max_position_embeddings": self._positions(),
-            # OLMo-core leaves out what is None, and None is True here.
+            # OLMo-core does not write None, and None means True here.
             "attention_bias": bool(attention.get("bias", True)),
             "rope_theta": self._stated(rope, "theta"),
             "rms_norm_eps": self._epsilon(block, attention, head),
@@ -129,7 +127,7 @@ class _Experiment:
         return value
 
     def _epsilon(self, *sections: Mapping[str, Any]) -> float:
-        """The one epsilon of all norms."""
+        """The common epsilon of all norms."""
         norms = [
             self._section(section, key, _NORM)
             for section, key in zip(sections, ("layer_norm", "qk_norm", "layer_norm"), strict=True)
@@ -142,7 +140,7 @@ class _Experiment:
         return epsilons.pop()
 
     def _positions(self) -> int:
-        """The length of the sequences that it was trained on."""
+        """The sequence length of the training run."""
         for section, key in (
             ("train_module", "max_sequence_length"),
             ("dataset", "max_target_sequence_length"),
@@ -159,12 +157,12 @@ class _Experiment:
         return {key: tokenizer.get(key) for key in keys}
 
     def _layer_types(self, attention: Mapping[str, Any], layers: int) -> dict[str, Any]:
-        """Which layers see a window of the sequence alone, as only Olmo3 has them."""
+        """Which layers use a sliding window; only Olmo3 has such layers."""
         window = attention.get("sliding_window")
         if window is None:
             return {}
         pattern = list(window["pattern"])
-        # The pattern starts behind a first layer that was set apart.
+        # If the first layer always has full attention, the pattern starts after it.
         skipped = int(bool(window["force_full_attention_on_first_layer"]))
         sizes = [pattern[(layer - skipped) % len(pattern)] for layer in range(layers)]
         if skipped:
@@ -181,7 +179,7 @@ class _Experiment:
 
     def _refused(self, what: str) -> UnsupportedLayout:
         return UnsupportedLayout(
-            f"OLMo-core's config has {what}, for which no Olmo2 or Olmo3 config is known",
+            f"OLMo-core's config has {what}, so no Olmo2 or Olmo3 config can be made of it",
             path=self._path,
             hint="Pass --config with the config.json of the Hugging Face model.",
         )

@@ -1,7 +1,7 @@
-"""Where assets may come from: what the user named, then the directories near the checkpoint.
+"""Owns the options for the source of assets, and the order in which directories are searched.
 
-Owns the options and the order of places, so that config, tokenizer and generation config agree on
-it. It must not know which files make a config or a tokenizer; it only lists directories.
+The order is the same for config, tokenizer and generation config: the user's directories first, then those
+near the checkpoint.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from pathlib import Path
 
 from ckpt_tools.errors import MissingAsset
 
-# verl keeps config and tokenizer in this folder beside the shards of each role.
+# verl writes config and tokenizer to this folder beside the shards of each role.
 _BESIDE_SHARDS = "huggingface"
 
 
 @dataclass(frozen=True)
 class AssetOptions:
-    """What the user asked for, and where to look when they did not say.
+    """The user's options, and the directories to search without them.
 
     Attributes:
         config: ``--config``, a config file or a directory with ``config.json``.
         tokenizer: ``--tokenizer``, a directory.
-        like: ``--like``, a Hugging Face directory to take everything from.
+        like: ``--like``, a Hugging Face directory from which every asset is taken.
         generation_config: ``--generation-config``: ``auto``, ``olmo``, ``none``, or a path.
         search: directories near the checkpoint, nearest first.
     """
@@ -36,12 +36,12 @@ class AssetOptions:
 
 
 def unique(directories: Iterable[Path]) -> tuple[Path, ...]:
-    """The directories in order, each once."""
+    """The directories in order, without duplicates."""
     return tuple(dict.fromkeys(directories))
 
 
 def nearby(options: AssetOptions) -> tuple[Path, ...]:
-    """Directories to look in when the user named none: ``--like``, then near the checkpoint.
+    """Directories to search if the user gave none: ``--like``, then those near the checkpoint.
 
     Raises:
         MissingAsset: ``--like`` is not a directory.
@@ -52,7 +52,7 @@ def nearby(options: AssetOptions) -> tuple[Path, ...]:
             raise MissingAsset(
                 "is not a directory",
                 path=options.like,
-                hint="pass --like the directory of a model on this machine (not a Hub name)",
+                hint="Pass --like with the directory of a model on this machine, not with a Hub name.",
             )
         places.append(options.like)
     for directory in options.search:
@@ -61,7 +61,7 @@ def nearby(options: AssetOptions) -> tuple[Path, ...]:
 
 
 def with_config_directory(options: AssetOptions, config_directory: Path) -> tuple[Path, ...]:
-    """Like :func:`nearby`, with the directory of the config between ``--like`` and the checkpoint.
+    """As :func:`nearby`, with the directory of the config between ``--like`` and the others.
 
     Raises:
         MissingAsset: ``--like`` is not a directory.

@@ -1,10 +1,8 @@
-"""The tokenizer and processor files, and the few facts that are read from them.
+"""Owns the files of tokenizers and processors: which they are, where they are found, and the facts in them.
 
-Owns which files a tokenizer is made of, where it is found, and a small reader of token ids and chat
-templates that needs no transformers. Files are copied byte for byte and always from one directory:
-a tokenizer written anew by another version, or mixed from two, breaks silently. It must not know
-configs or generation. transformers is imported only for vocabularies in forms that are not read
-here.
+Files are copied byte for byte and always from one directory, because a tokenizer that another version wrote
+anew, or that mixes two directories, fails silently. Token ids and chat templates are read here without
+transformers; it is imported only for vocabularies in other forms.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ from ckpt_tools.hub.files import AssetFile, read_json, read_object
 
 Role = Literal["eos", "bos", "pad"]
 
-# Any of these makes a directory one with a tokenizer: what AutoTokenizer can start from.
+# A directory with any of these has a tokenizer: AutoTokenizer can load it.
 _VOCABULARIES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -37,7 +35,7 @@ _VOCABULARIES = (
     "bpe.codes",
     "prophetnet.tokenizer",
 )
-# What lies beside a vocabulary: merges and tables of single tokenizers, special tokens, templates.
+# Files beside a vocabulary: merges, tables of single tokenizers, special tokens, templates.
 _BESIDE_VOCABULARY = (
     "*.model",
     "special_tokens_map.json",
@@ -73,7 +71,7 @@ class Tokenizer:
     """The tokenizer of one directory.
 
     Attributes:
-        directory: where its files lie.
+        directory: the directory of its files.
     """
 
     directory: Path
@@ -83,7 +81,7 @@ class Tokenizer:
         """Every file of the tokenizer and its processor, and their custom code.
 
         Raises:
-            MissingAsset: custom code that is named is not there.
+            MissingAsset: a file of its custom code is missing.
             DamagedCheckpoint: a JSON file that must be read is damaged.
         """
         patterns = (*_VOCABULARIES, *_BESIDE_VOCABULARY, *_PROCESSORS)
@@ -91,7 +89,7 @@ class Tokenizer:
 
     @cached_property
     def chat_template(self) -> str | None:
-        """The default chat template, as transformers would choose it.
+        """The default chat template, chosen as transformers does.
 
         Raises:
             DamagedCheckpoint: a file that holds templates is damaged.
@@ -109,10 +107,10 @@ class Tokenizer:
         return template if isinstance(template, str) else None
 
     def special(self, role: Role) -> str | None:
-        """The text of the end, begin or padding token, or None when the tokenizer names none.
+        """The text of the end, begin or padding token, or None if the tokenizer has none.
 
         Raises:
-            DamagedCheckpoint: a file that names it is damaged.
+            DamagedCheckpoint: a file that states it is damaged.
         """
         for place in (self._settings, self._object("special_tokens_map.json")):
             token = place.get(f"{role}_token")
@@ -122,11 +120,11 @@ class Tokenizer:
         return None
 
     def id_of(self, token: str) -> int | None:
-        """The id of a token by its exact text, or None when the tokenizer does not have it.
+        """The id of a token by its exact text, or None if the tokenizer does not have it.
 
         Raises:
-            DamagedCheckpoint: two files give the token different ids, or a file is damaged.
-            MissingAsset: the vocabulary is of a form that only transformers reads, and it cannot.
+            DamagedCheckpoint: two files state different ids for the token, or a file is damaged.
+            MissingAsset: only transformers reads vocabularies of this form, and it fails.
         """
         found = {name: ids[token] for name, ids in self._vocabularies.items() if token in ids}
         if len(set(found.values())) > 1:
@@ -134,7 +132,7 @@ class Tokenizer:
             raise DamagedCheckpoint(
                 f"token {token} has more than one id: {listed}",
                 path=self.directory,
-                hint="pass --tokenizer DIR, the tokenizer that the model was trained with",
+                hint="Pass the tokenizer of the training run: --tokenizer DIR.",
             )
         if found:
             return next(iter(found.values()))
@@ -144,7 +142,7 @@ class Tokenizer:
 
     @cached_property
     def id_count(self) -> int | None:
-        """One more than the highest id of a ``tokenizer.json``; None for other vocabularies.
+        """The highest id of a ``tokenizer.json`` plus one; None for other vocabularies.
 
         Raises:
             DamagedCheckpoint: a vocabulary file is damaged.
@@ -164,7 +162,7 @@ class Tokenizer:
 
     @cached_property
     def _vocabularies(self) -> Mapping[str, Mapping[str, int]]:
-        """Token to id, for each file that says so in plain JSON."""
+        """Token to id, for each file that states ids in JSON."""
         tables: dict[str, Mapping[str, int]] = {}
         path = self.directory / "tokenizer.json"
         if path.is_file():
@@ -182,23 +180,23 @@ class Tokenizer:
                 str(self.directory), local_files_only=True, trust_remote_code=False
             )
             vocabulary: Mapping[str, int] = tokenizer.get_vocab()
-        except Exception as error:  # transformers raises whatever the backend at hand raises
+        except Exception as error:  # backends of transformers raise errors of any class
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise MissingAsset(
-                f"the vocabulary cannot be read without code from the tokenizer or a missing"
-                f" package: {reason}",
+                f"the vocabulary cannot be read: it needs the tokenizer's own code or a missing"
+                f" package ({reason})",
                 path=self.directory,
-                hint="pass --tokenizer DIR with a tokenizer.json, or --generation-config none|FILE",
+                hint="Pass --tokenizer DIR with a tokenizer.json, or pass --generation-config none|FILE.",
             ) from error
         return vocabulary
 
 
 def find_tokenizer(named: Path | None, places: tuple[Path, ...]) -> Tokenizer | None:
-    """The tokenizer that was named, or the first one among the places; None when there is none.
+    """The given tokenizer, or the first one in ``places``; None if there is none.
 
     Args:
         named: ``--tokenizer``.
-        places: directories to look in, in order.
+        places: directories to search, in order.
 
     Raises:
         MissingAsset: ``named`` is not a directory with a tokenizer.
@@ -209,22 +207,22 @@ def find_tokenizer(named: Path | None, places: tuple[Path, ...]) -> Tokenizer | 
         raise MissingAsset(
             "--tokenizer is not a directory",
             path=named,
-            hint="pass the directory on this machine that holds tokenizer.json (not a Hub name)",
+            hint="Pass a directory on this machine that holds tokenizer.json, not a Hub name.",
         )
     if not _has_any(named, _VOCABULARIES):
         raise MissingAsset(
             "--tokenizer holds no tokenizer",
             path=named,
-            hint="pass a directory with tokenizer.json, tokenizer_config.json or tokenizer.model",
+            hint="Pass a directory with tokenizer.json, tokenizer_config.json or tokenizer.model.",
         )
     return Tokenizer(named)
 
 
 def processor_files(places: tuple[Path, ...]) -> tuple[AssetFile, ...]:
-    """Processor files of the first place that has any: a model of images alone has no tokenizer.
+    """Processor files of the first place that has any; a pure image model has no tokenizer.
 
     Raises:
-        MissingAsset: custom code that is named is not there.
+        MissingAsset: a file of custom code is missing.
         DamagedCheckpoint: a processor file is damaged.
     """
     place = next((place for place in places if _has_any(place, _PROCESSORS)), None)
@@ -245,7 +243,7 @@ def _copies(directory: Path, patterns: tuple[str, ...]) -> tuple[AssetFile, ...]
         name = PurePosixPath(path.relative_to(directory).as_posix())
         files[name] = AssetFile(str(name), source=path)
         if str(name) in _WITH_AUTO_MAP:
-            hint = f"put it there, or remove auto_map from {name}"
+            hint = f"Put the file there, or remove auto_map from {name}."
             for code in code_files(read_object(path).get("auto_map"), directory, hint=hint):
                 files[PurePosixPath(code.name)] = code
     return tuple(files[name] for name in sorted(files))
@@ -262,14 +260,14 @@ def _fast_vocabulary(path: Path) -> dict[str, int]:
         return _numbers({**added, **vocabulary})
     except (KeyError, TypeError, IndexError) as error:
         raise DamagedCheckpoint(
-            "is not a tokenizer: it has no vocabulary where the tokenizers library keeps it",
+            "not a tokenizer.json: the vocabulary is missing or malformed",
             path=path,
-            hint="restore the file from where the model came from, or pass --tokenizer DIR",
+            hint="Copy the file anew from the source of the model, or pass --tokenizer DIR.",
         ) from error
 
 
 def _added(decoder: Any) -> dict[str, int]:
-    """Token to id from ``added_tokens_decoder``, which is keyed by the id as text."""
+    """Token to id from ``added_tokens_decoder``, whose keys are ids as text."""
     entries = decoder.items() if isinstance(decoder, dict) else ()
     return {
         token["content"]: int(number)
@@ -279,5 +277,5 @@ def _added(decoder: Any) -> dict[str, int]:
 
 
 def _numbers(table: Mapping[str, Any]) -> dict[str, int]:
-    """The entries that are ids; whatever else a damaged or foreign file holds is no id."""
+    """The entries whose value is an integer; a damaged or foreign file may hold others."""
     return {token: number for token, number in table.items() if isinstance(number, int)}

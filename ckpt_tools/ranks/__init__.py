@@ -1,11 +1,11 @@
-"""Several processes that carry out one command together: who they are, and what they tell each other.
+"""Owns the processes that carry out one command together, and their messages.
 
-The only room that knows torch.distributed. :class:`Ranks` passes small messages through the store of the
-launcher (torchrun): nothing waits in a collective, so a rank that writes for an hour makes no other rank
-time out, and a rank that fails or is killed ends the others within seconds. :mod:`.line` is the way to that
-store, with a limit; :mod:`.pulse` gives signs of life and watches those of others; :mod:`.exchange` moves
-bytes that only one process can reach, and :mod:`.pooling` makes one checkpoint of what each machine has.
-Knows nothing of checkpoints, plans or outputs: messages are values.
+No other room imports torch.distributed. :class:`Ranks` passes small messages through the store of the
+launcher (torchrun). No rank waits in a collective. So a rank that writes for an hour causes no timeout, and a
+rank that fails or is killed ends the others within seconds. :mod:`.joining` finds the other ranks.
+:mod:`.line` calls the store with a time limit. :mod:`.pulse` sends heartbeats and watches those of other
+ranks. :mod:`.exchange` sends bytes that only one process can read. :mod:`.pooling` makes one checkpoint of
+the files of all machines.
 """
 
 from __future__ import annotations

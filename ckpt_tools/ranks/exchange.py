@@ -1,11 +1,10 @@
-"""Bytes that only one process can reach, sent to those that write them.
+"""Owns the exchange of bytes that only one process can read, and that other ranks write.
 
-Each rank offers places (``Place``): directories of its machine, its own memory. To
-the others each is a place like any, whose files are read by asking that rank: a request of a fixed size, an
-answer of as many bytes as were asked for, at most :data:`REQUEST_BYTES`. Both travel through
-torch.distributed with gloo, because the bytes are in host memory, in a group of this module's own, so that a
-training that runs is not disturbed. A thread of each rank answers while the rank writes its own share. Knows
-paths, offsets and ranks; knows nothing of what the files are.
+Each rank offers places (``Place``): directories of its machine, its own memory. The other ranks use them as
+places whose files are read by a request to that rank. A request has a fixed size; the answer has as many
+bytes as were requested, at most :data:`REQUEST_BYTES`. Both use torch.distributed with gloo, because the
+bytes are in host memory. The process group is this module's own, so that it does not disturb a training that
+runs. A thread of each rank answers while the rank writes its own share.
 """
 
 from __future__ import annotations
@@ -38,27 +37,27 @@ _REQUEST_TAG = 1
 _BREAK_TAG = 2
 _FIRST_ANSWER_TAG = 16
 _ANSWERS_AT_ONCE = 4
-# A request may come at any time until the session ends, which has limits of its own.
+# A request may come at any time until the session ends. The session has its own limits.
 _FOREVER = timedelta(days=365)
 _LOOK_SECONDS = 0.2
-# Ranks that can reach each other have done so by then.
+# Ranks that can connect have connected by then.
 _CONNECT_SECONDS = 120.0
-# What made a connection break is told by the rank that it happened to.
+# The rank where a connection broke reports the reason within this time.
 _HEAR_SECONDS = 2.0
 
-# The group of the ranks' last exchange, and the session that it was made in: a training has many.
+# The group of the ranks' last exchange, and the session that made it: a training has many sessions.
 _kept: WeakKeyDictionary[Ranks, tuple[int, Any]] = WeakKeyDictionary()
 
 
 class Exchange:
-    """What this rank offers, and what the others do. All ranks make and leave it together.
+    """The places that all ranks offer. All ranks make and leave it together.
 
     Args:
         ranks: the ranks, in a session.
-        offered: places that this rank lets the others read; each rank offers as many.
+        offered: places that this rank lets the others read; each rank offers the same number.
 
     Attributes:
-        listings: of each rank, the files of each place that it offers.
+        listings: for each rank, the files of each place that it offers.
     """
 
     def __init__(self, ranks: Ranks, *offered: Place) -> None:
@@ -67,7 +66,7 @@ class Exchange:
         kept = _kept.get(ranks)
         told = ranks.all_gather("offered", ([*map(_listed, offered)], kept and kept[0]))
         self.listings: list[list[Mapping[str, FileFacts]]] = [listings for listings, _ in told]
-        # After a failure some have a group that others have lost.
+        # After a failure some ranks have a group that others have lost.
         if kept is None or any(made != kept[0] for _, made in told):
             kept = _kept[ranks] = (ranks.session_number, _gloo_group(ranks))
         self._group = kept[1]
@@ -93,7 +92,7 @@ class Exchange:
                 self._close()
                 whole = True
                 return
-            # Told before it is felt: whoever waits for an answer then knows why it does not come.
+            # Report the failure before breaking the group: a rank that waits then knows the reason.
             failure = self._ranks.fail(error)
             if failure is not error:
                 raise failure from error
@@ -104,12 +103,12 @@ class Exchange:
             self._watch.join()
 
     def place(self, label: str, sources: tuple[int, ...], number: int = 0) -> Place:
-        """What ranks offer that all see the same files, as a place of this process.
+        """A place that several ranks offer with the same files, as a place of this process.
 
         Args:
-            label: what it is called in messages.
-            sources: those ranks; one of them is asked, another by another rank.
-            number: which of the places that they offer.
+            label: its name in messages.
+            sources: those ranks. This rank asks one of them; other ranks may ask another one.
+            number: index among the places that a rank offers.
         """
         source = sources[self._ranks.rank % len(sources)]
         return _Elsewhere(self, label, source, number)
@@ -117,11 +116,11 @@ class Exchange:
     def ask(
         self, source: int, number: int, relative: str, view: memoryview, offset: int, tag: int
     ) -> int:
-        """Fill ``view`` from a file of a place that rank ``source`` offers; bytes read, 0 at the end.
+        """Fill ``view`` from a file that rank ``source`` offers; returns the bytes read, 0 at the end.
 
         Raises:
-            OSError: that rank cannot read it.
-            RankFailed: that rank is gone.
+            OSError: that rank cannot read the file.
+            RankFailed: that rank is lost.
         """
         import torch
 
@@ -136,7 +135,7 @@ class Exchange:
                 self._wait(self._group.recv([into], source, tag))
         self._ranks.active()
         if found < 0:
-            raise OSError(-found, "the rank that has it cannot read it", relative)
+            raise OSError(-found, "the rank that holds the file cannot read it", relative)
         return found
 
     def _wait(self, work: Any) -> None:
@@ -159,7 +158,7 @@ class Exchange:
         import torch
 
         request = torch.empty(_HEADER_BYTES, dtype=torch.uint8)
-        # A group that is gone ends it: whoever waits for this rank finds out.
+        # A lost group ends the loop. A rank that waits for this one notices.
         with suppress(RuntimeError), ThreadPoolExecutor(_ANSWERS_AT_ONCE) as pool:
             while True:
                 asked = self._group.recv_anysource([request], _REQUEST_TAG)
@@ -178,7 +177,7 @@ class Exchange:
         try:
             with closing(self._offered[number].open(relative)) as file:
                 count = read_fully(file, memoryview(buffer), offset)
-        except Exception as error:  # whatever it is, somebody waits for an answer
+        except Exception as error:  # of any kind: a rank waits for an answer
             count = -(getattr(error, "errno", None) or errno.EIO)
         with suppress(RuntimeError):
             self._wait(self._group.send([torch.tensor([count])], asker, tag))
@@ -188,9 +187,9 @@ class Exchange:
         self._ranks.active()
 
     def _close(self) -> None:
-        # Nobody asks any longer once all are here.
+        # After this no rank sends a request.
         self._ranks.all_gather("asked", None)
-        with self._lost("could not tell its neighbour that nothing more is asked"):
+        with self._lost("could not send the end of requests to its neighbour"):
             self._wait(self._group.send([_packed(None)], self._neighbour, _REQUEST_TAG))
         while self._server.is_alive():
             self._server.join(_LOOK_SECONDS)
@@ -208,9 +207,9 @@ class Exchange:
                 return
 
     def _break(self) -> None:
-        """End every wait for an answer, here and at the others.
+        """End every wait for an answer, on all ranks.
 
-        gloo has no way to call off a wait, but one that takes too long closes all connections of its group.
+        gloo cannot cancel a wait, but a wait that times out closes all connections of its group.
         """
         import torch
 
@@ -222,13 +221,13 @@ class Exchange:
 
 @dataclass(frozen=True)
 class _Elsewhere:
-    """What another rank offers.
+    """A place of another rank.
 
     Attributes:
-        exchange: how it is asked.
-        label: what it is called in messages.
+        exchange: sends the requests.
+        label: its name in messages.
         source: the rank.
-        number: which of the places that it offers.
+        number: index among the places that the rank offers.
     """
 
     exchange: Exchange
@@ -257,7 +256,7 @@ class _Asked:
 
     def read_into(self, view: memoryview, offset: int) -> int:
         """See :meth:`ckpt_tools.storage.places.Readable.read_into`."""
-        with self._lock:  # answers to two requests of one tag could not be told apart
+        with self._lock:  # answers to two requests with one tag cannot be distinguished
             part = view[:REQUEST_BYTES]
             return self._exchange.ask(
                 self._source, self._number, self._relative, part, offset, self._tag
@@ -271,11 +270,11 @@ def _listed(place: Place) -> dict[str, FileFacts]:
     try:
         return dict(place.listing().items())
     except OSError:
-        return {}  # this rank has nothing: what is missing is for the reader to say
+        return {}  # this rank has no files; the reader reports the missing ones
 
 
 def _gloo_group(ranks: Ranks) -> Any:
-    """A gloo group of all ranks. Until the last has connected, each waits in C++."""
+    """A gloo group of all ranks. Each rank waits in C++ until the last has connected."""
     from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo
 
     made: Future[Any] = Future()
@@ -283,7 +282,7 @@ def _gloo_group(ranks: Ranks) -> Any:
 
     def make() -> None:
         try:
-            # A store of its own: a wait of gloo's must not hold up the signs of life.
+            # A separate connection to the store: a wait of gloo must not delay the heartbeats.
             store = ranks.store.clone() if hasattr(ranks.store, "clone") else ranks.store
             store = PrefixStore(f"ckpt-tools/{ranks.session_number}/gloo", store)
             made.set_result(ProcessGroupGloo(store, ranks.rank, ranks.size, limit))
@@ -299,7 +298,7 @@ def _gloo_group(ranks: Ranks) -> Any:
     except (RuntimeError, ValueError) as error:
         raise RankFailed(
             f"rank {ranks.rank} cannot connect to the others through gloo ({first_line(error)})",
-            hint="GLOO_SOCKET_IFNAME names the network interface that they share.",
+            hint="Set GLOO_SOCKET_IFNAME to the network interface that the ranks share.",
         ) from error
 
 

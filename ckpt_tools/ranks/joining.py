@@ -45,7 +45,7 @@ def from_environment(timeout: float) -> Ranks | None:
             f"rank {rank} cannot reach the others ({first_line(error)})",
             hint="MASTER_ADDR and MASTER_PORT must be reachable from every machine.",
         ) from error
-    # A launcher that starts its ranks again may do so with the store that they had.
+    # A launcher may restart its ranks with the same store.
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = PrefixStore(f"ckpt-tools/start-{start}", found)
     machine = os.environ.get("GROUP_RANK", socket.gethostname())
@@ -53,13 +53,13 @@ def from_environment(timeout: float) -> Ranks | None:
 
 
 def from_process_group(timeout: float) -> Ranks | None:
-    """The ranks of the default process group; None where there is none, or only one rank.
+    """The ranks of the default process group; None without a group, or with one rank only.
 
     Args:
         timeout: seconds that any wait may last without progress.
 
     Raises:
-        RankFailed: the group was made without a store (MPI).
+        RankFailed: the group has no store (MPI).
     """
     import torch.distributed as dist
 
@@ -82,8 +82,8 @@ def _ranks(timeout: float) -> Ranks:
     store = _get_default_store()
     if store is None:
         raise RankFailed(
-            f"the default process group ({dist.get_backend()}) has no store to talk through",
-            hint="Make it with the gloo or nccl backend.",
+            f"the default process group ({dist.get_backend()}) has no store",
+            hint="Make the process group with the gloo or nccl backend.",
         )
     if hasattr(store, "clone"):
         store = store.clone()

@@ -1,8 +1,7 @@
-"""The store that the ranks share, spoken to by one thread, so that no wait for it is without a limit.
+"""Owns the thread that calls the ranks' store, so that every call has a time limit.
 
-A store's own calls wait for its host as long as TCP does: a quarter of an hour where a machine vanished, in C
-code that no signal interrupts. Owns that thread, and what it means that the store does not answer. Knows no
-keys and no messages.
+A store's own calls wait for its host as long as TCP does: a quarter of an hour after a machine vanished, in C
+code that no signal interrupts.
 
 Source: ``torch/csrc/distributed/c10d/TCPStore.cpp`` (one connection, one request at a time, no time limit but
 that of waiting for a key).
@@ -27,10 +26,10 @@ _Asked = tuple[Callable[["Store"], Any], "futures.Future[Any]"]
 
 
 class Line:
-    """A rank's way to the store. Close it after use.
+    """Calls the store for one rank. Close it after use.
 
     Args:
-        store: what all ranks share.
+        store: the store of all ranks.
         rank: number of this process.
         limit: seconds in which the store must answer.
         clock: by which they are counted.
@@ -43,10 +42,10 @@ class Line:
         threading.Thread(target=self._speak, name="store", daemon=True).start()
 
     def __call__(self, ask: Callable[[Store], T]) -> T:
-        """What ``ask`` gives when it is called with the store; from any thread.
+        """Call ``ask`` with the store, and return its result; from any thread.
 
         Raises:
-            RankFailed: the store is gone, and stays so.
+            RankFailed: the store is lost. Every later call fails too.
         """
         answer: futures.Future[T] = futures.Future()
         if self._lost is None:
@@ -54,20 +53,20 @@ class Line:
             try:
                 return self._clock.result(answer, self._limit)
             except futures.TimeoutError:
-                self._lost = self._lost or f"their store has not answered for {self._limit:.0f} s"
+                self._lost = self._lost or f"the store has not answered for {self._limit:.0f} s"
             except RuntimeError as error:  # torch.distributed's errors are of this class
                 self._lost = self._lost or first_line(error)
         raise self.failure()
 
     def failure(self) -> RankFailed:
-        """What it means that the store is gone."""
+        """The error for a lost store."""
         return RankFailed(
             f"rank {self._rank} lost the others ({self._lost})",
-            hint="The launcher or its machine is gone; see what it says, and start again with --resume.",
+            hint="The launcher or its machine has ended. See its output, and start again with --resume.",
         )
 
     def close(self) -> None:
-        """End the thread, once the store has answered what was asked."""
+        """End the thread after the calls that were made before."""
         self._asked.put(None)
 
     def _speak(self) -> None:
@@ -80,5 +79,5 @@ class Line:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, short enough for a line."""
+    """The first line of an error's message, at most 200 characters."""
     return next(iter(str(error).splitlines()), type(error).__name__)[:200]

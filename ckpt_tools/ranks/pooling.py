@@ -1,8 +1,8 @@
-"""Checkpoints of which each machine holds only its own files: DeepSpeed's node-local storage, local NVMe.
+"""Owns pools of checkpoints of which each machine holds only its own files.
 
-The ranks pool what they see under the paths that all of them name: each machine's files are a place of a
-``Pool``, one's own first, so that a rank reads from its own disk what lies there and
-asks for the rest. Knows directories and ranks; knows nothing of what the files are.
+DeepSpeed's node-local storage and local NVMe make such checkpoints. All ranks name the same paths. The files
+of each machine are a place of a ``Pool``, and those of the rank's own machine come first. So a rank reads its
+own disk where it can, and asks other ranks for the other files.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from ckpt_tools.storage.pool import Pool
 def pooled_machines(
     ranks: Ranks, paths: Sequence[Path], further: Callable[[Path], Sequence[Place]] = lambda _: ()
 ) -> Iterator[list[Path]]:
-    """One path for each directory of which every machine has a part. All ranks enter and leave it together.
+    """Directories that hold the files of all machines. All ranks enter and leave the block together.
 
     Args:
         ranks: the ranks, in a session.
-        paths: the directories, as every rank names them, or files in them.
+        paths: the directories, or files in them; the same on every rank.
         further: gives more places of this machine for a directory.
 
     Yields:
-        The same paths with the files of all machines, for every rank to read from.
+        The same paths, with the files of all machines, for every rank.
 
     Raises:
         RankFailed: the ranks cannot reach each other.
@@ -62,7 +62,7 @@ def pooled_machines(
 
 @dataclass(frozen=True)
 class _Offered:
-    """What this machine has of a tree, as one place."""
+    """The files of this machine, as one place."""
 
     pool: Pool
     label: str = "this machine"

@@ -1,8 +1,7 @@
-"""Signs of life: each rank gives them, and watches those of the ranks that it depends on.
+"""Owns the heartbeats: each rank sends its own, and watches those of the ranks that it depends on.
 
-Owns the thread that does both, what silence and standing still mean, and the first failure, which that
-thread passes on. It counts time by its own looks: a process that was stopped, or had no processor, for a
-minute has seen nothing of the others meanwhile and accuses nobody. Knows nothing of messages.
+One thread does both. It also passes on the first failure of any rank. It counts time in its own looks at the
+store: a process that was stopped for a minute has seen no heartbeats meanwhile, and it reports no other rank.
 """
 
 from __future__ import annotations
@@ -22,17 +21,17 @@ if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
 BEAT_SECONDS = 0.5
-# A thread beats this often even in a busy process; a machine that is silent for so long is gone.
+# A thread beats even in a busy process; a machine without a heartbeat for so long is lost.
 DEAD_SECONDS = 20.0
 
-SEE_THERE = "See what it or its machine says, and start again with --resume."
+SEE_THERE = "See the output of that rank and its machine, and start again with --resume."
 
 Failure = dict[str, Any]
 
 
 @dataclass
 class _Sign:
-    """The last sign of life of a rank, and when, by the watching rank's clock, it changed."""
+    """The last heartbeat of a rank, and the times of its changes by the watching rank's clock."""
 
     beat: int
     activity: int
@@ -42,21 +41,21 @@ class _Sign:
 
 
 class Pulse:
-    """This rank's signs of life, and its view of those of others. Stop it after use.
+    """This rank's heartbeats, and its view of those of others. Stop it after use.
 
     Args:
-        line: to the store.
+        line: calls the store.
         key: makes the store's key of a name.
         rank: number of this process.
-        watched: ranks whose silence is the end of all.
-        patience: seconds after which it is.
-        failed: set once any rank has failed, or the store is gone.
+        watched: ranks whose silence ends the command.
+        patience: seconds of silence that end it.
+        failed: is set when any rank has failed, or the store is lost.
         time: by which the thread sleeps between two looks.
 
     Attributes:
         clock: seconds for which this rank has been watching.
-        failure: the first failure of any rank, as :meth:`report` was told of it.
-        reported: whether it was this rank that reported it.
+        failure: the first failure of any rank, as it was given to :meth:`report`.
+        reported: whether this rank reported it.
     """
 
     def __init__(
@@ -82,16 +81,16 @@ class Pulse:
         self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
 
     def start(self) -> None:
-        """Give the first sign of life, and go on with it.
+        """Send the first heartbeat, and start the thread.
 
         Raises:
-            RankFailed: the store is gone.
+            RankFailed: the store is lost.
         """
         self._beat()
         self._thread.start()
 
     def stop(self) -> None:
-        """Give no more."""
+        """Send no more heartbeats."""
         self._ended.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -103,7 +102,7 @@ class Pulse:
             self._nbytes += nbytes
 
     def nbytes(self) -> int:
-        """Bytes that this rank and those that it watches have finished, as far as they have said."""
+        """Bytes that this rank and the watched ranks have reported as finished."""
         return self._nbytes + sum(sign.nbytes for sign in list(self._signs.values()))
 
     def watch(self, rank: int) -> None:
@@ -111,20 +110,20 @@ class Pulse:
         self._watched.add(rank)
 
     def silence(self, rank: int) -> float:
-        """Seconds without a sign of life."""
+        """Seconds since a rank's last heartbeat."""
         sign = self._signs.get(rank)
         return self.clock - (sign.beat_at if sign else 0.0)
 
     def active_at(self, rank: int) -> float:
-        """When, by :attr:`clock`, a rank last made progress; 0 before it did."""
+        """The time of a rank's last progress by :attr:`clock`; 0 before the first."""
         sign = self._signs.get(rank)
         return sign.active_at if sign else 0.0
 
     def report(self, failure: Failure) -> None:
-        """Tell all ranks of a failure, unless there was one before.
+        """Report a failure to all ranks, unless another was reported before.
 
         Raises:
-            RankFailed: the store is gone.
+            RankFailed: the store is lost.
         """
         text = json.dumps(failure)
 
@@ -148,7 +147,7 @@ class Pulse:
                     self._look()
         finally:
             if not self._ended.is_set():
-                # Nobody would be missed any longer, and no wait would end.
+                # Without this thread no lost rank is noticed, and no wait ends.
                 self._failed.set()
 
     def _beat(self) -> None:
@@ -188,23 +187,23 @@ class Pulse:
         )
 
     def _accuse(self) -> None:
-        """Report a rank that was there and is silent. One that has not come yet may be waited for."""
+        """Report a silent rank. A rank that has not started yet is not silent."""
         for rank in self._signs:
             if self.silence(rank) > self._patience:
-                fact = f"rank {rank} gives no sign of life for {self.silence(rank):.0f} s"
+                fact = f"rank {rank} has sent no heartbeat for {self.silence(rank):.0f} s"
                 self.report(described(self._rank, RankFailed(fact, hint=SEE_THERE)))
                 return
 
 
 def described(rank: int, error: BaseException) -> Failure:
-    """An error as a failure of this rank, to be told to the others."""
+    """An error as a failure of this rank, for the other ranks."""
     told: Failure = {"rank": rank, "exit_code": RankFailed.exit_code}
     if isinstance(error, CkptError):
         path = None if error.path is None else str(error.path)
         own = {"fact": error.fact, "path": path, "tensor": error.tensor, "hint": error.hint}
         return told | own | {"exit_code": error.exit_code}
     if isinstance(error, (KeyboardInterrupt, SystemExit)):
-        return told | {"fact": "was ended by a signal"}
+        return told | {"fact": "ended by a signal"}
     return told | {"fact": f"{type(error).__name__}: {first_line(error)}"}
 
 

@@ -1,11 +1,10 @@
-"""Messages between ranks, and how a failure of one becomes the end of all.
+"""Owns the messages between ranks, the store's keys, and how a failure of one rank ends all.
 
-Owns the store's keys. Every wait ends when the value is there, when a rank has failed, when the rank that is
-waited for gives no sign of life, or when it has made no progress for as long as :attr:`Ranks.timeout`. What
-ends a rank is told to all, and to the user once: by the leader, or where that is gone by who saw it.
+A wait ends when the value has come, when a rank has failed, when the other rank sends no heartbeat, or when
+it has made no progress for :attr:`Ranks.timeout` seconds. The reason is sent to all ranks. The user reads it
+once: from the leader, or, if the leader is lost, from the rank that noticed.
 
-Sources: ``torch/distributed/rendezvous.py`` (the store that torchrun's agents share),
-``torch/csrc/distributed/c10d/TCPStore.cpp`` (values of at most 8 MB).
+Source: ``torch/csrc/distributed/c10d/TCPStore.cpp`` (values of at most 8 MB).
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ from ckpt_tools.ranks.pulse import DEAD_SECONDS, SEE_THERE, Pulse, as_error, des
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
-# Processes that a launcher starts at once have come by then, also from a cold file system.
+# Ranks that a launcher starts at the same time have started by then, even from a cold file system.
 START_SECONDS = 300.0
-# For the blocks that are being written when a rank fails, and for the leader's tidying up after it.
+# Time for the blocks that are being written when a rank fails, and for the leader's cleaning up.
 _STOP_SECONDS = 10.0
 _OVER_SECONDS = 20.0
-# When a run ends anyway, a rank that is silent for so long is not waited for.
+# When a command ends, the others do not wait for a rank that is silent for so long.
 _GONE_SECONDS = 3.0
 _LAST_WORDS_SECONDS = 1.0
 _LONGEST_NAP = 0.2
@@ -44,18 +43,18 @@ class Ranks:
     """This process among those that carry out one command.
 
     Args:
-        store: what all of them share.
-        rank: number of this process; the one of rank 0 leads.
+        store: the store of all ranks.
+        rank: number of this process; rank 0 leads.
         size: number of processes.
-        machine: what the processes of one machine have in common.
+        machine: name of this machine.
         timeout: seconds that any wait may last without progress.
         clock: by which all limits are measured.
 
     Attributes:
-        failed: set once any rank has failed.
+        failed: is set when any rank has failed.
         names: name of the machine of each rank, known in a session.
         machines: the same as numbers from 0.
-        session_number: how many sessions there have been, this one included.
+        session_number: the number of sessions so far, including this one.
         told_elsewhere: after a failure, whether another rank tells the user of it; None before.
     """
 
@@ -86,10 +85,10 @@ class Ranks:
         return self.rank == LEADER
 
     def await_all(self) -> None:
-        """Wait until every rank has started. A rank that could not start gives no sign of life to miss.
+        """Wait until every rank has started. A rank that could not start sends no heartbeat to miss.
 
         Raises:
-            RankFailed: one has not started in time.
+            RankFailed: a rank has not started in time.
         """
         line = Line(self.store, self.rank, DEAD_SECONDS, self.clock)
         came = line(lambda store: store.add("came", 1))
@@ -116,7 +115,7 @@ class Ranks:
         """One command. All ranks enter and leave it together; a failure in one is raised in all.
 
         Args:
-            what: what all ranks must have been asked for alike.
+            what: options that must be the same on all ranks.
 
         Raises:
             RankFailed: another rank failed, was lost, made no progress, or does something else.
@@ -146,7 +145,7 @@ class Ranks:
             line.close()
 
     def _meet(self, what: str) -> None:
-        """Learn who is where, and that all are here for the same."""
+        """Exchange machines, versions and options, and refuse if they do not fit."""
         met = self.all_gather("met", (self.machine, f"ckpt-tools {__version__}", what))
         self.names = tuple(machine for machine, _, _ in met)
         order = list(dict.fromkeys(self.names))
@@ -160,7 +159,7 @@ class Ranks:
                     )
 
     def put(self, key: str, value: object) -> None:
-        """Give a value to whoever asks for ``key``."""
+        """Put a value under ``key``, for any rank to get."""
         data = zlib.compress(pickle.dumps(value), 1)
         count = -(-len(data) // _CHUNK_BYTES)
         for index in range(count):
@@ -177,10 +176,10 @@ class Ranks:
         return self._line(lambda store: store.get(self._key(key)))
 
     def _forget(self, names: set[str]) -> None:
-        """Remove what the session before left: all ranks have left it, and a training has many."""
+        """Remove the keys of the session before. All ranks have left it, and a training has many sessions."""
 
         def forget(store: Store) -> None:
-            with suppress(Exception):  # not every store can
+            with suppress(Exception):  # not every store can delete
                 for name in names:
                     store.delete_key(name)
 
@@ -194,7 +193,7 @@ class Ranks:
         """
         self.first((key,), source)
         data = b"".join(self._get(f"{key}/{index}") for index in range(int(self._get(key))))
-        # Put there by this module in a process of the same command, as torch's own collectives of objects do.
+        # This module put it there, in a process of the same command; torch's object collectives do the same.
         return pickle.loads(zlib.decompress(data))  # noqa: S301
 
     def first(self, keys: Sequence[str], source: int = LEADER) -> str:
@@ -217,10 +216,10 @@ class Ranks:
             if progress > moved:
                 moved = progress
                 if self.leads and source != self.rank:
-                    # Who waits for the leader waits for the one that it waits for.
+                    # A rank that waits for the leader also waits for this rank.
                     self.active()
             if pulse.clock - moved > self.timeout:
-                what = "has made no progress" if progress else "gives no sign of life"
+                what = "has made no progress" if progress else "has sent no heartbeat"
                 waited = f"{pulse.clock - moved:.0f} s (--timeout)"
                 raise RankFailed(f"rank {source} {what} for {waited}", hint=SEE_THERE)
             self.clock.sleep(nap)
@@ -228,7 +227,7 @@ class Ranks:
         return key
 
     def gather(self, key: str, value: object) -> list[Any] | None:
-        """The leader gets every rank's value, by rank; the others give theirs and go on."""
+        """The leader gets every rank's value, by rank; the others put theirs and go on."""
         if not self.leads:
             self.put(f"{key}/{self.rank}", value)
             return None
@@ -248,7 +247,7 @@ class Ranks:
         self._pulse.active(nbytes)
 
     def nbytes(self) -> int:
-        """Bytes that all ranks have finished, as far as they have said; for the leader."""
+        """Bytes that all ranks have reported as finished; for the leader."""
         return self._pulse.nbytes()
 
     def check(self) -> None:
@@ -257,14 +256,14 @@ class Ranks:
             raise self._first() or self._line.failure()
 
     def fail(self, error: BaseException) -> BaseException:
-        """Tell all ranks that this one failed, unless one of them has; the leader waits until they stopped.
+        """Report to all ranks that this one failed, unless one did before. The leader waits until they stop.
 
         Returns:
-            The error; the first failure instead, where the error only follows from that.
+            The error, or the first failure if the error only follows from it.
         """
         if not self._told:
             self._told = True
-            with suppress(RankFailed):  # the store is gone: they find out
+            with suppress(RankFailed):  # the store is lost, and the others notice
                 self._pulse.report(described(self.rank, error))
                 self._set(f"stopped/{self.rank}", "1")
                 if self.leads:
@@ -276,10 +275,10 @@ class Ranks:
 
     @contextmanager
     def ending_all(self) -> Iterator[None]:
-        """End every rank where the block raises, before anything around it is tidied up.
+        """End every rank if the block raises, before the caller cleans up.
 
         Raises:
-            RankFailed: the first failure, in place of one that only follows from it.
+            RankFailed: the first failure, in place of an error that only follows from it.
         """
         try:
             yield
@@ -294,9 +293,9 @@ class Ranks:
         return None if failure is None else as_error(failure, self.rank)
 
     def _part(self) -> bool:
-        """Leave after a failure; whether another rank tells the user of it.
+        """Leave after a failure; returns whether another rank tells the user of it.
 
-        The leader leaves first: a launcher ends all as soon as one has left.
+        The leader leaves first, because a launcher ends all ranks when one has left.
         """
         if self.leads:
             with suppress(RankFailed):
@@ -307,7 +306,7 @@ class Ranks:
             told = self._is_over() or not self._pulse.reported
         except RankFailed:
             if self._pulse.failure is None:
-                # Nobody can be asked who tells it: one rank of each machine does.
+                # The store is lost, so one rank of each machine tells it.
                 told = os.environ.get("LOCAL_RANK", "0") != "0"
             else:
                 told = not self._pulse.reported

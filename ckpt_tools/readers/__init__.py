@@ -32,15 +32,15 @@ _MODEL_NUMBER = re.compile(r"model(?:_fsdp)?(?:_(\d+))?$")
 
 
 class Reader(Protocol):
-    """What a module of this package must offer to be a reader."""
+    """The attributes that make a module of this package a reader."""
 
     NAME: str
 
     def find(self, path: Path, tag: str | None = None) -> list[Location]:
-        """The checkpoints of this format that ``path`` means."""
+        """The checkpoints of this format to which ``path`` leads."""
 
     def read(self, location: Location) -> Checkpoint:
-        """Read one from its metadata."""
+        """Read one checkpoint's metadata."""
 
 
 @lru_cache(maxsize=1)
@@ -53,19 +53,19 @@ def readers() -> dict[str, Reader]:
 def locate(
     path: Path, tag: str | None = None, *, model: int | None = None, format: str | None = None
 ) -> Location:
-    """The one checkpoint that ``path`` means.
+    """The one checkpoint to which ``path`` leads.
 
     Args:
-        path: what people have at hand.
-        tag: which of several, by name.
-        model: which of several models of one state, by number.
-        format: name of the only reader to ask; by default all are asked.
+        path: a checkpoint's directory, a directory above or inside it, or one of its files.
+        tag: the name of one of several checkpoints.
+        model: the number of one of several models in a checkpoint.
+        format: the only format to look for; by default all.
 
     Raises:
-        NotACheckpoint: nothing under the path is a checkpoint.
-        AmbiguousCheckpoint: several are; the choices are listed.
-        UsageError: ``tag``, ``model`` or ``format`` is not there.
-        DamagedCheckpoint: a pointer such as ``latest`` leads nowhere.
+        NotACheckpoint: there is no checkpoint under the path.
+        AmbiguousCheckpoint: there is more than one; the error lists them.
+        UsageError: ``tag``, ``model`` or ``format`` does not exist.
+        DamagedCheckpoint: the target of a pointer such as ``latest`` does not exist.
     """
     with _folders_named(path):
         location = _locate(path, tag, model, format)
@@ -82,7 +82,9 @@ def _locate(path: Path, tag: str | None, model: int | None, format: str | None) 
         found = [location for child in children for location in _find(child, tag, format)]
         if len(found) > 1:
             raise _ambiguous(
-                path, [str(location.directory) for location in found], "Name one of them"
+                path,
+                [str(location.directory) for location in found],
+                "Pass the path of one of them",
             )
     if not found and tag is not None and (others := _find(path, None, format)):
         raise UsageError(
@@ -92,16 +94,17 @@ def _locate(path: Path, tag: str | None, model: int | None, format: str | None) 
         )
     if not found and (adapters := _adapters(path)):
         raise NotACheckpoint(
-            "an adapter that PEFT saved, and no model",
+            "an adapter that PEFT saved, not a checkpoint of a model",
             path=adapters[0] if len(adapters) == 1 else path,
-            hint=f"To merge it into its base: ckpt-tools merge-lora BASE OUT --adapter-dir {adapters[-1]}. "
-            "PEFT loads it as it is.",
+            hint="To merge it into its base model, run: "
+            f"ckpt-tools merge-lora BASE OUT --adapter-dir {adapters[-1]}. "
+            "PEFT loads it without a conversion.",
         )
     if not found:
         raise NotACheckpoint(
-            "nothing here is a checkpoint that can be read",
+            "no checkpoint of a known format was found",
             path=path,
-            hint=f"It holds: {_listing(path)}. Name the directory with `latest`, the global_stepN "
+            hint=f"The path holds: {_listing(path)}. Pass the directory with `latest`, the global_stepN "
             "directory or the checkpoint-N directory.",
         )
     if model is not None:
@@ -113,7 +116,7 @@ def _locate(path: Path, tag: str | None, model: int | None, format: str | None) 
 
 
 def _adapters(path: Path) -> list[Path]:
-    """Directories of adapters here or below, such as the Trainer's ``checkpoint-N``, the newest last."""
+    """Directories of adapters at or below ``path``, such as the Trainer's ``checkpoint-N``, newest last."""
     places = [path.parent]
     if path.is_dir():
         places = [path, *sorted(path.iterdir(), key=lambda entry: (len(entry.name), entry.name))]
@@ -121,7 +124,7 @@ def _adapters(path: Path) -> list[Path]:
 
 
 def _numbered(path: Path, found: list[Location], model: int) -> list[Location]:
-    """The locations of model number ``model``: frameworks call them ``model``, ``model_1`` and so on."""
+    """The locations of model number ``model``: frameworks write ``model``, ``model_1`` and so on."""
     numbers = [_MODEL_NUMBER.search(location.name) for location in found]
     chosen = [
         location
@@ -138,9 +141,9 @@ def _numbered(path: Path, found: list[Location], model: int) -> list[Location]:
 
 
 def _find(path: Path, tag: str | None, format: str | None) -> list[Location]:
-    """What the readers find; training state comes before finished weights that lie beside it.
+    """The locations that the readers find; training states exclude finished weights beside them.
 
-    Two readers may find the same: that of a format, and that of a directory of several formats.
+    Two readers may find one location: the reader of its format, and that of a directory of several formats.
     """
     found = {
         (location.format, location.directory, location.part): location
@@ -156,7 +159,7 @@ def _asked(format: str | None) -> list[Reader]:
         return list(readers().values())
     if format not in readers():
         raise UsageError(
-            f"no format is called {format!r}", hint=f"Formats: {', '.join(sorted(readers()))}."
+            f"unknown format {format!r}", hint=f"Formats: {', '.join(sorted(readers()))}."
         )
     return [readers()[format]]
 
@@ -170,7 +173,7 @@ def read(location: Location) -> Checkpoint:
     try:
         reader = readers()[location.format]
     except KeyError:
-        raise UsageError(f"no reader is called {location.format!r}") from None
+        raise UsageError(f"there is no reader for the format {location.format!r}") from None
     with _folders_named(location.directory):
         return _read(reader, location)
 
@@ -186,18 +189,18 @@ def _read(reader: Reader, location: Location) -> Checkpoint:
         TypeError,
         ValueError,
     ) as error:
-        # Readers look into values that anybody may have pickled; what does not fit there is a fact about
-        # the files, and is said as one. --debug shows where.
+        # Pickled metadata may have any form. A form that a reader does not expect is damage to the file, not
+        # an error in the reader. --debug shows the traceback.
         raise DamagedCheckpoint(
-            f"its metadata is not as {location.format} writes it ({type(error).__name__}: {error})",
+            f"its metadata does not have the form of {location.format} ({type(error).__name__}: {error})",
             path=location.directory,
-            hint="The files were changed or damaged after they were saved; copy them anew.",
+            hint="The files were changed or damaged after they were saved. Copy them anew.",
         ) from error
 
 
 @contextmanager
 def _folders_named(path: Path) -> Iterator[None]:
-    """Where several folders are read as one, say which, unless the error is about a file in one of them."""
+    """Add the list of folders that are read as one to errors, except to errors about one file."""
     try:
         yield
     except (DamagedCheckpoint, NotACheckpoint) as error:
@@ -210,10 +213,10 @@ def _folders_named(path: Path) -> Iterator[None]:
 
 def _ambiguous(path: Path, choices: list[str], advice: str) -> AmbiguousCheckpoint:
     return AmbiguousCheckpoint(
-        f"{len(choices)} checkpoints lie here",
+        f"there are {len(choices)} checkpoints here",
         choices=choices,
         path=path,
-        hint=f"{advice}: {', '.join(choices)}",
+        hint=f"{advice}: {', '.join(choices)}.",
     )
 
 

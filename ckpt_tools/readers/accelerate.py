@@ -1,10 +1,10 @@
-"""``Accelerator.save_state`` directories, and what the Transformers Trainer saves through the same functions.
+"""Owns ``Accelerator.save_state`` directories, and what the Trainer saves through the same functions.
 
-Owns the names of the files: which are models' weights, which are optimizers, schedulers, samplers, random
-states and custom objects, of which none is opened. Weights that lie as another format in a directory of
-their own (DeepSpeed, torch Distributed Checkpoint) are pointed out to the reader of that format; one file a
-rank is found by its own reader. Names of tensors are kept as they are: ``_orig_mod.`` of a compiled model, no
-second name of a tied tensor in a safetensors file.
+The names of the files tell models' weights from optimizers, schedulers, samplers, random states and custom
+objects, which are not opened. If the weights are in a directory of another format (DeepSpeed, torch
+Distributed Checkpoint), the location is one of that format. Rank files have their own reader. Tensors keep
+their names, such as ``_orig_mod.`` of a compiled model; a safetensors file has no second name of a tied
+tensor.
 
 Source: ``accelerate/accelerator.py`` (``save_state``), ``accelerate/checkpointing.py``
 (``save_accelerator_state``) and ``accelerate/utils/fsdp_utils.py`` (``save_fsdp_model``), read at 1.15.
@@ -31,27 +31,27 @@ _FULL = re.compile(r"(pytorch_model_fsdp(?:_\d+)?)\.bin")
 _DEEPSPEED = re.compile(r"pytorch_model(_\d+)?")
 _DCP = re.compile(r"pytorch_model_fsdp_\d+")
 _AUTOMATIC = re.compile(r"checkpoint_\d+")
-# What else lies there, without the number of the model or rank that it belongs to.
+# Kinds of other files; the group leaves out the number of the model or rank.
 _LEFT_ALONE = re.compile(
     r"(optimizer|scheduler|sampler|dl_state_dict)(?:_\d+)?(?:_rank\d+)?\.bin"
     r"|(random_states|custom_checkpoint)_\d+\.pkl|(scaler)\.pt"
 )
-# Each process writes one; the Trainer calls its own differently.
+# Each process writes one; the Trainer's have another name.
 _RANDOM = re.compile(r"(?:random_states|rng_state)_(\d+)\.(?:pkl|pth)")
 _MARKS = {"optimizer", "scheduler", "sampler", "dl_state_dict", "random_states"}
 
 
 def find(path: Path, tag: str | None = None) -> list[Location]:
-    """The models of the ``save_state`` that ``path`` means.
+    """The models of the ``save_state`` to which ``path`` leads.
 
     Args:
-        path: the directory that was saved to, one of the files with weights in it, or, where names were
-            automatic, the project's directory or ``checkpoints`` in it.
-        tag: which of several, by name: ``model_1``, ``pytorch_model_1``, ``checkpoint_0``, or
+        path: the directory of the save, or one of its files with weights. With automatic names also the
+            project's directory, or ``checkpoints`` in it.
+        tag: the name of one of several: ``model_1``, ``pytorch_model_1``, ``checkpoint_0``, or
             ``checkpoint_0/model_1``.
 
     Returns:
-        One location a model; of another format where its weights are of one.
+        One location a model, with the format of its weights.
     """
     if path.is_file():
         models = [model for model in _models(path.parent) if model.format == NAME]
@@ -66,7 +66,7 @@ def find(path: Path, tag: str | None = None) -> list[Location]:
 
 
 def _automatic(directory: Path) -> list[Location]:
-    """The models of every save below a directory, named after their saves."""
+    """The models of every save below a directory, with the names of their saves."""
     found = []
     for save in entries_of(directory):
         if _AUTOMATIC.fullmatch(save.name):
@@ -78,7 +78,7 @@ def _automatic(directory: Path) -> list[Location]:
 
 
 def _models(directory: Path) -> list[Location]:
-    """The models of one save; those of a distributed run first, as weights beside them are an export."""
+    """The models of one save. Plain weights beside those of a distributed run are an export and left out."""
     entries = entries_of(directory)
     distributed = []
     for entry in entries:
@@ -100,7 +100,7 @@ def _location(directory: Path, part: str) -> Location:
 
 
 def _left_alone(entry: Path) -> str | None:
-    """What a file is that holds no weights."""
+    """The kind of a file without weights; None for other files."""
     match = _LEFT_ALONE.fullmatch(entry.name)
     return next(kind for kind in match.groups() if kind) if match else None
 
@@ -119,9 +119,9 @@ def read(location: Location) -> Checkpoint:
     directory = location.directory
     entry = entry_in(directory, _files(location))
     if entry is None:
-        raise DamagedCheckpoint("its weights are gone", path=directory)
+        raise DamagedCheckpoint("the files of its weights no longer exist", path=directory)
     held = read_weight_files(entry)
-    # Nothing says what was trained, but what is not floating was not.
+    # The files do not state which tensors were trained, but only floating ones can be.
     weights = {
         name: Weight("parameter" if t.dtype.is_floating else "buffer", t.shape, t.dtype, model=t)
         for name, t in held.tensors.items()
@@ -135,7 +135,7 @@ def read(location: Location) -> Checkpoint:
         weights=weights,
         ties=held.ties,
         files={path: path.stat().st_size for path in files},
-        # The number of an automatic name counts saves, not steps.
+        # The number in an automatic name counts saves, not steps.
         step=trainer_step(directory),
         world_size=max(ranks) + 1 if ranks else None,
         framework="accelerate",

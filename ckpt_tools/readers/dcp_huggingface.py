@@ -1,11 +1,11 @@
-"""torch Distributed Checkpoint in Hugging Face storage: ``shard-R-model-K-of-N.safetensors``, no index.
+"""Owns torch Distributed Checkpoint in Hugging Face storage: ``shard-R-model-K-of-N.safetensors``, no index.
 
-Each rank writes its boxes into safetensors files, and the header says where each box begins. Nothing says how
-large a tensor is as a whole, how many ranks there were, or which tensors there must be: a tensor ends where
-its last box ends. So a shard that is missing at the start or in the middle leaves a hole and is an error
-here, and one that is missing at the end only shortens its tensors, which shapes from elsewhere (a config)
-must show; :func:`lacking` compares. Where torch also consolidated the shards, they are under ``sharded/`` and
-are what is read: torch's own consolidation turns a 0-d 1.0 into 0.0.
+Each rank writes its boxes to safetensors files, and the header has the start of each box. The size of the
+whole tensor, the number of ranks and the list of tensors are not recorded: a tensor ends where its last box
+ends. A missing shard at the start or in the middle leaves a hole, which is an error here. A missing shard
+at the end only shortens its tensors; :func:`lacking` finds this by shapes from elsewhere, such as a config.
+If torch also consolidated the shards, those under ``sharded/`` are read, because torch's consolidation
+turns a 0-d 1.0 into 0.0.
 
 Source: ``torch/distributed/checkpoint/hf_storage.py`` and ``_hf_utils.py``, read at torch 2.13.
 """
@@ -30,34 +30,33 @@ NAME = "torch-dcp-huggingface"
 _SHARD = re.compile(r"shard-(\d+)-model-(\d+)-of-(\d+)\.safetensors")
 _CONSOLIDATED_FROM = "sharded"
 _REMARK = (
-    "shards do not say how many they are: only a comparison with a config's shapes shows that none is "
+    "the number of shards is not recorded: only a comparison with a config's shapes shows that none is "
     "missing at the end"
 )
 
 
 def find(path: Path, tag: str | None = None) -> list[Location]:
-    """The checkpoint of this format that ``path`` means.
+    """The checkpoint of this format to which ``path`` leads.
 
     Args:
-        path: the directory of the shards, one of them, or the directory that torch consolidated them
-            into.
-        tag: the directory's name; a checkpoint of this format has no other.
+        path: the directory of the shards, one of them, or the directory with torch's consolidated files.
+        tag: the directory's name; a checkpoint of this format has no other tag.
 
     Raises:
-        UsageError: ``tag`` is another.
+        UsageError: ``tag`` is another name.
     """
     if path.is_file() and _SHARD.fullmatch(path.name):
         path = path.parent
-    # torch's name for the directory tells nothing from others.
+    # Only the shards show the format: torch's name for their directory is too general.
     shards = path / _CONSOLIDATED_FROM
     directory = shards if _shards(shards) else path
     if not _shards(directory):
         return []
     if tag not in (None, path.name, directory.name):
         raise UsageError(
-            f"this directory holds the shards of one checkpoint, and none called {tag!r}",
+            f"this directory holds one checkpoint without tags, so the tag {tag!r} does not exist",
             path=path,
-            hint="Leave out --tag.",
+            hint="Omit --tag.",
         )
     near = (directory, directory.parent, directory.parent.parent)
     name = directory.parent.name if directory.name == _CONSOLIDATED_FROM else directory.name
@@ -81,16 +80,16 @@ def read(location: Location) -> Checkpoint:
     """Read the headers of a checkpoint's shards.
 
     Raises:
-        DamagedCheckpoint: a shard is missing that is not the last, or is truncated; boxes overlap or
+        DamagedCheckpoint: a shard that is not the last is missing, or one is truncated; boxes overlap or
             leave a hole.
     """
     directory = location.directory
     shards = _shards(directory)
     gaps = _gaps(shards, directory)
     files = [read_safetensors(path) for path in shards.values()]
-    hint = "Copy the shards of every rank into one directory, or name the others' with --also DIR."
+    hint = "Copy the shards of every rank into one directory, or pass the other folders with --also DIR."
     if gaps:
-        hint += f" By their numbers these are missing: {listed(gaps)}."
+        hint += f" These numbers are missing: {listed(gaps)}."
     boxes = _boxes(files)
     weights = {name: _weight(name, held, directory, gaps, hint) for name, held in boxes.items()}
     return Checkpoint(
@@ -108,14 +107,14 @@ def read(location: Location) -> Checkpoint:
 
 
 def lacking(checkpoint: Checkpoint, shapes: Mapping[str, Shape]) -> dict[str, str]:
-    """What a checkpoint of this format lacks, by shapes from elsewhere.
+    """The tensors of a checkpoint that are missing or incomplete, by shapes from elsewhere.
 
     Args:
-        checkpoint: as :func:`read` made it.
-        shapes: what must be there, from a config or another directory of the same model.
+        checkpoint: the result of :func:`read`.
+        shapes: the expected shapes, from a config or another directory of the same model.
 
     Returns:
-        For each tensor that is missing or of another shape, what is wrong with it.
+        For each tensor that is missing or has another shape, the problem.
     """
     wrong = {}
     for name, shape in shapes.items():
@@ -131,13 +130,14 @@ _Boxes = dict[str, list[tuple[SafetensorsFile, Shape, Stored]]]
 
 
 def _boxes(files: list[SafetensorsFile]) -> _Boxes:
-    """By name, each shard's part of a tensor and where it begins, in the order of the headers' record."""
+    """For each name, the shards' parts of the tensor and their starts, in the order of the headers."""
     boxes: _Boxes = {}
     for file in files:
         offsets = sharding_info(file)
         if offsets is None:
             raise DamagedCheckpoint(
-                "it has no DCP_SHARDING_INFO: nothing says where its tensors belong", path=file.path
+                "DCP_SHARDING_INFO is missing, so the places of its tensors are unknown",
+                path=file.path,
             )
         for name, at in offsets.items():
             boxes.setdefault(name, []).append((file, at, file.tensors[name]))
@@ -145,17 +145,13 @@ def _boxes(files: list[SafetensorsFile]) -> _Boxes:
 
 
 def _shapeless(boxes: _Boxes) -> list[str]:
-    """Tensors without elements that several ranks share: torch writes no size of any of them."""
+    """The remark about tensors without elements that several ranks share; torch writes no size for them."""
     names = [
         name
         for name, held in boxes.items()
         if len(held) > 1 and not any(tensor.numel for _, _, tensor in held)
     ]
-    return (
-        [f"without elements, so that their shapes are not known: {', '.join(names)}"]
-        if names
-        else []
-    )
+    return [f"tensors without elements have unknown shapes: {', '.join(names)}"] if names else []
 
 
 def _weight(
@@ -169,7 +165,7 @@ def _weight(
     ranks = {len(tensor.shape) for _, _, tensor in held}
     if len(dtypes) > 1 or len(ranks) > 1:
         raise DamagedCheckpoint(
-            f"shards disagree on it ({', '.join(map(str, dtypes))}): they are of different saves",
+            f"shards disagree about it ({', '.join(map(str, dtypes))}): they belong to different saves",
             path=directory,
             tensor=name,
         )
@@ -193,18 +189,17 @@ def _weight(
 
 
 def _gaps(shards: Mapping[tuple[int, int, int], Path], directory: Path) -> list[str]:
-    """Names of files that the numbers of the others leave out.
+    """Names of files whose numbers are missing.
 
-    A rank that held nothing of a part writes no file for it, so that a gap alone is no damage.
+    A rank that holds nothing of a part writes no file for it, so a gap alone is not damage.
 
     Raises:
-        DamagedCheckpoint: files of two saves, or of a part that no shard has.
+        DamagedCheckpoint: there are files of two saves, or a part is missing in every shard.
     """
     parts = {total for _, _, total in shards}
     if len(parts) > 1:
         raise DamagedCheckpoint(
-            f"its shards say that they are of {' and of '.join(map(str, sorted(parts)))} parts: they are "
-            "of different saves",
+            f"its shards state {' and '.join(map(str, sorted(parts)))} parts: they belong to different saves",
             path=directory,
             hint="Delete the files of the older save.",
         )
@@ -222,7 +217,7 @@ def _gaps(shards: Mapping[tuple[int, int, int], Path], directory: Path) -> list[
             f"part {lost[0]} of {total} is missing in every shard",
             path=directory,
             missing=gaps,
-            hint="Copy all files from where they were written.",
+            hint="Copy all files anew from where they were written.",
         )
     return gaps
 

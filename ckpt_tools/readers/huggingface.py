@@ -1,7 +1,6 @@
-"""Hugging Face model directories as input, and what the Transformers Trainer adds to one.
+"""Owns Hugging Face model directories as input, with the files that the Transformers Trainer adds.
 
-Owns the names of the files that make a directory one; what they hold is read by
-:mod:`~ckpt_tools.readers.containers.weight_files`. Adapters are another format.
+:mod:`~ckpt_tools.readers.containers.weight_files` reads the content of the files.
 
 Source: ``transformers/utils/__init__.py`` (``SAFE_WEIGHTS_NAME`` and its neighbours).
 """
@@ -21,11 +20,11 @@ _SINGLE = ("model.safetensors", "pytorch_model.bin")
 
 
 def find(path: Path, tag: str | None = None) -> list[Location]:
-    """The model directory that ``path`` is, or none; tags mean nothing here."""
+    """The model directory at ``path``, if it is one. The format has no tags."""
     if path.is_file() and path.name in entry_names(_SINGLE):
         path = path.parent
     elif any(path.glob("sharded/shard-*-model-*.safetensors")):
-        # torch consolidated them, and turns 0-d values into zeros: the shards have their own reader.
+        # torch consolidated these shards, which turns 0-d values into zeros. The shards have a reader.
         return []
     if tag is not None or entry_in(path, _SINGLE) is None:
         return []
@@ -40,7 +39,7 @@ def read(location: Location) -> Checkpoint:
     """
     entry = entry_in(location.directory, _SINGLE)
     if entry is None:
-        raise DamagedCheckpoint("its weights are gone", path=location.directory)
+        raise DamagedCheckpoint("the files of its weights no longer exist", path=location.directory)
     held = read_weight_files(entry)
     weights = {
         key: Weight("parameter", tensor.shape, tensor.dtype, model=tensor)
@@ -62,7 +61,7 @@ def read(location: Location) -> Checkpoint:
 
 
 def _framework(directory: Path) -> str | None:
-    """The version of transformers that wrote the config beside the weights; a fact for the report alone."""
+    """The version of transformers that wrote the config beside the weights, for the report."""
     try:
         version = json.loads((directory / "config.json").read_text("utf-8"))["transformers_version"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):

@@ -1,9 +1,10 @@
-"""Checkpoints of OLMo-core: ``stepN/model_and_optim/``, torch Distributed Checkpoint under names of its own.
+"""Owns checkpoints of OLMo-core: ``stepN/model_and_optim/``, a torch Distributed Checkpoint with own names.
 
-Owns what OLMo-core adds to the format: where its files lie, what ``train/rank0.pt`` and ``.metadata.json``
-say of the run, and the names of tensors in Hugging Face's Olmo2 and Olmo3, which are a matter of renaming
-alone. Other models of OLMo-core (pre-norm, mixtures of experts) keep their names. The bytes are the business
-of :mod:`~ckpt_tools.readers.dcp.reader`; the config that is made of OLMo-core's is that of the assets.
+It adds to that format the places of the files, the facts in ``train/rank0.pt`` and ``.metadata.json``, and
+the names of tensors in Hugging Face's Olmo2 and Olmo3, which differ from OLMo-core's by renaming alone.
+Other models of OLMo-core (pre-norm, mixtures of experts) keep their names.
+:mod:`~ckpt_tools.readers.dcp.reader` locates the bytes; :mod:`ckpt_tools.hub.olmo_core` translates the
+config.
 
 Sources: OLMo-core ``train/checkpoint.py`` (files) and ``nn/hf/convert.py`` (names), read at commit fa6c5014
 (3.0).
@@ -49,15 +50,15 @@ _IN_BLOCK = {
 
 
 def find(path: Path, tag: str | None = None) -> list[Location]:
-    """The checkpoints of this format that ``path`` means.
+    """The checkpoints of this format to which ``path`` leads.
 
     Args:
-        path: ``stepN``, ``model_and_optim`` in it, a run's directory with one or more of the former, or
-            a directory that ``save_model_and_optim_state`` wrote.
-        tag: which of several ``stepN``, by name.
+        path: ``stepN``, ``model_and_optim`` in it, a run's directory with one or more ``stepN``, or a
+            directory that ``save_model_and_optim_state`` wrote.
+        tag: the name of one of several ``stepN``.
 
     Raises:
-        UsageError: ``tag`` is not there.
+        UsageError: ``tag`` does not exist.
     """
     if path.name == ".metadata":
         path = path.parent
@@ -132,27 +133,30 @@ def hub_names(
 ) -> tuple[dict[str, str], str | None]:
     """Each tensor's name in Hugging Face's Olmo2 and Olmo3.
 
-    The norms of OLMo-core's pre-norm models have the same names and another place, so that the kind of
-    block decides. Without a config that states it, norms over all heads of queries and keys tell: no
-    other dense model on the hub has them.
+    In OLMo-core's pre-norm models the norms have the same names but another place, so the kind of block
+    decides. Without a config that states it, norms over all heads of queries and keys decide: no other dense
+    model on the Hub has them.
 
     Args:
         shapes: OLMo-core's names, with shapes.
-        experiment: the content of OLMo-core's config; empty where there is none.
+        experiment: the content of OLMo-core's config; empty if there is none.
 
     Returns:
-        The names, none where it is another model, and what is to be said about it.
+        The names, empty for another model, and a remark for the report.
     """
     names = {name: hub for name in shapes if (hub := _hub_name(name)) is not None}
     odd = [name for name in shapes if name not in names]
     if odd:
-        return {}, f"names are OLMo-core's: none of an Olmo2 or Olmo3 is known for {odd[0]}"
+        return {}, f"tensors keep OLMo-core's names: Olmo2 and Olmo3 have no name for {odd[0]}"
     model = experiment.get("model")
     if isinstance(model, Mapping):
         kinds = _block_kinds(model)
         if kinds == {"reordered_norm"}:
             return names, None
-        return {}, f"names are OLMo-core's: no Olmo2 or Olmo3 has blocks of {', '.join(kinds)}"
+        return (
+            {},
+            f"tensors keep OLMo-core's names: Olmo2 and Olmo3 have no {', '.join(kinds)} blocks",
+        )
     norms = [name for name in shapes if name.endswith(".attention.q_norm.weight")]
     if norms and all(
         shapes[name] == shapes[name.replace("q_norm", "w_q")][:1]
@@ -160,10 +164,13 @@ def hub_names(
         if name.replace("q_norm", "w_q") in shapes
     ):
         return names, (
-            "no config of OLMo-core lies beside it: taken for an Olmo2 or Olmo3, because its q_norm "
+            "there is no config of OLMo-core: the model is taken for an Olmo2 or Olmo3, because its q_norm "
             "spans all heads"
         )
-    return {}, "names are OLMo-core's: no config of OLMo-core lies beside it to tell the model"
+    return (
+        {},
+        "tensors keep OLMo-core's names: there is no config of OLMo-core that states the model",
+    )
 
 
 def _hub_name(name: str) -> str | None:
@@ -185,7 +192,7 @@ def _block_kinds(model: Mapping[str, Any]) -> set[str]:
 
 
 def _object(path: Path) -> dict[str, Any]:
-    """A JSON object; an empty one where there is none, because what it says is not vital."""
+    """A JSON object; empty if the file cannot be read, because its facts are not essential."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -194,7 +201,7 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def _train_state(path: Path) -> Mapping[str, Any]:
-    """What the trainer recorded of its progress; nothing where that cannot be read."""
+    """The trainer's record of its progress; empty if it cannot be read."""
     try:
         state = TorchFile(path).load()
     except CkptError:

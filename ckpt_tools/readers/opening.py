@@ -1,8 +1,7 @@
-"""Opens whatever holds weights: a checkpoint of any format, an adapter's directory, a single file.
+"""Owns the opening of anything with weights: a checkpoint of any format, an adapter's directory, one file.
 
-Owns what counts as weights beyond the checkpoints that :mod:`ckpt_tools.readers` finds, for the commands
-that only read: a file of tensors is a model's state to whoever compares it. Names stay as they lie in the
-files. It must not know what is done with the tensors.
+Commands that only read accept adapters and files beside the checkpoints of :mod:`ckpt_tools.readers`.
+Tensors keep their names.
 """
 
 from __future__ import annotations
@@ -20,18 +19,18 @@ _TORCH_FILES = (".bin", ".pt", ".pth")
 
 
 def open_weights(path: Path, tag: str | None = None) -> Checkpoint:
-    """Open a checkpoint, an adapter's directory or a file of weights; reads metadata only.
+    """Open a checkpoint, an adapter's directory or a file of weights; only metadata is read.
 
     Args:
-        path: what people have at hand.
-        tag: which of several checkpoints, by name.
+        path: the checkpoint, directory or file.
+        tag: the name of one of several checkpoints.
 
     Raises:
-        NotACheckpoint: nothing under the path holds weights.
+        NotACheckpoint: there are no weights under the path.
         CkptError: see :mod:`ckpt_tools.errors`.
     """
     if path.is_file() and path.suffix == ".safetensors":
-        # By itself, whatever lies beside it: this file was named.
+        # The user named this file, so files beside it are not read.
         return _of_files(path, FILE, path.name, "safetensors file")
     try:
         return readers.read(readers.locate(path, tag))

@@ -1,6 +1,6 @@
-"""What the Transformers Trainer records beside a checkpoint of any kind: its state, and random states.
+"""Owns the Transformers Trainer's files beside a checkpoint of any format: its state and random states.
 
-Only facts for the report are taken from it, so a file that cannot be read is none. Knows no weights.
+They give facts for the report only, so a file that cannot be read counts as absent.
 
 Source: ``transformers/trainer_callback.py`` (``TrainerState``), ``trainer.py`` (``_save_rng_state``).
 """
@@ -12,17 +12,17 @@ import re
 from pathlib import Path
 
 _FILE = "trainer_state.json"
-# Each rank writes one; of a single process it has no number.
+# Each rank writes one. The file of a single process has no number.
 _RANDOM = re.compile(r"rng_state(?:_(\d+))?\.pth")
 
 
 def is_trainer_directory(directory: Path) -> bool:
-    """Whether the Trainer wrote a checkpoint here."""
+    """Whether the Trainer wrote a checkpoint to ``directory``."""
     return (directory / _FILE).is_file()
 
 
 def trainer_step(directory: Path) -> int | None:
-    """Optimizer steps taken, where the Trainer recorded them."""
+    """Number of optimizer steps, if the Trainer recorded it."""
     try:
         step = json.loads((directory / _FILE).read_text(encoding="utf-8"))["global_step"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -31,7 +31,7 @@ def trainer_step(directory: Path) -> int | None:
 
 
 def trainer_world_size(directory: Path) -> int | None:
-    """Number of ranks, where the Trainer left their random states."""
+    """Number of ranks, if the Trainer wrote their random states."""
     if not is_trainer_directory(directory):
         return None
     matches = [_RANDOM.fullmatch(path.name) for path in directory.iterdir()]

@@ -1,1 +1,1 @@
-"""Where the files of a checkpoint lie: on this disk, on other machines."""
+"""Owns where the files of a checkpoint lie: on this disk, on other machines."""

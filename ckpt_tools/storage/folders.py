@@ -17,10 +17,10 @@ from ckpt_tools.errors import UsageError, listed
 from ckpt_tools.storage.places import DirectoryPlace
 from ckpt_tools.storage.pool import Pool, PooledPath
 
-# A checkpoint's directory is at most this far below what people name.
+# A checkpoint's directory is at most this many levels below the directory that people name.
 _LEVELS = 3
 _DATA = re.compile(r".*\.(pt|bin|pth|safetensors|distcp|metadata)")
-# What frameworks call the directory of one save among others.
+# Names of the directory of one save.
 _SAVE = re.compile(r"(?:step[-_]?|checkpoint[-_]|epoch[-_]?|iter(?:ation)?[-_]?)(\d+)")
 
 
@@ -66,51 +66,51 @@ def local_paths(path: Path) -> list[Path]:
 
 
 def read_as_one(path: Path, also: Sequence[str | os.PathLike[str]]) -> Path:
-    """The path of a checkpoint whose files lie under it and in further folders.
+    """The path of a checkpoint that has files in further folders.
 
     Args:
-        path: as readers take it.
-        also: directories with further files of it, each a copy of the same directory, of one above it or
-            of one in it.
+        path: a path that readers accept.
+        also: directories with further files of the checkpoint. Each is a copy of the same directory, of one
+            above it or of one in it.
 
     Returns:
-        ``path`` in a ``Pool``; ``path`` itself where there is nothing else, or where
-        it is in a pool already. Processes that ask for the same folders get pools of one key.
+        ``path`` in a ``Pool``; ``path`` itself if ``also`` is empty or ``path`` is in a pool already.
+        Processes that name the same folders get pools with the same key.
 
     Raises:
-        UsageError: one of ``also`` is no directory, cannot be read, or is not a copy of any of these.
+        UsageError: one of ``also`` is not a directory, cannot be read, or is not such a copy.
     """
     if not also or isinstance(path, PooledPath) or not path.exists():
         return path
     root = path.parent if path.is_file() else path
     places = [DirectoryPlace(root), *places_of(root, also)]
     key = "\0".join(f"{os.path.abspath(place.root)}\0{place.under}" for place in places)
-    with _unreadable_is_told(root):
+    with _refused_if_unreadable(root):
         pool = Pool(root, places, key=key)
     return pool.path(path.name) if path.is_file() else pool.path()
 
 
 def places_of(root: Path, also: Sequence[str | os.PathLike[str]]) -> list[DirectoryPlace]:
-    """Further folders of a checkpoint's directory, each at its place in the tree.
+    """Further folders of a checkpoint's directory, each with its path in the tree.
 
     Raises:
-        UsageError: as of :func:`read_as_one`.
+        UsageError: as :func:`read_as_one` raises it.
     """
     known = [DirectoryPlace(root)]
     for folder in map(Path, also):
         if not folder.is_dir():
             raise UsageError(
-                "it is not a directory" if folder.exists() else "no such directory",
+                "not a directory" if folder.exists() else "no such directory",
                 path=folder,
                 hint="--also takes a folder of this machine with further files of the checkpoint.",
             )
-        with _unreadable_is_told(folder):
+        with _refused_if_unreadable(folder):
             known.append(_aligned(root, folder, known))
     return known[1:]
 
 
 @contextmanager
-def _unreadable_is_told(directory: Path) -> Iterator[None]:
+def _refused_if_unreadable(directory: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -119,10 +119,10 @@ def _unreadable_is_told(directory: Path) -> Iterator[None]:
 
 
 def _aligned(root: Path, folder: Path, known: Sequence[DirectoryPlace]) -> DirectoryPlace:
-    """The folder at its place in the tree.
+    """The folder with its path in the tree.
 
     Raises:
-        UsageError: what it is a copy of cannot be told.
+        UsageError: the folder is not a copy of any directory of the checkpoint.
     """
     if _name(folder) == _name(root):
         return DirectoryPlace(folder)
@@ -134,7 +134,7 @@ def _aligned(root: Path, folder: Path, known: Sequence[DirectoryPlace]) -> Direc
     saves = [_SAVE.findall(_name(directory))[-1:] for directory in (root, folder)]
     if all(saves) and saves[0] != saves[1]:
         raise UsageError(
-            f"by its name it is of another save than {root}",
+            f"its name is that of another save than {root}",
             path=folder,
             hint="Name folders of one save.",
         )
@@ -148,7 +148,7 @@ def _name(directory: Path) -> str:
 
 
 def _inside(root: Path, folder: Path) -> Iterator[DirectoryPlace]:
-    """The copy of ``root`` in a folder that is a copy of what lies above it."""
+    """The copies of ``root`` in a folder that is a copy of a directory above ``root``."""
     parts = root.resolve().parts[1:]
     for count in range(1, min(_LEVELS, len(parts)) + 1):
         candidate = folder.joinpath(*parts[-count:])
@@ -157,7 +157,7 @@ def _inside(root: Path, folder: Path) -> Iterator[DirectoryPlace]:
 
 
 def _below(root: Path, folder: Path, known: Sequence[DirectoryPlace]) -> Iterator[DirectoryPlace]:
-    """The folder as a copy of a directory in ``root``, which a copy of ``root`` or ``latest`` names."""
+    """The folder as a copy of a directory in ``root``; a copy of ``root``, or ``latest``, has its name."""
     parts = folder.resolve().parts[1:]
     for count in range(1, min(_LEVELS, len(parts)) + 1):
         under = "/".join(parts[-count:])
@@ -176,7 +176,7 @@ def _latest(root: Path) -> str | None:
 
 
 def _alike(place: DirectoryPlace, known: Sequence[DirectoryPlace]) -> bool:
-    """Whether a folder has a name in common with what is known of its place in the tree, ranks aside."""
+    """Whether a folder shares a name with a known copy of the same directory, apart from numbers."""
     beside = [other.root / place.under for other in known if not other.under]
     beside += [other.root for other in known if other.under and other.under == place.under]
     return any(_kinds(place.root) & _kinds(other) for other in beside)
@@ -195,13 +195,11 @@ def _holds_data(directory: Path) -> bool:
 
 def _not_alike(root: Path, folder: Path) -> UsageError:
     if _holds_data(root):
-        hint = f"Expected a folder with further files of {_name(root)}: {folder / _name(root)} is not there."
+        hint = f"Name a folder with further files of {_name(root)}; {folder / _name(root)} does not exist."
     else:
         names = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
         hint = (
-            f"Expected a copy of {_name(root)}, or of a directory in it under the same name: "
-            f"{listed(names, 8) or 'there is none'}."
+            f"Name a copy of {_name(root)}, or of a directory in it with the same name "
+            f"({listed(names, 8) or 'it has none'})."
         )
-    return UsageError(
-        f"it is not a copy of {root} nor of a directory in it", path=folder, hint=hint
-    )
+    return UsageError(f"not a copy of {root}, nor of a directory in it", path=folder, hint=hint)

@@ -1,8 +1,7 @@
-"""Places where files lie, and reading them there: at positions, from several threads at once.
+"""Owns the protocol of a place where files lie, and its implementation for a directory of this machine.
 
-Owns what a place must offer, and the one kind of place that needs nothing else: a directory of this machine.
-What is on another machine is offered by whoever can reach it, in the same words, so that bytes from there are
-read as those of a disk are. Reads only; knows no format, no tensor and no network.
+Files are read at positions, from several threads at once. Remote files implement the same protocol. Nothing
+here writes.
 """
 
 from __future__ import annotations
@@ -33,11 +32,11 @@ _OF_A_MACHINE = (
 
 @dataclass(frozen=True, slots=True)
 class FileFacts:
-    """What a place tells of a file.
+    """Facts about a file.
 
     Attributes:
         size: bytes.
-        mtime_ns: when it was last written, in nanoseconds since 1970.
+        mtime_ns: time of the last write, in nanoseconds since 1970.
     """
 
     size: int
@@ -72,14 +71,14 @@ class Readable(Protocol):
         """Fill ``view`` from byte ``offset`` on, as ``os.preadv`` does.
 
         Returns:
-            Bytes read, at least 1 and perhaps fewer than asked for; 0 at the end of the file.
+            Number of bytes read: at least 1, at most ``len(view)``; 0 at the end of the file.
 
         Raises:
-            OSError: it cannot be read.
+            OSError: the file cannot be read.
         """
 
     def close(self) -> None:
-        """Let go of the file; nothing happens the second time."""
+        """Close the file. A second call does nothing."""
 
 
 class Place(Protocol):
@@ -91,10 +90,10 @@ class Place(Protocol):
 
     @property
     def label(self) -> str:
-        """What it is, for messages: a directory, ``machine node7``, ``memory of rank 3``."""
+        """Its name in messages: a directory, ``machine node7``, ``memory of rank 3``."""
 
     def listing(self) -> Mapping[str, FileFacts]:
-        """Every file by its path in the tree, with forward slashes. Asked for once a pool.
+        """Every file by its path in the tree, with forward slashes. A pool asks once.
 
         Raises:
             OSError: the place cannot be read.
@@ -104,12 +103,12 @@ class Place(Protocol):
         """Open one of the files.
 
         Raises:
-            OSError: it is gone, or cannot be opened.
+            OSError: the file cannot be opened.
         """
 
 
 def read_fully(file: Readable, view: memoryview, offset: int) -> int:
-    """Fill ``view`` from byte ``offset`` on, and say how much of it: all, or up to the end of the file.
+    """Fill ``view`` from byte ``offset`` on, up to the end of the file; returns the number of bytes.
 
     Raises:
         OSError: the file cannot be read.
@@ -147,11 +146,11 @@ class LocalFile:
 
 
 class Region(io.RawIOBase):
-    """A run of a file's bytes as a file of its own.
+    """A run of a file's bytes as a stream.
 
     Args:
-        file: the file, which is closed with it.
-        offset: its first byte of the run.
+        file: the file. Closing the region closes it.
+        offset: first byte of the run in the file.
         size: bytes of the run.
     """
 
@@ -197,7 +196,7 @@ class DirectoryPlace:
 
     Attributes:
         root: the directory.
-        under: where in the tree it belongs, with forward slashes; empty for the tree's own root.
+        under: its path in the tree, with forward slashes; empty for the root of the tree.
     """
 
     root: Path
@@ -210,7 +209,7 @@ class DirectoryPlace:
         return str(self.root)
 
     def listing(self) -> Mapping[str, FileFacts]:
-        """Every file below it. A directory in it that may not be read counts as empty.
+        """Every file below it. A directory in it that cannot be read counts as empty.
 
         Raises:
             OSError: the directory itself cannot be read.
@@ -222,16 +221,16 @@ class DirectoryPlace:
         return LocalFile(self.path(relative))
 
     def covers(self, relative: str) -> bool:
-        """Whether a path of the tree would lie in this directory, or is the directory."""
+        """Whether a path of the tree is this directory, or in it."""
         return not self.under or f"{relative}/".startswith(f"{self.under}/")
 
     def path(self, relative: str) -> Path:
-        """Where a path of the tree that it covers lies."""
+        """The plain path of a path of the tree that it covers."""
         return self.root / relative[len(self.under) :].lstrip("/")
 
 
 class _Listing(Mapping[str, FileFacts]):
-    """Names at once, sizes when they are asked for: a run may have a thousand checkpoints beside this."""
+    """Names are listed at once, sizes on demand: a run may hold a thousand other checkpoints."""
 
     def __init__(self, place: DirectoryPlace) -> None:
         self._place = place
@@ -282,8 +281,8 @@ class Directory:
     """A directory of a tree.
 
     Attributes:
-        names: what is in it.
-        holders: numbers of the listings with a file somewhere below it.
+        names: the names in it.
+        holders: numbers of the listings that have a file below it.
     """
 
     names: set[str] = field(default_factory=set)
@@ -293,7 +292,7 @@ class Directory:
 class Tree:
     """Several listings as one.
 
-    A name that is a file in one listing and a directory in another is what the first of them says.
+    If a name is a file in one listing and a directory in another, the first listing decides.
 
     Args:
         listings: paths of files, with forward slashes.

@@ -1,1 +1,1 @@
-"""What a tensor is, which bytes hold it, and reading them."""
+"""Owns what a tensor is, which bytes hold it, and reading them."""

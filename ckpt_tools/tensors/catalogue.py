@@ -1,10 +1,9 @@
-"""The value in the middle: a map from tensor name to dtype, shape and the bytes that hold it.
+"""Owns the catalogue: a map from tensor name to dtype, shape and the bytes that hold the tensor.
 
-Owns what a tensor *is* to every other module. A :class:`Stored` tensor lies in files, as fragments that
-tile it: every element in exactly one fragment, proven when the value is built, so that nothing
-downstream asks again. Any tensor answers one question, :meth:`Tensor.moves`: which runs of file bytes
-put the elements of a row-major window in place. Transforms wrap tensors and rewrite the answer; the
-writer carries it out. This module does no I/O, imports no torch and knows no format.
+A :class:`Stored` tensor lies in files, as fragments that tile it: every element is in exactly one fragment.
+This is proven when the value is built, so no other module checks it again. :meth:`Tensor.moves` says which
+runs of file bytes fill a row-major window. Transforms wrap tensors and rewrite the moves; the writer carries
+them out. This module does no I/O and does not import torch.
 """
 
 from __future__ import annotations
@@ -53,13 +52,13 @@ class Move:
 
     Attributes:
         source: the file that holds the run, or the computed tensor that it is part of.
-        offset: its first byte in the file, or in the row-major computed tensor.
+        offset: first byte of the run in the file, or in the row-major computed tensor.
         dtype: element type in the source.
         sizes: shape of the run; its product is the number of elements.
-        at: index in the window of the run's first element.
+        at: index of the run's first element in the window.
         strides: distance in the window, in elements, between neighbours along each of ``sizes``.
-        dtypes: types the elements pass through on their way, the last being the window's; a cast
-            to bf16 and back to fp32 is two steps, and both are made.
+        dtypes: the dtypes of the casts, in order; the last is that of the window. A cast to bf16 and back to
+            fp32 is two casts, and both are made.
     """
 
     source: Path | Computed
@@ -77,13 +76,13 @@ class Move:
 
     @property
     def file(self) -> Path:
-        """The file, of a run that lies in one."""
+        """The file of a run that lies in a file."""
         assert isinstance(self.source, Path)
         return self.source
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is a copy of bytes: nothing is cast, and it stays one run in the window."""
+        """Whether it copies bytes: nothing is cast, and the run is contiguous in the window."""
         return (
             isinstance(self.source, Path)
             and self.strides == (1,)
@@ -92,7 +91,7 @@ class Move:
 
 
 class Tensor(ABC):
-    """A tensor that is described, not held.
+    """The description of a tensor, without its elements.
 
     Attributes:
         dtype: element type.
@@ -109,7 +108,7 @@ class Tensor(ABC):
     @property
     @abstractmethod
     def pieces(self) -> int:
-        """Number of runs that it is read from."""
+        """Number of runs from which it is read."""
 
     @property
     def numel(self) -> int:
@@ -128,7 +127,7 @@ class Tensor(ABC):
             A new contiguous CPU tensor of this dtype and shape.
 
         Raises:
-            DamagedCheckpoint: a file ended before its bytes.
+            DamagedCheckpoint: a file is too short.
         """
         from ckpt_tools.tensors.gather import load
 
@@ -142,11 +141,11 @@ class Stored(Tensor):
     Attributes:
         dtype: element type in the files.
         shape: sizes.
-        fragments: the runs that hold it, proven to tile it exactly; flat ranges in rising order. A
-            sequence that makes its fragments on demand is welcome where there are many.
+        fragments: the runs that hold it, proven to tile it exactly; flat ranges in rising order. The
+            sequence may make its fragments on demand.
 
     Raises:
-        DamagedCheckpoint: an element is held by no fragment, or by more than one.
+        DamagedCheckpoint: an element is in no fragment, or in more than one.
     """
 
     dtype: DType
@@ -223,7 +222,7 @@ class Stored(Tensor):
 
 
 class Values(Protocol):
-    """How a computed tensor gets at the elements of the tensors that it is computed from."""
+    """Reads the elements of the tensors from which a tensor is computed."""
 
     def window(self, tensor: Tensor, start: int, stop: int) -> torch.Tensor:
         """Flat elements ``[start, stop)`` of ``tensor``, shape ``(stop - start,)``."""
@@ -233,7 +232,7 @@ class Values(Protocol):
 
 
 class Computed(Tensor):
-    """A tensor whose elements are computed from those of others, window by window."""
+    """A tensor whose elements are computed from those of other tensors, window by window."""
 
     @abstractmethod
     def compute(self, start: int, stop: int, values: Values) -> torch.Tensor:
@@ -292,7 +291,7 @@ def _prove_ranges_tile(fragments: Sequence[Fragment], numel: int) -> None:
     for fragment in fragments:
         region = fragment.region
         if not isinstance(region, FlatRange):
-            raise DamagedCheckpoint("flat and boxed fragments in one tensor", path=fragment.file)
+            raise DamagedCheckpoint("it has flat and boxed fragments", path=fragment.file)
         if region.start != end or region.stop < region.start:
             raise DamagedCheckpoint(
                 f"its fragments leave a hole or overlap at element {min(end, region.start):,}",
@@ -312,10 +311,12 @@ def _prove_boxes_tile(fragments: Sequence[Fragment], shape: Shape) -> None:
         borders = {0, size}
         for fragment, box in zip(fragments, boxes, strict=True):
             if not isinstance(box, Box) or len(box.sizes) != len(shape):
-                raise DamagedCheckpoint("a fragment of another rank", path=fragment.file)
+                raise DamagedCheckpoint(
+                    "a fragment has another number of dimensions", path=fragment.file
+                )
             low, high = box.offsets[axis], box.offsets[axis] + box.sizes[axis]
             if low < 0 or high > size or high < low:
-                raise DamagedCheckpoint("a fragment outside its tensor", path=fragment.file)
+                raise DamagedCheckpoint("a fragment reaches outside it", path=fragment.file)
             borders |= {low, high}
         cuts.append({border: index for index, border in enumerate(sorted(borders))})
     covered: set[tuple[int, ...]] = set()

@@ -1,8 +1,8 @@
-"""What every reader returns: the tensors of a checkpoint, the copies there are of each, and the facts.
+"""Owns what every reader returns: the tensors of a checkpoint, the copies of each tensor, and the facts.
 
 A training framework may keep a parameter twice: the *master* that the optimizer updates (usually fp32)
-and the *model* copy in training dtype. Both are kept apart here, so that a caller can choose, and can
-check one against the other. This module knows no format and does no I/O.
+and the *model* copy in training dtype. The two are separate here, so that a caller can choose one, and can
+compare both. This module does no I/O.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ FINISHED = ("huggingface",)
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """One tensor of a model, and the copies of it that the checkpoint holds.
+    """One tensor of a model, with its copies in the checkpoint.
 
     Attributes:
         kind: trained parameter, frozen parameter or persistent buffer.
         shape: sizes.
-        dtype: the dtype it had in the model during training.
+        dtype: its dtype in the model during training.
         master: the optimizer's copy, or None.
         model: the copy in training dtype, or None.
     """
@@ -56,10 +56,10 @@ class Location:
     Attributes:
         format: name of the reader that claims it.
         directory: the directory that holds its files.
-        name: how a person tells it from others beside it: a tag, a folder.
+        name: its name among others in the same directory: a tag, a folder.
         near: directories in which its config and tokenizer may lie, nearest first.
-        remarks: what is odd about where it lies, for the report.
-        part: which of several models in the directory, as its reader calls it.
+        remarks: remarks about its directory, for the report.
+        part: the reader's name of one of several models in the directory.
     """
 
     format: str
@@ -74,21 +74,21 @@ class Location:
 class Checkpoint(Mapping[str, Tensor]):
     """A checkpoint, read from metadata alone: a read-only map from tensor name to lazy tensor.
 
-    As a mapping it has every name, second names of tied tensors included, and gives the master of a
-    parameter where there is one; ``checkpoint[name].load()`` reads it.
+    The mapping has every name, including second names of tied tensors. It gives the master of a parameter if
+    there is one; ``checkpoint[name].load()`` reads it.
 
     Attributes:
         location: where it lies.
-        title: what it is, for a person: ``DeepSpeed ZeRO-3``.
-        weights: every tensor, in the order in which the model names them.
-        ties: for each second name of a tensor, the name it is listed under.
+        title: the format, for messages: ``DeepSpeed ZeRO-3``.
+        weights: every tensor, in the model's order.
+        ties: for each second name of a tensor, its name in ``weights``.
         files: the files it was read from, with their sizes in bytes.
-        step: optimizer steps taken, where known.
-        world_size: number of ranks that wrote it, where known.
-        framework: what wrote it, with its version where known.
+        step: number of optimizer steps, if known.
+        world_size: number of ranks that wrote it, if known.
+        framework: the framework that wrote it, with its version if known.
         details: further facts of the format, such as ``stage``.
-        remarks: what is odd but does not stop a reading.
-        doubts: reasons why masters must be compared with the model copy in full.
+        remarks: oddities that do not prevent reading.
+        doubts: reasons to compare all masters with the model copy in full.
     """
 
     location: Location
@@ -107,11 +107,11 @@ class Checkpoint(Mapping[str, Tensor]):
         """The tensors, from one of the copies.
 
         Args:
-            copy: ``master`` takes the optimizer's copy where there is one and the model's otherwise;
-                ``model`` takes the model's copy everywhere.
+            copy: ``master`` takes the optimizer's copy if there is one, else the model's; ``model`` takes
+                the model's copy of every tensor.
 
         Raises:
-            UsageError: ``model`` was asked of a checkpoint that does not keep that copy.
+            UsageError: ``copy`` is ``model``, and the checkpoint does not keep that copy of every tensor.
         """
         if copy == "model":
             lacking = [name for name, weight in self.weights.items() if weight.model is None]
@@ -120,8 +120,8 @@ class Checkpoint(Mapping[str, Tensor]):
                     f"no 16-bit weights are kept in {self.title} files "
                     f"({len(lacking)} of {len(self.weights)} tensors have only a master)",
                     path=self.location.directory,
-                    hint="Use --weights master --dtype auto: the masters cast to the training dtype "
-                    "are the same weights, bit for bit.",
+                    hint="Use --weights master --dtype auto. The masters cast to the training dtype are the "
+                    "same weights, bit for bit.",
                 )
         tensors = {}
         for name, weight in self.weights.items():
@@ -149,7 +149,7 @@ class Checkpoint(Mapping[str, Tensor]):
 
     @cached_property
     def training_dtype(self) -> DType | None:
-        """The dtype that most floating elements had in the model; None where there is none."""
+        """The dtype of most floating elements in the model; None if there are none."""
         counts: Counter[DType] = Counter()
         for weight in self.weights.values():
             if weight.dtype.is_floating:
@@ -158,5 +158,5 @@ class Checkpoint(Mapping[str, Tensor]):
 
     @property
     def bytes_on_disk(self) -> int:
-        """Bytes of all its files, optimizer moments included."""
+        """Bytes of all its files, including optimizer moments."""
         return sum(self.files.values())

@@ -1,9 +1,9 @@
-"""Fragments whose place is found when it is first asked for, and finding many of them at once.
+"""Owns fragments whose place in a file is found on demand, and finding many of them at once.
 
-A format may say at once which file holds which elements, but where in the file their first byte lies only
-after a look into it. With 100,000 such pieces the looks take longer than everything else that reading
-metadata takes, and ``inspect`` does not need them. Coverage is proven from regions alone, before any place
-is known. Knows no format; a reader's subclass does the looking.
+The metadata of a format may name the file of each fragment, but not the offset in it; that needs a read of
+the file. With 100,000 fragments these reads take longer than reading all other metadata, and ``inspect`` does
+not need them. Coverage is proven from regions alone, before any place is known. A reader's subclass finds the
+place.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _BATCH = 256
 
 
 class DeferredFragment(Fragment, ABC):
-    """A fragment that looks for its bytes when its file or offset is first asked for.
+    """A fragment that finds its file and offset when one of them is first used.
 
     Args:
         region: which elements it holds.
@@ -37,7 +37,7 @@ class DeferredFragment(Fragment, ABC):
         """The file that holds the elements, and the first byte.
 
         Raises:
-            DamagedCheckpoint: what lies there is not what the metadata describes.
+            DamagedCheckpoint: the file contradicts the metadata.
         """
 
     def place(self) -> tuple[Path, int]:
@@ -48,7 +48,7 @@ class DeferredFragment(Fragment, ABC):
         return self._place
 
     def __reduce__(self) -> tuple[Callable[..., Fragment], tuple[object, ...]]:
-        """To another process it goes with its place, so that nothing is looked for twice."""
+        """A pickle holds the place, so that another process does not search again."""
         return Fragment, (self.file, self.offset, self.region)
 
     @property
@@ -63,19 +63,19 @@ class DeferredFragment(Fragment, ABC):
 
 
 def settle(tensors: Iterable[Tensor], workers: int = 1) -> int:
-    """Find every place that was left for later, so that damage shows before anything is written.
+    """Find the place of every deferred fragment, so that damage shows before anything is written.
 
     Args:
-        tensors: tensors as a reader made them; derived ones are passed over.
+        tensors: tensors as a reader made them; derived tensors are skipped.
         workers: number of threads.
 
     Returns:
-        How many fragments were looked at.
+        The number of fragments.
 
     Raises:
-        CkptError: whatever the first look that failed raised.
+        CkptError: the first error that :meth:`DeferredFragment.find_place` raised.
     """
-    # All fragments of a tensor are of one kind; the first one tells, because others may be made on demand.
+    # All fragments of a tensor have one class. Only the first is checked: others may be made on demand.
     pending = [
         fragment
         for tensor in tensors

@@ -1,9 +1,8 @@
-"""Derived tensors: what a transform makes of stored ones without touching their data.
+"""Owns derived tensors: casts, views and joins of tensors, without their data.
 
-Each wraps tensors and answers ``Tensor.moves`` by rewriting theirs. A move is a
-contiguous run of a file that is scattered into a window, and stays one: rewriting it is finding where
-the run's elements lie, which is arithmetic on indices written in the digits of a shape. No I/O, no
-torch, no knowledge of formats or of why a tensor is derived.
+Each wraps tensors and rewrites their moves. A move is a contiguous run of a file that is scattered into a
+window, and it stays one. To rewrite it is to compute the new places of the run's elements: arithmetic on
+indices that are written in the digits of a shape. This module does no I/O and does not import torch.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ class Cast(Tensor):
     """A tensor in another dtype, rounded to nearest even as torch rounds.
 
     Attributes:
-        tensor: what is cast.
+        tensor: the tensor that is cast.
         dtype: element type of the result.
     """
 
@@ -40,13 +39,13 @@ class Cast(Tensor):
         return self.tensor.pieces
 
     def moves(self, start: int, stop: int) -> Iterator[Move]:
-        """The moves of the tensor that is cast, each one step longer."""
+        """The moves of the tensor that is cast, each with one more dtype."""
         for move in self.tensor.moves(start, stop):
             yield replace(move, dtypes=(*move.dtypes, self.dtype))
 
 
 def cast(tensor: Tensor, dtype: DType) -> Tensor:
-    """``tensor`` in ``dtype``; the tensor itself where nothing changes or where it is not floating."""
+    """``tensor`` in ``dtype``; the tensor itself if it has that dtype or is not floating."""
     if tensor.dtype == dtype or not tensor.dtype.is_floating:
         return tensor
     return Cast(tensor, dtype)
@@ -56,9 +55,8 @@ def cast(tensor: Tensor, dtype: DType) -> Tensor:
 class View(Tensor):
     """The elements of another tensor in other places, as ``torch.as_strided`` picks them.
 
-    Slices, chunks, transpositions, permutations and reshapes are all of this kind. Where neighbours in
-    the result are far apart in the source, runs of the source are scattered instead: a whole transposed
-    matrix is one run.
+    Slices, chunks, transpositions, permutations and reshapes are views. If neighbours in the result are far
+    apart in the source, runs of the source are scattered: a whole transposed matrix is one run.
 
     Attributes:
         tensor: the other tensor, seen as its row-major elements.
@@ -88,7 +86,7 @@ class View(Tensor):
 
     @property
     def pieces(self) -> int:
-        """Number of runs that a window is read from, at most about the rows of a transposed matrix."""
+        """Number of runs from which a window is read, at most about the rows of a transposed matrix."""
         axes = [axis for axis, size in enumerate(self.shape) if size > 1]
         nearest = min(axes, key=lambda axis: self.strides[axis], default=len(self.shape))
         scattered = math.prod(self.shape[nearest + 1 :])
@@ -97,7 +95,7 @@ class View(Tensor):
 
     @property
     def is_one_run(self) -> bool:
-        """Whether its elements are neighbours in the tensor that is viewed, in the same order."""
+        """Whether its elements are contiguous in the tensor that is viewed, in the same order."""
         return all(
             size == 1 or stride == whole
             for size, stride, whole in zip(
@@ -106,7 +104,7 @@ class View(Tensor):
         )
 
     def moves(self, start: int, stop: int) -> Iterator[Move]:
-        """The moves of the runs of the other tensor that the window shows."""
+        """The moves of those runs of the other tensor that are in the window."""
         if self.is_one_run:
             yield from self.tensor.moves(self.offset + start, self.offset + stop)
             return
@@ -115,7 +113,7 @@ class View(Tensor):
                 yield from _placed(move, run)
 
     def _runs(self, start: int, stop: int) -> list[_Run]:
-        """The window as runs of the other tensor, each as long as can be."""
+        """The window as runs of the other tensor, each as long as possible."""
         places = row_major_strides(self.shape)
         runs = []
         for slab in window_slabs(self.shape, start, stop):
@@ -147,7 +145,7 @@ class Concat(Tensor):
     """Tensors joined along an axis, as ``torch.cat`` joins them.
 
     Attributes:
-        parts: at least one tensor, of one dtype and of one shape but for the axis.
+        parts: at least one tensor; all have one dtype, and one shape except along the axis.
         axis: the axis, counted from the first.
 
     Raises:
@@ -211,7 +209,7 @@ class Concat(Tensor):
     def _row_moves(
         self, index: int, start: int, stop: int, row: int, at: int = 0
     ) -> Iterator[Move]:
-        """The moves of a window in one row, the elements with one index in the axes before."""
+        """The moves of a window in one row: the elements with the same indices in the axes before."""
         border = index * row
         for part in self.parts:
             size = math.prod(part.shape[self.axis :])
@@ -224,7 +222,7 @@ class Concat(Tensor):
 
 
 def view(tensor: Tensor, offset: int, shape: Shape, strides: Shape) -> Tensor:
-    """A :class:`View`; of a view's own tensor where the two together are one view."""
+    """A :class:`View`. A view of a view becomes one view of the inner tensor, if that is possible."""
     if isinstance(tensor, View):
         seen = _strided(
             offset, tuple(zip(shape, strides, strict=True)), tensor.shape, tensor.strides
@@ -240,10 +238,10 @@ class _Run:
     """Neighbouring elements of a tensor, and the place of each in a window.
 
     Attributes:
-        start: flat index of the first in the tensor.
+        start: flat index of the first element in the tensor.
         sizes: shape of the run, row-major; at least one axis.
         strides: distance in the window between neighbours along each axis.
-        at: index in the window of the first.
+        at: index of the first element in the window.
     """
 
     start: int
@@ -253,10 +251,10 @@ class _Run:
 
 
 def _joined(runs: list[_Run]) -> list[_Run]:
-    """The runs in the order in which they lie, neighbours that go on in one stride joined.
+    """The runs in the order of their starts; neighbours with the same stride are joined.
 
-    A window of a transposed matrix begins and ends within a row: without this, each element of those two
-    rows would be a run by itself, between its neighbours of the whole rows.
+    A window of a transposed matrix begins and ends within a row. Without this, each element of these two rows
+    would be a run of its own.
     """
     done: list[_Run] = []
     for run in sorted(runs, key=lambda run: run.start):
@@ -277,7 +275,7 @@ def _joined(runs: list[_Run]) -> list[_Run]:
 
 
 def _placed(move: Move, run: _Run) -> Iterator[Move]:
-    """A move into a run, as moves into the window that the run's elements have places in."""
+    """A move into a run, as moves into the window of the run's elements."""
     axes = tuple(zip(move.sizes, move.strides, strict=True))
     for offset, sizes, strides, at in _parts(move.at, axes, run.sizes, run.strides):
         yield replace(
@@ -337,13 +335,13 @@ def _parts(
 
 
 def _strided(start: int, axes: _Axes, shape: Shape, strides: Shape) -> tuple[int, Shape] | None:
-    """Where the elements of a strided set lie, if that is again a strided set.
+    """The places of the elements of a strided set, if these are again a strided set.
 
-    Counting along an axis of the set is adding its stride to the index; written in the digits that
-    ``shape`` gives to indices, that moves by one stride in the window for as long as no digit carries.
+    A step along an axis of the set adds its stride to the index. In the digits of ``shape``, this is one
+    stride in the window as long as no digit carries.
 
     Returns:
-        The place of the first and the stride of each axis, or None where a digit carries.
+        The place of the first element and the stride of each axis, or None if a digit carries.
     """
     digits = _digits(start, shape)
     tops = list(digits)
@@ -367,7 +365,7 @@ def _steps_without_carry(start: int, step: int, shape: Shape) -> int:
 
 
 def _digits(index: int, shape: Shape) -> Shape:
-    """The index along each axis; what is too large for the shape stays in the first."""
+    """The index along each axis; the first axis takes what is too large for the shape."""
     digits = []
     for size in reversed(shape[1:]):
         index, digit = divmod(index, max(size, 1))

@@ -1,7 +1,7 @@
-"""One table of dtypes: our name, safetensors' name, bytes per element, floating or not.
+"""Owns the table of dtypes: torch's name, safetensors' name, bytes per element, floating or not.
 
 Importing this module does not import torch: metadata work (``inspect``, planning) needs only names and
-sizes. ``DType.torch`` crosses over where bytes are really touched. It knows nothing of files or tensors.
+sizes. ``DType.torch`` imports it where elements are read.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 class DType:
     """An element type.
 
-    Compares equal to itself and to the ``torch.dtype`` of the same name, so that
-    ``entry.dtype == torch.bfloat16`` says what it seems to say.
+    It equals itself and the ``torch.dtype`` of the same name: ``entry.dtype == torch.bfloat16`` works.
 
     Attributes:
         name: torch's name without the ``torch.`` prefix, such as ``bfloat16``.
@@ -44,11 +43,11 @@ class DType:
         return self.name
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copies are the table's own values."""
+        """A copy is the entry of the table itself."""
         return _named, (self.name,)
 
     def __setstate__(self, state: object) -> None:
-        """Refuse: a hostile pickle that is handed a dtype must not change it for everybody."""
+        """Refuse: a hostile pickle must not change an entry of the table."""
         raise TypeError("a dtype does not change")
 
     @property
@@ -94,7 +93,7 @@ def _named(name: str) -> DType:
 BY_NAME = {dtype.name: dtype for dtype in ALL}
 BY_SAFETENSORS_NAME = {dtype.safetensors: dtype for dtype in ALL}
 
-# Names of torch's typed storage classes, as they stand in pickles.
+# Names of torch's typed storage classes in pickles.
 BY_STORAGE_CLASS = {
     "DoubleStorage": BY_NAME["float64"],
     "FloatStorage": BY_NAME["float32"],
@@ -110,5 +109,5 @@ BY_STORAGE_CLASS = {
     "UntypedStorage": BY_NAME["uint8"],
 }
 
-# What people type on the command line.
+# Names on the command line.
 BY_SHORT_NAME = {"fp32": FLOAT32, "bf16": BFLOAT16, "fp16": FLOAT16}

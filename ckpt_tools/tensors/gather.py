@@ -21,12 +21,13 @@ from ckpt_tools.errors import DamagedCheckpoint
 from ckpt_tools.storage.places import LOCAL, Readable, Requests
 from ckpt_tools.storage.pool import open_for_reading, requests_for
 from ckpt_tools.tensors.catalogue import Computed, Move, Tensor, row_major_strides, window_slabs
+from ckpt_tools.tensors.checksums import ReadLog
 
 if TYPE_CHECKING:
     import torch
 
 _OPEN_FILES = 64
-# The factors of one merged weight: two, and room for those of a neighbour.
+# Two factors of one merged weight, and room for those of a neighbour.
 _KEPT_TENSORS = 6
 
 
@@ -47,9 +48,13 @@ class Slice:
 
 
 class Gatherer:
-    """Fills buffers with windows of tensors. For one thread; close it after use."""
+    """Fills buffers with windows of tensors. For one thread; close it after use.
 
-    def __init__(self) -> None:
+    Args:
+        log: where the checksums of the bytes that are read are noted, if they are wanted.
+    """
+
+    def __init__(self, log: ReadLog | None = None) -> None:
         import torch
 
         self._torch = torch
@@ -57,6 +62,7 @@ class Gatherer:
         self._kept: OrderedDict[int, tuple[Tensor, torch.Tensor]] = OrderedDict()
         self._scratch: list[bytearray] = []
         self._threads: ThreadPoolExecutor | None = None
+        self._log = log
         self.bytes_read = 0
 
     def __enter__(self) -> Gatherer:
@@ -82,7 +88,7 @@ class Gatherer:
         """Put every slice in its place in ``buffer``.
 
         Raises:
-            DamagedCheckpoint: a file ended before the bytes that it should hold, or cannot be read.
+            DamagedCheckpoint: a file is too short, or cannot be read.
         """
         work: list[tuple[Move, Slice]] = []
         for part in slices:
@@ -116,6 +122,8 @@ class Gatherer:
             list(self._threads.map(_read, files, requests, views))
         self.bytes_read += sum(request.nbytes for request in requests)
         for request, view in zip(requests, views, strict=True):
+            if self._log is not None:
+                self._note(self._log, request, view)
             for move, part in request.moves:
                 values = self._torch.frombuffer(
                     view,
@@ -124,6 +132,14 @@ class Gatherer:
                     offset=move.offset - request.offset,
                 )
                 self._place(values, move, part, buffer)
+
+    def _note(self, log: ReadLog, request: _Request, view: memoryview) -> None:
+        """Note the runs of a request: each move by itself, because a gap may lie outside of its record."""
+        if request.into is not None:
+            log.note(request.file, request.offset, view)
+        for move, _ in request.moves:
+            at = move.offset - request.offset
+            log.note(request.file, move.offset, view[at : at + move.nbytes])
 
     def _scratch_view(self, index: int, nbytes: int) -> memoryview:
         while len(self._scratch) <= index:
@@ -139,7 +155,7 @@ class Gatherer:
             self._place(tensor.compute(start, stop, self), small, part, buffer)
 
     def _place(self, values: torch.Tensor, move: Move, part: Slice, buffer: bytearray) -> None:
-        """Put the elements of a run in place, through every dtype that they pass on the way."""
+        """Put the elements of a run in place, with every cast on the way."""
         for dtype in move.dtypes[:-1]:
             values = values.to(dtype.torch)
         window = self._torch.frombuffer(
@@ -159,10 +175,10 @@ class Gatherer:
         return self._torch.frombuffer(buffer, dtype=tensor.dtype.torch)
 
     def whole(self, tensor: Tensor) -> torch.Tensor:
-        """All of a small tensor in memory, kept while it is among the last that were asked for."""
+        """All of a small tensor in memory. The last few tensors are kept."""
         kept = self._kept.pop(id(tensor), None)
         loaded = kept[1] if kept else self.window(tensor, 0, tensor.numel).view(tensor.shape)
-        # The tensor is kept with its values, so that no other can take its id meanwhile.
+        # The tensor is kept with its values, so that no other tensor can get its id.
         self._kept[id(tensor)] = (tensor, loaded)
         while len(self._kept) > _KEPT_TENSORS:
             self._kept.popitem(last=False)

@@ -1,9 +1,9 @@
-"""Regions of a tensor, and the arithmetic of windows: integers in, integers out.
+"""Owns regions of a tensor, and the arithmetic of windows: integers in, integers out.
 
 Training frameworks cut tensors in two ways: into ranges of the flattened tensor (ZeRO, FSDP1) or into
-boxes (DTensor, tensor parallel). A window of flat elements is cut into at most ``2 * ndim - 1`` slabs,
-each a single range in one axis and whole in the axes after it; a slab's part of a box is then one
-contiguous run of the box. Knows no files and no dtypes.
+boxes (DTensor, tensor parallel). A window of flat elements is cut into at most ``2 * ndim - 1`` slabs. Each
+slab is a single range in one axis and whole in the axes after it. So a slab's part of a box is one contiguous
+run of the box.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def row_major_strides(shape: Shape) -> Shape:
 def window_slabs(shape: Shape, start: int, stop: int) -> Iterator[Box]:
     """Cut the window of flat elements ``[start, stop)`` into boxes that are whole after one axis.
 
-    Yields at most ``2 * len(shape) - 1`` boxes, in row-major order: the rest of the first row, and
-    of the row's row and so on, the whole part, and the same towards the end.
+    Yields at most ``2 * len(shape) - 1`` boxes, in row-major order: the rest of the first row (cut in the
+    same way), the whole rows, and the beginning of the last row.
     """
     if start >= stop:
         return
@@ -82,7 +82,7 @@ def window_slabs_of_row(shape: Shape, row: int, start: int, stop: int) -> Iterat
 
 
 def intersection(a: Box, b: Box) -> Box | None:
-    """The part of two boxes that both have, or None."""
+    """The part that two boxes have in common, or None."""
     lows = [max(x, y) for x, y in zip(a.offsets, b.offsets, strict=True)]
     highs = [
         min(x + n, y + m) for x, n, y, m in zip(a.offsets, a.sizes, b.offsets, b.sizes, strict=True)
@@ -92,7 +92,7 @@ def intersection(a: Box, b: Box) -> Box | None:
 
 
 def collapsed(sizes: Shape, strides: Shape) -> tuple[Shape, Shape]:
-    """The same elements with axes of size 1 dropped and axes that follow on from each other joined."""
+    """The same elements without axes of size 1, and with contiguous neighbouring axes joined."""
     joined: list[tuple[int, int]] = []
     for size, stride in zip(sizes, strides, strict=True):
         if size == 1:

@@ -30,7 +30,7 @@ Progress = Callable[[int], None]
 WINDOW = 1 << 19
 _BATCH_BYTES = 4 << 20
 _MAX_BATCH_BYTES = 32 << 20
-# Of a tensor that lies in many pieces, so much of each is worth a read.
+# If a tensor lies in many pieces, a window should hold this many bytes of each.
 _WORTHWHILE_READ = 64 << 10
 _ALIGNMENT = 16
 _SAMPLE = 256
@@ -50,7 +50,7 @@ Visit = Callable[[Window, Sequence["torch.Tensor"]], R]
 
 
 def windows_of(groups: Sequence[Group]) -> Iterator[Window]:
-    """Windows that cover every group, each with at most ``WINDOW`` elements; none for what is empty."""
+    """Windows that cover every group, each with at most ``WINDOW`` elements; none for empty tensors."""
     for index, group in enumerate(groups):
         numel = group[0].numel
         for start in range(0, numel, WINDOW):
@@ -66,23 +66,23 @@ def visit_windows(
     progress: Progress | None = None,
     failed: Callable[[Window, CkptError], R] | None = None,
 ) -> Iterator[tuple[Window, R]]:
-    """Show each window of each group to ``visit``.
+    """Call ``visit`` with each window of each group.
 
     Args:
-        groups: tensors to be seen together, as many in each group, those of a group with the same number
-            of elements.
+        groups: groups of tensors. All groups have the same number of tensors; the tensors of a group have the
+            same number of elements.
         visit: called in a thread with a window and, for each tensor of the group, its elements: shape
             ``(stop - start,)``, of its dtype, valid until the call returns.
         workers: number of threads.
-        windows: which windows; those of :func:`windows_of` by default.
+        windows: the windows; those of :func:`windows_of` by default.
         progress: called with a number of bytes read, from any thread.
-        failed: what to make of a window that cannot be read; by default the error is raised.
+        failed: gives the result of a window that cannot be read; by default the error is raised.
 
     Yields:
-        Each window and what was made of it, in the order of the windows.
+        Each window and its result, in the order of the windows.
 
     Raises:
-        DamagedCheckpoint: a file ended early or cannot be read.
+        DamagedCheckpoint: a file is too short or cannot be read.
     """
     spare: SimpleQueue[_Reader[R]] = SimpleQueue()
     for _ in range(workers):
@@ -119,7 +119,7 @@ def _results(batch: list[Window], future: Future[list[R]]) -> Iterator[tuple[Win
 
 
 def _batches(groups: Sequence[Group], windows: Iterable[Window]) -> Iterator[list[Window]]:
-    """Neighbouring windows, as many as are worth being read at once."""
+    """Lists of neighbouring windows that are read at once."""
     batch: list[Window] = []
     nbytes = pieces = 0
     for window in windows:
@@ -152,7 +152,7 @@ class _Reader(Generic[R]):
         return sum(tensor.dtype.itemsize * count for tensor in self.groups[window.group])
 
     def read(self, batch: list[Window]) -> list[R]:
-        """What is made of each window."""
+        """The result of each window."""
         try:
             shown = self._shown(batch)
         except CkptError as error:
@@ -160,7 +160,7 @@ class _Reader(Generic[R]):
                 raise
             if len(batch) == 1:
                 return [self.failed(batch[0], error)]
-            # One window cannot be read; the others are looked at all the same.
+            # One window cannot be read; the others are still visited.
             return [result for window in batch for result in self.read([window])]
         return [self.visit(window, tensors) for window, tensors in zip(batch, shown, strict=True)]
 
@@ -189,7 +189,7 @@ class _Reader(Generic[R]):
 
 
 class Meter:
-    """Counts bytes from many threads for a ``progress`` that wants bytes done and bytes in all."""
+    """Counts bytes from many threads for a ``progress`` that takes bytes done and total bytes."""
 
     def __init__(self, progress: Callable[[int, int], None] | None, total: int) -> None:
         self._progress = progress
@@ -198,11 +198,11 @@ class Meter:
         self._lock = threading.Lock()
 
     def expect(self, nbytes: int) -> None:
-        """There is more to do than was known."""
+        """Add to the total number of bytes."""
         self._total += nbytes
 
     def add(self, nbytes: int) -> None:
-        """So much more is done."""
+        """Add to the number of bytes done."""
         if self._progress is not None:
             with self._lock:
                 self._done += nbytes

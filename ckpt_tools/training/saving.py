@@ -151,6 +151,7 @@ def save(
             verify=verify,
             ranks=ranks,
             resumable=False,
+            check_source=False,
         )
         if adapter is None:
             report = run([checkpoint], request, prepare_model, Clock())

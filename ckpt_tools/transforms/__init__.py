@@ -1,4 +1,4 @@
-"""Transforms: one pure function a module, from catalogue to catalogue. No I/O, no formats, no order.
+"""Owns the pure functions from catalogue to catalogue, and the JSON that records what they did.
 
-Which transform runs when is decided in :mod:`ckpt_tools.conversion.api` alone.
+The functions do no I/O. :mod:`ckpt_tools.model` and :mod:`ckpt_tools.conversion` decide which of them run.
 """

@@ -2,8 +2,8 @@
 
 Each term is multiplied with its coefficient and added in the order of the terms, in fp64; the sum is rounded
 once to fp32. Product and sum are two operations, since a processor may fuse them where they are one: so the
-bits of a mean are the same on every processor (NaNs excepted), for any windows, threads and ranks. The mean
-of equal states is that state, bit for bit.
+bits of a mean are the same on every processor (NaNs excepted), for any windows, threads and ranks. With the
+default coefficients the mean of equal fp32 states is that state.
 
 Knows tensors; knows no format. Sources: Wortsman et al. 2022, "Model soups" (uniform means of
 fine-tuned models); the annealed OLMo models are such means.

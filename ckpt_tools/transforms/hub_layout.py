@@ -1,10 +1,9 @@
-"""The hub's names and shapes: what ``save_pretrained`` of the live model would have written.
+"""Owns the step from a state to the names and shapes of the hub, as ``save_pretrained`` writes them.
 
-transformers 5 holds many models in memory under other names and shapes than on the hub. A state is in
-one layout or the other, which is seen from the names and shapes that only one of them has; a state in
-the hub's (from transformers 4, say) keeps its tensors, one in the live model's gets views and joins of
-them. Everything about the model is in the :class:`~ckpt_tools.hub.reference.ReferenceModel`; this module
-knows nothing of transformers or of data.
+transformers 5 holds many models in memory under other names and shapes than on the hub. A state is in one
+of the two layouts. Names and shapes that only one layout has show which. A state in the hub layout keeps
+its tensors. A state in the live layout gets views and joins of its tensors. The facts about the model are in
+:class:`~ckpt_tools.hub.reference.ReferenceModel`.
 """
 
 from __future__ import annotations
@@ -24,16 +23,16 @@ Layout: TypeAlias = Literal["live", "hub", "same"]
 
 @dataclass(frozen=True)
 class HubLayout:
-    """A catalogue in the hub's layout, and what was done for it.
+    """A catalogue in the hub layout, and the changes that made it.
 
     Attributes:
-        catalogue: the tensors in the order in which ``save_pretrained`` writes them, then tied names
-            that the state holds a second tensor for, then those that the model does not have. Ties
-            are under hub names, and what is kept is what ``save_pretrained`` keeps.
-        renamed: old name of each tensor that only got a new name, and the new name.
-        converted: hub name of each tensor that was made of others, and their names in the state.
-        unexpected: names of the state that the model does not have; they are kept.
-        ignored: names of the state that ``save_pretrained`` never writes; they are left out.
+        catalogue: the tensors in the order of ``save_pretrained``, then tied names for which the state
+            holds a second tensor, then tensors that the model does not have. Ties are under hub names,
+            and the kept names are those that ``save_pretrained`` keeps.
+        renamed: old and new name of each tensor that was only renamed.
+        converted: hub name of each tensor that was made from others, and their names in the state.
+        unexpected: names of the state that the model does not have. They are kept.
+        ignored: names of the state that ``save_pretrained`` never writes. They are left out.
     """
 
     catalogue: Catalogue
@@ -47,13 +46,12 @@ def hub_layout(catalogue: Catalogue, model: ReferenceModel) -> HubLayout:
     """Bring the tensors of a state into the layout that ``save_pretrained`` writes.
 
     Args:
-        catalogue: the state, under names of the live model, of the hub, or of another hub layout
-            that the model is known by.
-        model: the model that the state is of.
+        catalogue: the state, under names of the live model, of the hub, or of another known hub layout.
+        model: the model of the state.
 
     Raises:
-        UsageError: a tensor that must be taken apart has not the shape that the config gives it.
-        UnsupportedLayout: the layout cannot be made by moving data.
+        UsageError: the shape of a tensor that must be split differs from the config.
+        UnsupportedLayout: the layout needs more than moving data.
         DamagedCheckpoint: the state holds a tensor in both layouts.
     """
     state = {name: catalogue[name] for name in (*catalogue, *catalogue.ties)}
@@ -80,7 +78,7 @@ def hub_layout(catalogue: Catalogue, model: ReferenceModel) -> HubLayout:
     for name in unexpected:
         if name in tensors:
             raise DamagedCheckpoint(
-                f"the state holds it twice, once as {' and '.join(origins[name])}", tensor=name
+                f"the state holds it a second time as {' and '.join(origins[name])}", tensor=name
             )
     tensors.update((name, state[name]) for name in unexpected)
     ties = _ties(catalogue, origins, unexpected, model)
@@ -98,7 +96,7 @@ def hub_layout(catalogue: Catalogue, model: ReferenceModel) -> HubLayout:
 
 
 def _found(state: Mapping[str, Tensor], model: ReferenceModel) -> Layout:
-    """Which layout the state is in, by what only one of the two has."""
+    """The layout of the state, from the names and shapes that only one layout has."""
     hub = {**model.saved, **model.tied}
     if all(tensor.recipe == Live(name) for name, tensor in hub.items()):
         return "same"
@@ -114,7 +112,7 @@ def _found(state: Mapping[str, Tensor], model: ReferenceModel) -> Layout:
 def _names_in_layout(
     state: Mapping[str, Tensor], found: Layout, model: ReferenceModel
 ) -> dict[str, str]:
-    """For each name that the layout has, the name in the state of its tensor."""
+    """For each name of the layout, the name of its tensor in the state."""
     in_state = {name: name for name in state}
     hub_names = model.hub_names
     known = model.saved if found == "hub" else model.live
@@ -131,13 +129,13 @@ def _names_in_layout(
 def _recipe(
     name: str, saved: SavedTensor, found: Layout, in_state: Mapping[str, str]
 ) -> Recipe | None:
-    """How the tensor is made of what the state has; None where it lacks something."""
+    """The recipe of a tensor from those of the state; None if a tensor is missing."""
     if found == "hub":
         return Live(name) if name in in_state else None
     for leaf in leaves(saved.recipe):
         if isinstance(leaf, NewValues):
             raise UnsupportedLayout(
-                f"save_pretrained computes it ({leaf.by}), and only moving data is supported",
+                f"save_pretrained computes it ({leaf.by}); ckpt-tools only moves data",
                 tensor=name,
                 hint="Save the model with save_pretrained of the installed transformers instead.",
             )
@@ -156,9 +154,9 @@ def _prove_shapes(
     for live, old in needed.items():
         if state[old].shape != model.live[live].shape:
             raise UsageError(
-                f"its shape is {state[old].shape}, and the config makes it {model.live[live].shape}",
+                f"its shape is {state[old].shape}; the config gives {model.live[live].shape}",
                 tensor=old,
-                hint="Pass the config that the model was trained with, --config FILE.",
+                hint="Pass the config of the training run with --config FILE.",
             )
 
 
@@ -177,7 +175,7 @@ def _ties(
     unexpected: Iterable[str],
     model: ReferenceModel,
 ) -> dict[str, str]:
-    """Names that the state holds one tensor for, where the model keeps only the other."""
+    """Tied names that share one tensor in the state, each with the name that the model keeps."""
     ties = {}
     for alias, kept in model.hub_ties.items():
         owners = [

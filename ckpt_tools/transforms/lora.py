@@ -1,10 +1,9 @@
-"""Names of adapted models: which tensors are an adapter's, and what PEFT calls them in its files.
+"""Owns the names of adapted models: which tensors belong to an adapter, and their names in PEFT's files.
 
 PEFT wraps a module in place, so a training state mixes three kinds of names under ``base_model.model.``:
-adapter tensors, which carry the adapter's name behind a container (``q_proj.lora_A.default.weight``);
-tensors of wrapped modules, with a segment more (``q_proj.base_layer.weight``); and all others, as they
-always were. An adapter directory holds the first kind without the adapter's name, and a few of the
-others. These are rules over names alone: nothing here knows data, configs or formats.
+adapter tensors, with the adapter's name after a container (``q_proj.lora_A.default.weight``); tensors of
+wrapped modules, with one more segment (``q_proj.base_layer.weight``); and all others, unchanged. An adapter
+directory holds the first kind without the adapter's name, and a few of the others.
 
 Sources: ``peft/utils/save_and_load.py`` (``get_peft_model_state_dict``), ``peft/tuners/tuners_utils.py``
 (``_remove_adapter_name_from_state_dict_key``), ``peft/tuners/lora/model.py`` (the magnitude vector).
@@ -18,13 +17,13 @@ from dataclasses import dataclass
 from ckpt_tools.errors import UsageError
 
 PREFIX = "base_model.model."
-# What PEFT puts between a module and its original tensors.
+# The segments that PEFT puts between a module and its original tensors.
 _WRAPPERS = frozenset({"base_layer", "original_module", "token_adapter"})
 _LORA = frozenset(
     {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"}
 )
-# Names of containers begin so in the tuners of PEFT 0.21 (``prefix`` of each), modules_to_save and
-# prompts besides.
+# Prefixes of container names in the tuners of PEFT 0.21 (``prefix`` of each tuner). modules_to_save and
+# prompts are separate.
 _CONTAINERS = (
     *("adamss_", "beft_", "boft_", "c3a_", "deft_", "delora_", "fourierft_", "frod_", "glora_"),
     *("gralora_", "hira_", "hra_", "ia3_", "lily_", "ln_tuning_", "hada_", "lokr_", "lora_"),
@@ -45,9 +44,9 @@ class Part:
     Attributes:
         name: its name in the state.
         module: the wrapped module, below ``base_model.model.``.
-        container: what holds it there, such as ``lora_A``.
+        container: the segment that holds it, such as ``lora_A``.
         adapter: the adapter's name.
-        tail: what follows, such as ``weight``; may be empty.
+        tail: the rest of the name, such as ``weight``; may be empty.
     """
 
     name: str
@@ -63,7 +62,7 @@ class Part:
 
     @property
     def replaces(self) -> bool:
-        """Whether it stands in the place of a tensor of the base (``modules_to_save``)."""
+        """Whether it replaces a tensor of the base (``modules_to_save``)."""
         return self.container == _SAVED_MODULES
 
     @property
@@ -85,9 +84,9 @@ class AdaptedNames:
 
     Attributes:
         adapters: the tensors of each adapter, by its name.
-        base: for each other name of the model, the name below ``base_model.model.``, wrappers and all.
-        outside: names that are not below the adapted model: another part of a composite.
-        live: every name that is of the adapted model, as that model has it by itself.
+        base: for each other name of the model, the name below ``base_model.model.``, with wrappers.
+        outside: names that are not below the adapted model, such as another part of a composite.
+        live: every name of the adapted model, as in that model alone.
     """
 
     adapters: Mapping[str, tuple[Part, ...]]
@@ -104,21 +103,21 @@ class AdaptedNames:
 def adapted_names(names: Iterable[str]) -> AdaptedNames:
     """Sort the names of a state, second names of tied tensors included.
 
-    What stands before ``base_model.model.`` (an attribute of a composite) is taken off, as is a second
+    Segments before ``base_model.model.`` (an attribute of a composite) are removed. So is a second
     ``base_model.model.`` of a model that was wrapped twice.
 
     Raises:
-        UsageError: adapters under several prefixes.
+        UsageError: there are adapters under several prefixes.
     """
     names = list(names)
     roots = {name: root for name in names if _container(name) and (root := _root(name)) is not None}
     found = sorted(set(roots.values()))
     if len(found) > 1:
         raise UsageError(
-            f"adapters in {len(found)} models: {', '.join(root or 'the whole' for root in found)}",
-            hint="Only one adapted model at a time can be written.",
+            f"adapters in {len(found)} models: {', '.join(root or 'the whole model' for root in found)}",
+            hint="ckpt-tools writes one adapted model at a time.",
         )
-    # Without adapters of its own it may still be a base whose names are wrapped.
+    # A state without adapters can still be a base with wrapped names.
     root = found[0] if found else ("" if any(n.startswith(PREFIX) for n in names) else None)
     adapters: dict[str, list[Part]] = {}
     base: dict[str, str] = {}
@@ -156,15 +155,15 @@ def plain_name(inner: str) -> str:
 
 
 def choose_adapter(adapted: AdaptedNames, name: str | None) -> str:
-    """The adapter that is asked for: the only one, where none is named.
+    """The requested adapter; the only one if none is named.
 
     Raises:
-        UsageError: there is none, none of this name, or several to choose from.
+        UsageError: there is no adapter, none with this name, or several and none is named.
     """
     if not adapted.adapters:
         raise UsageError(
             "the checkpoint holds no adapter",
-            hint="consolidate writes a model that was trained without one.",
+            hint="Use ckpt-tools consolidate for a model without an adapter.",
         )
     listed = ", ".join(f"{a} ({len(parts)} tensors)" for a, parts in adapted.adapters.items())
     if name is None:
@@ -193,9 +192,9 @@ def saved_names(
         adapted: the names of the state.
         adapter: which adapter.
         bias: ``none``, ``all`` or ``lora_only``, as in the adapter's config.
-        embeddings: base names of the state that are written too: embeddings that an adapter targets, or
-            that were resized or trained.
-        aliases: second names of tied tensors; PEFT leaves a tied token adapter to the other end.
+        embeddings: base names of embeddings that are written too, because an adapter targets them or
+            because they were resized or trained.
+        aliases: second names of tied tensors. PEFT writes a tied token adapter under the other name.
     """
     parts = adapted.adapters[adapter]
     names = {
@@ -212,7 +211,7 @@ def saved_names(
 
 
 def targeted_embeddings(adapted: AdaptedNames, adapter: str) -> tuple[str, ...]:
-    """Base layers of embeddings that a LoRA adapter targets: PEFT writes them with it."""
+    """Base layers of embeddings that a LoRA adapter targets. PEFT writes them with the adapter."""
     modules = {part.module for part in adapted.adapters[adapter] if part.is_lora}
     return tuple(
         name
@@ -222,7 +221,7 @@ def targeted_embeddings(adapted: AdaptedNames, adapter: str) -> tuple[str, ...]:
 
 
 def free_embeddings(adapted: AdaptedNames) -> tuple[str, ...]:
-    """Input and output embeddings that no adapter wraps: PEFT writes them where they were resized."""
+    """Input and output embeddings that no adapter wraps. PEFT writes them if they were resized."""
     return tuple(
         name
         for name, inner in adapted.base.items()
@@ -231,9 +230,9 @@ def free_embeddings(adapted: AdaptedNames) -> tuple[str, ...]:
 
 
 def with_adapter_name(saved: str, adapter: str) -> str:
-    """The name that a tensor of an adapter's file has in a model: the reverse of :attr:`Part.saved`.
+    """The name in a model of a tensor of an adapter's file: the reverse of :attr:`Part.saved`.
 
-    Names that PEFT takes over from the base (saved modules, biases) are left as they are.
+    Names that PEFT takes from the base (saved modules, biases) stay unchanged.
     """
     segments = saved.split(".")
     for index, segment in enumerate(segments):
@@ -258,13 +257,13 @@ def _is_container(segment: str) -> bool:
 
 
 def _root(name: str) -> str | None:
-    """What stands before ``base_model.model.``; None for names that are not of a wrapped model."""
+    """The segments before ``base_model.model.``; None for a name outside a wrapped model."""
     before, found, _ = f".{name}".partition(f".{PREFIX}")
     return f"{before[1:]}." if found and before else "" if found else None
 
 
 def _inner(name: str, root: str | None) -> str | None:
-    """The name below ``base_model.model.``; None for one that is outside."""
+    """The name below ``base_model.model.``; None for a name outside."""
     if root is None:
         return name
     prefix = root + PREFIX

@@ -1,8 +1,8 @@
-"""What each pair of LoRA factors adapts: which tensor of the base, at which rank, stored which way.
+"""Owns the targets of LoRA factors: which tensor of the base, at which rank, in which orientation.
 
-Read off shapes. PEFT wraps modules with a ``weight``, and single parameters of a module, fused experts
-above all; several parameters of one module are wrapped one around the other, in the order in which the
-module names them, and the names do not say which is which. Knows names and shapes only.
+The targets follow from shapes. PEFT wraps modules with a ``weight``, and single parameters of a module, such
+as fused experts. Several parameters of one module are wrapped one around the other, in the module's order.
+Their names do not tell them apart.
 
 Source: ``peft/tuners/lora/layer.py`` (``Linear``, ``Embedding``, ``ParamWrapper``).
 """
@@ -49,11 +49,11 @@ class Target:
     """What factors adapt.
 
     Attributes:
-        weight: the tensor's name in a model that was never adapted; None where the base is not there.
-        key: the name that patterns of the config are matched with: the module's, or the parameter's.
+        weight: the tensor's name in a model without adapters; None if the base is absent.
+        key: the name that the config's patterns must match: the module's, or the parameter's.
         rank: ``r``.
         experts: how many matrices the tensor stacks, 1 for a single matrix.
-        transposed: whether it is stored (in, out); None where the shapes do not tell.
+        transposed: whether it is stored (in, out); None if the shapes do not tell.
     """
 
     weight: str | None
@@ -72,7 +72,7 @@ def factors(parts: Iterable[Part]) -> dict[str, Factors]:
     """The pairs of an adapter, by wrapper.
 
     Raises:
-        DamagedCheckpoint: a tensor has no partner, or is of a kind that nothing is known of.
+        DamagedCheckpoint: a tensor has no partner, or is of an unknown kind.
     """
     roles: dict[str, dict[str, str]] = {}
     for part in parts:
@@ -91,7 +91,7 @@ def factors(parts: Iterable[Part]) -> dict[str, Factors]:
         if missing:
             raise DamagedCheckpoint(
                 f"{module} has {listed(list(held))} and no {' and no '.join(missing)}",
-                hint="The adapter is incomplete: the run that saved it left tensors out.",
+                hint="The adapter is incomplete. The run that saved it left tensors out.",
             )
         magnitude = held.pop(
             "lora_magnitude_vector.weight", held.pop("lora_magnitude_vector", None)
@@ -105,9 +105,7 @@ def factors(parts: Iterable[Part]) -> dict[str, Factors]:
             magnitude,
         )
         if held:
-            raise DamagedCheckpoint(
-                f"nothing is known of these LoRA tensors: {listed(list(held.values()))}"
-            )
+            raise DamagedCheckpoint(f"unknown LoRA tensors: {listed(list(held.values()))}")
         pairs[module] = found
     return pairs
 
@@ -120,10 +118,10 @@ def find_targets(
     Args:
         pairs: the pairs, by wrapper.
         shapes: shapes of the factors, by their names in the state.
-        base: shapes of the base, by plain name; empty where the base is not there.
+        base: shapes of the base, by plain name; empty if the base is absent.
 
     Raises:
-        DamagedCheckpoint: factors fit no tensor of the base, or each other.
+        DamagedCheckpoint: factors do not fit each other, or any tensor of the base.
     """
     by_module: dict[str, list[Factors]] = {}
     for pair in pairs.values():
@@ -135,7 +133,7 @@ def find_targets(
         by_module.setdefault(plain_name(pair.module), []).append(pair)
     targets: dict[str, Target] = {}
     for module, wrappers in by_module.items():
-        # The innermost wrapper has the most `base_layer` behind the module.
+        # The innermost wrapper has the most `base_layer` segments after the module.
         wrappers.sort(key=lambda pair: -len(pair.module))
         targets |= _targets(module, wrappers, shapes, base)
     return _decided(targets, pairs)
@@ -186,7 +184,7 @@ def _target(name: str, base: Shape, pair: Factors, shapes: Mapping[str, Shape]) 
 
 
 def _decided(targets: dict[str, Target], pairs: Mapping[str, Factors]) -> dict[str, Target]:
-    """The same, square matrices taken to be stored like all others that shapes tell of."""
+    """The targets, with square matrices in the orientation that the shapes of the others show."""
     for stacked in (False, True):
         alike = [
             module

@@ -1,9 +1,8 @@
-"""Wrapper prefixes: the names that ``torch.compile``, DDP and the like put into parameter names.
+"""Owns new names for tensors: wrapper prefixes of ``torch.compile``, DDP and others are removed.
 
-A wrapper is told from a real child of the same name by structure: a wrapper module has exactly one
-child, so a segment is stripped only where nothing else lies beside it. ``module.`` is a common name of
-real children, so it counts as a wrapper only in front of everything; ``_orig_mod.`` does anywhere. Names
-that the model is known to have are never touched.
+A wrapper module has exactly one child. So a segment is removed only if it has no sibling. ``module.`` is a
+common name of real children, so it is a wrapper only at the front of all names; ``_orig_mod.`` is one at any
+depth.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ _IN_FRONT = ("module",)
 
 @dataclass(frozen=True)
 class Stripped:
-    """New names, and what was taken out of the old ones.
+    """New names, and the wrappers that were removed.
 
     Attributes:
         names: old name to new name, for every name.
-        removed: each wrapper that was stripped, as ``where.segment.``, with the number of names.
+        removed: each removed wrapper, as ``where.segment.``, with the number of names.
     """
 
     names: Mapping[str, str]
@@ -34,13 +33,13 @@ class Stripped:
 
 
 def strip_wrappers(names: Collection[str]) -> Stripped:
-    """Take wrapper segments out of ``names``.
+    """Remove wrapper segments from ``names``.
 
     Args:
         names: all names of the state, second names of tied tensors included.
 
     Raises:
-        DamagedCheckpoint: two names become one.
+        DamagedCheckpoint: two names become the same.
     """
     paths = {name: name.split(".") for name in names}
     removed: dict[str, int] = {}
@@ -63,7 +62,7 @@ def strip_wrappers(names: Collection[str]) -> Stripped:
 
 
 def _find_wrapper(paths: Collection[list[str]]) -> list[str] | None:
-    """The outermost wrapper there is: a path whose last segment is its parent's only child."""
+    """The outermost wrapper: a path whose last segment is the only child of its parent."""
     children: dict[tuple[str, ...], set[str]] = {}
     for path in paths:
         for depth in range(len(path)):

@@ -1,8 +1,8 @@
-"""One attribute of a composite model: the tensors under a dotted path, under their own names.
+"""Owns the selection of one attribute of a composite model: the tensors under a dotted path.
 
-A training wrapper holds several models (``policy`` and ``value_model``, ``pretrained_model`` and
-``v_head``); each is a model in its own right once the path in front of its names is gone. Tensors that
-it shares with another attribute come along. Knows names; knows no format and no config.
+A training wrapper can hold several models (``policy`` and ``value_model``, ``pretrained_model`` and
+``v_head``). Each is a complete model without the path in front of its names. Tensors that an attribute
+shares with another are included.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from ckpt_tools.tensors.catalogue import Catalogue
 
 
 def take_attribute(catalogue: Catalogue, path: str) -> Catalogue:
-    """The part of ``catalogue`` under ``path``, the path taken off the names.
+    """The part of ``catalogue`` under ``path``, without the path in the names.
 
     Args:
         catalogue: the whole state.
         path: dotted path of the attribute (``policy``, ``module.policy.model``).
 
     Raises:
-        AttributeNotFound: nothing is called so; the error lists what there is.
+        AttributeNotFound: no attribute has this name. The error lists the attributes.
     """
     prefix = path.strip(".") + "."
     inside = {name: name.removeprefix(prefix) for name in catalogue if name.startswith(prefix)}
@@ -35,7 +35,7 @@ def take_attribute(catalogue: Catalogue, path: str) -> Catalogue:
         if kept in homes:
             ties[name] = homes[kept]
         else:
-            # Its tensor is listed under a name of another attribute: here it is listed under this one.
+            # The catalogue lists the tensor under a name of another attribute.
             tensors[name] = catalogue[kept]
             homes[kept] = name
     if not tensors:
@@ -46,9 +46,9 @@ def take_attribute(catalogue: Catalogue, path: str) -> Catalogue:
 
 
 def attributes(catalogue: Mapping[str, object]) -> dict[str, int]:
-    """Attributes that hold more than one tensor, with the number of tensors, outermost first.
+    """The outermost attributes, with the number of tensors of each.
 
-    Descends where there is only one, so that the names under a wrapper are seen.
+    A single attribute is entered, so that the names below a wrapper are listed.
     """
     prefix = ""
     while True:

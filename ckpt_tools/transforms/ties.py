@@ -1,8 +1,8 @@
-"""Tied names: which one is written, and whether they are still tied.
+"""Owns tied names: which name is written, and whether two names are still tied.
 
-A model says which of its names share one tensor; the state says which of them it holds, and perhaps
-that some share their bytes. Where the two agree one name is written, the one that ``save_pretrained``
-keeps; where a state holds different values under names that the model ties, both are written.
+A model defines which names share one tensor. A state shows which names it holds, and which share their bytes.
+If both agree, only the name that ``save_pretrained`` keeps is written. If a state holds different values
+under tied names, both are written.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from ckpt_tools.tensors.catalogue import Catalogue, Tensor
 
 @dataclass(frozen=True)
 class Settled:
-    """A catalogue in which every tie is one that the model has too.
+    """A catalogue whose ties are all ties of the model.
 
     Attributes:
-        catalogue: the tensors; its ties are left out of the output.
-        untied: names that the model ties and that hold values of their own.
-        duplicated: names that share their bytes in the state though the model does not tie them, so
-            that each is written.
+        catalogue: the tensors. Its ties are left out of the output.
+        untied: names that the model ties and that hold different values.
+        duplicated: names that share their bytes in the state but are not tied in the model. Each is
+            written.
     """
 
     catalogue: Catalogue
@@ -39,9 +39,9 @@ def settle_ties(
 
     Args:
         catalogue: the state.
-        model_ties: names that ``save_pretrained`` leaves out, each with the name it keeps instead.
-        model_names: all names that the model has.
-        equal: whether two tensors hold the same values, asked only where that is not known.
+        model_ties: names that ``save_pretrained`` leaves out, each with the name that it keeps.
+        model_names: all names of the model.
+        equal: whether two tensors hold the same values. It is called only if that is not known.
     """
     tensors = {name: catalogue[name] for name in catalogue}
     ties = dict(catalogue.ties)

@@ -1,7 +1,7 @@
-"""Adapters as PEFT writes them: the config, the tensors, and whether each is of the other.
+"""Owns the check of adapters as PEFT writes them: the config, the tensors, and their agreement.
 
-Owns what can be said of an adapter without its base model. LoRA and its variants are checked tensor by
-tensor; of other kinds the config and the names. It must not know data.
+The base model is not needed. LoRA and its variants are checked tensor by tensor. For other kinds the config
+and the names are checked.
 
 Sources: ``peft/utils/save_and_load.py`` (names), ``peft/utils/other.py`` (``get_pattern_key``),
 ``peft/tuners/tuners_utils.py`` (``check_target_module_exists``), ``peft/utils/peft_types.py`` (types).
@@ -27,7 +27,7 @@ from ckpt_tools.verification.run import Run
 
 ORDER = 30
 _PREFIX = "base_model.model."
-# Of what several modules share, such as the projections of VeRA.
+# The prefix of tensors that several modules share, such as the projections of VeRA.
 _SHARED_PREFIX = "base_model."
 _LORA = re.compile(
     r"(?P<module>.+)\.lora_(?P<part>A|B|embedding_A|embedding_B|magnitude_vector)(?:\.(?P<tail>.+))?"
@@ -49,9 +49,9 @@ _EMBEDDINGS = {
     "embed_out",
     "shared",
 }
-# PEFT names both in the config of a classifier, and a model has one of them.
+# PEFT names both in the config of a classifier; a model has only one of them.
 _HEADS = {"classifier", "score"}
-# These hold their tensors by other names, or without a prefix.
+# Kinds with other tensor names, or without a prefix.
 _PROMPTS = {
     "ADAPTION_PROMPT",
     "CARTRIDGE",
@@ -61,7 +61,7 @@ _PROMPTS = {
     "PREFIX_TUNING",
     "PROMPT_TUNING",
 }
-_ASK = "Take the config that the adapter was trained with."
+_ASK = "Use the config of the adapter's training run."
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +70,10 @@ class _Part:
 
     Attributes:
         entry: the tensor.
-        module: the module that it adapts, below PEFT's prefix and without ``base_layer``.
-        wrapper: the same with ``base_layer``: several adapt one module where parameters are targeted.
+        module: the adapted module, below PEFT's prefix and without ``base_layer``.
+        wrapper: the same with ``base_layer``. Several wrappers can adapt parameters of one module.
         part: ``A``, ``B``, ``embedding_A``, ``embedding_B`` or ``magnitude_vector``.
-        tail: what follows.
+        tail: the rest of the name.
     """
 
     entry: Entry
@@ -90,7 +90,7 @@ def check(run: Run) -> None:
         file = f"{folder}/{ADAPTER_CONFIG}" if folder else ADAPTER_CONFIG
         if file not in directory.files:
             findings.add(
-                "adapter-config-invalid", "there is no config beside the tensors", file=file
+                "adapter-config-invalid", "the tensors have no config beside them", file=file
             )
             continue
         config = read_object(directory, file, "adapter-config-invalid", findings)
@@ -99,27 +99,31 @@ def check(run: Run) -> None:
         config = _of_right_types(config, file, findings)
         kind = config.get("peft_type")
         if not isinstance(kind, str):
-            findings.add("adapter-config-invalid", "it has no peft_type", file=file, hint=_ASK)
+            findings.add("adapter-config-invalid", "peft_type is missing", file=file, hint=_ASK)
             continue
         if kind not in (known := _known_types()) and known:
-            findings.add("adapter-type-unknown", f"the installed PEFT knows no {kind}", file=file)
+            findings.add(
+                "adapter-type-unknown", f"the installed PEFT has no type {kind}", file=file
+            )
         if not config.get("base_model_name_or_path"):
             findings.add(
                 "adapter-base-unnamed",
-                "base_model_name_or_path is empty: loaders that start from the adapter find no base",
+                "base_model_name_or_path is empty: loaders of the adapter cannot find its base",
                 file=file,
-                hint="Write the Hub name or the directory of the base model there.",
+                hint="Set it to the Hub name or the directory of the base model.",
             )
         names = _check_names(tensors, kind, findings)
         if kind == "LORA":
             _Lora(file, config, names, findings).check()
         elif tensors:
-            findings.skipped.append(f"ranks and targets of the adapter: it is {kind}, not LORA")
+            findings.skipped.append(
+                f"ranks and targets of the adapter: its type is {kind}, not LORA"
+            )
         findings.checked.append(f"{kind} adapter of {len(tensors)} tensors, names and config")
 
 
 def _of_right_types(config: dict[str, Any], file: str, findings: Findings) -> dict[str, Any]:
-    """The config without values that PEFT cannot mean; those are noted."""
+    """The config without values of a wrong type. Each of those is a problem."""
     wrong = {key for key, is_right in _TYPES.items() if not is_right(config.get(key))}
     for key in sorted(wrong):
         findings.add(
@@ -147,7 +151,7 @@ _TYPES: dict[str, Callable[[object], bool]] = {
 
 @cache
 def _known_types() -> frozenset[str]:
-    """PEFT's types, from the source: importing peft takes seconds. Empty where there is no peft."""
+    """PEFT's types, read from its source because the import takes seconds. Empty without peft."""
     spec = importlib.util.find_spec("peft")
     if spec is None or spec.origin is None:
         return frozenset()
@@ -160,7 +164,7 @@ def _known_types() -> frozenset[str]:
 
 
 def _check_names(tensors: Mapping[str, Entry], kind: str, findings: Findings) -> dict[str, Entry]:
-    """The tensors by their names below PEFT's prefix; notes names that PEFT does not read."""
+    """The tensors by their names below PEFT's prefix. Names that PEFT does not read are a problem."""
     prefix = "" if kind in _PROMPTS else _PREFIX if kind == "LORA" else _SHARED_PREFIX
     plain: dict[str, Entry] = {}
     wrapped: list[str] = []
@@ -174,10 +178,10 @@ def _check_names(tensors: Mapping[str, Entry], kind: str, findings: Findings) ->
     if wrapped:
         findings.add(
             "adapter-name",
-            f"{len(wrapped)} names are not as PEFT writes them, which start with {prefix}",
+            f"{len(wrapped)} names do not start with {prefix} as PEFT's names do, or have a wrapper prefix",
             file=tensors[wrapped[0]].file,
             tensor=wrapped[0],
-            hint="PEFT passes over such tensors in silence; ckpt-tools extract-lora writes its names.",
+            hint="PEFT ignores such tensors without a warning. ckpt-tools extract-lora writes PEFT's names.",
         )
     return plain
 
@@ -204,7 +208,7 @@ class _Lora:
             return
         parts = self._parts()
         if not parts:
-            self._add("adapter-empty", "none of its tensors is a LoRA factor")
+            self._add("adapter-empty", "no tensor of the adapter is a LoRA factor")
         self._check_pairs(parts)
         self._check_ranks(parts)
         self._check_targets({part.module for part in parts})
@@ -212,7 +216,7 @@ class _Lora:
         self._check_base(parts)
 
     def _add(self, kind: str, detail: str, entry: Entry | None = None, **more: Any) -> None:
-        """Note a problem of a tensor, or of the config where none is named."""
+        """Add a problem of a tensor, or of the config if no tensor is given."""
         self._findings.add(
             kind,
             detail,
@@ -248,9 +252,9 @@ class _Lora:
         if odd:
             self._add(
                 "adapter-name",
-                f"{len(odd)} names still have the adapter's own name in them, or an unknown part",
+                f"{len(odd)} names still contain the adapter's name, or an unknown part",
                 odd[0],
-                hint="PEFT passes over such tensors in silence; it writes `lora_A.weight`.",
+                hint="PEFT ignores such tensors without a warning. PEFT writes `lora_A.weight`.",
             )
         return parts
 
@@ -259,7 +263,7 @@ class _Lora:
         for (wrapper, name), part in held.items():
             partner = held.get((wrapper, _PARTNERS.get(name, name)))
             if partner is None:
-                self._add("adapter-pair", f"there is no lora_{_PARTNERS[name]} for it", part.entry)
+                self._add("adapter-pair", f"its lora_{_PARTNERS[name]} is missing", part.entry)
 
     def _check_ranks(self, parts: Iterable[_Part]) -> None:
         parameters = self._config.get("target_parameters") or ()
@@ -270,9 +274,9 @@ class _Lora:
             if len(shape) < 2 or 0 in shape:
                 self._add(
                     "adapter-shape",
-                    f"its shape is {list(shape)}: shards of ZeRO-3 or FSDP that were not gathered?",
+                    f"its shape is {list(shape)}: perhaps a shard of ZeRO-3 or FSDP that was not gathered",
                     part.entry,
-                    hint="ckpt-tools extract-lora takes the whole tensors from the checkpoint.",
+                    hint="Run ckpt-tools extract-lora on the checkpoint. It writes whole tensors.",
                 )
                 continue
             found = shape[0] if part.part.endswith("A") else shape[1]
@@ -283,7 +287,7 @@ class _Lora:
             if found != wanted and not (stacked and found % wanted == 0):
                 self._add(
                     "adapter-rank",
-                    f"its rank is {found} (shape {list(shape)}), the config says {wanted}",
+                    f"its rank is {found} (shape {list(shape)}); the config has {wanted}",
                     part.entry,
                     hint=_ASK,
                 )
@@ -301,19 +305,19 @@ class _Lora:
         targets = self._config.get("target_modules") or ()
         parameters = self._config.get("target_parameters") or ()
         if not targets and not parameters:
-            self._add("adapter-target", "the config names no target_modules", hint=_ASK)
+            self._add("adapter-target", "the config has no target_modules", hint=_ASK)
             return
         parents = [p.rpartition(".")[0] for p in parameters]
         for module in sorted(modules):
             if not _is_targeted(module, targets) and not any(_ends(module, p) for p in parents):
                 self._add(
                     "adapter-target",
-                    f"{module} has tensors, and the config does not target it: PEFT passes over them",
+                    f"{module} has tensors, but the config does not target it: PEFT ignores them",
                     hint=_ASK,
                 )
         if isinstance(targets, str):
             if targets != "all-linear" and not any(_is_targeted(m, targets) for m in modules):
-                self._add("adapter-target", f"no tensor is of target_modules {targets!r}")
+                self._add("adapter-target", f"no tensor matches target_modules {targets!r}")
             return
         bare = [t for t in targets if not any(_ends(m, t) for m in modules)]
         bare += [
@@ -324,13 +328,13 @@ class _Lora:
         if bare:
             self._add(
                 "adapter-target",
-                f"the config targets {listed(sorted(bare))}, and no tensor is of it",
+                f"the config targets {listed(sorted(bare))}, but no tensor matches",
                 severity="warning",
-                hint="Harmless where the base has no such module; otherwise tensors were lost.",
+                hint="This is harmless if the base has no such module. Otherwise tensors were lost.",
             )
 
     def _check_whole_modules(self) -> None:
-        """Modules that are saved whole are there."""
+        """Modules that are saved whole are present."""
         named = list(self._config.get("modules_to_save") or ())
         absent = [n for n in named if not any(_holds(n, tensor) for tensor in self._tensors)]
         if set(named) == _HEADS and len(absent) < 2:
@@ -338,12 +342,12 @@ class _Lora:
         if absent:
             self._add(
                 "adapter-module-missing",
-                f"modules_to_save names {listed(absent)}, and no tensor is of it",
+                f"modules_to_save names {listed(absent)}, but no tensor matches",
                 hint="PEFT cannot load the adapter without them.",
             )
 
     def _check_base(self, parts: Iterable[_Part]) -> None:
-        """Tensors that are neither factors nor what PEFT saves beside them."""
+        """Tensors that PEFT does not save in an adapter."""
         factors = {part.entry.name for part in parts}
         named = self._config.get("modules_to_save") or ()
         biases = str(self._config.get("bias") or "none") != "none"
@@ -362,7 +366,7 @@ class _Lora:
                 "adapter-base-tensor",
                 f"{len(others)} tensors of the base model are in the adapter",
                 others[0],
-                hint="PEFT passes over them; the base model brings its own.",
+                hint="PEFT ignores them and uses those of the base model.",
             )
 
 
@@ -372,12 +376,12 @@ def _is_positive(value: object, *, whole: bool) -> bool:
 
 
 def _ends(name: str, end: str) -> bool:
-    """Whether ``end`` is the last segments of ``name``."""
+    """Whether ``name`` ends with the segments of ``end``."""
     return f".{name}".endswith(f".{end}")
 
 
 def _holds(module: str, name: str) -> bool:
-    """Whether a tensor is of a module, by its name."""
+    """Whether a tensor name is below a module."""
     return f".{module}." in f".{name}"
 
 

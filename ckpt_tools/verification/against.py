@@ -1,9 +1,7 @@
-"""Every tensor against the checkpoint that it was made of, bit for bit.
+"""Owns the comparison of a directory with a checkpoint: the expected value of each tensor.
 
-Owns what each tensor should be: what the manifest's recipe makes of the checkpoint, where there is a recipe;
-otherwise the checkpoint's tensor of the same name, once wrappers, PEFT's names and the hub's layout are
-allowed for, rounded to the dtype that the directory has it in. It must not know how the directory was
-written.
+If the manifest has a recipe for a tensor, the recipe is followed. Otherwise the tensor of the same name is
+expected, after wrappers, PEFT's names and the hub layout are resolved, rounded to the directory's dtype.
 """
 
 from __future__ import annotations
@@ -32,8 +30,10 @@ from ckpt_tools.verification.replay import Record, read_record, replay
 from ckpt_tools.verification.run import Run
 
 ORDER = 80
-_OTHER = "Is it the checkpoint that the directory was made of?"
-_ANEW = "Write the directory anew from this checkpoint, or name the one that it was made of."
+_OTHER = "Check that the directory was made from this checkpoint."
+_ANEW = (
+    "Write the directory again from this checkpoint, or name the checkpoint that it was made from."
+)
 
 
 def check(run: Run) -> None:
@@ -62,9 +62,9 @@ def check_against(
 
     Args:
         directory: the directory, its headers read.
-        checkpoint: what it was made of, or what should be the same.
+        checkpoint: the source of the directory, or a checkpoint that should be equal.
         findings: takes the problems.
-        ties: second names of tied tensors that the directory holds, each with its first name.
+        ties: second names of tied tensors in the directory, each with its first name.
         workers: threads; by default one for each processor, up to 16.
         progress: called with bytes done and bytes in all, from any thread.
 
@@ -89,7 +89,7 @@ def check_against(
         )
 
 
-# -- what each tensor should be --------------------------------------------------------------------
+# -- the expected tensors --------------------------------------------------------------------------
 
 
 class _Part(NamedTuple):
@@ -109,7 +109,7 @@ class _Part(NamedTuple):
 def _held(
     directory: Directory, entries: Mapping[str, Entry], findings: Findings
 ) -> dict[str, Held]:
-    """The tensors whose bytes are where they should be; of the others a problem is told elsewhere."""
+    """The tensors whose bytes are complete. Other checks report the others."""
     pickled: dict[str, Mapping[str, Tensor]] = {}
     held: dict[str, Held] = {}
     unknown = []
@@ -128,7 +128,7 @@ def _held(
             stored = Stored(entry.dtype, entry.shape, [run] if numel else [])
             held[name] = Held(entry, stored)
     if unknown:
-        findings.skipped.append(f"tensors of a dtype that torch has not: {listed(unknown)}")
+        findings.skipped.append(f"tensors of a dtype that torch does not have: {listed(unknown)}")
     return held
 
 
@@ -143,7 +143,7 @@ def _pickled(path: Path) -> dict[str, Tensor]:
 
 @dataclass
 class _Question:
-    """What the tensors of one part should be, asked of one checkpoint."""
+    """The expected tensors of one part, from one checkpoint."""
 
     directory: Directory
     part: _Part
@@ -152,14 +152,14 @@ class _Question:
 
     @cached_property
     def record(self) -> Record | None:
-        """What the manifest says, if there is one."""
+        """The record of the manifest, if there is one."""
         return read_record(self.directory.path / self._file(MANIFEST))
 
     def _file(self, name: str) -> str:
         return f"{self.part.folder}/{name}" if self.part.folder else name
 
     def expected(self) -> list[Expected]:
-        """What is to be compared; what cannot be is noted."""
+        """The expected tensors. Tensors that cannot be compared are added to the findings."""
         if self.record is None:
             return list(self._by_name(self.part.held, {}))
         done = replay(self.record, self.checkpoint, self.part.held)
@@ -168,28 +168,27 @@ class _Question:
         for reason, names in done.absent.items():
             self.findings.add(
                 "against-unchecked",
-                f"{len(names)} tensors were not compared, since they were made of more ({reason}): "
+                f"{len(names)} tensors were not compared because another source is missing ({reason}): "
                 f"{listed(names)}",
                 file=self._file(MANIFEST),
-                hint="Put it back where it was, and repeat.",
+                hint="Restore that source, and run verify again.",
             )
         found = [
             each
             for name, tensor in done.tensors.items()
             if (each := self._expected(name, tensor)) is not None
         ]
-        # A manifest of a directory that was changed since need not know every tensor.
+        # If the directory was changed later, the manifest may not list every tensor.
         left = {n: h for n, h in self.part.held.items() if n not in self.record.recipes}
         left |= {name: self.part.held[name] for name in done.elsewhere}
         return [*found, *self._by_name(left, done.elsewhere)]
 
     def _by_name(self, held: Mapping[str, Held], reasons: Mapping[str, str]) -> Iterator[Expected]:
-        """Tensors that are found by their names, and everything that is on one side alone.
+        """The expected tensors by name. Tensors of one side only are added to the findings.
 
         Args:
             held: the tensors to find.
-            reasons: for those that have a recipe, why it did not do; then the checkpoint may hold more
-                than the directory.
+            reasons: for tensors with a recipe, why the recipe failed.
         """
         if not held:
             return
@@ -202,7 +201,7 @@ class _Question:
         if not matched.pairs and not self.record:
             self._add(
                 "checkpoint-other",
-                f"no tensor has the same name in both: the directory has {next(iter(held))}, "
+                f"no tensor name is in both: the directory has {next(iter(held))}, "
                 f"the checkpoint {next(iter(there), 'nothing')}",
             )
             return
@@ -214,7 +213,7 @@ class _Question:
             elif name in reasons:
                 self._add("cannot-replay", reasons[name], name)
             else:
-                self._add("tensor-extra", "the checkpoint does not have it", name)
+                self._add("tensor-extra", "the checkpoint does not have this tensor", name)
         for name, tensor in found.items():
             if (each := self._expected(name, tensor)) is not None:
                 yield each
@@ -227,33 +226,33 @@ class _Question:
             is_buffer = kinds.get(id(there[name])) == "buffer"
             self.findings.add(
                 "tensor-missing",
-                "the checkpoint has it, the directory does not",
+                "the checkpoint has this tensor, the directory does not",
                 tensor=name,
                 hint=_OTHER,
                 severity="warning" if is_buffer else None,
             )
 
     def _expected(self, name: str, tensor: Tensor) -> Expected | None:
-        """What to compare a tensor with; None, and a problem, where shape or dtype differ already."""
+        """The expected tensor; None, and a problem, if shape or dtype differ."""
         held = self.part.held[name]
         if tensor.shape != held.tensor.shape:
             detail = (
-                f"its shape is {list(held.tensor.shape)}, from the checkpoint {list(tensor.shape)}"
+                f"its shape is {list(held.tensor.shape)}; the checkpoint gives {list(tensor.shape)}"
             )
             self._add("tensor-differs", detail, name)
             return None
         rounded = cast(tensor, held.tensor.dtype) if held.tensor.dtype.is_floating else tensor
         if rounded.dtype != held.tensor.dtype:
-            detail = f"its dtype is {held.tensor.dtype}, in the checkpoint {tensor.dtype}"
+            detail = f"its dtype is {held.tensor.dtype}; the checkpoint has {tensor.dtype}"
             self._add("tensor-differs", detail, name)
             return None
         return Expected(held, rounded, tensor.dtype, self._hint())
 
     def _hint(self) -> str:
-        """What may be the reason, as far as the manifest tells."""
+        """The likely reason, from the manifest."""
         record, step = self.record, self.checkpoint.step
         if record is not None and record.step is not None and step not in (None, record.step):
-            return f"It was made of step {record.step:,}, and the checkpoint is of step {step:,}."
+            return f"The directory was made from step {record.step:,}; the checkpoint is step {step:,}."
         return _ANEW
 
     def _add(self, kind: str, detail: str, name: str | None = None) -> None:

@@ -1,8 +1,4 @@
-"""Tensors and what they should be, bit by bit: where they differ, and in what.
-
-Owns the reading of both sides and the words for a difference. It must not know where an expectation comes
-from.
-"""
+"""Owns the comparison of tensors with expected tensors, bit for bit, and the messages about differences."""
 
 from __future__ import annotations
 
@@ -25,19 +21,19 @@ Progress = Callable[[int, int], None]
 
 
 class Held(NamedTuple):
-    """A tensor of the directory, and where it lies."""
+    """A tensor of the directory, and its place."""
 
     entry: Entry
     tensor: Tensor
 
 
 class Expected(NamedTuple):
-    """A tensor, what it should be, and what to say where it is not.
+    """A tensor and its expected value.
 
     Attributes:
         held: the tensor of the directory.
-        tensor: what it should be, in the dtype of ``held``.
-        source: the dtype that the checkpoint has it in.
+        tensor: the expected tensor, in the dtype of ``held``.
+        source: the dtype in the checkpoint.
         hint: the next step.
     """
 
@@ -48,7 +44,7 @@ class Expected(NamedTuple):
 
 
 class _Differing(NamedTuple):
-    """Elements of a window that differ: how many, the first of them, and its value on each side."""
+    """Different elements of a window: their number, the first, and its value on each side."""
 
     elements: int
     first: int
@@ -63,10 +59,10 @@ def compare(
     workers: int,
     progress: Progress | None,
 ) -> None:
-    """Note every tensor that is not what it should be, and every one that cannot be read.
+    """Add a problem for every tensor that differs or cannot be read.
 
     Args:
-        directory: where the tensors lie.
+        directory: the directory of the tensors.
         expected: the tensors.
         findings: takes the problems.
         workers: number of threads.
@@ -100,7 +96,7 @@ def _differing(window: Window, here: torch.Tensor, there: torch.Tensor) -> _Diff
     at = int(unequal.nonzero()[0])
     values = [_value(each[at : at + 1]) for each in (here, there)]
     if values[0] == values[1]:
-        # Zeros of either sign and NaNs are told apart by their bits.
+        # Zeros of different signs and NaNs differ only in their bits.
         values = [_hexadecimal(each[at : at + 1]) for each in (here, there)]
     return _Differing(int(unequal.sum()), window.start + at, *values)
 
@@ -121,14 +117,14 @@ def _note_differing(
 ) -> None:
     entry, first = expected.held.entry, differing[0]
     count, numel = sum(each.elements for each in differing), expected.tensor.numel
-    place = f" {_index(first.first, entry.shape)}," if entry.shape else ""
+    place = f" {_index(first.first, entry.shape)}" if entry.shape else ""
     rounded = expected.source != expected.tensor.dtype
-    there = f"{first.there} by the checkpoint" + (
+    there = f"the checkpoint gives {first.there}" + (
         f" ({expected.source}, rounded)" if rounded else ""
     )
     findings.add(
         "tensor-differs",
-        f"{count:,} of {numel:,} elements differ; the first,{place} is {first.here}, and {there}",
+        f"{count:,} of {numel:,} elements differ; the first{place} is {first.here}, {there}",
         file=entry.file,
         tensor=entry.name,
         hint=expected.hint,
@@ -147,7 +143,7 @@ def _note_unread(
         fact = f"the checkpoint's {path}: {error.fact}"
     findings.add(
         "against-unread",
-        f"it cannot be compared to its end: {fact}",
+        f"it cannot be read completely: {fact}",
         file=where,
         tensor=entry.name,
         hint=error.hint,
@@ -155,7 +151,7 @@ def _note_unread(
 
 
 def _index(flat: int, shape: Sequence[int]) -> list[int]:
-    """The index in each axis of a flat one."""
+    """The index in each axis of a flat index."""
     index: list[int] = []
     for size in reversed(shape):
         flat, at = divmod(flat, size)

@@ -1,7 +1,6 @@
-"""``config.json``: that it is a model's, and that what it says of dtype, vocabulary and class is so.
+"""Owns the check of ``config.json`` against names, dtypes and shapes of the tensors, and of mixed dtypes.
 
-Owns the questions that the config and the tensors' names, dtypes and shapes answer by themselves; what the
-model as a whole should have is the business of :mod:`~ckpt_tools.verification.model`.
+:mod:`~ckpt_tools.verification.model` compares the tensors with the complete model.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ def read_config(directory: Directory, findings: Findings, *, weights_alone: bool
     Args:
         directory: the directory.
         findings: takes the problems.
-        weights_alone: whether the directory was written without a config, as was asked for.
+        weights_alone: whether the directory was written without a config on request.
     """
     if CONFIG not in directory.files:
         if directory.tensors:
             findings.add(
                 "config-missing",
-                "nothing says what model the tensors are of",
+                "no file describes the model of the tensors",
                 file=CONFIG,
                 hint="Copy the config.json that the model was trained with.",
                 severity="warning" if weights_alone else None,
@@ -46,7 +45,7 @@ def read_config(directory: Directory, findings: Findings, *, weights_alone: bool
     if not isinstance(data.get("model_type"), str):
         findings.add(
             "config-invalid",
-            "it has no model_type, and no loader knows what it describes",
+            "model_type is missing, so no loader can read it",
             file=CONFIG,
             hint="Copy the config.json that the model was trained with.",
         )
@@ -55,13 +54,13 @@ def read_config(directory: Directory, findings: Findings, *, weights_alone: bool
     if names is not None and not (
         isinstance(names, list) and all(isinstance(name, str) for name in names)
     ):
-        findings.add("config-invalid", "its architectures are no list of names", file=CONFIG)
+        findings.add("config-invalid", "architectures is not a list of names", file=CONFIG)
         data["architectures"] = None
     directory.config = data
 
 
 def is_quantized(directory: Directory) -> bool:
-    """Whether tensors are stored in a quantized form, whose names and shapes are a quantizer's."""
+    """Whether the tensors are quantized, with names and shapes of the quantizer."""
     config = directory.config or {}
     return any(config.get(key) for key in ("quantization_config", "compression_config"))
 
@@ -96,17 +95,17 @@ def _check_architecture(
     if not names:
         findings.add(
             "config-architecture",
-            "it names no architecture: some loaders do not know what class to build",
+            "architectures is missing: some loaders cannot choose a class",
             file=CONFIG,
             severity="warning",
-            hint='Add "architectures": ["<the class of the model>"].',
+            hint='Add "architectures": ["<class of the model>"].',
         )
         return
     odd = contradiction(names[0], tensors)
     if odd is not None:
         findings.add(
             "config-architecture",
-            f"it names {names[0]}, and the tensors hold {odd}, which that class does not have",
+            f"it names {names[0]}, but the tensors include {odd}, which that class does not have",
             file=CONFIG,
         )
 
@@ -120,18 +119,18 @@ def _check_dtype(
         return
     name = said.removeprefix("torch.")
     if name not in BY_NAME:
-        findings.add("config-invalid", f"its dtype {said!r} is none that torch has", file=CONFIG)
+        findings.add("config-invalid", f"torch has no dtype {said!r}", file=CONFIG)
     elif BY_NAME[name] != found:
         findings.add(
             "config-dtype",
-            f"it says {name}, the tensors are {found}; loaders that follow it cast every tensor",
+            f"it has {name}, the tensors are {found}; some loaders then cast every tensor",
             file=CONFIG,
             hint=f'Set "dtype": "{found}".',
         )
 
 
 def dominant_dtype(tensors: Mapping[str, Entry]) -> DType | None:
-    """The floating dtype that most bytes are of; None where nothing is floating."""
+    """The floating dtype of most bytes; None if no tensor is floating."""
     counts: dict[DType, int] = {}
     for entry in tensors.values():
         if entry.dtype is not None and entry.dtype.is_floating:
@@ -142,7 +141,7 @@ def dominant_dtype(tensors: Mapping[str, Entry]) -> DType | None:
 def _check_vocabulary(
     config: Mapping[str, Any], tensors: Mapping[str, Entry], findings: Findings
 ) -> None:
-    """Without the model's own shapes: custom code may pad the embedding, but not cut it short."""
+    """The check without the model's shapes: custom code can pad the embedding, but not cut it."""
     known = {n: (e.dtype, e.shape) for n, e in tensors.items() if e.dtype is not None}
     rows, size = embedding_rows(known), text_value(config, "vocab_size")
     if rows is not None and isinstance(size, int) and rows < size:
@@ -150,21 +149,21 @@ def _check_vocabulary(
 
 
 def note_vocabulary(size: int, rows: int, names: list[str], findings: Findings) -> None:
-    """Say that the vocabulary of the config is not that of the tensors."""
+    """Add the problem that vocab_size does not fit the tensors."""
     where = f" ({listed(names)})" if names else ""
     findings.add(
         "config-vocabulary",
-        f"vocab_size is {size}, the embedding has {rows} rows{where}",
+        f"vocab_size is {size}; the embedding has {rows} rows{where}",
         file=CONFIG,
         tensor=names[0] if names else None,
-        hint=f'Set "vocab_size": {rows}, if the tensors are right.',
+        hint=f'Set "vocab_size": {rows} if the tensors are right.',
     )
 
 
 def check_precision(
     directory: Directory, reference: ReferenceModel | None, findings: Findings
 ) -> None:
-    """Note tensors of another dtype than the rest."""
+    """Add a problem for tensors of another dtype than the rest, except those the model keeps in fp32."""
     tensors = directory.tensors
     common = dominant_dtype(tensors)
     if common is None:
@@ -184,7 +183,7 @@ def check_precision(
     for dtype, names in others.items():
         findings.add(
             "dtype-mixed",
-            f"{len(names)} tensors are {dtype}, the rest is {common}: {listed(names)}",
+            f"{len(names)} tensors are {dtype}, the others are {common}: {listed(names)}",
             tensor=names[0],
         )
     findings.checked.append(f"one dtype: {common}")

@@ -1,8 +1,8 @@
-"""The header of one safetensors file, read strictly: everything that it says must be so.
+"""Owns the strict reading of one weight file's metadata for checks: safetensors headers and pickles.
 
-Owns the reading of headers for checks. It is written apart from the reader and the writer of the rest
-of the package, so that none of them vouches for itself. It goes on after each problem and returns what
-can be believed. Knows one file at a time; reads no tensor data.
+The safetensors code is independent of the package's reader and writer, so that neither checks itself. It
+continues after each problem and returns the entries that are valid. No tensor data is read. Pickles are read
+with the package's reader, which stops at its first problem and never runs code.
 
 Sources: https://github.com/huggingface/safetensors#format, ``safetensors/src/tensor.rs`` (``validate``).
 """
@@ -26,9 +26,9 @@ from ckpt_tools.verification.problem import Findings
 
 _MAX_HEADER = 100_000_000
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-_ANEW = "Copy or download the file anew."
+_ANEW = "Copy or download the file again."
 
-# Bits of an element. Those that the table of dtypes lacks have no type in torch, or less than a byte.
+# Bits of an element. The added ones have no torch dtype, or less than a byte.
 _BITS = {dtype.safetensors: 8 * dtype.itemsize for dtype in BY_SAFETENSORS_NAME.values()} | {
     "F4": 4,
     "F6_E2M3": 6,
@@ -40,11 +40,11 @@ _BITS = {dtype.safetensors: 8 * dtype.itemsize for dtype in BY_SAFETENSORS_NAME.
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A tensor, and where it lies.
+    """A tensor, and its place.
 
     Attributes:
         name: its name.
-        code: its dtype in the words of safetensors, such as ``BF16``.
+        code: the safetensors name of its dtype, such as ``BF16``.
         shape: sizes.
         file: the file, relative to the directory.
         start: its first byte in the file.
@@ -60,7 +60,7 @@ class Entry:
 
     @property
     def dtype(self) -> DType | None:
-        """The dtype; None for one that torch does not have."""
+        """The dtype; None if torch does not have it."""
         return BY_SAFETENSORS_NAME.get(self.code)
 
     @property
@@ -77,7 +77,7 @@ class Container:
         file: its name, relative to the directory.
         size: its bytes.
         header_size: bytes before the data, length prefix included.
-        entries: its tensors in the order in which they lie.
+        entries: its tensors in the order of the file.
     """
 
     file: str
@@ -87,15 +87,15 @@ class Container:
 
 
 def read_container(directory: Path, file: str, findings: Findings) -> Container | None:
-    """Read a header and note everything that is wrong with it.
+    """Read a header and add every problem of it.
 
     Args:
-        directory: where the file lies.
+        directory: the directory of the file.
         file: its name relative to ``directory``, with forward slashes.
         findings: takes the problems.
 
     Returns:
-        What the header says, tensors that cannot be believed left out; None where there is no header.
+        The header without invalid entries; None if there is no header.
     """
     try:
         with (directory / file).open("rb") as stream:
@@ -114,7 +114,7 @@ def read_container(directory: Path, file: str, findings: Findings) -> Container 
     if data % 8:
         findings.add(
             "header-unaligned",
-            f"tensor data starts at byte {data:,}, which is no multiple of 8",
+            f"tensor data starts at byte {data:,}, which is not a multiple of 8",
             file=file,
             hint="Save the file again with a recent safetensors.",
         )
@@ -132,30 +132,30 @@ def _header(
     if start.startswith(_LFS_POINTER):
         findings.add(
             "lfs-pointer",
-            "it is the pointer that Git LFS leaves in the place of a file",
+            "it is a Git LFS pointer, not the file itself",
             file=file,
-            hint="Fetch the file itself: git lfs pull",
+            hint="Fetch the file with git lfs pull.",
         )
         return None
     if size < 8 or (length <= _MAX_HEADER and start[8:9] in (b"{", b"") and length > size - 8):
-        wanted = f", its header alone has {8 + length:,}" if size >= 8 else ""
+        wanted = f"; the header alone has {8 + length:,}" if size >= 8 else ""
         findings.add("shard-truncated", f"it has {size:,} bytes{wanted}", file=file, hint=_ANEW)
         return None
     try:
         if not text.startswith(b"{"):
-            raise ValueError(f"a header of {length:,} bytes that does not start with a brace")
+            raise ValueError(f"a header of {length:,} bytes does not start with a brace")
         header, repeated = parse_json(text.decode())
     except (ValueError, RecursionError) as error:
         findings.add("header-invalid", f"its header is damaged: {error}", file=file, hint=_ANEW)
         return None
     for key in repeated:
-        findings.add("duplicate-key", f"its header has {key!r} twice", file=file)
+        findings.add("duplicate-key", f"its header contains {key!r} twice", file=file)
     assert isinstance(header, dict)
     return header
 
 
 def parse_json(text: str) -> tuple[Any, list[str]]:
-    """The value of a JSON text, and the keys that an object of it has twice.
+    """The value of a JSON text, and the repeated keys of its objects.
 
     Raises:
         ValueError: it is not JSON.
@@ -178,12 +178,12 @@ def _check_metadata(metadata: object, file: str, findings: Findings) -> None:
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         findings.add("header-invalid", "its __metadata__ is not a map of strings", file=file)
     elif metadata.get("format") != "pt":
-        said = f"says format: {metadata['format']}" if "format" in metadata else "has no format"
+        said = f"has format: {metadata['format']}" if "format" in metadata else "has no format"
         findings.add(
             "format-missing",
             f"its metadata {said}",
             file=file,
-            hint='transformers 4 refuses such files; save with metadata={"format": "pt"}.',
+            hint='transformers 4 refuses such files. Save with metadata={"format": "pt"}.',
         )
 
 
@@ -201,8 +201,8 @@ def _entry(name: str, value: object, file: str, data: int, findings: Findings) -
     elif stop - start != math.prod(shape) * bits / 8:
         findings.add(
             "tensor-size",
-            f"{code} of shape {list(shape)} takes {math.prod(shape) * bits // 8:,} bytes,"
-            f" and it has {stop - start:,}",
+            f"{code} of shape {list(shape)} needs {math.prod(shape) * bits // 8:,} bytes;"
+            f" it has {stop - start:,}",
             file=file,
             tensor=name,
             hint=_ANEW,
@@ -221,7 +221,7 @@ def _sizes(value: object) -> tuple[int, ...] | None:
 def _check_tiling(
     entries: list[Entry], file: str, data: int, size: int, findings: Findings
 ) -> None:
-    """The tensors lie one behind the other, from the header to the end of the file."""
+    """The tensors fill the file from the header to the end, without gaps."""
     end = data
     for entry in entries:
         if entry.start > end:
@@ -234,7 +234,7 @@ def _check_tiling(
         elif entry.start < end:
             findings.add(
                 "data-overlap",
-                f"its first {end - entry.start:,} bytes are another tensor's, too",
+                f"its first {end - entry.start:,} bytes belong to another tensor too",
                 file=file,
                 tensor=entry.name,
             )
@@ -248,7 +248,7 @@ def _check_tiling(
         are = "tensor is" if len(cut) == 1 else "tensors are"
         findings.add(
             "shard-truncated",
-            f"it has {size:,} bytes, its header describes {end:,}; {len(cut):,} {are} cut or lost",
+            f"it has {size:,} bytes; its header describes {end:,}; {len(cut):,} {are} cut or lost",
             file=file,
             tensor=cut[0],
             hint=_ANEW,
@@ -256,9 +256,9 @@ def _check_tiling(
 
 
 def read_pickled(directory: Path, file: str, findings: Findings) -> dict[str, Entry] | None:
-    """The tensors of one file; None, and a problem, where it cannot be read.
+    """The tensors of one pickled file; None, and a problem, if it cannot be read.
 
-    Second names of a tensor are entries at the place of the first.
+    A second name of a tensor is an entry with the place of the first.
     """
     try:
         held = read_weight_files(directory / file)

@@ -1,8 +1,7 @@
-"""Every byte: digests against what was recorded, and values that no weight should have.
+"""Owns the check of every byte: the division of files into pieces, and the comparison with recorded digests.
 
-Owns the division of the files into pieces, and the comparison with manifest and checksums. Pieces depend on
-the files alone, and what is seen of them is merged in their order. What values mean is judged by
-:mod:`~ckpt_tools.verification.values`.
+Pieces depend on the files alone, and their results are merged in order.
+:mod:`~ckpt_tools.verification.values` judges the values.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from ckpt_tools.verification.values import judge
 
 ORDER = 50
 
-# A few blocks: small enough to divide one file among all workers, large enough to be worth a task.
+# A few blocks: small enough to divide one file among all workers, large enough for one task.
 PIECE_BYTES = 16 * BLOCK_BYTES
 _READ_BYTES = 1 << 20
 
@@ -62,12 +61,12 @@ def check_data(
 
     Args:
         directory: the directory, its headers read.
-        manifests: what was recorded.
-        reference: the model, where it is known.
+        manifests: the manifests of the directory.
+        reference: the model, if it is known.
         findings: takes the problems.
         workers: threads; by default one for each processor, up to 16.
         progress: called with bytes done and bytes in all.
-        ranks: who else reads; the others call :func:`help_to_read`.
+        ranks: the ranks that read together. The others call :func:`help_to_read`.
     """
     entries = _entries_by_file(directory)
     sums = read_sums(directory, findings)
@@ -88,7 +87,9 @@ def check_data(
         if piece.hashes:
             hashes[piece.file] = found.hashes
         if found.nbytes < piece.nbytes:
-            findings.add("file-unreadable", "it became shorter while it was read", file=piece.file)
+            findings.add(
+                "file-unreadable", "the file became shorter during the read", file=piece.file
+            )
         done += piece.nbytes
         if progress is not None:
             progress(done, total)
@@ -101,7 +102,7 @@ def check_data(
         _compare_digests(directory, manifest, summaries, hashes, findings)
     for file, digest in sums:
         if file in hashes and hashes[file]["sha256"] != digest:
-            findings.add("sha256-mismatch", "it is not the file that was summed", file=file)
+            findings.add("sha256-mismatch", "its SHA-256 differs from SHA256SUMS", file=file)
     judge(directory, reference, summaries, findings)
     _compare_ties(directory, reference, findings)
     for file in entries:
@@ -138,12 +139,12 @@ def divide(
     entries: Mapping[str, Sequence[Entry]],
     hashes: Mapping[str, tuple[str, ...]],
 ) -> list[Piece]:
-    """The work, in the order in which it is merged: a function of the files alone.
+    """The pieces, in the order in which their results are merged.
 
     Args:
         directory: the files.
-        entries: the tensors of each file that has some.
-        hashes: the files that are digested as a whole, and how; a digest is of one piece.
+        entries: the tensors of each weight file.
+        hashes: the files that need a digest of the whole file, with its kinds. Such a file is one piece.
     """
     pieces: list[Piece] = []
     for file, nbytes in directory.files.items():
@@ -156,7 +157,7 @@ def divide(
 
 
 def _entries_by_file(directory: Directory) -> dict[str, list[Entry]]:
-    """The tensors of each file, by rising place."""
+    """The tensors of each file, by ascending offset."""
     by_file: dict[str, list[Entry]] = {}
     for container in directory.containers.values():
         by_file[container.file] = list(container.entries.values())
@@ -172,7 +173,7 @@ def _entries_by_file(directory: Directory) -> dict[str, list[Entry]]:
 def _hashes(
     directory: Directory, manifests: Sequence[Manifest], summed: Collection[str]
 ) -> dict[str, tuple[str, ...]]:
-    """The digests of whole files that are wanted."""
+    """The kinds of digests that each file needs as a whole."""
     wanted: dict[str, tuple[str, ...]] = dict.fromkeys(summed, ("sha256",))
     for manifest in manifests:
         for file in manifest.digests.keys() - manifest.headers:
@@ -193,25 +194,25 @@ def _compare_digests(
         if summary is not None and summary.digest != digest:
             findings.add(
                 "digest-mismatch",
-                "its bytes are not those that were written",
+                "its bytes differ from those that were written",
                 file=file,
                 tensor=name,
-                hint="Copy the file anew, or write the directory anew.",
+                hint="Copy the file again, or write the directory again.",
             )
     for file, digest in manifest.digests.items():
         if file in manifest.headers:
             container = directory.containers.get(file)
             found = container and _header_digest(directory.path / file, container.header_size)
-            what = "its header is not the one that was written"
+            what = "its header differs from the one that was written"
         else:
             found = hashes.get(file, {}).get("xxh3_128")
-            what = "it is not the file that was written"
+            what = "the file differs from the one that was written"
         if found is not None and found != digest:
             findings.add(
                 "digest-mismatch",
                 what,
                 file=file,
-                hint="Copy the file anew; if it was edited on purpose, the manifest is out of date: "
+                hint="Copy the file again. If it was edited on purpose, the manifest is out of date: "
                 f"delete {MANIFEST}.",
             )
 
@@ -231,7 +232,7 @@ def _compare_ties(
         if (one.code, one.shape) == (other.code, other.shape) and not _equal(directory, one, other):
             findings.add(
                 "tie-differs",
-                f"the config ties it to {kept}, and its values are others",
+                f"the config ties it to {kept}, but their values differ",
                 file=one.file,
                 tensor=alias,
                 hint="Set tie_word_embeddings to false if both were trained.",
@@ -250,7 +251,7 @@ def _equal(directory: Directory, one: Entry, other: Entry) -> bool:
 
 
 def _check_records(directory: Path, file: str, findings: Findings) -> None:
-    """Each record of a zip file against the checksum that stands beside it."""
+    """Compare each record of a zip file with its checksum."""
     if not zipfile.is_zipfile(directory / file):
         findings.skipped.append(f"checksums of {file} (torch's old format has none)")
         return

@@ -1,7 +1,6 @@
-"""The directory as it lies on disk: its files, and the JSON in them.
+"""Owns the listing of a directory that all checks use, and the strict reading of a JSON file.
 
-Owns the listing that every check starts from, and the strict reading of a JSON file. Git's own folder is
-passed over; links are followed, as in a cache of downloads. It must not know which files are weights.
+Git's folder is ignored. Links are followed, because download caches use them.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ MANIFEST = "ckpt_tools_manifest.json"
 SHA256SUMS = "SHA256SUMS"
 
 _PASSED_OVER = {".git"}
-# What savers, downloaders and this package leave when they are stopped.
+# Names of files that savers, downloaders and this package leave if they are stopped.
 _LEFTOVER = re.compile(
     r"(\.partial([-.].*)?|\.incomplete|\.tmp|\.part|\.aria2|\.crdownload|\.download)$"
 )
@@ -32,19 +31,19 @@ _LEFTOVER = re.compile(
 
 @dataclass
 class Directory:
-    """What the checks look at.
+    """The directory of a run.
 
     Attributes:
-        path: where it lies.
-        files: every file, as a relative path with forward slashes, and its bytes.
-        containers: the safetensors files whose headers could be read.
-        tensors: the model's tensors, from whichever files hold them; empty for an adapter.
-        lost: tensors that an index names and that are not there, a problem of its own.
-        unread: weight files that cannot be read, so that nobody knows what is in them.
-        config: the content of ``config.json``; None where there is no model's config.
+        path: its path.
+        files: bytes of every file, by its relative path with forward slashes.
+        containers: the safetensors files with a readable header.
+        tensors: the model's tensors, from all its files; empty for an adapter.
+        lost: tensors that an index names and no file holds. They are reported already.
+        unread: weight files that cannot be read, so their tensors are unknown.
+        config: the content of ``config.json``; None without a config of a model.
         adapters: for each folder that holds an adapter (``""`` for the directory itself), its
             tensors.
-        trust_remote_code: whether custom code beside the config may be run.
+        trust_remote_code: whether custom code of the directory may run.
     """
 
     path: Path
@@ -73,15 +72,15 @@ class Directory:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What is recorded of one folder.
+    """The record of one folder.
 
     Attributes:
-        folder: where it lies, with a slash at the end; empty for the directory itself.
-        unit_bytes: where tensors are cut for their digests.
+        folder: its path, with a slash at the end; empty for the directory itself.
+        unit_bytes: tensors are cut at multiples of this offset for their digests.
         tensors: for each tensor, its file and its digest.
         sizes: bytes of each file.
-        digests: the digest of each file that has one; of weight files, that of the header.
-        headers: the files whose digest is of the header alone.
+        digests: the digest of each file; for weight files that of the header.
+        headers: the files whose digest covers the header alone.
     """
 
     folder: str
@@ -93,19 +92,19 @@ class Manifest:
 
 
 def list_directory(path: Path, findings: Findings) -> Directory:
-    """List a directory, and note what should not be in one that is finished.
+    """List a directory, and add a problem for each file that a finished directory does not have.
 
     Raises:
-        UsageError: there is no such directory, or it cannot be listed.
+        UsageError: the directory does not exist, or it cannot be listed.
     """
     if not path.is_dir():
         if path.exists():
             hint = "Name the directory that holds config.json."
             raise UsageError("it is not a directory", path=path, hint=hint)
         raise UsageError(
-            "there is no such directory",
+            "the directory does not exist",
             path=path,
-            hint="Check the path; a conversion that failed or was stopped leaves no directory.",
+            hint="Check the path. A conversion that failed or was stopped leaves no directory.",
         )
     files: dict[str, int] = {}
     try:
@@ -116,23 +115,23 @@ def list_directory(path: Path, findings: Findings) -> Directory:
                 try:
                     found = os.stat(path / file)
                 except OSError as error:
-                    why = f"cannot be read ({error.strerror}); a link that leads nowhere?"
+                    why = f"cannot be read ({error.strerror}); perhaps it is a broken link"
                     findings.add("file-unreadable", why, file=file)
                     continue
                 if stat.S_ISREG(found.st_mode):
                     files[file] = found.st_size
                 else:
-                    # Opening a pipe would wait for ever.
-                    findings.add("file-unreadable", "it is no regular file", file=file)
+                    # Opening a pipe would block.
+                    findings.add("file-unreadable", "it is not a regular file", file=file)
     except OSError as error:
         raise UsageError(f"it cannot be listed ({error.strerror})", path=path) from error
     for file in files:
         if any(_LEFTOVER.search(part) for part in file.split("/")):
             findings.add(
                 "leftover",
-                "it was left by a save, a download or a conversion that did not finish",
+                "a save, a download or a conversion that did not finish left it",
                 file=file,
-                hint="Repeat what was interrupted, or delete the file if it is not needed.",
+                hint="Repeat the interrupted step, or delete the file if it is not needed.",
             )
     findings.checked.append(f"{len(files)} files listed")
     return Directory(path, dict(sorted(files.items())))
@@ -145,7 +144,7 @@ def _refuse(error: OSError) -> None:
 def read_object(
     directory: Directory, file: str, kind: str, findings: Findings
 ) -> dict[str, Any] | None:
-    """The object in a JSON file; None, and a problem of ``kind``, where there is none."""
+    """The object in a JSON file; None, and a problem of ``kind``, if there is none."""
     try:
         value, repeated = parse_json((directory.path / file).read_bytes().decode())
     except OSError as error:
@@ -158,5 +157,5 @@ def read_object(
         findings.add(kind, f"it holds a JSON {type(value).__name__}, not an object", file=file)
         return None
     for key in repeated:
-        findings.add("duplicate-key", f"it has {key!r} twice", file=file)
+        findings.add("duplicate-key", f"it contains {key!r} twice", file=file)
     return value

@@ -1,8 +1,7 @@
-"""When a generated text ends: ids of the configs, and the token that closes an assistant's turn.
+"""Owns the check of ``generation_config.json``, of token ids in both configs, and of the end of a text.
 
-Owns the judgement of ``generation_config.json`` and of the token ids in it and in ``config.json``. A chat
-model that was tuned to close its turn with one token, while its config names another, never stops: the
-chat template says which token that is. It must not know how a tokenizer is stored or loaded.
+A chat model can be trained to close its turn with one token while its config names another. Such a model
+never stops. The chat template shows the closing token.
 
 OLMo chat models end at ``<|im_end|>`` and at ``<|endoftext|>`` (open-instruct,
 ``get_olmo3_generation_config``).
@@ -29,7 +28,7 @@ _KINDS = {
     "pad_token_id": "pad-unknown",
     "decoder_start_token_id": "decoder-start-unknown",
 }
-# Their ids are those of sounds, not of the tokenizer.
+# Their ids are ids of sounds, not of the tokenizer.
 _SPEAKING = {
     "bark",
     "csm",
@@ -44,7 +43,7 @@ _OLMO = re.compile(r"olmo.*|flex_olmo|hf_olmo")
 _NEVER_GENERATES = re.compile(
     r"Classification|Reward|ForMaskedLM|QuestionAnswering|MultipleChoice|(?<!LMHead)Model$"
 )
-# Text that is meant to be one token: <|im_end|>, </s>, <end_of_turn>, [/INST].
+# Text that should be one token: <|im_end|>, </s>, <end_of_turn>, [/INST].
 _MARKER = re.compile(r"<[^<>\s]{1,40}>|\[/?[A-Z_]{2,20}\]")
 
 
@@ -58,17 +57,17 @@ class StatedId:
 
     @property
     def kind(self) -> str:
-        """The problem that it is if there is no such token."""
+        """The kind of problem if the token does not exist."""
         return _KINDS[self.key]
 
 
 @dataclass(frozen=True)
 class GenerationFiles:
-    """What the directory says about generation.
+    """The generation settings of the directory.
 
     Attributes:
-        generation: ``generation_config.json``; None where there is none that can be read.
-        ids: every token id that it or ``config.json`` states.
+        generation: ``generation_config.json``; None if it is missing or cannot be read.
+        ids: every token id in it or in ``config.json``.
     """
 
     generation: Mapping[str, Any] | None
@@ -94,14 +93,14 @@ def judge_generation(
     rows: int | None,
     findings: Findings,
 ) -> None:
-    """Note what is wrong with the generation config, and with where a text ends.
+    """Check the generation config and the end of a text.
 
     Args:
-        directory: what is checked.
+        directory: the directory.
         files: its configs.
-        answer: what transformers says of the generation config; None where it was not asked.
-        loaded: the tokenizer; None where there is none.
-        rows: rows of the input embedding, or None where they are not known.
+        answer: the answer of transformers about the generation config; None if it was not asked.
+        loaded: the tokenizer; None if there is none.
+        rows: rows of the input embedding; None if they are not known.
         findings: takes the problems.
     """
     if answer is not None:
@@ -110,7 +109,7 @@ def judge_generation(
                 "generation-config-invalid",
                 f"transformers refuses it: {complaint}",
                 file=FILE,
-                hint="Correct the file; with sampling flags, say do_sample: true.",
+                hint="Correct the file. Sampling flags need do_sample: true.",
             )
         findings.checked.append("generation config")
     for stated in dict.fromkeys(files.ids):
@@ -120,7 +119,7 @@ def judge_generation(
 
 
 def _stated(file: str, config: Mapping[str, Any], findings: Findings) -> Iterator[StatedId]:
-    """Every id that a config states, in itself or for its text model; what is no id is a problem."""
+    """Every id in a config or in its text_config. A value that is not an id is a problem."""
     part = config.get("text_config")
     for place in (config, part if isinstance(part, dict) else {}):
         for key, kind in _KINDS.items():
@@ -129,11 +128,11 @@ def _stated(file: str, config: Mapping[str, Any], findings: Findings) -> Iterato
                 if isinstance(number, int) and not isinstance(number, bool):
                     yield StatedId(file, key, number)
                 elif number is not None or isinstance(value, list):
-                    findings.add(kind, f"{key} holds {number!r}, which is no id", file=file)
+                    findings.add(kind, f"{key} holds {number!r}, which is not an id", file=file)
 
 
 def _complaints(failure: str | None) -> list[str]:
-    """What transformers says, a line for each thing that it refuses."""
+    """The complaints of transformers, one line each."""
     if failure is None:
         return []
     lines = failure.strip().splitlines() or ["no reason is given"]
@@ -147,9 +146,9 @@ def _judge_id(
     number = stated.number
     severity: Literal["error", "warning"] = "error"
     if number < 0:
-        # Nothing is padded with it; old configs of models without padding say -1.
+        # Old configs of models without padding have -1.
         severity = "warning" if stated.kind == "pad-unknown" and number == -1 else "error"
-        fact = "which no model can look up"
+        fact = "which is not a row of any embedding"
     elif rows is not None and number >= rows:
         fact = f"but the embedding has {rows:,} rows"
     elif loaded is not None and number in loaded.unknown_ids:
@@ -172,7 +171,7 @@ def _judge_ends(
     architecture = next(iter(config.get("architectures") or ()), "")
     if _NEVER_GENERATES.search(str(architecture)):
         return
-    # transformers makes a generation config of config.json only where there is no file of its own.
+    # transformers derives a generation config from config.json only if the file is missing.
     file = FILE if files.generation is not None else CONFIG
     ends = dict.fromkeys(
         stated.number
@@ -192,18 +191,18 @@ def _judge_template(template: Template, ends: list[int], file: str, findings: Fi
     if marker is not None:
         findings.add(
             "eos-not-closing-turn",
-            f"{template.called} closes an assistant's turn with {marker[0]}, which is no token of the "
+            f"{template.called} closes an assistant's turn with {marker[0]}, which is not a token of the "
             "tokenizer: the model cannot stop there",
             file=file,
-            hint="Take the tokenizer that the model was trained with.",
+            hint="Use the tokenizer of the training run.",
         )
     elif template.id is not None and template.id not in ends:
-        said = f"eos_token_id is {_listed(ends)}" if ends else "there is no eos_token_id"
-        opening = "no token; the next turn opens with " if template.opens_next else ""
+        said = f"eos_token_id is {_listed(ends)}" if ends else "eos_token_id is missing"
+        opening = "no token; the next turn starts with " if template.opens_next else ""
         findings.add(
             "eos-not-closing-turn",
             f"{template.called} closes an assistant's turn with {opening}{template.token} "
-            f"(id {template.id}), and {said}: the model "
+            f"(id {template.id}), but {said}: the model "
             + ("may not stop" if template.opens_next else "does not stop there"),
             file=file,
             severity="warning" if template.opens_next else "error",
@@ -217,12 +216,12 @@ def _judge_olmo(loaded: Loaded, ends: list[int], file: str, findings: Findings) 
     absent = [t for t, number in wanted.items() if number is not None and number not in ends]
     if len(numbers) < len(wanted) or not absent:
         return
-    # The first instruction-tuned OLMo 2 close their turns with <|endoftext|> alone, and do stop.
+    # The first instruction-tuned OLMo 2 models close their turns with <|endoftext|> alone, and stop.
     template = loaded.templates[0]
     stops = template.id in ends and OLMO_ENDS[0] not in template.text
     findings.add(
         "olmo-eos-incomplete",
-        f"an OLMo chat model ends at {' and '.join(OLMO_ENDS)}; eos_token_id is {_listed(ends)}, "
+        f"an OLMo chat model stops at {' and '.join(OLMO_ENDS)}; eos_token_id is {_listed(ends)}, "
         f"without {', '.join(f'{token} ({wanted[token]})' for token in absent)}",
         file=file,
         severity="warning" if stops else "error",
@@ -235,4 +234,4 @@ def _listed(numbers: list[int]) -> str:
 
 
 def _hint(numbers: list[int]) -> str:
-    return f'In {FILE}: "eos_token_id": {list(dict.fromkeys(numbers))}'
+    return f'Set "eos_token_id": {list(dict.fromkeys(numbers))} in {FILE}.'

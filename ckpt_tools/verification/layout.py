@@ -1,7 +1,6 @@
-"""Which files hold the weights, and whether index and shards agree.
+"""Owns the names of weight files in a finished directory, and the agreement of an index with its shards.
 
-Owns the names that weights have in a finished directory and the agreement of an index with the files it
-names. One file at a time is read by :mod:`~ckpt_tools.verification.container`.
+:mod:`~ckpt_tools.verification.container` reads one file.
 
 Sources: ``transformers/modeling_utils.py`` (``_get_resolved_checkpoint_files``: which file is taken
 first), ``transformers/utils/hub.py`` (``get_checkpoint_shard_files``: what an index needs).
@@ -30,11 +29,11 @@ _Reader = Callable[[str], "Tensors | None"]
 
 @dataclass(frozen=True, slots=True)
 class _Family:
-    """The names of one way to keep a model's weights.
+    """The file names of one weight format.
 
     Attributes:
-        single: the file that holds them all.
-        is_pickled: whether it is a file of ``torch.save``.
+        single: the name of a file with all weights.
+        is_pickled: whether ``torch.save`` writes it.
     """
 
     single: str
@@ -46,7 +45,7 @@ class _Family:
         return self.single + _INDEX_SUFFIX
 
     def files(self, names: Iterable[str]) -> list[str]:
-        """Those of ``names`` that are weights of this kind."""
+        """The weight files of this format in ``names``."""
         if self.is_pickled:
             return [n for n in names if re.fullmatch(r"pytorch_model.*\.bin", n)]
         return [n for n in names if n.endswith(".safetensors") and n != ADAPTER_FILES[0]]
@@ -67,10 +66,10 @@ def read_weights(directory: Directory, findings: Findings) -> None:
             below = [f.rpartition("/")[0] for f in directory.files if f.endswith(f"/{CONFIG}")]
             findings.add(
                 "no-weights",
-                "no file in it is one that models or adapters are loaded from",
-                hint=f"Name one of the directories in it: {listed(below)}"
+                "no file of the directory holds weights that a loader would find",
+                hint=f"Name one of the directories in it: {listed(below)}."
                 if below
-                else f"A model has {_SAFETENSORS.single} or {_SAFETENSORS.index}.",
+                else f"A model needs {_SAFETENSORS.single} or {_SAFETENSORS.index}.",
             )
         return
     safe = bool(held[_SAFETENSORS]) or _SAFETENSORS.index in names
@@ -82,21 +81,21 @@ def read_weights(directory: Directory, findings: Findings) -> None:
     if family is _PICKLED:
         findings.add(
             "pickled-weights",
-            "the weights are pickles, which run code where they are loaded without care",
+            "the weights are pickles, which can run code when they are loaded",
             file=held[_PICKLED][0] if held[_PICKLED] else _PICKLED.index,
-            hint="Save them as safetensors: ckpt-tools consolidate DIR OUT",
+            hint="Save them as safetensors with ckpt-tools consolidate DIR OUT.",
         )
     for name in held[_PICKLED] if family is _SAFETENSORS else ():
         findings.add(
             "pickled-weights-beside",
             "pickled weights lie beside safetensors, and need not be the same",
             file=name,
-            hint="Delete the file: loaders take the safetensors.",
+            hint="Delete the file. Loaders use the safetensors.",
         )
 
 
 def _read_adapters(directory: Directory, findings: Findings) -> None:
-    """Every adapter: in the directory itself, or in folders of the adapters' names."""
+    """Read every adapter, in the directory itself or in folders with the adapters' names."""
     wanted = (ADAPTER_CONFIG, *ADAPTER_FILES)
     places = (file.rpartition("/") for file in directory.files)
     folders = {folder for folder, _, name in places if name in wanted and "/" not in folder}
@@ -108,21 +107,21 @@ def _read_adapters(directory: Directory, findings: Findings) -> None:
         if not present:
             findings.add(
                 "no-weights",
-                "there is no file with the adapter's tensors beside its config",
+                "the file with the adapter's tensors is missing beside its config",
                 file=prefix + ADAPTER_CONFIG,
-                hint=f"An adapter has {ADAPTER_FILES[0]}.",
+                hint=f"An adapter needs {ADAPTER_FILES[0]}.",
             )
         if len(present) == 2:
             findings.add(
                 "pickled-weights-beside",
                 "pickled weights lie beside safetensors, and need not be the same",
                 file=present[1],
-                hint="Delete the file: PEFT takes the safetensors.",
+                hint="Delete the file. PEFT uses the safetensors.",
             )
 
 
 def _reader(directory: Directory, is_pickled: bool, findings: Findings) -> _Reader:
-    """Reads one file's tensors; None where it cannot be read."""
+    """A function that reads the tensors of one file; None if it cannot be read."""
 
     def read(file: str) -> Tensors | None:
         if is_pickled:
@@ -137,7 +136,7 @@ def _reader(directory: Directory, is_pickled: bool, findings: Findings) -> _Read
 
 
 class _Weights:
-    """The weight files of a model: reads those that belong to it and judges the rest."""
+    """The weight files of a model. Files that belong to it are read, others are reported."""
 
     def __init__(
         self, directory: Directory, family: _Family, present: list[str], findings: Findings
@@ -155,9 +154,9 @@ class _Weights:
             if single in self._present:
                 self._findings.add(
                     "single-and-sharded",
-                    f"{single} lies beside {index}; loaders take the one file and not the shards",
+                    f"{single} is beside {index}; loaders use the single file and not the shards",
                     file=single,
-                    hint="Delete those of the two that were not meant.",
+                    hint="Delete the single file, or the shards and their index.",
                 )
                 self._read(single)
             return self._indexed(index)
@@ -171,9 +170,9 @@ class _Weights:
         chosen = numbered or self._present
         self._findings.add(
             "index-missing",
-            f"{len(numbered)} shards, and no index says what they hold"
+            f"there are {len(numbered)} shards, but no index"
             if numbered
-            else f"{', '.join(chosen)}: no loader looks for weights under such a name",
+            else f"no loader looks for weights with the name {', '.join(chosen)}",
             file=self._family.index if numbered else chosen[0],
             hint=None if numbered else f"Rename the file to {self._family.single}.",
         )
@@ -181,7 +180,7 @@ class _Weights:
         return self._all_of(chosen)
 
     def _all_of(self, names: Iterable[str]) -> Tensors:
-        """The tensors of files that no index describes."""
+        """The tensors of files without an index."""
         held = {name: self._read(name) for name in names}
         self._directory.unread += [name for name, entries in held.items() if entries is None]
         return self._merged(held)
@@ -197,7 +196,7 @@ class _Weights:
             if name not in self._directory.files:
                 findings.add(
                     "index-missing-shard",
-                    f"the index says that {_count(weight_map, name)} tensors are in it",
+                    f"the index lists {_count(weight_map, name)} tensors in it",
                     file=name,
                     hint="Copy or download the file.",
                 )
@@ -221,7 +220,7 @@ class _Weights:
                 if name in tensors:
                     self._findings.add(
                         "tensor-duplicate",
-                        f"it is in {tensors[name].file}, too",
+                        f"it is in {tensors[name].file} too",
                         file=file,
                         tensor=name,
                     )
@@ -237,7 +236,7 @@ class _Weights:
                 found = f"; it is in {places[name]}" if name in places else ""
                 self._findings.add(
                     "index-tensor-missing",
-                    f"the index says that it is in {file}{found}",
+                    f"the index lists it in {file}{found}",
                     file=index,
                     tensor=name,
                 )
@@ -245,7 +244,7 @@ class _Weights:
             for name in entries.keys() - weight_map.keys():
                 self._findings.add(
                     "index-tensor-unlisted",
-                    f"it is in {file} and not in the index: loaders pass over it",
+                    f"it is in {file} but not in the index: loaders ignore it",
                     file=index,
                     tensor=name,
                 )
@@ -255,12 +254,12 @@ class _Weights:
     ) -> None:
         said = data["metadata"].get("total_size")
         total = sum(e.nbytes for entries in held.values() for e in entries.values())
-        # Tensors that share their bytes in a pickle are counted once, by most who wrote such files.
+        # Most writers count tensors that share their bytes in a pickle once.
         places = {(e.file, e.start): e.nbytes for es in held.values() for e in es.values()}
         if said is None or said not in (total, sum(places.values())):
             self._findings.add(
                 "index-total-size",
-                f"total_size is {said}, the tensors have {total} bytes",
+                f"total_size is {said}; the tensors have {total} bytes",
                 file=index,
                 hint=f"Set metadata.total_size to {total}.",
             )
@@ -270,15 +269,15 @@ class _Weights:
             is_shard = _NUMBERED.fullmatch(name) is not None
             self._findings.add(
                 "shard-stray",
-                f"it is not of the model that {instead} holds"
-                + ("" if is_shard else ", but some loaders read every weight file there is"),
+                f"it does not belong to the model in {instead}"
+                + ("" if is_shard else ", but some loaders read every weight file"),
                 file=name,
                 severity="error" if is_shard else "warning",
-                hint="Delete the file if it was left by an earlier save.",
+                hint="Delete the file if an earlier save left it.",
             )
 
     def _check_numbers(self, names: Collection[str]) -> None:
-        """``-00001-of-00003`` and its siblings: one stem, one count, every number once."""
+        """Check numbers such as ``-00001-of-00003``: one stem, one count, every number once."""
         matches = {name: m for name in names if (m := _NUMBERED.fullmatch(name))}
         series: dict[tuple[str, int], set[int]] = {}
         for match in matches.values():
@@ -290,7 +289,7 @@ class _Weights:
                 "shard-numbering",
                 f"shards of different series: {listed(found)}",
                 file=next(iter(matches)),
-                hint="Delete the series that was left by an earlier save.",
+                hint="Delete the series that an earlier save left.",
             )
         for (stem, count), numbers in sorted(series.items()):
             absent = sorted(set(range(1, count + 1)) - numbers)
@@ -307,25 +306,25 @@ class _Weights:
 def _weight_map(
     data: dict[str, Any] | None, index: str, findings: Findings
 ) -> dict[str, str] | None:
-    """The map of an index; None where it has none that can be used."""
+    """The map of an index; None if it has no valid map."""
     if data is None:
         return None
     weight_map = data.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        findings.add("index-invalid", "it has no weight_map that names tensors", file=index)
+        findings.add("index-invalid", "its weight_map is missing or empty", file=index)
         return None
     odd = [n for n, f in weight_map.items() if not isinstance(f, str) or not _is_inside(f)]
     for name in odd:
         findings.add(
             "index-invalid",
-            f"{weight_map[name]!r} is no file of the directory",
+            f"{weight_map[name]!r} is not a file of the directory",
             file=index,
             tensor=name,
         )
     if not isinstance(data.get("metadata"), dict):
         findings.add(
             "index-invalid",
-            "it has no metadata, and transformers does not load without",
+            "metadata is missing; transformers needs it to load the weights",
             file=index,
         )
         data["metadata"] = {}

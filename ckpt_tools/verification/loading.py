@@ -1,7 +1,7 @@
-"""The directory at work: what happens when transformers or PEFT load it.
+"""Owns the check that transformers or PEFT can load the directory and run the model.
 
-Owns what is asked of the child process (``loading_child.py``) and what its answers, or its death, mean.
-An adapter is loaded onto its base, where that is on this machine. It must not know how a model is built.
+A child process (``loading_child.py``) does the work. This module judges its answers or its death. An adapter
+is loaded onto its base, if the base is on this machine.
 """
 
 from __future__ import annotations
@@ -38,28 +38,27 @@ def check(run: Run) -> None:
 
 
 def check_loading(directory: Directory, findings: Findings, base: Path | None = None) -> None:
-    """Load what the directory holds, call it with a few tokens, and let it write some.
+    """Load the model or the adapters, run a forward pass on a few tokens, and generate a few.
 
-    It takes the memory of the model and runs on the CPU.
+    It needs the memory of the model and runs on the CPU.
 
     Args:
         directory: the directory, its weights and configs read.
         findings: takes the problems.
-        base: the model that the adapters of the directory belong to; found by its name in
-            ``adapter_config.json`` where it is None.
+        base: the base model of the adapters. If None, the name in ``adapter_config.json`` is used.
     """
     if directory.tensors or directory.config is not None:
         _load_model(directory, findings)
     for folder, tensors in directory.adapters.items():
         _load_adapter(directory, folder, tensors, base, findings)
     if not (directory.tensors or directory.config is not None or directory.adapters):
-        findings.skipped.append("loading (there is nothing to load)")
+        findings.skipped.append("loading (the directory holds no model or adapter)")
 
 
 def _load_model(directory: Directory, findings: Findings) -> None:
     config = directory.config
     if config is None:
-        findings.skipped.append("loading (there is no config that can be read)")
+        findings.skipped.append("loading (there is no readable config)")
         return
     question = {
         "directory": str(directory.path.resolve()),
@@ -88,7 +87,7 @@ def _load_adapter(
     found = next((place for place in places if (place / CONFIG).is_file()), None)
     if found is None:
         findings.skipped.append(
-            f"loading (the base {base or named} is no directory of a model on this machine)"
+            f"loading (the base {base or named} is not a directory of a model on this machine)"
         )
         return
     question = {
@@ -104,7 +103,7 @@ def _load_adapter(
 
 
 def _rows(tensors: Mapping[str, Entry], pattern: str) -> int | None:
-    """Rows of the first tensor of an adapter whose name fits."""
+    """Rows of the first matrix of an adapter whose name matches."""
     fitting = (entry.shape for name, entry in tensors.items() if re.search(pattern, name))
     return next((shape[0] for shape in fitting if len(shape) == 2), None)
 
@@ -112,7 +111,7 @@ def _rows(tensors: Mapping[str, Entry], pattern: str) -> int | None:
 def _judge(
     question: Mapping[str, Any], library: str, file: str, is_custom: bool, findings: Findings
 ) -> None:
-    """Ask the child, and note what each step says."""
+    """Ask the child, and judge each step."""
     try:
         child = run_child(
             "ckpt_tools.verification.loading_child",
@@ -134,12 +133,12 @@ def _judge(
 
 
 def _went_well(step: Mapping[str, Any], file: str, is_custom: bool, findings: Findings) -> bool:
-    """Note what a step says; whether it was carried out."""
+    """Judge a step. Returns whether it succeeded."""
     kind, title = _STEPS[step["step"]]
     if "skipped" in step:
         findings.skipped.append(f"{title} ({_first_line(step['skipped'])})")
     elif "unknown" in step and is_custom:
-        findings.skipped.append(f"{title} (it is custom code: --trust-remote-code)")
+        findings.skipped.append(f"{title} (custom code needs --trust-remote-code)")
     elif "unknown" in step:
         findings.add(kind, step["unknown"], file=file)
     elif "failure" in step:
@@ -157,7 +156,7 @@ def _went_well(step: Mapping[str, Any], file: str, is_custom: bool, findings: Fi
             findings.add(
                 "forward-not-finite",
                 f"{name} of a forward pass on a few tokens has NaN or infinity ({step['tensors'][name]})",
-                hint="ckpt-tools verify --read-data says which weights are not finite, if any are.",
+                hint="Run ckpt-tools verify --read-data to find weights that are not finite.",
             )
         return True
     elif step["tokens"] < 1:
@@ -177,7 +176,7 @@ def _judge_keys(step: Mapping[str, Any], findings: Findings) -> None:
     for name, held, wanted in step["mismatched"]:
         findings.add(
             "load-mismatched",
-            f"the file has shape {held}, the model {wanted}: loading made up random values",
+            f"its shape is {held}, the model needs {wanted}: loading used random values",
             tensor=name,
         )
 
@@ -201,14 +200,14 @@ def _judge_death(
     findings.add(
         kind,
         f"{title} ends the process with {signal.Signals(-child.returncode).name}"
-        + (", as where memory runs out" if killed else ""),
+        + (", as when memory runs out" if killed else ""),
         file=file,
         hint="Try it on a machine with more memory." if killed else None,
     )
 
 
 def _failure(text: str) -> str:
-    """The first line of a library's complaint; the next one too, where that is but a title."""
+    """The first line of an error message; also the next line if the first is only a title."""
     lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 

@@ -1,10 +1,10 @@
-"""The child process that puts a directory to work: loads it, calls it once, lets it write a few tokens.
+"""Owns the child process that loads a directory, runs a forward pass, and generates a few tokens.
 
-Owns every use of transformers' and PEFT's loading code in a check. It runs apart because a model may need
-more memory than there is, or crash what loads it; so each step is told as soon as it is done, and what is
-missing at the end is the step that did not survive. It judges nothing.
+All loading code of transformers and PEFT for checks runs here, because a model can need more memory than the
+machine has, or crash its process. Each step is reported as soon as it is done. So a missing step is the one
+that ended the process.
 
-Reads one JSON object on standard input, prints one for each step on standard output.
+It reads one JSON object on standard input and prints one for each step on standard output.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 _TOKENS = 6
 _NEW_TOKENS = 5
-# A model that takes one of these too may not be content with text.
+# A model with one of these inputs may need more than text.
 _OTHER_INPUTS = {"pixel_values", "input_features", "input_values", "bbox"}
 _CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def steps(question: Mapping[str, Any]) -> Iterator[Step]:
-    """Each step's name, and what came of it: ``failure``, ``unknown`` or ``skipped`` where it failed."""
+    """Each step's name and result; ``failure``, ``unknown`` or ``skipped`` if it failed."""
     import torch
 
     held: list[Any] = []
@@ -65,7 +65,7 @@ class _NoClassError(Exception):
 
 
 class _NoBaseError(Exception):
-    """The base of an adapter cannot be had, whatever the adapter is."""
+    """The base of an adapter cannot be loaded."""
 
 
 def _tried(action: Callable[[], Step]) -> Step:
@@ -80,7 +80,7 @@ def _tried(action: Callable[[], Step]) -> Step:
 
 
 def _loaded(question: Mapping[str, Any], held: list[Any]) -> Step:
-    """Load a full model into ``held``; what transformers says of its keys."""
+    """Load a full model into ``held``, and return what transformers reports about its keys."""
     model, info = _from_pretrained(question["directory"], question["trust_remote_code"])
     held.append(model)
     return {
@@ -130,7 +130,7 @@ def _custom_class(config: Mapping[str, Any], architecture: str, directory: str) 
 
 
 def _adapted(question: Mapping[str, Any], held: list[Any]) -> Step:
-    """Load the base with the adapter on it into ``held``; what PEFT says of the adapter's keys."""
+    """Load base and adapter into ``held``, and return what PEFT reports about the adapter's keys."""
     from peft import PeftConfig, PeftModel
 
     task = PeftConfig.from_pretrained(question["directory"]).task_type
@@ -144,7 +144,7 @@ def _adapted(question: Mapping[str, Any], held: list[Any]) -> Step:
     except Exception as error:
         raise _NoBaseError(f"its base cannot be loaded: {error}") from error
     model: Any = PeftModel.from_pretrained(base, question["directory"])
-    # A second time, for the account that the first one throws away.
+    # A second time, because the first call does not return the report.
     account = model.load_adapter(question["directory"], model.active_adapter)
     held.append(model)
     return {
@@ -155,7 +155,7 @@ def _adapted(question: Mapping[str, Any], held: list[Any]) -> Step:
 
 
 def _called(model: Any) -> Step:
-    """Whether the answer to a few tokens is finite."""
+    """Run a forward pass on a few tokens, and return which outputs are not finite."""
     import inspect
 
     import torch
@@ -163,7 +163,7 @@ def _called(model: Any) -> Step:
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     takes = set(inspect.signature(inner.forward).parameters)
     if inner.main_input_name != "input_ids" or "input_ids" not in takes:
-        return {"skipped": f"it takes {inner.main_input_name}, not tokens"}
+        return {"skipped": f"the model takes {inner.main_input_name}, not tokens"}
     try:
         tokens = _tokens(inner)
         asked = {"input_ids": tokens}
@@ -173,7 +173,7 @@ def _called(model: Any) -> Step:
     except Exception as error:
         others = sorted(takes & _OTHER_INPUTS)
         if others:
-            return {"skipped": f"it takes {others[0]} besides tokens ({error})"}
+            return {"skipped": f"the model takes {others[0]} besides tokens ({error})"}
         raise
     named = answer.items() if isinstance(answer, Mapping) else enumerate(answer)
     tensors = {
@@ -188,7 +188,7 @@ def _called(model: Any) -> Step:
 
 
 def _tokens(model: Any) -> Any:
-    """A few ids that mean nothing special, and the end of a text, which some classifiers look for."""
+    """A few ordinary ids, and the end-of-text id, which some classifiers need."""
     import torch
 
     rows = model.get_input_embeddings().weight.shape[0]
@@ -217,7 +217,7 @@ def _special_ids(config: Mapping[str, Any]) -> Iterator[int]:
 
 
 def _generated(model: Any) -> Step:
-    """How many tokens a greedy generation gives."""
+    """The number of tokens of a greedy generation."""
     import torch
 
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,8 +1,7 @@
-"""The manifest and the checksums: what was recorded when the directory was written.
+"""Owns the check of ``ckpt_tools_manifest.json`` and ``SHA256SUMS`` against the files, without reading data.
 
-Owns the reading of ``ckpt_tools_manifest.json`` and ``SHA256SUMS``, which must be, to the byte, what they are
-when nobody touched them, and their comparison with what is there, without reading data. Written apart
-from the code that writes them. docs/verify.md has the schema.
+Both files must be byte for byte as they were written. This code is independent of the code that writes them.
+docs/verify.md has the schema.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _KEYS = (
 )
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 _SUM = re.compile(r"([0-9a-f]{64})  (.+)")
-_WRITE_ANEW = "Write the directory anew, or compare it with the checkpoint: --against CKPT"
+_WRITE_ANEW = "Write the directory again, or compare it with the checkpoint with --against CKPT."
 
 
 def check(run: Run) -> None:
@@ -36,14 +35,14 @@ def check(run: Run) -> None:
 
 
 def read_manifests(directory: Directory, findings: Findings) -> list[Manifest]:
-    """Every manifest there is: adapters in folders have their own."""
+    """Every manifest. Adapters in folders have their own."""
     found = [
         _read(directory, file, findings)
         for file in directory.files
         if file.rpartition("/")[2] == MANIFEST
     ]
     if MANIFEST not in directory.files:
-        findings.skipped.append(f"what was written (there is no {MANIFEST})")
+        findings.skipped.append(f"comparison with the manifest (there is no {MANIFEST})")
     return [manifest for manifest in found if manifest is not None]
 
 
@@ -56,20 +55,22 @@ def _read(directory: Directory, file: str, findings: Findings) -> Manifest | Non
     try:
         data = json.loads(content)
         if not isinstance(data, dict):
-            raise ValueError("it is no object")
+            raise ValueError("it is not an object")
         if data.get("version") != VERSION and content == _text(data):
-            raise ValueError(f"version {data.get('version')}, and {VERSION} is known here")
+            raise ValueError(
+                f"its version is {data.get('version')}; this ckpt-tools reads version {VERSION}"
+            )
         folder = file.removesuffix(MANIFEST)
         manifest = _parsed(data, folder)
         if content != _text(data):
-            raise _Touched("its text is not as ckpt-tools writes it")
+            raise _Touched("its text differs from what ckpt-tools writes")
         if data["xxh3_128"] != xxhash.xxh3_128_hexdigest(_text({**data, "xxh3_128": ""})):
-            raise _Touched("its digest of itself is another")
+            raise _Touched("its digest of itself is wrong")
     except _Touched as error:
         findings.add("manifest-invalid", f"it was changed: {error}", file=file, hint=_WRITE_ANEW)
         return manifest
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        said = f"no {error}" if isinstance(error, KeyError) else str(error)
+        said = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         findings.add("manifest-invalid", f"it is damaged: {said}", file=file, hint=_WRITE_ANEW)
         return None
     findings.checked.append(f"{file}: intact, {data['command']} of {data['tool']}")
@@ -77,7 +78,7 @@ def _read(directory: Directory, file: str, findings: Findings) -> Manifest | Non
 
 
 class _Touched(Exception):
-    """The manifest can be read, and is not what was written."""
+    """The manifest can be read, but was changed."""
 
 
 def _text(data: Mapping[str, Any]) -> bytes:
@@ -100,7 +101,7 @@ def _parsed(data: dict[str, Any], folder: str) -> Manifest:
     tensors = {n: (folder + r["file"], r["xxh3_128"]) for n, r in data["tensors"].items()}
     everything = [*digests.values(), *(digest for _, digest in tensors.values())]
     if not all(isinstance(d, str) and _DIGEST.fullmatch(d) for d in everything):
-        raise ValueError("a digest is none")
+        raise ValueError("a digest is invalid")
     return Manifest(folder, unit, tensors, sizes, digests, frozenset(headers))
 
 
@@ -128,7 +129,7 @@ def _check_files(
         elif directory.files[file] != nbytes:
             findings.add(
                 "manifest-file-size",
-                f"it has {directory.files[file]:,} bytes, and had {nbytes:,} when it was written",
+                f"it has {directory.files[file]:,} bytes; the manifest has {nbytes:,}",
                 file=file,
                 hint=_WRITE_ANEW,
             )
@@ -141,12 +142,10 @@ def _check_files(
             continue
         if any(file.startswith(scope) for scope in inner) or name == MANIFEST:
             continue
-        # Programs keep notes in hidden files; they were there before or came later.
+        # Other programs write hidden files at any time.
         if name.rpartition("/")[2] == SHA256SUMS or any(p.startswith(".") for p in name.split("/")):
             continue
-        findings.add(
-            "manifest-file-unlisted", "it was not there when the directory was written", file=file
-        )
+        findings.add("manifest-file-unlisted", "the manifest does not list it", file=file)
 
 
 def _check_tensors(directory: Directory, manifest: Manifest, findings: Findings) -> None:
@@ -154,21 +153,24 @@ def _check_tensors(directory: Directory, manifest: Manifest, findings: Findings)
         container = directory.containers.get(file)
         if container is not None and name not in container.entries:
             findings.add(
-                "manifest-tensor", "it was in this file and is not", file=file, tensor=name
+                "manifest-tensor",
+                "the manifest lists it in this file, but the file does not have it",
+                file=file,
+                tensor=name,
             )
     for file in sorted(manifest.headers & directory.containers.keys()):
         for name in directory.containers[file].entries:
             if manifest.tensors.get(name, ("", ""))[0] != file:
                 findings.add(
                     "manifest-tensor",
-                    "it was not in this file when it was written",
+                    "the manifest does not list it in this file",
                     file=file,
                     tensor=name,
                 )
 
 
 def read_sums(directory: Directory, findings: Findings) -> list[tuple[str, str]]:
-    """Each file that a ``SHA256SUMS`` names, with its SHA-256 in hexadecimal; several may name one."""
+    """Each file in a ``SHA256SUMS``, with its SHA-256 in hexadecimal. A file can be in several."""
     sums: list[tuple[str, str]] = []
     for file in directory.files:
         if file.rpartition("/")[2] != SHA256SUMS:
@@ -190,11 +192,11 @@ def _lines(directory: Directory, file: str, findings: Findings) -> Iterator[tupl
         findings.add("file-unreadable", f"cannot be read ({error.strerror})", file=file)
         return
     except UnicodeDecodeError as error:
-        findings.add("sha256-invalid", f"it is no text ({error})", file=file)
+        findings.add("sha256-invalid", f"it is not text ({error})", file=file)
         return
     *lines, rest = text.split("\n")
     if rest or not lines:
-        findings.add("sha256-invalid", "its last line does not end", file=file)
+        findings.add("sha256-invalid", "its last line has no line end", file=file)
     seen: set[str] = set()
     for number, line in enumerate(lines, 1):
         match = _SUM.fullmatch(line)

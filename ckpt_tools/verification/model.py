@@ -1,8 +1,7 @@
-"""The tensors against the model that the config describes: missing, unexpected, misshapen, tied.
+"""Owns the comparison of the tensors with the config's model: missing, unexpected, wrong shapes, ties.
 
-Owns the comparison of what lies in the files with what transformers itself would have written, which
-:mod:`ckpt_tools.hub.reference` finds without weights. Where a directory is laid out as another version of
-transformers did it, that layout is taken. It must not know files or data.
+:mod:`ckpt_tools.hub.reference` finds without weights what transformers would write for the config. If the
+directory has the layout of another version of transformers, that layout is expected.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from ckpt_tools.verification.run import Run
 ORDER = 10
 _WHOSE = "tensors against the model"
 
-# Asks for the model in the layout of a directory with these names.
+# Returns the model in the layout of a directory with these names.
 _Ask = Callable[[Collection[str]], ReferenceModel | None]
 
 
@@ -37,7 +36,7 @@ def check_model(directory: Directory, findings: Findings) -> ReferenceModel | No
     """Compare the tensors with the model of the config.
 
     Returns:
-        The model; None where it is not known, which is then among what was skipped.
+        The model; None if it is not known, with the reason in the skipped checks.
     """
     config, tensors = directory.config, directory.tensors
     if config is None or not tensors:
@@ -50,7 +49,7 @@ def check_model(directory: Directory, findings: Findings) -> ReferenceModel | No
     reference = _asked(directory, None, findings)
     if reference is None or is_quantized(directory):
         if reference is not None:
-            findings.skipped.append(f"{_WHOSE}: quantizers have names and shapes of their own")
+            findings.skipped.append(f"{_WHOSE}: quantizers use their own names and shapes")
         plain_names(tensors, (), findings)
         return None
     known = {**reference.live, **reference.saved, **reference.tied}.keys()
@@ -72,7 +71,7 @@ def _asked(
     config = directory.config or {}
     trust = directory.trust_remote_code
     if not config.get("architectures"):
-        findings.skipped.append(f"{_WHOSE}: config.json names no architecture")
+        findings.skipped.append(f"{_WHOSE}: config.json has no architectures")
         return None
     try:
         found = describe(
@@ -83,7 +82,7 @@ def _asked(
         )
     except UsageError as error:
         findings.add("config-invalid", error.fact, file=CONFIG)
-        findings.skipped.append(f"{_WHOSE}: the config describes none")
+        findings.skipped.append(f"{_WHOSE}: the config does not describe a model")
         return None
     except CkptError as error:
         findings.skipped.append(f"{_WHOSE}: {error.fact}")
@@ -92,7 +91,7 @@ def _asked(
         name = config["architectures"][0]
         why = f"the installed transformers has no {name}"
         if "auto_map" in config and not trust:
-            why = f"{name} is custom code, and --trust-remote-code was not given"
+            why = f"{name} is custom code; pass --trust-remote-code to run it"
         findings.skipped.append(f"{_WHOSE}: {why}")
     return found
 
@@ -100,10 +99,10 @@ def _asked(
 def _with_known_prefix(
     names: Mapping[str, str], reference: ReferenceModel, findings: Findings
 ) -> Mapping[str, str] | None:
-    """The names as the model has them, where all differ from them in the same prefix.
+    """The names with the model's prefix, if all differ from the model's names in one prefix.
 
     Returns:
-        Plain name to name in the files; None where the tensors are of another model altogether.
+        Plain name to name in the files; None if the tensors belong to another model.
     """
     known = {**reference.live, **reference.saved, **reference.tied}.keys()
     if not names or not known or names.keys() & known:
@@ -114,9 +113,9 @@ def _with_known_prefix(
             first = next(iter(names.values()))
             findings.add(
                 "name-wrapped",
-                f"all names start with {surplus!r}, which those of {reference.architecture} do not",
+                f"all names start with {surplus!r}, but names of {reference.architecture} do not",
                 tensor=first,
-                hint="Take the part by itself: ckpt-tools extract-attr CKPT ATTRIBUTE OUT",
+                hint="Extract this part with ckpt-tools extract-attr CKPT ATTRIBUTE OUT.",
             )
             return {name.removeprefix(surplus): old for name, old in names.items()}
         surplus = surplus[: surplus[:-1].rfind(".") + 1]
@@ -124,18 +123,18 @@ def _with_known_prefix(
         if any(prefix + name in known for name in names):
             findings.add(
                 "name-headless",
-                f"the names lack the {prefix!r} of {reference.architecture}: the model was saved "
-                "without its head; transformers puts up with it, not every loader does",
+                f"the names lack the prefix {prefix!r} of {reference.architecture}: the model was saved "
+                "without its head; transformers accepts this, some loaders do not",
                 tensor=next(iter(names.values())),
             )
             return {name if name in known else prefix + name: old for name, old in names.items()}
     findings.add(
         "name-foreign",
-        f"tensors of {reference.architecture} are called {listed(sorted(known), 2)}; "
-        f"those here are called {listed(sorted(names), 2)}",
+        f"tensors of {reference.architecture} have names such as {listed(sorted(known), 2)}; "
+        f"these are {listed(sorted(names), 2)}",
         file=CONFIG,
         tensor=next(iter(names.values())),
-        hint="Put the config.json of the model that was trained in its place.",
+        hint="Replace config.json with that of the trained model.",
     )
     return None
 
@@ -146,7 +145,7 @@ class _Comparison:
 
     Attributes:
         directory: the directory.
-        model: the model as transformers would write it.
+        model: the model in the layout that transformers would write.
         names: plain name to name in the files.
         findings: takes the problems.
     """
@@ -171,7 +170,7 @@ class _Comparison:
         self._compare_shapes(rest)
 
     def _in_memory_names(self) -> set[str]:
-        """Names of the model in memory that the hub's layout does not have; what they stand for, too."""
+        """Names of the live model that the hub layout does not have, and the hub names they replace."""
         model, explained = self.model, set[str]()
         hub = {**model.saved, **model.tied}
         made: dict[str, list[str]] = {}
@@ -188,14 +187,14 @@ class _Comparison:
         for name, written in found.items():
             self._add(
                 "name-in-memory",
-                f"the model in memory holds it so; a directory has {listed(written, 2)}"
+                f"this is a tensor of the model in memory; a directory has {listed(written, 2)}"
                 if name in fused
-                else f"the model in memory calls it so; in a directory it is {written[0]}",
+                else f"this is a name of the model in memory; a directory has {written[0]}",
                 name,
-                # Prefixes alone are put up with by most who read directories.
+                # Most loaders accept a different prefix.
                 warn=not fused,
-                hint="vLLM and other versions of transformers do not read it; ckpt-tools consolidate "
-                "writes the layout of the Hub.",
+                hint="vLLM and other versions of transformers do not read it. ckpt-tools consolidate "
+                "writes the hub layout.",
             )
             explained |= {name, *written}
         return explained
@@ -205,7 +204,7 @@ class _Comparison:
         return wanted <= set(names) <= {**model.saved, **model.tied}.keys()
 
     def _distance(self, model: ReferenceModel, names: Collection[str]) -> int:
-        """How many names are missing, and how many too many."""
+        """The number of missing and unexpected names."""
         both = {**model.saved, **model.tied}.keys()
         return len(model.saved.keys() - set(names)) + len(set(names) - both)
 
@@ -226,22 +225,22 @@ class _Comparison:
             if written:
                 self._add(
                     "tie-other-name",
-                    f"it is written as {written[0]}, which is tied to it; not every loader looks there",
+                    f"it is written as {written[0]}, which is tied to it; some loaders do not look there",
                     name,
                     warn=True,
                 )
             elif name in kept_by:
-                self._add("tie-missing", f"neither it nor {listed(kept_by[name])} is there", name)
+                self._add("tie-missing", f"both it and {listed(kept_by[name])} are missing", name)
             else:
                 self._add(
-                    "tensor-missing", f"{model.architecture} has it", name, hint=_advice(name)
+                    "tensor-missing", f"{model.architecture} needs it", name, hint=_advice(name)
                 )
         for name in set(names) - {**model.saved, **model.tied}.keys():
             known = name in passed_over or name in model.ignored
             self._add(
                 "tensor-unexpected",
                 f"{model.architecture} has no such tensor"
-                + (", and transformers passes over it" if known else ""),
+                + ("; transformers ignores it" if known else ""),
                 name,
                 warn=known,
             )
@@ -249,9 +248,9 @@ class _Comparison:
             if ties[name] in names:
                 self._add(
                     "tie-written-twice",
-                    f"the config ties it to {ties[name]}, and both are written",
+                    f"the config ties it to {ties[name]}, but both are written",
                     name,
-                    hint="Delete the second, or set tie_word_embeddings to false if they differ.",
+                    hint="Delete the second one, or set tie_word_embeddings to false if they differ.",
                 )
 
     def _compare_shapes(self, names: Collection[str]) -> None:
@@ -267,7 +266,7 @@ class _Comparison:
                     continue
                 self._add(
                     "shape-mismatch",
-                    f"its shape is {list(found)}, the config describes {list(wanted)}",
+                    f"its shape is {list(found)}; the config gives {list(wanted)}",
                     name,
                 )
             if (
@@ -276,7 +275,7 @@ class _Comparison:
                 and not entry.dtype.is_floating
             ):
                 self._add(
-                    "dtype-integer", f"it is {entry.dtype}, and no quantizer is in the config", name
+                    "dtype-integer", f"it is {entry.dtype}, but the config has no quantizer", name
                 )
         for rows, resized_names in resized.items():
             assert isinstance(size, int)

@@ -1,8 +1,7 @@
-"""Names that a finished model does not have: those of wrappers, of PEFT and of adapters.
+"""Owns the names that a finished model does not have: those of wrappers, of PEFT and of adapters.
 
-Owns what such names look like, and the names behind them: the rest of the check goes on with those, so that
-one mistake is one problem. Names that the model really has are never taken for a wrapper's. It must not
-know files or values.
+The other checks continue with the plain names, so that one mistake is one problem. Names that the model has
+are never treated as wrapper names.
 """
 
 from __future__ import annotations
@@ -20,22 +19,22 @@ _PEFT = "base_model.model."
 _LORA = re.compile(r"(^|\.)lora_(A|B|embedding_A|embedding_B|magnitude_vector)(\.|$)")
 _PEFT_PARTS = re.compile(r"\.(base_layer|original_module|modules_to_save\.[^.]+)(?=\.)")
 
-_ANEW = "Write the directory anew with ckpt-tools consolidate, which strips them."
+_ANEW = "Write the directory again with ckpt-tools consolidate, which removes them."
 _MERGE = (
-    "ckpt-tools merge-lora writes the merged model, ckpt-tools extract-lora the adapter by itself."
+    "ckpt-tools merge-lora writes the merged model, ckpt-tools extract-lora writes the adapter."
 )
 
 
 def plain_names(names: Iterable[str], known: Collection[str], findings: Findings) -> dict[str, str]:
-    """Strip what does not belong, and note it.
+    """Remove wrapper segments from names, and add a problem for each wrapper.
 
     Args:
         names: the names in the files.
-        known: names that the model has; empty where it is not known.
-        findings: takes one problem for each wrapper.
+        known: names of the model; empty if the model is not known.
+        findings: takes the problems.
 
     Returns:
-        For each plain name, the name in the files; those of adapters are left out.
+        For each plain name, the name in the files. Names of adapters are left out.
     """
     plain = {name: name for name in names}
     for wrapper in _ANYWHERE:
@@ -75,7 +74,7 @@ def _strip(
     first = next(iter(hits))
     findings.add(
         kind,
-        f"{len(hits)} names have {shown!r} in them; this one should be {hits[first]}",
+        f"{len(hits)} names contain {shown!r}; this one should be {hits[first]}",
         tensor=first,
         hint=_MERGE if kind == "name-peft" else _ANEW,
     )
@@ -83,7 +82,7 @@ def _strip(
 
 
 def common_prefix(names: Collection[str]) -> str:
-    """The segments that all names start with, the last dot included; empty where there are none."""
+    """The common first segments of all names, with the last dot; empty if there are none."""
     paths = [name.split(".")[:-1] for name in names]
     shared: list[str] = []
     for column in zip(*paths, strict=False):

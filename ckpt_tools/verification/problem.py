@@ -1,7 +1,6 @@
-"""What a check can say: a problem of a known kind, what was checked and what could not be.
+"""Owns the list of every kind of problem (``KINDS``), the findings of checks, and the verdict of a run.
 
-Owns the list of every kind of problem (``KINDS``), the collector that checks write to (``Findings``) and
-the answer of a whole run (``Verdict``). It must not know how anything is checked or shown.
+A check reports problems of known kinds, what it checked, and what it could not check.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ class Kind(NamedTuple):
     """A kind of problem.
 
     Attributes:
-        severity: an error makes the directory bad; a warning is to be looked at.
+        severity: an error makes the directory bad; a warning needs a look.
         meaning: one line that explains it.
     """
 
@@ -28,30 +27,32 @@ class Kind(NamedTuple):
     meaning: str
 
 
-# Every kind there is, by the module that finds it.
+# Every kind, by the module that finds it. A module can bring more kinds in a ``KINDS`` of its own.
 KINDS: dict[str, Kind] = {
-    # directory.py: what lies there
+    # directory.py: the files
     "file-unreadable": Kind("error", "a file cannot be read"),
     "leftover": Kind("error", "a file of a save, download or conversion that did not finish"),
     "duplicate-key": Kind("error", "a header, index or config has the same key twice"),
     # layout.py: weight files, the index and the shards
     "no-weights": Kind("error", "there are no weights that a loader would find"),
     "index-missing": Kind("error", "weight files that no loader looks for without an index"),
-    "index-invalid": Kind("error", "the index of the shards is not what an index is"),
+    "index-invalid": Kind("error", "the index of the shards is invalid"),
     "index-missing-shard": Kind("error", "the index names a file that is not there"),
     "index-tensor-missing": Kind("error", "a tensor of the index is not in the shard it names"),
     "index-tensor-unlisted": Kind("error", "a tensor of a shard is not in the index"),
-    "index-total-size": Kind("error", "the total size in the index is not that of the tensors"),
-    "shard-stray": Kind("error", "a weight file that is not of the model"),
-    "shard-numbering": Kind("error", "the numbers in the shards' names do not fit together"),
+    "index-total-size": Kind(
+        "error", "the total size in the index differs from that of the tensors"
+    ),
+    "shard-stray": Kind("error", "a weight file that does not belong to the model"),
+    "shard-numbering": Kind("error", "the numbers in the shards' names contradict each other"),
     "single-and-sharded": Kind("error", "one whole weight file and an index of shards"),
     "tensor-duplicate": Kind("error", "a tensor is in more than one weight file"),
     "pickled-weights": Kind("warning", "the weights are pickles, which can run code"),
     "pickled-weights-beside": Kind("warning", "pickled weights beside safetensors"),
     "pickled-invalid": Kind("error", "a pickled weight file cannot be read"),
     # container.py: one safetensors file
-    "lfs-pointer": Kind("error", "a pointer of Git LFS in the place of the file"),
-    "shard-truncated": Kind("error", "the file ends before its last tensor does"),
+    "lfs-pointer": Kind("error", "a Git LFS pointer instead of the file"),
+    "shard-truncated": Kind("error", "the file ends before its last tensor ends"),
     "trailing-bytes": Kind("error", "bytes after the last tensor"),
     "header-invalid": Kind("error", "the header of a safetensors file is damaged"),
     "header-unaligned": Kind("warning", "the data of a safetensors file does not start aligned"),
@@ -63,68 +64,72 @@ KINDS: dict[str, Kind] = {
     # config.py: config.json
     "config-missing": Kind("error", "there is no config.json"),
     "config-invalid": Kind("error", "config.json is not the config of a model"),
-    "config-architecture": Kind("error", "the class in the config is not that of the tensors"),
-    "config-dtype": Kind("error", "the dtype in the config is not that of the tensors"),
-    "config-vocabulary": Kind("error", "vocab_size in the config is not that of the embedding"),
-    "dtype-mixed": Kind("warning", "floating tensors are of several dtypes"),
+    "config-architecture": Kind("error", "the class in the config does not fit the tensors"),
+    "config-dtype": Kind("error", "the dtype in the config differs from that of the tensors"),
+    "config-vocabulary": Kind(
+        "error", "vocab_size in the config differs from the rows of the embedding"
+    ),
+    "dtype-mixed": Kind("warning", "floating tensors have several dtypes"),
     # names.py: names that a finished model does not have
-    "name-wrapped": Kind("error", "names with the prefix of a wrapper of training"),
+    "name-wrapped": Kind("error", "names with the prefix of a training wrapper"),
     "name-peft": Kind("error", "names of a model that PEFT wraps"),
     "name-lora": Kind("error", "tensors of an adapter in a full model"),
     # model.py: tensors against the model that the config describes
-    "name-foreign": Kind("error", "the tensors are of another model than the config's"),
-    "name-headless": Kind("warning", "names as of a model that was saved without its head"),
+    "name-foreign": Kind("error", "the tensors belong to another model than the config"),
+    "name-headless": Kind("warning", "names of a model that was saved without its head"),
     "name-in-memory": Kind("error", "a name of the model in memory, not of the hub layout"),
-    "tensor-missing": Kind("error", "a tensor of the model is not there"),
+    "tensor-missing": Kind("error", "a tensor of the model is missing"),
     "tensor-unexpected": Kind("error", "a tensor that the model does not have"),
-    "shape-mismatch": Kind("error", "a tensor's shape is not the model's"),
-    "dtype-integer": Kind("error", "a weight of whole numbers in a model that is not quantized"),
+    "shape-mismatch": Kind("error", "the shape of a tensor differs from the model's"),
+    "dtype-integer": Kind("error", "an integer weight in a model that is not quantized"),
     "tie-missing": Kind("error", "no name of a tied tensor is written"),
     "tie-other-name": Kind("warning", "a tied tensor is written under its second name"),
     "tie-written-twice": Kind("warning", "both names of a tied tensor are written"),
     # adapter.py: adapters as PEFT writes them
     "adapter-config-invalid": Kind("error", "adapter_config.json is not the config of an adapter"),
     "adapter-type-unknown": Kind("error", "a peft_type that PEFT does not know"),
-    "adapter-base-unnamed": Kind("warning", "the adapter does not say what it adapts"),
+    "adapter-base-unnamed": Kind("warning", "the adapter does not name its base model"),
     "adapter-alpha": Kind("error", "lora_alpha is absent or not positive"),
     "adapter-rank": Kind("error", "r is absent, or a tensor has another rank"),
-    "adapter-shape": Kind("error", "a factor is no matrix: a shard that was not gathered"),
+    "adapter-shape": Kind("error", "a factor is not a matrix: a shard that was not gathered"),
     "adapter-pair": Kind("error", "a LoRA A without its B, or B without its A"),
     "adapter-target": Kind("error", "targets of the config and of the tensors differ"),
     "adapter-name": Kind("error", "a name that PEFT does not read"),
     "adapter-empty": Kind("error", "an adapter without a tensor of its kind"),
     "adapter-base-tensor": Kind("warning", "a tensor of the base model in an adapter"),
-    "adapter-module-missing": Kind("error", "a module that is saved whole is not there"),
-    # tokenizer.py: what turns text into ids, and ids into rows of the embedding
+    "adapter-module-missing": Kind("error", "a module that is saved whole is missing"),
+    # tokenizer.py: text to ids, and ids to rows of the embedding
     "tokenizer-unreadable": Kind("error", "transformers cannot load the tokenizer"),
     "token-id-conflict": Kind("error", "two files of the tokenizer give a token different ids"),
-    "token-id-outside-embedding": Kind("error", "a token's id is no row of the embedding"),
+    "token-id-outside-embedding": Kind("error", "a token's id is not a row of the embedding"),
     "special-token-missing": Kind("error", "a special token that is not in the vocabulary"),
     "chat-template-invalid": Kind("error", "the chat template cannot be rendered"),
-    # generation.py: when a text ends
+    # generation.py: the end of a text
     "generation-config-invalid": Kind("error", "transformers refuses generation_config.json"),
-    "eos-unknown": Kind("error", "an id that ends a text is no token of the model"),
-    "bos-unknown": Kind("error", "the id that begins a text is no token of the model"),
-    "pad-unknown": Kind("error", "the padding id is no token of the model"),
-    "decoder-start-unknown": Kind("error", "the decoder starts with an id that is no token"),
-    "eos-not-closing-turn": Kind("error", "what closes an assistant's turn does not end a text"),
-    "olmo-eos-incomplete": Kind("error", "an OLMo chat model lacks one of its two ends"),
-    # loading.py: transformers or PEFT at work
+    "eos-unknown": Kind("error", "an id that ends a text is not a token of the model"),
+    "bos-unknown": Kind("error", "the id that begins a text is not a token of the model"),
+    "pad-unknown": Kind("error", "the padding id is not a token of the model"),
+    "decoder-start-unknown": Kind("error", "the decoder starts with an id that is not a token"),
+    "eos-not-closing-turn": Kind(
+        "error", "the token that closes an assistant's turn does not end a text"
+    ),
+    "olmo-eos-incomplete": Kind("error", "an OLMo chat model lacks one of its two end tokens"),
+    # loading.py: transformers or PEFT load the directory
     "load-failed": Kind("error", "the directory cannot be loaded"),
-    "load-missing-keys": Kind("error", "weights were made up that the files lack"),
-    "load-unexpected-keys": Kind("error", "weights of the files were left aside"),
+    "load-missing-keys": Kind("error", "the files lack weights, and loading used random values"),
+    "load-unexpected-keys": Kind("error", "loading ignored weights of the files"),
     "load-mismatched": Kind("error", "weights of the files do not fit the model"),
     "forward-failed": Kind("error", "the loaded model cannot be called"),
-    "forward-not-finite": Kind("error", "the loaded model answers with NaN or infinity"),
+    "forward-not-finite": Kind("error", "the loaded model returns NaN or infinity"),
     "generation-failed": Kind("error", "the loaded model cannot generate"),
-    # manifest.py: what was recorded when the directory was written
-    "manifest-invalid": Kind("error", "the manifest is not one, or was changed"),
-    "manifest-file-missing": Kind("error", "a file of the manifest is not there"),
-    "manifest-file-size": Kind("error", "a file's size is not the manifest's"),
+    # manifest.py: the record of the directory
+    "manifest-invalid": Kind("error", "the manifest is invalid, or was changed"),
+    "manifest-file-missing": Kind("error", "a file of the manifest is missing"),
+    "manifest-file-size": Kind("error", "the size of a file differs from the manifest"),
     "manifest-file-unlisted": Kind("warning", "a file that the manifest does not list"),
     "manifest-tensor": Kind("error", "tensors of the manifest and of the files differ"),
-    "sha256-invalid": Kind("error", "SHA256SUMS is not what sha256sum prints"),
-    "sha256-file-missing": Kind("error", "a file of SHA256SUMS is not there"),
+    "sha256-invalid": Kind("error", "SHA256SUMS is not in the format of sha256sum"),
+    "sha256-file-missing": Kind("error", "a file of SHA256SUMS is missing"),
     # data.py: every byte
     "nan": Kind("error", "weights that are not a number"),
     "inf": Kind("error", "infinite weights"),
@@ -133,30 +138,30 @@ KINDS: dict[str, Kind] = {
     "zero-block": Kind("warning", "a long run of zeros in a weight"),
     "tie-differs": Kind("error", "two names that the config ties hold different values"),
     "adapter-untrained": Kind("warning", "every LoRA B is zero: the adapter does nothing"),
-    "digest-mismatch": Kind("error", "bytes are not those that were written"),
-    "sha256-mismatch": Kind("error", "a file is not the one that SHA256SUMS was made of"),
+    "digest-mismatch": Kind("error", "bytes differ from those that were written"),
+    "sha256-mismatch": Kind("error", "the SHA-256 of a file differs from SHA256SUMS"),
     "crc-mismatch": Kind("error", "a record of a pickled weight file is damaged"),
-    # against.py: the checkpoint that it was made of
-    "tensor-differs": Kind("error", "a tensor is not what the checkpoint makes of it"),
+    # against.py: the source checkpoint
+    "tensor-differs": Kind("error", "a tensor differs from the one that the checkpoint gives"),
     "tensor-extra": Kind("error", "a tensor that the checkpoint does not have"),
     "checkpoint-other": Kind("error", "the checkpoint is of another model"),
     "cannot-replay": Kind("error", "a recipe of the manifest cannot be followed"),
-    "against-unread": Kind("error", "a tensor that cannot be read to its end"),
-    "against-unchecked": Kind("warning", "another source of the tensors is not there"),
+    "against-unread": Kind("error", "a tensor that cannot be read completely"),
+    "against-unchecked": Kind("warning", "another source of the tensors is missing"),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong.
+    """One problem.
 
     Attributes:
         kind: a key of ``KINDS``.
         detail: the fact, one sentence without a full stop.
-        file: the file it concerns, relative to the directory, with forward slashes.
-        tensor: the tensor it concerns.
+        file: the file, relative to the directory, with forward slashes.
+        tensor: the tensor.
         severity: an error, or a warning.
-        hint: the next step, where there is one.
+        hint: the next step, if there is one.
     """
 
     kind: str
@@ -168,12 +173,12 @@ class Problem:
 
     @property
     def order(self) -> tuple[object, ...]:
-        """Sorts problems: errors first, then by file, tensor, kind and detail."""
+        """The sort key: errors first, then file, tensor, kind and detail."""
         where = (self.file or "", self.tensor or "")
         return (self.severity != "error", *where, self.kind, self.detail)
 
     def to_json(self) -> dict[str, str | None]:
-        """As one object of the report."""
+        """The object of the report."""
         return {
             "kind": self.kind,
             "severity": self.severity,
@@ -186,11 +191,11 @@ class Problem:
 
 @dataclass
 class Findings:
-    """What the checks of one directory have found so far.
+    """The findings of the checks of one directory.
 
     Attributes:
-        problems: in the order in which they were found.
-        checked: what was checked, short phrases.
+        problems: the problems, in the order of the checks.
+        checked: short phrases about what was checked.
         skipped: what could not be checked, each with the reason.
     """
 
@@ -208,12 +213,12 @@ class Findings:
         hint: str | None = None,
         severity: Severity | None = None,
     ) -> None:
-        """Note a problem; its severity is that of its kind unless it is given."""
+        """Add a problem. Its severity is that of its kind unless it is given."""
         usual = KINDS[kind].severity
         self.problems.append(Problem(kind, detail, file, tensor, severity or usual, hint))
 
     def include(self, others: Findings) -> None:
-        """Take in what another check found."""
+        """Add the findings of another check."""
         self.problems += others.problems
         self.checked += others.checked
         self.skipped += others.skipped
@@ -221,11 +226,11 @@ class Findings:
 
 @dataclass
 class Verdict:
-    """The answer of a whole run.
+    """The verdict of a run.
 
     Attributes:
-        directory: what was verified.
-        problems: everything that is wrong, errors first, in an order that does not change.
+        directory: the verified directory.
+        problems: all problems, errors first, in a fixed order.
         checked: what was checked.
         skipped: what could not be checked, each with the reason.
         tensors: number of tensors.
@@ -248,15 +253,15 @@ class Verdict:
 
     @property
     def warnings(self) -> tuple[Problem, ...]:
-        """The problems that are to be looked at."""
+        """The problems that need a look."""
         return tuple(p for p in self.problems if p.severity == "warning")
 
     def clean(self, strict: bool = False) -> bool:
-        """Whether nothing is wrong; warnings count where ``strict``."""
+        """Whether there is no error; with ``strict`` also no warning."""
         return not (self.problems if strict else self.errors)
 
     def to_json(self) -> dict[str, Any]:
-        """The report as JSON data; ``version`` changes when a key changes its meaning or goes."""
+        """The report as JSON data. ``version`` changes if a key is removed or changes its meaning."""
         return {
             "version": SCHEMA_VERSION,
             "directory": str(self.directory),
@@ -273,5 +278,5 @@ class Verdict:
 
 
 def ordered(problems: Iterable[Problem]) -> tuple[Problem, ...]:
-    """The problems without repetitions, errors first."""
+    """The problems without duplicates, errors first."""
     return tuple(sorted(set(problems), key=lambda problem: problem.order))

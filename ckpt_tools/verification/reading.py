@@ -1,8 +1,4 @@
-"""Reads pieces of files: with several threads, and of several ranks each its share.
-
-Owns who reads which piece and the order in which what was seen comes back: that of the pieces, whoever
-read them. It must not know what is looked for in a piece, or what it means.
-"""
+"""Owns the division of the reading among threads and ranks. Results come back in the order of the pieces."""
 
 from __future__ import annotations
 
@@ -16,14 +12,14 @@ from ckpt_tools.ranks import Ranks
 from ckpt_tools.tensors.threads import default_workers
 from ckpt_tools.verification.scan import Piece, Seen
 
-# What was seen of a piece, or why it could not be read.
+# The result of a piece, or the error.
 Found: TypeAlias = tuple[Piece, Seen | OSError]
 
 
 def in_order(
     read: Callable[[Piece], Seen], pieces: Sequence[Piece], workers: int | None
 ) -> Iterator[Found]:
-    """Read with several threads; few pieces are under way or waiting at any time."""
+    """Read with several threads. Only a few pieces are read or wait at any time."""
     count = workers or default_workers()
     todo = iter(pieces)
     waiting: deque[tuple[Piece, Future[Seen]]] = deque()
@@ -41,10 +37,10 @@ def in_order(
 
 
 def share(pieces: Sequence[Piece], rank: int, size: int) -> Sequence[Piece]:
-    """The pieces that one of ``size`` ranks reads: consecutive, and as many bytes as any other's."""
+    """The pieces that one of ``size`` ranks reads: consecutive, with about equal bytes."""
     before = [0, *accumulate(piece.nbytes for piece in pieces)]
     total = max(before[-1], 1)
-    # A piece is whose its middle is.
+    # The middle of a piece decides which rank reads it.
     middles = [(a + b) // 2 for a, b in pairwise(before)]
     return [p for p, middle in zip(pieces, middles, strict=True) if middle * size // total == rank]
 
@@ -55,13 +51,13 @@ def read_together(
     workers: int | None,
     ranks: Ranks | None,
 ) -> Iterator[Found]:
-    """Read all pieces, with the other ranks where there are some; the leader gets what all have seen.
+    """Read all pieces, together with the other ranks if there are any. The leader gets all results.
 
     Args:
-        read: what is done with a piece.
-        pieces: all of them, the same on every rank.
+        read: reads one piece.
+        pieces: all pieces, the same on every rank.
         workers: threads; by default one for each processor, up to 16.
-        ranks: the ranks, in a session; every one of them makes this call.
+        ranks: the ranks, in a session. Each of them makes this call.
 
     Raises:
         RankFailed: another rank failed.

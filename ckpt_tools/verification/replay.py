@@ -1,9 +1,7 @@
-"""The recipes of a manifest, followed again: what each recorded tensor is, made of another checkpoint.
+"""Owns the replay of a manifest's recipes: each recorded tensor is made again from a checkpoint.
 
-Owns the reading of what the manifest says of sources and recipes, and the search for the tensors that recipes
-begin with: in the checkpoint that is asked about, which stands in the place of one source, and in the other
-sources, where they still lie. A manifest that cannot be read has been reported by others; here it is none.
-It must not know what is done with the tensors.
+The tensors that recipes use are searched in the given checkpoint, which replaces one source, and in the other
+sources, if they still exist. Another check reports a manifest that cannot be read. Here it counts as absent.
 """
 
 from __future__ import annotations
@@ -29,12 +27,12 @@ Leaves = dict[Leaf, Tensor]
 
 @dataclass(frozen=True)
 class Record:
-    """What a manifest says of the making of a directory.
+    """The record of a directory in its manifest.
 
     Attributes:
-        recipes: for each tensor, what it was made of.
-        sources: what is recorded of each source.
-        weights: which copy was taken.
+        recipes: the recipe of each tensor.
+        sources: the record of each source.
+        weights: the copy that was taken.
     """
 
     recipes: Mapping[str, Json]
@@ -43,13 +41,13 @@ class Record:
 
     @property
     def step(self) -> int | None:
-        """Steps of the first source, where known."""
+        """Step of the first source, if known."""
         step = self.sources[0].get("step")
         return step if isinstance(step, int) else None
 
 
 def read_record(path: Path) -> Record | None:
-    """What a manifest says; None where there is none, or none that says this."""
+    """The record in a manifest; None if the manifest is missing or has no record."""
     try:
         data = json.loads(path.read_bytes())
         sources = tuple(dict(source) for source in data["sources"])
@@ -65,10 +63,10 @@ class Replayed:
     """The tensors that the recipes make.
 
     Attributes:
-        tensors: those that can be made.
-        elsewhere: those that begin with a tensor that the checkpoint has not, with the reason.
-        broken: those whose recipe cannot be followed, with the reason.
-        absent: those that need a source that is not there, by the reason.
+        tensors: tensors that can be made.
+        elsewhere: tensors that need a tensor that the checkpoint does not have, with the reason.
+        broken: tensors whose recipe cannot be followed, with the reason.
+        absent: tensors that need a missing source, by the reason.
     """
 
     tensors: Mapping[str, Tensor]
@@ -82,8 +80,8 @@ def replay(record: Record, checkpoint: Checkpoint, names: Iterable[str]) -> Repl
 
     Args:
         record: the manifest.
-        checkpoint: stands in the place of the source that it is, by its directory; else of the first.
-        names: which tensors; those that the manifest does not have are left out.
+        checkpoint: replaces the source with the same directory, or the first source.
+        names: the tensors. Those that the manifest does not have are left out.
     """
     recipes = {name: record.recipes[name] for name in names if name in record.recipes}
     begun: dict[str, tuple[Leaf, ...]] = {}
@@ -108,7 +106,7 @@ def replay(record: Record, checkpoint: Checkpoint, names: Iterable[str]) -> Repl
         if gone is not None:
             absent[gone] = (*absent.get(gone, ()), name)
         elif lacking is not None and lacking.source == place:
-            elsewhere[name] = f"it was made of {lacking.name}, which the checkpoint does not hold"
+            elsewhere[name] = f"it was made from {lacking.name}, which the checkpoint does not have"
         else:
             try:
                 tensors[name] = rebuilt(recipes[name], held)
@@ -118,7 +116,7 @@ def replay(record: Record, checkpoint: Checkpoint, names: Iterable[str]) -> Repl
 
 
 def _place(record: Record, checkpoint: Checkpoint) -> int:
-    """Which source the checkpoint stands for."""
+    """The source that the checkpoint replaces."""
     location = checkpoint.location
     here = (location.directory.resolve(), location.part)
     paths = [(str(source.get("path", "")), source.get("part")) for source in record.sources]
@@ -129,7 +127,7 @@ def _place(record: Record, checkpoint: Checkpoint) -> int:
 def _leaves(
     record: Record, checkpoint: Checkpoint, place: int, needed: set[Leaf]
 ) -> tuple[Leaves, dict[int, str]]:
-    """What recipes can begin with, and why sources cannot be had."""
+    """The tensors that recipes can use, and why sources cannot be read."""
     found = _of_checkpoint(place, checkpoint, record.weights, needed)
     unread: dict[int, str] = {}
     for index in sorted({leaf.source for leaf in needed} - {place}):
@@ -142,23 +140,23 @@ def _leaves(
 
 
 def _reopened(source: Mapping[str, Any]) -> Checkpoint:
-    """A source where it was recorded to lie."""
+    """A source at its recorded path."""
     path, format = Path(str(source.get("path", ""))), source.get("format")
     if format not in readers.readers():
         return open_weights(path)
     found = readers.readers()[format].find(path, None)
     location = next((each for each in found if each.part == source.get("part")), None)
     if location is None:
-        raise DamagedCheckpoint("it is not there any more", path=path)
+        raise DamagedCheckpoint("it no longer exists", path=path)
     return readers.read(location)
 
 
 def _of_checkpoint(index: int, checkpoint: Checkpoint, weights: Copy, needed: set[Leaf]) -> Leaves:
-    """The tensors of a source under the names that recipes have for them."""
+    """The tensors of a source under the names in recipes."""
     leaves: Leaves = dict(leaves_of(index, checkpoint, weights))
     for name, weight in checkpoint.weights.items() if weights == "model" else ():
         if weight.model is None and weight.master is not None:
-            # Its weights are its masters rounded: the engine made them so.
+            # The engine made the weights by rounding the masters.
             leaves[Leaf(index, name)] = cast(weight.master, weight.dtype)
     for alias, kept in checkpoint.ties.items():
         leaves[Leaf(index, alias)] = leaves[Leaf(index, kept)]
@@ -173,10 +171,10 @@ def _of_checkpoint(index: int, checkpoint: Checkpoint, weights: Copy, needed: se
 
 
 def _other_names(lacking: set[str], wanted: set[str], held: list[str]) -> dict[str, str]:
-    """For recorded names that the checkpoint does not have, those that it has instead.
+    """For recorded names that the checkpoint does not have, the matching names that it has.
 
-    Wrappers may stand on either side; and the tensors of an adapter's directory were recorded with the
-    adapter's name in theirs.
+    Either side can have wrapper prefixes. Tensors of an adapter's directory were recorded with the adapter's
+    name.
     """
     if not lacking:
         return {}

@@ -1,12 +1,10 @@
-"""Reads bytes of a file once and says what was in them: digests, NaN, infinity, zeros, constants.
+"""Owns the pass over the data: it reads bytes once and reports digests, NaN, infinity, zeros and constants.
 
-Owns the pass over the data. :func:`scan` is a pure function of a piece of a file, and what it says of two
-neighbouring pieces can be merged: so pieces may be read by anyone, anywhere, in any order. Values are
-looked at as whole numbers, a cache's worth at a time, at the speed of memory. It must not know what a
-tensor is for or what its digest should be.
+:func:`scan` depends only on one piece of a file. Results of neighbouring pieces can be merged, so any thread
+or rank can read any piece. Values are read as integers, in steps that fit in the processor's cache.
 
-Every floating format here has its exponent above its fraction, so without the sign a larger pattern is a
-larger value, and infinity and NaN are the patterns from some point on.
+In every floating format here, the exponent bits are above the fraction bits. So without the sign, a larger
+pattern is a larger value, and infinity and NaN are the largest patterns.
 """
 
 from __future__ import annotations
@@ -25,18 +23,18 @@ import xxhash
 from ckpt_tools.verification.container import Entry
 
 BLOCK_BYTES = 2 << 20
-# What is looked at together stays in the cache; a run of so many zero bytes is worth a word.
+# A step fits in the cache. A run of this many zero bytes is reported.
 STEP_BYTES = 256 << 10
 _LONGEST_ELEMENT = 8
 
 
 class _Pattern(NamedTuple):
-    """How a floating dtype says what is no number.
+    """The bit patterns of a floating dtype.
 
     Attributes:
-        integer: the unsigned integer of its size.
-        magnitude: everything but the sign.
-        infinity: the pattern of infinity; None where there is none.
+        integer: the unsigned integer of the same size.
+        magnitude: the mask of all bits except the sign.
+        infinity: the pattern of infinity; None if there is none.
         nan: the smallest pattern of a NaN.
     """
 
@@ -66,7 +64,7 @@ class Piece:
         file: its name, relative to the directory.
         start: the first byte.
         stop: the byte after the last.
-        hashes: digests of the bytes as they are, ``xxh3_128`` or ``sha256``; of whole files.
+        hashes: digests of a whole file, ``xxh3_128`` or ``sha256``.
     """
 
     file: str
@@ -82,16 +80,16 @@ class Piece:
 
 @dataclass(slots=True)
 class Summary:
-    """What was seen of one tensor.
+    """The result for one tensor.
 
     Attributes:
         nans: number of NaN.
         infinities: number of infinite values.
-        zero_steps: number of aligned runs of ``STEP_BYTES`` bytes that hold zeros alone.
+        zero_steps: number of aligned runs of ``STEP_BYTES`` bytes that hold only zeros.
         largest: the largest pattern without the sign; 0 means that all values are zero.
-        first: the first value's bytes; empty where none was seen.
+        first: the bytes of the first value; empty if there is none.
         is_constant: whether all values have the same bytes.
-        digests: those of the units, one after the other.
+        digests: the joined digests of the units.
     """
 
     nans: int = 0
@@ -103,7 +101,7 @@ class Summary:
     digests: bytearray = field(default_factory=bytearray)
 
     def merge(self, later: Summary) -> None:
-        """Take in what was seen of the bytes that follow."""
+        """Add the result of the bytes that follow."""
         self.nans += later.nans
         self.infinities += later.infinities
         self.zero_steps += later.zero_steps
@@ -118,7 +116,7 @@ class Summary:
     def digest(self) -> str:
         """The digest of the whole tensor, in hexadecimal.
 
-        That of its one unit, or of the digests of its units; of nothing, where it has no bytes.
+        It is the digest of the only unit, or of the joined digests of all units.
         """
         if len(self.digests) == 16:
             return self.digests.hex()
@@ -127,12 +125,12 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What was seen of a piece.
+    """The result of a piece.
 
     Attributes:
-        tensors: of each tensor that has bytes in it, by number in the list of entries.
-        hashes: those that the piece asked for, in hexadecimal.
-        nbytes: bytes that were there.
+        tensors: the result of each tensor in it, by number in the list of entries.
+        hashes: the requested digests, in hexadecimal.
+        nbytes: bytes that were read.
     """
 
     tensors: Mapping[int, Summary]
@@ -144,10 +142,10 @@ def scan(directory: Path, piece: Piece, entries: Sequence[Entry], unit_bytes: in
     """Read a piece once.
 
     Args:
-        directory: where the file lies.
-        piece: what to read.
-        entries: the file's tensors, by rising ``start``.
-        unit_bytes: digests are of a tensor's bytes between multiples of this offset in the file;
+        directory: the directory of the file.
+        piece: the piece.
+        entries: the file's tensors, by ascending ``start``.
+        unit_bytes: each digest covers the bytes of a tensor between multiples of this offset in the file;
             None for no digests.
 
     Raises:
@@ -159,7 +157,7 @@ def scan(directory: Path, piece: Piece, entries: Sequence[Entry], unit_bytes: in
     with (directory / piece.file).open("rb", buffering=0) as stream:
         for start in range(piece.start, piece.stop, BLOCK_BYTES):
             stop = min(start + BLOCK_BYTES, piece.stop)
-            # An element that begins in this block and ends in the next is looked at here.
+            # An element that begins in this block and ends in the next belongs to this block.
             view = _read(stream.fileno(), start, stop + _LONGEST_ELEMENT - 1)
             block = view[: stop - start]
             done += len(block)
@@ -182,7 +180,7 @@ _buffers = threading.local()
 
 
 def _read(fd: int, start: int, stop: int) -> memoryview:
-    """The bytes, in a buffer that this thread uses again; fewer where the file ends."""
+    """The bytes, in a reused buffer of this thread; fewer at the end of the file."""
     if len(getattr(_buffers, "block", b"")) < stop - start:
         _buffers.block = bytearray(stop - start)
         _buffers.step = np.empty(STEP_BYTES, np.uint8)
@@ -199,7 +197,7 @@ def _read(fd: int, start: int, stop: int) -> memoryview:
 def _parts(
     entries: Sequence[Entry], at: int, start: int, stop: int
 ) -> Iterator[tuple[int, int, int]]:
-    """The tensors, from number ``at`` on, in bytes ``[start, stop)``, and which of them they take."""
+    """The tensors from number ``at`` on in bytes ``[start, stop)``, with their first and last byte."""
     for number in range(at, len(entries)):
         entry = entries[number]
         if entry.start >= stop:
@@ -219,7 +217,7 @@ def _digests(view: memoryview, base: int, low: int, high: int, unit_bytes: int) 
 
 
 def _look(view: memoryview, base: int, entry: Entry, low: int, high: int) -> Summary:
-    """What the values are that begin in bytes ``[low, high)`` of the file."""
+    """The result for the values that begin in bytes ``[low, high)`` of the file."""
     summary = Summary()
     pattern = _PATTERNS.get(entry.code)
     if pattern is None:
@@ -235,7 +233,7 @@ def _look(view: memoryview, base: int, entry: Entry, low: int, high: int) -> Sum
     without_sign = _buffers.step.view(pattern.integer)
     at = 0
     while at < count:
-        # Steps end at multiples of their size in the file, so that pieces do not change them.
+        # Steps end at multiples of their size in the file, so they do not depend on the pieces.
         place = first + at * size
         end = min(-(-(STEP_BYTES - place % STEP_BYTES) // size), len(without_sign), count - at)
         part = values[at : at + end]

@@ -1,8 +1,6 @@
-"""Tokenizer, chat template and generation config: asks for the facts, and has them judged.
+"""Owns the check of tokenizer, chat template and generation config: the question to a child process.
 
-Owns the question to the child process (``tokenizer_child.py``), what its failure means, and how many
-rows the embedding has. ``tokenizer.py`` and ``generation.py`` judge the answer. It must not know tensors'
-data.
+The child (``tokenizer_child.py``) loads them; ``tokenizer.py`` and ``generation.py`` judge its answer.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ ORDER = 60
 IN_BACKGROUND = True  # a child process takes seconds
 _TIMEOUT_SECONDS = 180
 
-# The embedding of the input, by the last part of its name, in the models that transformers has.
+# The name of the input embedding in the models of transformers.
 _EMBEDDING = re.compile(
     r"(?:^|\.)(?:embed_tokens|wte|word_embeddings?|embed_in|shared|tok_embeddings|token_embedding"
     r"|embeddings?)\.weight$"
@@ -41,7 +39,7 @@ def check(run: Run) -> None:
 def check_text(directory: Directory, findings: Findings) -> None:
     """Check tokenizer, chat template and generation config of a finished directory.
 
-    It takes about a second: a child process imports transformers, without torch.
+    It needs about a second: a child process imports transformers without torch.
     """
     files = read_tokenizer(directory, findings)
     texts = read_generation(directory, findings)
@@ -72,7 +70,7 @@ def check_text(directory: Directory, findings: Findings) -> None:
 
 
 def embedding_rows(directory: Directory) -> int | None:
-    """Rows of the input embedding: of the weights, else as the config says; None if neither does."""
+    """Rows of the input embedding, from the weights or the config; None if neither has them."""
     held = [
         entry.shape[0]
         for entry in directory.every_tensor
@@ -87,7 +85,7 @@ def embedding_rows(directory: Directory) -> int | None:
 
 
 def _asked(question: Mapping[str, Any], findings: Findings) -> Mapping[str, Any]:
-    """The child's answer; empty where it has none, which is then noted."""
+    """The child's answer; empty, with a finding, if there is none."""
     try:
         child = run_child(
             "ckpt_tools.verification.tokenizer_child",
@@ -104,7 +102,7 @@ def _asked(question: Mapping[str, Any], findings: Findings) -> Mapping[str, Any]
             return answer
         if child.returncode < 0:
             name = signal.Signals(-child.returncode).name
-            findings.add("tokenizer-unreadable", f"the process that loads it ends with {name}")
+            findings.add("tokenizer-unreadable", f"the process that loads it ended with {name}")
             return {}
         reason = (child.stderr.strip() or f"exit status {child.returncode}").splitlines()[-1]
     findings.skipped.append(f"tokenizer and generation config ({reason})")

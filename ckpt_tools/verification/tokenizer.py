@@ -1,9 +1,8 @@
-"""What a tokenizer must be: loadable, with ids that are rows of the embedding and tokens that exist.
+"""Owns the check of a tokenizer: it loads, its ids are rows of the embedding, and its tokens exist.
 
-Owns the files of a tokenizer as a check reads them, and the judgement of what the child process found
-when it loaded them (:class:`Loaded`). transformers gives a token that is named but not in the vocabulary
-a new id without a word, so what is named is compared with the files, not with what was loaded. It must
-not know generation configs.
+The child process loads the tokenizer (:class:`Loaded`). transformers gives a special token that is not in the
+vocabulary a new id without a warning. So special tokens are compared with the files, not with the loaded
+tokenizer.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ from ckpt_tools.verification.problem import Findings
 FILE = "tokenizer.json"
 SETTINGS = "tokenizer_config.json"
 
-# OLMo's two ends of a text; asked for always, needed where the model is one.
+# OLMo's two end tokens. They are always requested, and needed for OLMo models.
 OLMO_ENDS = ("<|im_end|>", "<|endoftext|>")
 
-# Any of these says that the directory means to hold a tokenizer.
+# Any of these files shows that the directory holds a tokenizer.
 SIGNS = (
     FILE,
     SETTINGS,
@@ -37,20 +36,20 @@ SIGNS = (
     "*.tiktoken",
     "chat_template.jinja",
 )
-# Vocabularies that transformers finds without the class of the tokenizer naming them.
+# Vocabularies that transformers finds although the tokenizer class does not name them.
 _OTHER_VOCABULARIES = ("tekken.json", "*.tiktoken", "*.model")
 _ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """The small files of a tokenizer as they are; empty where there is no such file.
+    """The small files of a tokenizer; empty if a file is missing.
 
     Attributes:
         settings: ``tokenizer_config.json``.
         special_tokens: ``special_tokens_map.json``.
         added_tokens: ``added_tokens.json``.
-        processor_template: the chat template of a processor, where the tokenizer has none.
+        processor_template: the chat template of a processor, if the tokenizer has none.
     """
 
     settings: Mapping[str, Any]
@@ -67,7 +66,7 @@ class TokenizerFiles:
 
     @property
     def named(self) -> Iterator[tuple[str, str, str]]:
-        """Each special token that is named, as (file, name, token)."""
+        """Each special token, as (file, name, token)."""
         for file, held in (
             (SETTINGS, self.settings),
             ("special_tokens_map.json", self.special_tokens),
@@ -84,7 +83,7 @@ class TokenizerFiles:
 
     @property
     def filed_ids(self) -> Iterator[tuple[str, str, int]]:
-        """Each added token whose id a small file states, as (file, token, id)."""
+        """Each added token with an id in a small file, as (file, token, id)."""
         decoder = self.settings.get("added_tokens_decoder")
         for number, item in decoder.items() if isinstance(decoder, dict) else ():
             if number.isdecimal() and (token := _content(item)) is not None:
@@ -96,19 +95,19 @@ class TokenizerFiles:
 
 @dataclass(frozen=True)
 class Template:
-    """A chat template, and what it puts behind the words of an assistant.
+    """A chat template, and the text that it writes after an assistant's words.
 
     Attributes:
-        name: ``default``, or the name it has among several.
+        name: ``default``, or its name among several.
         text: the template.
-        failure: why it cannot be rendered; None where it can.
-        certain: whether it fails for every conversation, not just for the plain ones that were tried.
-        refuses: whether it fails of its own will, by ``raise_exception``.
-        tail: the text behind an assistant's last words.
-        token: the first special token of the tail, or, where ``opens_next``, of what stands between an
-            assistant's words and the user's next ones; None where there is none.
+        failure: why it cannot be rendered; None if it can.
+        certain: whether it fails for every conversation, not only for those that were tried.
+        refuses: whether it fails through its own ``raise_exception``.
+        tail: the text after an assistant's last words.
+        token: the first special token of the tail; with ``opens_next``, of the text between an assistant's
+            words and the user's next words; None if there is none.
         id: its id.
-        opens_next: whether ``token`` was not found behind the last words.
+        opens_next: whether ``token`` was not found after the last words.
     """
 
     name: str
@@ -123,7 +122,7 @@ class Template:
 
     @property
     def called(self) -> str:
-        """How a message calls it."""
+        """Its name in a message."""
         return "the chat template" + (f" {self.name!r}" if self.name != "default" else "")
 
 
@@ -132,11 +131,11 @@ class Loaded:
     """A tokenizer that transformers has loaded.
 
     Attributes:
-        ids: the id of each token that was asked for, None where it has no such token.
-        in_files: those of them that its files hold, not counting what transformers adds.
-        moved: added tokens of ``tokenizer.json`` that have another id now: (token, stated, now).
-        unknown_ids: those of the ids asked for that no token has.
-        outside: ids that are no row of the embedding, each with its token.
+        ids: the id of each requested token; None if there is no such token.
+        in_files: the requested tokens in its files, without those that transformers adds.
+        moved: added tokens of ``tokenizer.json`` with another id after loading: (token, stated, loaded).
+        unknown_ids: the requested ids that no token has.
+        outside: ids that are not a row of the embedding, each with its token.
         roles: the names of its special tokens, such as ``eos_token``.
         templates: its chat templates, the default one first.
     """
@@ -151,7 +150,7 @@ class Loaded:
 
 
 def read_tokenizer(directory: Directory, findings: Findings) -> TokenizerFiles | None:
-    """The small files; None where one of them is damaged, which is a problem."""
+    """The small files; None, and a problem, if one of them is damaged."""
     held: dict[str, dict[str, Any] | None] = {}
     for file, kind in (
         (SETTINGS, "tokenizer-unreadable"),
@@ -171,13 +170,13 @@ def read_tokenizer(directory: Directory, findings: Findings) -> TokenizerFiles |
 def read_answer(
     answer: Mapping[str, Any], directory: Directory, files: TokenizerFiles, findings: Findings
 ) -> Loaded | None:
-    """What the child process says of a tokenizer; None, and a note why, where it has none to describe."""
+    """The tokenizer that the child process loaded; None, and a finding, if it could not."""
     if "lacking" in answer:
         findings.skipped.append(f"tokenizer (it needs: {_first_line(answer['lacking'])})")
         return None
     if "failure" in answer:
         if "auto_map" in files.settings and not directory.trust_remote_code:
-            findings.skipped.append("tokenizer (it is custom code: --trust-remote-code)")
+            findings.skipped.append("tokenizer (custom code needs --trust-remote-code)")
         else:
             findings.add(
                 "tokenizer-unreadable",
@@ -188,8 +187,8 @@ def read_answer(
     if not _has_vocabulary(answer["files"], directory):
         findings.add(
             "tokenizer-unreadable",
-            f"none of the files of its vocabulary is there: {', '.join(answer['files'])}",
-            hint="Copy all files of the tokenizer from where the model came from.",
+            f"all files of its vocabulary are missing: {', '.join(answer['files'])}",
+            hint="Copy all files of the tokenizer from the source of the model.",
         )
         return None
     return Loaded(
@@ -206,12 +205,12 @@ def read_answer(
 def judge_tokenizer(
     loaded: Loaded, files: TokenizerFiles, rows: int | None, findings: Findings
 ) -> None:
-    """Note what is wrong with a tokenizer.
+    """Judge a tokenizer.
 
     Args:
         loaded: the tokenizer.
         files: its small files.
-        rows: rows of the input embedding, or None where they are not known.
+        rows: rows of the input embedding; None if they are not known.
         findings: takes the problems.
     """
     _judge_ids(loaded, files, rows, findings)
@@ -221,9 +220,9 @@ def judge_tokenizer(
             now = loaded.ids.get(token)
             findings.add(
                 "special-token-missing",
-                f"{name} is {token}, which is not in the vocabulary; loaded, it gets the new id {now}",
+                f"{name} is {token}, which is not in the vocabulary; transformers gives it the new id {now}",
                 file=file,
-                hint=f"Add {token} to the tokenizer and resize the embedding, or do not name it.",
+                hint=f"Add {token} to the tokenizer and resize the embedding, or remove {name}.",
             )
     for template in loaded.templates:
         if template.failure is not None and (template.certain or template.name == "default"):
@@ -235,7 +234,7 @@ def judge_tokenizer(
         if "eos_token" in template.text and "eos_token" not in loaded.roles:
             findings.add(
                 "special-token-missing",
-                f"{template.called} writes eos_token, and the tokenizer names none: nothing is written",
+                f"{template.called} uses eos_token, but the tokenizer has none: nothing is written",
                 file=SETTINGS,
             )
 
@@ -247,7 +246,7 @@ def _judge_ids(loaded: Loaded, files: TokenizerFiles, rows: int | None, findings
         if now.get(token) != number:
             findings.add(
                 "token-id-conflict",
-                f"{token} has id {number} there, and {now.get(token)} when it is loaded",
+                f"{token} has id {number} in this file, but {now.get(token)} after loading",
                 file=file,
             )
     modal = {
@@ -255,7 +254,7 @@ def _judge_ids(loaded: Loaded, files: TokenizerFiles, rows: int | None, findings
         for _, name, token in files.named
         if name.endswith("_token") and name.removesuffix("_token") not in _ROLES
     }
-    # Text models share the tokenizer of their multimodal siblings, and lack the row of an image.
+    # Text models share the tokenizer of multimodal models, but lack the row of an image token.
     for severity, outside in (
         ("error", [pair for pair in loaded.outside if pair[1] not in modal]),
         ("warning", [pair for pair in loaded.outside if pair[1] in modal]),
@@ -264,15 +263,15 @@ def _judge_ids(loaded: Loaded, files: TokenizerFiles, rows: int | None, findings
             tokens = listed([f"{token} ({number})" for number, token in outside], 3)
             findings.add(
                 "token-id-outside-embedding",
-                f"the embedding has {rows:,} rows; outside are {tokens}",
+                f"the embedding has {rows:,} rows; these tokens are outside: {tokens}",
                 file=FILE,
                 severity="error" if severity == "error" else "warning",
-                hint="Take the tokenizer that the model was trained with, or resize the embedding.",
+                hint="Use the tokenizer of the training run, or resize the embedding.",
             )
 
 
 def _has_vocabulary(named: list[str], directory: Directory) -> bool:
-    """Whether a file of the vocabulary is there; without one, some classes load an empty vocabulary."""
+    """Whether a vocabulary file exists. Without one, some classes load an empty vocabulary."""
     patterns = (*named, *_OTHER_VOCABULARIES)
     held = any(fnmatch(file, pattern) for file in directory.root_files for pattern in patterns)
     return held or not named

@@ -1,11 +1,9 @@
-"""The child process that loads a tokenizer and a generation config as transformers does, and describes them.
+"""Owns the child process that loads tokenizer and generation config with transformers, and describes them.
 
-Owns every use of transformers' tokenizers, chat templates and generation configs in a check. It runs apart
-so that a template that never ends, a parser that crashes and the imports stay out of the caller; torch
-is made to look absent, which saves a second. It judges nothing: what the facts mean is decided by those
-who ask. Custom code runs only if the question says so.
+A separate process protects the caller from endless templates, parser crashes and slow imports. torch is
+hidden, which saves a second. Custom code runs only if the question allows it.
 
-Reads one JSON object on standard input, prints one on standard output.
+It reads one JSON object on standard input and prints one on standard output.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from typing import Any
 _ABSENT = ("torch", "accelerate", "peft", "deepspeed", "sklearn", "tensorflow", "flax")
 _TEMPLATE_SECONDS = 20
 
-# Words that a template has no reason to change, and no tokenizer has as a token of its own.
+# Words that no template changes, and that are not tokens of any tokenizer.
 _ASKED, _ANSWERED = "Sentinelquestion", "Sentinelanswer"
 
 
@@ -37,7 +35,7 @@ def main() -> None:
 
 
 def answer(question: Mapping[str, Any]) -> dict[str, Any]:
-    """What transformers makes of the tokenizer and of the generation config, each None where not asked."""
+    """The descriptions of tokenizer and generation config; None for one that was not requested."""
     has_generation, has_tokenizer = question["has_generation_config"], question["has_tokenizer"]
     return {
         "generation": _generation(question["directory"]) if has_generation else None,
@@ -46,7 +44,7 @@ def answer(question: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _generation(directory: str) -> dict[str, Any]:
-    """What transformers has against the file; nothing where it would save it again."""
+    """The error of transformers about the file; empty if it accepts the file."""
     from transformers import GenerationConfig
 
     loaded: Any = GenerationConfig
@@ -70,14 +68,14 @@ def _tokenizer(question: Mapping[str, Any]) -> dict[str, Any]:
         return _described(tokenizer, question)
     except ImportError as error:
         return {"lacking": str(error)}
-    except BaseException as error:  # a panic of the tokenizers library is no Exception
+    except BaseException as error:  # a panic of the tokenizers library is not an Exception
         if not _reads_config(question["directory"]):
             return {"lacking": "a config.json that transformers reads"}
         return {"failure": f"{type(error).__name__}: {error}"}
 
 
 def _reads_config(directory: str) -> bool:
-    """Whether the model's config can be the reason why its tokenizer is not loaded."""
+    """Whether transformers reads the model's config, so that it cannot be the cause of a failure."""
     from transformers import PretrainedConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -124,7 +122,7 @@ def _added_in_file(directory: str) -> dict[str, int]:
 
 
 def _templates(tokenizer: Any, processors: str | None) -> Iterator[tuple[str, str]]:
-    """Every chat template, the default one first; ``processors`` where the tokenizer has none."""
+    """Every chat template, the default first; ``processors`` if the tokenizer has none."""
     held = tokenizer.chat_template or processors or {}
     if isinstance(held, str):
         held = {"default": held}
@@ -132,12 +130,12 @@ def _templates(tokenizer: Any, processors: str | None) -> Iterator[tuple[str, st
 
 
 def _rendered(tokenizer: Any, template: str) -> dict[str, Any]:
-    """What closes the words of an assistant.
+    """The text that closes the words of an assistant.
 
     Returns:
-        ``failure``, and whether it is ``certain``, not just refused for this conversation; or
-        ``tail``, what the template puts after an assistant's last words, and ``token`` and ``id``, the
-        first special token in it, or in front of the user's next words (``opens_next``) where it has none.
+        ``failure``, and whether it is ``certain`` for every conversation; or ``tail``, the text after an
+        assistant's last words, with ``token`` and ``id``, its first special token, or the one before the
+        user's next words (``opens_next``) if the tail has none.
     """
     last = _asked_both_ways(tokenizer, template, _ASKED, _ANSWERED)
     if "failure" in last:
@@ -153,7 +151,7 @@ def _rendered(tokenizer: Any, template: str) -> dict[str, Any]:
 
 
 def _asked_both_ways(tokenizer: Any, template: str, *words: str) -> dict[str, Any]:
-    """The conversation as text; templates differ in the form of content, and in wanting a system."""
+    """The conversation as text. Templates differ in the form of content and in needing a system turn."""
     import jinja2
 
     failure: dict[str, Any] = {}
@@ -202,7 +200,7 @@ def _in_time(render: Any) -> str:
 
 
 def _first_special(tokenizer: Any, text: str) -> dict[str, Any] | None:
-    """The first special token of a text; the first added one where none is marked as special."""
+    """The first special token of a text; the first added token if none is special."""
     numbers = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
     added = tokenizer.added_tokens_decoder
     special = {number for number, token in added.items() if token.special}

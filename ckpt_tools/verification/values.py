@@ -1,9 +1,8 @@
-"""What values mean: NaN, infinity, zeros and constants where a trained weight has none.
+"""Owns the judgement of values: NaN, infinity, zeros and constants that a trained weight does not have.
 
-Owns the judgement; what was seen is counted by :mod:`~ckpt_tools.verification.scan`. A norm's weights may
-be all ones, or all zeros in models that add one to them; biases may be zero; rows of an embedding that pad
-the vocabulary may be zero, too. A matrix that is zero or constant throughout was never written, or never
-loaded before it was saved.
+:mod:`~ckpt_tools.verification.scan` counts them. The weights of a norm can be all ones, or all zeros in
+models that add one to them. Biases can be zero, and so can embedding rows that pad the vocabulary. A matrix
+that is completely zero or constant was never written, or never loaded before the save.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ from ckpt_tools.verification.directory import Directory
 from ckpt_tools.verification.problem import Findings, Severity
 from ckpt_tools.verification.scan import STEP_BYTES, Summary
 
-# Not weights that multiply: zero, or the same throughout, is a value like any other.
+# Tensors that do not multiply. They can be zero or constant.
 _ADDED = re.compile(r"bias|scale|zero_point|(cls|mask|class|register)_(token|embedding)s?$")
-# Rows that pad the vocabulary, or that no text has asked for yet.
+# Tables with rows that pad the vocabulary or were never used.
 _TABLE = re.compile(r"embed|wte|wpe|lm_head|shared|word|position|score|classifier|output\.weight$")
 _LORA_B = re.compile(r"\.lora_(B|embedding_B)(\.weight)?$")
-_RESTORE = "Write or download the file anew; if training saved it so, take an earlier checkpoint."
+_RESTORE = "Write or download the file again. If training saved it so, use an earlier checkpoint."
 
 Seen = Mapping[tuple[str, str], Summary]
 
@@ -31,7 +30,7 @@ Seen = Mapping[tuple[str, str], Summary]
 def judge(
     directory: Directory, reference: ReferenceModel | None, seen: Seen, findings: Findings
 ) -> None:
-    """Say which tensors have values that they should not have."""
+    """Add a problem for each tensor with invalid values."""
     buffers = _buffers(reference)
     for entry, summary in _floating(directory.tensors, seen):
         is_buffer = entry.name in buffers
@@ -51,7 +50,7 @@ def _floating(tensors: Mapping[str, Entry], seen: Seen) -> Iterator[tuple[Entry,
 
 
 def _buffers(reference: ReferenceModel | None) -> set[str]:
-    """Hub names of what is no parameter."""
+    """Hub names of buffers."""
     if reference is None:
         return set()
     hub = {**reference.saved, **reference.tied}
@@ -66,7 +65,7 @@ def _buffers(reference: ReferenceModel | None) -> set[str]:
 
 
 def _judge_finite(entry: Entry, summary: Summary, is_buffer: bool, findings: Findings) -> None:
-    # A mask, which is a buffer, may well hold minus infinity.
+    # A buffer such as a mask can hold minus infinity.
     severity: Severity | None = "warning" if is_buffer else None
     for kind, count, what in (
         ("nan", summary.nans, "not a number"),
@@ -84,7 +83,7 @@ def _judge_finite(entry: Entry, summary: Summary, is_buffer: bool, findings: Fin
 
 
 def _is_matrix(entry: Entry) -> bool:
-    """Whether it multiplies: more than one row and column, and no bias or the like."""
+    """Whether it is a matrix that multiplies: several rows and columns, and not a bias."""
     axes = sum(size > 1 for size in entry.shape)
     return axes > 1 and not _ADDED.search(entry.name.rpartition(".weight")[0] or entry.name)
 
@@ -98,14 +97,16 @@ def _judge_spread(
         kind, detail = "constant", "all its values are the same"
     elif summary.zero_steps and not _TABLE.search(entry.name):
         kind, severity = "zero-block", None
-        detail = f"runs of zeros in it, {summary.zero_steps * STEP_BYTES:,} bytes or more in all"
+        detail = (
+            f"it has runs of zeros, at least {summary.zero_steps * STEP_BYTES:,} bytes in total"
+        )
     else:
         return
     findings.add(kind, detail, file=entry.file, tensor=entry.name, hint=_RESTORE, severity=severity)
 
 
 def _judge_norms(tensors: Mapping[str, Entry], seen: Seen, findings: Findings) -> None:
-    """A vector that is zero in one layer and not in others; where all are, the model adds one."""
+    """Vectors that are zero in some layers only. If all are zero, the model adds one to them."""
     by_role: dict[str, list[tuple[Entry, bool]]] = {}
     for entry, summary in _floating(tensors, seen):
         if not _is_matrix(entry) and entry.name.endswith(".weight") and sum(entry.shape) > 1:
@@ -118,7 +119,7 @@ def _judge_norms(tensors: Mapping[str, Entry], seen: Seen, findings: Findings) -
             if is_zero:
                 findings.add(
                     "all-zero",
-                    "all its values are zero, and in other layers they are not",
+                    "all its values are zero, but not in other layers",
                     file=entry.file,
                     tensor=entry.name,
                     hint=_RESTORE,
@@ -134,13 +135,13 @@ def _judge_adapter(
     for entry, summary in held:
         _judge_finite(entry, summary, False, findings)
         if _is_matrix(entry) and not _LORA_B.search(entry.name):
-            # Of other kinds of adapters some start at zero, or at one.
+            # Some other kinds of adapters start at zero or one.
             _judge_spread(entry, summary, None if ".lora_" in entry.name else "warning", findings)
     if factors and all(not summary.largest for _, summary in factors):
         file = f"{folder}/{ADAPTER_CONFIG}" if folder else ADAPTER_CONFIG
         findings.add(
             "adapter-untrained",
-            f"all {len(factors)} LoRA B are zero, as they are before training",
+            f"all {len(factors)} LoRA B matrices are zero, as before training",
             file=file,
-            hint="Take the adapter of a later step.",
+            hint="Use the adapter of a later step.",
         )

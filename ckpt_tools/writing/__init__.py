@@ -1,1 +1,1 @@
-"""From a plan to a proven, published directory."""
+"""Owns the writing of an output: from a plan to a proven, published directory."""

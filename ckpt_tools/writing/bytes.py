@@ -1,10 +1,9 @@
-"""Writes planned files: the only module that writes tensor bytes.
+"""Owns the writing of tensor bytes to planned files. No other module writes tensor bytes.
 
-Each worker is a thread with one block buffer and one ``Gatherer``: it takes the
-next block, fills the buffer, digests it, and writes it where the plan says. Reading, casting, digesting
-and writing release the interpreter lock, so threads suffice within a machine; each casts on one core,
-because the cores are taken by the other workers. Knows units and file descriptors; knows nothing of
-names, formats, ranks or directories' final places.
+Each worker is a thread with one block buffer and one ``Gatherer``. It takes the next block, fills the buffer,
+digests it, and writes it to the planned place. Reading, casting, digesting and writing release the
+interpreter lock, so threads are enough within a machine. Each thread casts on one core, because the other
+workers use the other cores.
 """
 
 from __future__ import annotations
@@ -17,11 +16,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import TracebackType
 
 from ckpt_tools.errors import OutputFailed
+from ckpt_tools.tensors.checksums import ReadLog
 from ckpt_tools.tensors.gather import Gatherer
 from ckpt_tools.tensors.threads import MAX_WORKERS, casting_on_one_core, default_workers
 from ckpt_tools.writing.layout import Plan
@@ -29,19 +29,19 @@ from ckpt_tools.writing.units import Block, Units
 
 Progress = Callable[[int], None]
 Record = Callable[[Block, Sequence[bytes]], None]
-# The sources that all workers have open, and as many again for whatever else the process does.
+# The sources that all workers have open, and as many again for the rest of the process.
 _OTHER_FILES = 2 * 64 * MAX_WORKERS
 
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What a write did.
+    """The counts and times of a write.
 
     Attributes:
         bytes_read: bytes read from the sources.
         bytes_written: bytes of tensor data written.
-        move_seconds: time in which the bytes were moved.
-        sync_seconds: time in which the disk was waited for afterwards.
+        move_seconds: time to move the bytes.
+        sync_seconds: time to wait for the disk afterwards.
     """
 
     bytes_read: int = 0
@@ -49,9 +49,24 @@ class Written:
     move_seconds: float = 0.0
     sync_seconds: float = 0.0
 
+    @classmethod
+    def one_after_another(cls, parts: Sequence[Written]) -> Written:
+        """The sum of writes that one rank made."""
+        return cls(*(sum(getattr(part, f.name) for part in parts) for f in fields(cls)))
+
+    @classmethod
+    def side_by_side(cls, parts: Sequence[Written]) -> Written:
+        """The sum of the writes of several ranks; seconds are those of the slowest."""
+        summed = cls.one_after_another(parts)
+        return replace(
+            summed,
+            move_seconds=max(part.move_seconds for part in parts),
+            sync_seconds=max(part.sync_seconds for part in parts),
+        )
+
 
 def laid_out(plan: Plan, directory: Path) -> set[str]:
-    """The names of those files of ``plan`` that are in ``directory``: of its size, with its header."""
+    """The names of the files of ``plan`` that exist in ``directory`` with the right size and header."""
     return {
         file.name
         for file in plan.files
@@ -60,9 +75,9 @@ def laid_out(plan: Plan, directory: Path) -> set[str]:
 
 
 def lay_out(plan: Plan, directory: Path) -> None:
-    """Make every file of ``plan`` in ``directory``: of its size, with its header; and the index.
+    """Make every file of ``plan`` in ``directory`` with its size and header, and the index.
 
-    What :func:`laid_out` finds there is left as it is.
+    Files that :func:`laid_out` finds stay unchanged.
 
     Args:
         plan: the layout.
@@ -103,7 +118,7 @@ def _make(path: Path, start: bytes, size: int) -> None:
 
 
 class Outputs:
-    """The files of one plan, open for writing. Close it after use."""
+    """The open files of one plan. Close it after use."""
 
     def __init__(self, plan: Plan, directory: Path) -> None:
         _allow_open_files(len(plan.files))
@@ -138,7 +153,7 @@ class Outputs:
         """Wait until the bytes of these files are on disk.
 
         Raises:
-            OutputFailed: the disk refused.
+            OutputFailed: the disk reports an error.
         """
         fds = [self._fds[file] for file in files]
         try:
@@ -149,7 +164,7 @@ class Outputs:
 
 
 def _allow_open_files(count: int) -> None:
-    """Raise the process's limit of open files, often 1,024, where so many more would pass it."""
+    """Raise the process's limit of open files, often 1,024, if the outputs need more."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count + _OTHER_FILES
     if hard != resource.RLIM_INFINITY:
@@ -167,17 +182,19 @@ def write(
     progress: Progress | None = None,
     record: Record | None = None,
     ended: threading.Event | None = None,
+    log: ReadLog | None = None,
 ) -> Written:
     """Write units of a plan, and wait until they are on disk.
 
     Args:
-        units: the plan's units; its tensors are read from wherever they lie.
+        units: the plan's units.
         outputs: its files.
         todo: the units to write.
-        workers: number of threads; the files do not depend on it.
+        workers: number of threads. The files do not depend on it.
         progress: called with the number of bytes after each block, from any worker's thread.
-        record: called with each block and its digests once it is written, from any worker's thread.
-        ended: once it is set no further block is begun; not all was written then.
+        record: called with each written block and its digests, from any worker's thread.
+        ended: once it is set, no further block is started, and the write is incomplete.
+        log: takes the checksums of the bytes that are read.
 
     Raises:
         DamagedCheckpoint: a source file ended early or cannot be read.
@@ -188,10 +205,11 @@ def write(
     stop = threading.Event()
     touched: set[int] = set()
 
-    def work() -> tuple[int, int]:
+    def work() -> tuple[int, int, ReadLog | None]:
         buffer = bytearray(units.block_bytes)
         done = 0
-        with Gatherer() as gatherer:
+        own = None if log is None else ReadLog()
+        with Gatherer(own) as gatherer:
             while not stop.is_set() and (block := blocks.take()) is not None:
                 if ended is not None and ended.is_set():
                     break
@@ -206,7 +224,7 @@ def write(
                     record(block, digests)
                 if progress is not None:
                     progress(block.nbytes)
-            return gatherer.bytes_read, done
+            return gatherer.bytes_read, done, own
 
     count = workers or default_workers()
     with casting_on_one_core(), ThreadPoolExecutor(count) as pool:
@@ -218,7 +236,10 @@ def write(
         done = [job.result() for job in jobs]
     moved = time.monotonic()
     outputs.sync(touched)
-    bytes_read, bytes_written = map(sum, zip(*done, strict=True))
+    for _, _, own in done:
+        if log is not None and own is not None:
+            log.include(own)
+    bytes_read, bytes_written = sum(one[0] for one in done), sum(one[1] for one in done)
     return Written(bytes_read, bytes_written, moved - started, time.monotonic() - moved)
 
 
@@ -232,7 +253,7 @@ def _clear_gaps(view: memoryview, block: Block) -> None:
 
 
 class _Shared:
-    """An iterator of blocks that threads take from in turn."""
+    """An iterator of blocks that threads share."""
 
     def __init__(self, blocks: Iterator[Block]) -> None:
         self._blocks = blocks
@@ -254,8 +275,8 @@ def _write_all(fd: int, data: bytes | memoryview, offset: int, path: Path) -> No
 
 
 def refused(error: OSError, path: Path) -> OutputFailed:
-    """What a disk's refusal means."""
+    """The error for a failed write."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        hint = "Free some room, or name an output on another disk."
+        hint = "Free some space, or name an output on another disk."
         return OutputFailed("no space left on the output's disk", path=path, hint=hint)
     return OutputFailed(f"cannot be written ({error.strerror})", path=path)

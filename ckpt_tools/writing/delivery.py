@@ -20,17 +20,17 @@ import xxhash
 from ckpt_tools._version import __version__
 from ckpt_tools.errors import OutputFailed, RankFailed
 from ckpt_tools.ranks import Ranks
+from ckpt_tools.tensors.checksums import ReadLog
 from ckpt_tools.writing import journal
 from ckpt_tools.writing.bytes import Outputs, Written, laid_out, lay_out, write
-from ckpt_tools.writing.finishing import Verify, finish
+from ckpt_tools.writing.finishing import Checks, finish
 from ckpt_tools.writing.manifest import Provenance
 from ckpt_tools.writing.output import Output, Writing
 from ckpt_tools.writing.publish import Partial, check_room, leftovers, partial_directory
+from ckpt_tools.writing.source import Checked, check_sources, runs_of
 from ckpt_tools.writing.units import Units
 
 _SHOW_SECONDS = 0.2
-_COUNTS = ("bytes_read", "bytes_written")
-_SECONDS = ("move_seconds", "sync_seconds")
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,13 @@ class Delivered:
     Attributes:
         written: totals of all ranks; seconds are those of the slowest.
         files: bytes of every file, by its path in the output.
+        checked: what was compared with the checksums of the sources.
         notes: facts for the report.
     """
 
     written: Written
     files: Mapping[str, int]
+    checked: Checked
     notes: tuple[str, ...] = ()
 
 
@@ -57,20 +59,23 @@ class _Job:
         directories: where each output is made.
         units: those of each output.
         done: units that an earlier run proved.
+        check_source: whether the checksums of what is read are noted.
     """
 
     home: Path
     directories: tuple[Path, ...]
     units: tuple[Units, ...]
     done: journal.Proven
+    check_source: bool = True
 
 
 @dataclass(frozen=True)
 class _Share:
-    """What one rank wrote: the digests of its units, by output."""
+    """What one rank wrote: the digests of its units, by output, and the checksums of what it read."""
 
     written: Written
     digests: Mapping[int, Mapping[int, bytes]]
+    log: ReadLog | None
 
 
 def deliver(
@@ -78,7 +83,7 @@ def deliver(
     outputs: Sequence[Output],
     writing: Writing,
     provenance: Provenance,
-    verify: Verify,
+    checks: Checks,
 ) -> Delivered | None:
     """Write the outputs and put them in place together; nothing is done in a dry run.
 
@@ -87,7 +92,7 @@ def deliver(
         outputs: what is written into it.
         writing: how it is written.
         provenance: what the outputs are made of.
-        verify: raises if a complete directory is wrong; called where ``writing`` asks for it.
+        checks: the last checks of sources and output.
 
     Raises:
         CkptError: the target appeared meanwhile, a source is damaged, the disk refused, another rank
@@ -115,19 +120,26 @@ def deliver(
             try:
                 directories = tuple(partial.path / output.folder for output in outputs)
                 done = _laid_out(partial, directories, units)
-                job = _Job(partial.home, directories, units, done)
+                job = _Job(partial.home, directories, units, done, writing.check_source)
                 with writing.ranks.ending_all() if writing.ranks is not None else nullcontext():
                     if writing.ranks is not None:
                         # Units are most of the job, and all ranks hold them since they agreed on the plan.
                         writing.ranks.put("job", replace(job, units=()))
                     with _shown(job, writing) as progress:
                         shares = _write_shares(job, writing, progress)
-                    _finish_all(job, outputs, shares, provenance, writing, verify)
+                    checked = _checked(job, shares)
+                    checks.refuse_changed()
+                    _finish_all(job, outputs, shares, provenance, writing, checks)
                     files = _sizes(partial.path)
             finally:
                 proven = found is not None or journal.has_proof(partial.home)
                 partial.keep = writing.resumable and proven
-    return Delivered(_together([share.written for share in shares]), files, _notes(job))
+    return Delivered(
+        Written.side_by_side([share.written for share in shares]),
+        files,
+        checked,
+        _notes(job, checked),
+    )
 
 
 def _found(target: Path, identity: journal.Identity, locked: ExitStack) -> Path | None:
@@ -239,6 +251,7 @@ def _write_shares(
     rank, machines = (0, (0,)) if ranks is None else (ranks.rank, ranks.machines)
     digests: dict[int, dict[int, bytes]] = {}
     written = []
+    read = ReadLog() if job.check_source else None
 
     def moved(nbytes: int) -> None:
         if ranks is not None:
@@ -260,12 +273,13 @@ def _write_shares(
                         progress=moved,
                         record=log.record,
                         ended=None if ranks is None else ranks.failed,
+                        log=read,
                     )
                 )
             digests[number] = log.digests
         if ranks is not None:
             ranks.check()
-    share = _Share(_summed(written), digests)
+    share = _Share(Written.one_after_another(written), digests, read)
     if ranks is None:
         return [share]
     return ranks.gather("written", share) or []
@@ -314,7 +328,7 @@ def _finish_all(
     shares: Sequence[_Share],
     provenance: Provenance,
     writing: Writing,
-    verify: Verify,
+    checks: Checks,
 ) -> None:
     # Inner folders first: the manifest of a directory covers everything below it.
     inward = sorted(enumerate(outputs), key=lambda pair: pair[1].folder, reverse=True)
@@ -324,7 +338,7 @@ def _finish_all(
             digests |= share.digests.get(number, {})
         directory, units = job.directories[number], job.units[number]
         tensors = units.tensor_digests(digests)
-        finish(directory, output, tensors, units.nbytes, provenance, writing, verify)
+        finish(directory, output, tensors, units.nbytes, provenance, writing, checks)
 
 
 def _sizes(directory: Path) -> dict[str, int]:
@@ -340,24 +354,40 @@ def _done_bytes(job: _Job) -> int:
     return total
 
 
-def _notes(job: _Job) -> tuple[str, ...]:
+def _checked(job: _Job, shares: Sequence[_Share]) -> Checked:
+    """Compare what all ranks read with the checksums of the sources; what an earlier run read, too.
+
+    Raises:
+        DamagedCheckpoint: a record of a source is not what was saved.
+    """
+    if not job.check_source:
+        return Checked()
+    log = ReadLog()
+    for share in shares:
+        if share.log is not None:
+            log.include(share.log)
+    earlier = (
+        run
+        for number, done in job.done.items()
+        for unit in done
+        for block in job.units[number].blocks(range(unit, unit + 1))
+        for piece in block.slices
+        for run in runs_of(piece.tensor, piece.start, piece.stop)
+    )
+    return check_sources(log, earlier)
+
+
+def _notes(job: _Job, checked: Checked) -> tuple[str, ...]:
+    notes = []
+    if checked.partly:
+        notes.append(
+            f"{checked.partly:,} bytes were not compared with the checksums of their files, because "
+            "the rest of their records was not read"
+        )
     done = _done_bytes(job)
     if not done:
-        return ()
-    return (f"continued an earlier run: {done:,} bytes were proven and not written again",)
-
-
-def _summed(parts: Sequence[Written]) -> Written:
-    """The sum over the outputs of one rank."""
-    return Written(
-        *(sum(getattr(part, name) for part in parts) for name in _COUNTS),
-        *(sum(getattr(part, name) for part in parts) for name in _SECONDS),
-    )
-
-
-def _together(parts: Sequence[Written]) -> Written:
-    """The sum over ranks that work side by side."""
-    return Written(
-        *(sum(getattr(part, name) for part in parts) for name in _COUNTS),
-        *(max(getattr(part, name) for part in parts) for name in _SECONDS),
+        return tuple(notes)
+    return (
+        *notes,
+        f"continued an earlier run: {done:,} bytes were proven and not written again",
     )

@@ -6,8 +6,9 @@ Owns their order: each covers everything before it.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
 from ckpt_tools.hub.files import AssetFile
 from ckpt_tools.writing import manifest
@@ -15,7 +16,15 @@ from ckpt_tools.writing.bytes import refused
 from ckpt_tools.writing.manifest import Provenance
 from ckpt_tools.writing.output import Output, Writing
 
-Verify = Callable[[Path, Writing], None]
+
+class Checks(Protocol):
+    """The last checks before an output appears; a failed one raises."""
+
+    def refuse_changed(self) -> None:
+        """Raise DamagedCheckpoint if a source was changed while it was read."""
+
+    def refuse_wrong(self, directory: Path, writing: Writing) -> None:
+        """Raise VerificationFailed if a complete directory is wrong."""
 
 
 def finish(
@@ -25,7 +34,7 @@ def finish(
     unit_bytes: int,
     provenance: Provenance,
     writing: Writing,
-    verify: Verify,
+    checks: Checks,
 ) -> None:
     """Write every file of an output but its weights, and verify it if asked.
 
@@ -36,7 +45,7 @@ def finish(
         unit_bytes: size of the units of the digests.
         provenance: the sources of the output.
         writing: how it is written.
-        verify: raises if the directory is wrong.
+        checks: verifies the directory, if asked.
 
     Raises:
         OutputFailed: the disk refused.
@@ -56,7 +65,7 @@ def finish(
         sums = manifest.sums_text(directory, writing.workers, writing.active)
         _write_asset(directory, AssetFile(manifest.SUMS_NAME, sums.encode()))
     if writing.verify:
-        verify(directory, writing)
+        checks.refuse_wrong(directory, writing)
 
 
 def _write_asset(directory: Path, asset: AssetFile) -> None:

@@ -1,10 +1,9 @@
-"""The journal of a run: which units of its output are on disk, and their digests, for ``--resume``.
+"""Owns the journal of a run: which units of its output are on disk, and their digests, for ``--resume``.
 
-Lies beside the partial directory and goes with it. Each process that writes has a log of its own, to which a
-thread appends: every half a second it takes the blocks that were written meanwhile, waits until the files
-are on disk, and only then notes them. So a line in a log is a proof, whatever was killed whenever; a line
-that was cut off, or damaged by a lost node, fails its checksum and is as if it had not been written. Knows
-units and their digests; knows no tensors, ranks or formats.
+The journal is beside the partial directory and is removed with it. Each writing process has its own log. A
+thread appends to it: every half a second it takes the written blocks, waits until the files are on disk, and
+then records them. So a line in a log is a proof, even after a kill. A line that was cut off or damaged fails
+its checksum and is ignored.
 """
 
 from __future__ import annotations
@@ -37,13 +36,13 @@ Proven = Mapping[int, Mapping[int, bytes]]
 
 @dataclass(frozen=True)
 class Identity:
-    """What makes two runs the same run: only then may one go on with what the other left.
+    """The identity of a run. A run can resume only a run with the same identity.
 
     Attributes:
         tool: version of ckpt-tools.
         sources: digest of names, sizes and times of the files that are read.
-        options: those by which tensors are chosen and cast.
-        plan: digest of the layout of the output and of how each of its tensors is derived.
+        options: the options that choose and cast tensors.
+        plan: digest of the layout of the output and of the derivation of each tensor.
     """
 
     tool: str
@@ -69,7 +68,7 @@ def begin(home: Path, identity: Identity) -> None:
 
 
 def identity_of(home: Path) -> Identity | None:
-    """Of which run a partial directory is; None where nothing tells."""
+    """The identity of the run of a partial directory; None if it has no record."""
     try:
         found = Identity(**json.loads((home / _DIRECTORY / _RUN).read_bytes()))
     except (OSError, ValueError, TypeError):
@@ -78,10 +77,10 @@ def identity_of(home: Path) -> Identity | None:
 
 
 def find(homes: Sequence[Path], identity: Identity) -> Path | None:
-    """The partial directory that a run can go on with; None where there is none at all.
+    """The partial directory that a run can resume; None if there is none.
 
     Raises:
-        UsageError: there are such directories, but of another run.
+        UsageError: all partial directories belong to other runs.
     """
     others = []
     for home in homes:
@@ -94,32 +93,32 @@ def find(homes: Sequence[Path], identity: Identity) -> Path | None:
         return None
     home, found = others[0]
     if found.tool != identity.tool:
-        why = f"it was begun by ckpt-tools {found.tool}, and this is {identity.tool}"
+        why = f"it was started by ckpt-tools {found.tool}; this is {identity.tool}"
     elif found.sources != identity.sources:
-        why = "it was begun from another checkpoint, or the checkpoint changed since"
+        why = "it was started from another checkpoint, or the checkpoint changed"
     else:
-        why = f"it was begun with other options{_difference(found.options, identity.options)}"
+        why = f"it was started with other options{_difference(found.options, identity.options)}"
     raise UsageError(
-        f"the run cannot go on with what is there: {why}",
+        f"the earlier run cannot be resumed: {why}",
         path=home,
-        hint=f"Repeat the command as it was, or begin anew: delete {home}, or leave out --resume.",
+        hint=f"Repeat the earlier command. To start again, delete {home} or omit --resume.",
     )
 
 
 def _difference(before: Mapping[str, object], now: Mapping[str, object]) -> str:
     changed = [
-        f"{name} was {before.get(name)}, and is {now.get(name)}"
+        f"{name} was {before.get(name)}, now {now.get(name)}"
         for name in sorted({*before, *now})
         if before.get(name) != now.get(name)
     ]
-    return f" ({'; '.join(changed)})" if changed else ", so its layout is another"
+    return f" ({'; '.join(changed)})" if changed else ", so its layout differs"
 
 
 class Lock:
-    """Keeps two runs from writing into one partial directory; held until the process ends or closes it.
+    """Prevents two runs from writing into one partial directory, until the process ends or closes it.
 
-    Taken before the journal begins, and closed after the directory was published or removed: whoever has
-    it and finds the journal may go on.
+    It is taken before the journal starts, and closed after the directory was published or removed. A run that
+    holds it and finds the journal can resume.
     """
 
     def __init__(self, home: Path) -> None:
@@ -134,7 +133,7 @@ class Lock:
         except BlockingIOError as error:
             os.close(self._fd)
             raise UsageError(
-                "another run is writing there", path=home, hint="Wait for it, or end it first."
+                "another run is writing there", path=home, hint="Wait for that run, or stop it."
             ) from error
         except OSError:
             return  # a file system without locks
@@ -143,16 +142,16 @@ class Lock:
         """Let others have it."""
         os.close(self._fd)
         if not (self.home / _DIRECTORY / _RUN).exists():
-            # Removed while it was held: NFS keeps a name for a file, and so its directory, until then.
+            # NFS keeps a removed file that is open, and so its directory, until the file is closed.
             shutil.rmtree(self.home, ignore_errors=True)
 
 
 def proven(home: Path, whole: Mapping[int, set[str]]) -> dict[int, dict[int, bytes]]:
-    """What the logs prove: for each output, the digests of its finished units.
+    """The proven units: for each output, the digests of its finished units.
 
     Args:
-        home: where the partial directory and the journal lie.
-        whole: for each output, the names of its files that have been there since they were noted.
+        home: the directory of the partial directory and the journal.
+        whole: for each output, the names of its files that still exist.
     """
     done: dict[int, dict[int, bytes]] = {}
     for path in _logs(home):
@@ -164,14 +163,14 @@ def proven(home: Path, whole: Mapping[int, set[str]]) -> dict[int, dict[int, byt
 
 
 def keep(home: Path, whole: Mapping[int, set[str]]) -> None:
-    """Strike out what the logs say of files that are gone, before those are made anew.
+    """Remove the log lines of files that no longer exist, before these files are made again.
 
     Args:
-        home: where the partial directory and the journal lie.
-        whole: for each output, the names of its files that are there.
+        home: the directory of the partial directory and the journal.
+        whole: for each output, the names of its files that still exist.
 
     Raises:
-        OutputFailed: the disk refused.
+        OutputFailed: the disk reports an error.
     """
     for path in _logs(home):
         lines = list(_entries(path))
@@ -188,7 +187,7 @@ def keep(home: Path, whole: Mapping[int, set[str]]) -> None:
 
 
 def has_proof(home: Path) -> bool:
-    """Whether anything at all is proven."""
+    """Whether any unit is proven."""
     return any(True for path in _logs(home) for _ in _entries(path))
 
 
@@ -197,7 +196,7 @@ def _logs(home: Path) -> list[Path]:
 
 
 def _entries(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """The lines of a log that were written to their end, and what each says."""
+    """The complete lines of a log, with their content."""
     for line in path.read_bytes().split(b"\n"):
         text, _, checksum = line.rpartition(b"\t")
         if text and xxhash.xxh64_hexdigest(text).encode() == checksum:
@@ -212,7 +211,7 @@ def _put(path: Path, content: bytes) -> None:
 
 
 def gaps(units: range, done: Mapping[int, object]) -> list[range]:
-    """The units that are not done, in runs."""
+    """The units that are not done, as ranges."""
     return list(_gaps(units, done))
 
 
@@ -229,11 +228,11 @@ def _gaps(units: range, done: Mapping[int, object]) -> Iterator[range]:
 
 
 class Log:
-    """One process's log of one output, and the digests that it noted. Close it after use.
+    """One process's log of one output. Close it after use.
 
     Attributes:
-        digests: of every unit that was recorded.
-        noted: how many blocks are proven.
+        digests: the digest of every recorded unit.
+        noted: the number of proven blocks.
     """
 
     def __init__(self, home: Path, number: int, outputs: Outputs, names: Sequence[str]) -> None:
@@ -259,15 +258,15 @@ class Log:
     ) -> None:
         self._ended.set()
         self._thread.join()
-        # A failure to sync is told once for each open file: it would not be met again.
+        # The system reports a failed sync once for each open file, so it must be raised here.
         if self._error is not None and error is None:
             raise self._error
 
     def record(self, block: Block, digests: Sequence[bytes]) -> None:
-        """Note that a block was written; it is proven some time later.
+        """Record that a block was written. It is proven later.
 
         Raises:
-            OutputFailed: what was recorded before could not be noted.
+            OutputFailed: an earlier block could not be recorded.
         """
         with self._lock:
             self.digests.update(enumerate(digests, block.first))

@@ -1,10 +1,9 @@
-"""Lays out the output: tensors to files, files to bytes. Pure arithmetic, no I/O.
+"""Owns the layout of the output: the file of each tensor, and its bytes in the file. It does no I/O.
 
 The files are exactly those that ``save_pretrained`` and ``safetensors.torch.save_file`` write for the same
 tensors: the same shards, names, order within a file, header and index.
 
-Sources: ``huggingface_hub.serialization`` (shards), ``safetensors/src/tensor.rs`` (order, header),
-``transformers/modeling_utils.py`` (index).
+Sources: ``huggingface_hub.serialization`` (shards), ``transformers/modeling_utils.py`` (index).
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from ckpt_tools.writing.header import file_header
 INDEX_SUFFIX = ".index.json"
 _BLOCK_BYTES = 2 << 20
 _MAX_BLOCK_BYTES = 32 << 20
-# With many ranks a block holds a piece of each; below this size of piece disks do seeks, not reads.
+# With many ranks a block holds a piece of each. With smaller pieces, disks spend their time on seeks.
 _WORTHWHILE_READ = 128 << 10
 
 
@@ -48,7 +47,7 @@ class PlannedFile:
     Attributes:
         name: file name.
         header: its first bytes, length prefix included.
-        slots: its tensors in the order in which they lie.
+        slots: its tensors in the order of the file.
     """
 
     name: str
@@ -63,11 +62,11 @@ class PlannedFile:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that will be written, byte for byte placed.
+    """The place of every byte that will be written.
 
     Attributes:
         files: the weight files.
-        index: name and content of the index, where there is more than one file.
+        index: name and content of the index, if there are several files.
     """
 
     files: tuple[PlannedFile, ...]
@@ -100,7 +99,7 @@ class Plan:
 
     @cached_property
     def block_bytes(self) -> int:
-        """Bytes that are worth writing at once; more where tensors come from many ranks."""
+        """Bytes of one write; more if tensors come from many ranks."""
         pieces = max((tensor.pieces for tensor in self.tensors.values()), default=1)
         return min(max(_BLOCK_BYTES, pieces * _WORTHWHILE_READ), _MAX_BLOCK_BYTES)
 
@@ -114,7 +113,7 @@ def plan(
     """Lay out ``tensors``, in their order, as safetensors files.
 
     Args:
-        tensors: what to write, by name.
+        tensors: the tensors to write, by name.
         max_shard_size: bytes, or a number with a decimal unit (``5GB``).
         stem: file name without its suffix (``model``, ``adapter_model``).
 
@@ -127,7 +126,7 @@ def plan(
         split = split_state_dict_into_shards_factory(
             dict(tensors),
             get_storage_size=lambda tensor: tensor.nbytes,
-            # To torch, tensors without elements share their storage: they all lie in one file.
+            # In torch, tensors without elements share their storage, so all are in one file.
             get_storage_id=lambda tensor: None if tensor.numel else "empty",
             filename_pattern=f"{stem}{{suffix}}.safetensors",
             max_shard_size=max_shard_size,

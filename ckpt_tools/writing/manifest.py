@@ -1,9 +1,9 @@
-"""The manifest: what a directory was made of, how, and a digest of every byte of it.
+"""Owns the text of ``ckpt_tools_manifest.json`` and of ``SHA256SUMS``: sources, options, and all digests.
 
-Owns the text of ``ckpt_tools_manifest.json`` and of ``SHA256SUMS``. A tensor's digest is that of the bytes
-that passed through the writer, see :mod:`ckpt_tools.writing.units`; that of any other file is of what lies on
-disk. The last entry is the digest of the manifest itself, with that entry empty. ``verify`` reads all this
-with code of its own. Knows no formats and moves no tensors. docs/verify.md has the schema.
+A tensor's digest covers the bytes that the writer wrote, see :mod:`ckpt_tools.writing.units`. The digest of
+any other file covers the file on disk. The last entry is the digest of the manifest itself, with that entry
+empty.
+``verify`` reads both files with its own code. docs/verify.md has the schema.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ _PACKAGES = ("torch", "transformers", "safetensors", "peft")
 
 @dataclass(frozen=True, eq=False)
 class Provenance:
-    """What an output is made of.
+    """The origin of an output.
 
     Attributes:
-        command: the command, as it is typed.
+        command: the command.
         sources: the checkpoints that are read.
-        options: what was asked of them; ``weights`` says which copy was taken.
+        options: the options of the command; ``weights`` is the copy that was taken.
         beside: directories of further tensors, with the tensors.
     """
 
@@ -65,14 +65,18 @@ class Provenance:
         return leaf_names(self._leaves)
 
     def recipe(self, tensor: Tensor) -> Json:
-        """How a tensor of the output is made of those of the sources."""
+        """The recipe of an output tensor from source tensors."""
         return described(tensor, self._names)
+
+    def files(self) -> list[Path]:
+        """The files that are read."""
+        beside = [file for catalogue in self.beside.values() for file in _files_of(catalogue)]
+        return [*(path for source in self.sources for path in sorted(source.files)), *beside]
 
     def identity(self) -> str:
         """Digest of the names, sizes and times of the files that are read."""
         facts: list[tuple[str, int, int]] = []
-        beside = [file for catalogue in self.beside.values() for file in _files_of(catalogue)]
-        for path in (*(path for source in self.sources for path in sorted(source.files)), *beside):
+        for path in self.files():
             try:
                 found = path.stat()
                 facts.append((path.name, found.st_size, found.st_mtime_ns))
@@ -166,7 +170,7 @@ def manifest_text(
 
 
 def sums_text(directory: Path, workers: int, progress: Callable[[int], None] | None = None) -> str:
-    """What ``sha256sum`` prints of all files of a directory, in the order of their names.
+    """The output of ``sha256sum`` for all files of a directory, in the order of their names.
 
     Args:
         directory: the directory.
@@ -187,7 +191,7 @@ def sums_text(directory: Path, workers: int, progress: Callable[[int], None] | N
 
 
 def _names(directory: Path, own: str) -> Sequence[str]:
-    """Every file but ``own`` and what is hidden, as paths with forward slashes."""
+    """Every file except ``own`` and hidden files, as paths with forward slashes."""
     paths = (path.relative_to(directory) for path in directory.rglob("*") if path.is_file())
     return sorted(
         path.as_posix()

@@ -1,6 +1,6 @@
-"""What is written and how: one planned directory, and the ways in which a caller wants it delivered.
+"""Owns the description of an output: one planned directory, and the options of its delivery.
 
-Values only: :mod:`ckpt_tools.writing.delivery` carries them out. Knows no formats and does no I/O.
+:mod:`ckpt_tools.writing.delivery` carries them out.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Writing:
-    """How an output is written.
+    """The options of a write.
 
     Attributes:
         workers: number of threads of each rank. The output does not depend on it.
-        dry_run: plan and check everything, write nothing.
+        dry_run: plan and check everything, but write nothing.
         overwrite: replace an existing output once the new one is complete.
         progress: called with bytes done and bytes in all, from any thread.
-        resume: continue what an earlier run of the same request left.
+        resume: continue an earlier run of the same request.
         sha256: write ``SHA256SUMS``, which ``sha256sum -c`` accepts.
-        verify: verify every byte before the output appears.
-        ranks: the ranks that carry out the same call together; every one of them must make it.
-        resumable: what a failed run leaves can be continued by another.
+        verify: verify every byte before the output is published.
+        check_source: compare the bytes that are read with the checksums of their files.
+        ranks: the ranks that carry out the same call together. Each of them must make the call.
+        resumable: whether another run can continue after a failure.
     """
 
     workers: int
@@ -39,11 +40,12 @@ class Writing:
     resume: bool = False
     sha256: bool = False
     verify: bool = False
+    check_source: bool = True
     ranks: Ranks | None = None
     resumable: bool = True
 
     def active(self, *_: object) -> None:
-        """Let the other ranks know, who wait, that this one makes progress."""
+        """Tell the waiting ranks that this one makes progress."""
         if self.ranks is not None:
             self.ranks.active()
 
@@ -53,7 +55,7 @@ class Output:
     """One directory that is written.
 
     Attributes:
-        folder: where it is in the output, empty for the output itself.
+        folder: its path in the output; empty for the output itself.
         layout: its weights.
         files: its other files.
     """

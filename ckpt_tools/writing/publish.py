@@ -1,9 +1,8 @@
-"""All or nothing: an output directory appears complete, or not at all.
+"""Owns the publication of an output directory: it appears complete, or not at all.
 
-Owns the partial directory beside the output, the syncing of what is not tensor data, and the one rename
-that publishes. An existing output is exchanged with the new one in a single step where the file system
-can do that, and only then removed. A partial directory that holds proven work outlives a failure, so
-that another run can go on with it. Knows nothing of what the files are.
+The output is written to a partial directory beside the target, synced, and renamed once. An existing output
+is exchanged with the new one in a single step, if the file system supports that, and then removed. A
+partial directory with proven work is kept after a failure, so that another run can resume it.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ def check_target(target: Path, sources: Sequence[Path], *, overwrite: bool) -> N
 
     Raises:
         OutputExists: it exists, is not an empty directory, and ``overwrite`` was not given.
-        UsageError: it holds one of ``sources``, or is no directory.
+        UsageError: it holds one of ``sources``, or is a broken link.
     """
     resolved = target.resolve()
     for source in sources:
@@ -37,22 +36,22 @@ def check_target(target: Path, sources: Sequence[Path], *, overwrite: bool) -> N
             raise UsageError(
                 f"replacing it would delete the input {source}",
                 path=target,
-                hint="Name another output; inputs are never changed or deleted.",
+                hint="Name another output. Inputs are never changed or deleted.",
             )
     if target.is_symlink() and not target.exists():
-        raise UsageError("it is a link that leads nowhere", path=target)
+        raise UsageError("it is a broken link", path=target)
     if target.exists() and not target.is_dir():
         raise OutputExists("it exists and is not a directory", path=target)
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise OutputExists(
             "the output exists already",
             path=target,
-            hint="Name another one, or pass --overwrite: it is replaced once the new one is complete.",
+            hint="Name another output, or pass --overwrite. It is replaced once the new output is complete.",
         )
 
 
 def leftovers(target: Path) -> list[Path]:
-    """Partial directories that runs to the same output left when they were killed."""
+    """Partial directories of earlier runs to the same output that were killed."""
     final = _final(target)
     if not final.parent.is_dir():
         return []
@@ -69,18 +68,18 @@ def check_room(target: Path, nbytes: int) -> None:
         raise OutputFailed(
             f"the output needs {nbytes / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB left",
             path=target,
-            hint="Free some room, or name an output on another disk.",
+            hint="Free some space, or name an output on another disk.",
         )
 
 
 @dataclass
 class Partial:
-    """A directory on its way to its final name.
+    """A directory before its final rename.
 
     Attributes:
-        home: a directory beside the final one, which holds it and whatever else the run needs.
-        path: the directory itself, within.
-        keep: whether it stays when the run fails, for another run to go on with.
+        home: a directory beside the final one, with the output and the journal.
+        path: the output directory in it.
+        keep: whether it is kept after a failure, so that another run can resume it.
     """
 
     home: Path
@@ -98,14 +97,13 @@ def partial_directory(
 ) -> Iterator[Partial]:
     """A directory that becomes ``target`` when the block ends without an error.
 
-    When it ends with one, what was made is removed, and nothing else; or it is kept, where the block
-    asked for it, and the error's hint says how to go on. Everything in the directory, and the directory,
-    is on disk before the rename.
+    If the block ends with an error, everything that was made is removed. If the block set ``keep``, it is
+    kept and the error's hint says how to resume. The directory and its content are on disk before the rename.
 
     Args:
         target: the directory to make.
-        overwrite: whether an existing one is replaced.
-        resume: the home of an earlier run's directory, to go on with.
+        overwrite: whether an existing directory is replaced.
+        resume: the home of an earlier run's directory, to resume.
 
     Raises:
         OutputFailed: it cannot be made, synced or renamed.
@@ -116,7 +114,7 @@ def partial_directory(
     partial = Partial(home, keep=resume is not None)
     missing = [path for path in (final.parent, *final.parent.parents) if not path.exists()]
     try:
-        # Within, so that nothing is left by a signal that comes as soon as it is made.
+        # Inside the try block, so that a signal right after this call leaves nothing.
         if resume is None:
             _make(partial)
         yield partial
@@ -138,12 +136,12 @@ def partial_directory(
 
 
 def how_to_go_on(partial: Path) -> str:
-    """What to do about a partial directory that was kept, for a person."""
-    return f"What was done is kept: the same command with --resume goes on; or delete {partial}."
+    """The hint about a partial directory that was kept."""
+    return f"The finished part is kept. Run the same command with --resume, or delete {partial}."
 
 
 def _final(target: Path) -> Path:
-    """Where the directory is to be: behind links, so that a link stays one."""
+    """The final path, with links resolved, so that a link stays a link."""
     return target.resolve()
 
 
@@ -181,7 +179,7 @@ def _publish(partial: Path, final: Path, *, overwrite: bool) -> None:
             raise
     if not overwrite:
         raise OutputExists("it appeared while the output was written", path=final)
-    # Under another name: what an exchange brings back must never be taken for this run's work.
+    # Another name, so that the old output is never taken for this run's output after an exchange.
     complete = partial.with_name(f"complete-{secrets.token_hex(4)}")
     os.rename(partial, complete)
     try:
@@ -193,10 +191,10 @@ def _publish(partial: Path, final: Path, *, overwrite: bool) -> None:
 
 
 def _replace(complete: Path, final: Path) -> Path:
-    """Put a directory in the place of another; gives where the other is now."""
+    """Replace a directory with another. Returns the new path of the old one."""
     if _exchange(complete, final):
         return complete
-    # Without an exchange there is a moment with no output; the old one keeps its bytes.
+    # Without an exchange, the output is absent for a moment. The old one keeps its bytes.
     old = final.with_name(f"{final.name}.replaced-{secrets.token_hex(4)}")
     os.rename(final, old)
     try:
@@ -208,7 +206,7 @@ def _replace(complete: Path, final: Path) -> Path:
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Swap two directories in one step; False where the system cannot."""
+    """Swap two directories in one step; False if the system cannot."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is None:
         return False

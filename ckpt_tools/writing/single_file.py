@@ -1,11 +1,8 @@
-"""One file of weights, put into a directory that may hold other things.
+"""Owns the writing of one weight file, ``model.safetensors`` or ``pytorch_model.bin``, into any directory.
 
-Owns what tools that write ``model.safetensors`` or ``pytorch_model.bin`` alone have in common: the file
-appears complete or not at all, nothing that is there is replaced, and it can be proven against its source
-before it appears. Knows no format of checkpoints and no command line.
-
-A ``.bin`` is written by ``torch.save`` from a memory map of the safetensors file, which lies beside it
-until then: the pages belong to the file, so that the process holds no tensor.
+The file appears complete or not at all, no existing file is replaced, and the file can be compared with its
+source first. ``torch.save`` writes a ``.bin`` from a memory map of a temporary safetensors file, so the
+process does not hold the tensors in memory.
 """
 
 from __future__ import annotations
@@ -37,16 +34,16 @@ TORCH = "pytorch_model.bin"
 
 
 def write_single_file(tensors: Catalogue, path: Path, *, prove: bool) -> None:
-    """Write all tensors, as they are, into one file.
+    """Write all tensors unchanged into one file.
 
     Args:
-        tensors: what to write; a second name of a tensor is left out.
+        tensors: the tensors. Second names of a tensor are left out.
         path: the file; ``model.safetensors`` is safetensors, ``pytorch_model.bin`` is ``torch.save``
-            of a dict. Its directory is made where there is none.
+            of a dict. Its directory is made if it does not exist.
         prove: read the file and compare it with ``tensors`` bit for bit before it appears.
 
     Raises:
-        OutputExists: the file is there already, or its directory is a file.
+        OutputExists: the file exists already, or its directory is a file.
         OutputFailed: the disk is full or refused a write, or the file differs from ``tensors``.
         DamagedCheckpoint: a source file ended early or cannot be read.
     """
@@ -78,7 +75,7 @@ def _write(layout: Plan, directory: Path) -> None:
 
 @contextmanager
 def _stage(path: Path) -> Iterator[Path]:
-    """A directory whose one file is at ``path`` when the block ends without an error."""
+    """A temporary directory. Its file moves to ``path`` if the block ends without an error."""
     directory = path.parent
     if not directory.is_dir() or not any(directory.iterdir()):
         with partial_directory(directory, overwrite=False) as partial:
@@ -102,11 +99,11 @@ def _put_in_place(source: Path, path: Path) -> None:
     try:
         _sync(source)
         try:
-            os.link(source, path)  # unlike a rename, it replaces nothing
+            os.link(source, path)  # unlike a rename, it never replaces a file
         except FileExistsError:
             raise OutputExists("it appeared while the output was written", path=path) from None
         except OSError:
-            source.rename(path)  # some file systems have no second names
+            source.rename(path)  # some file systems have no hard links
         _sync(path.parent)
     except OSError as error:
         raise OutputFailed(f"cannot be put in place ({error.strerror})", path=path) from error
@@ -127,19 +124,19 @@ def _save_as_torch(source: Path, planned: PlannedFile, names: list[str], path: P
     try:
         torch.save(_mapped(source, planned, names), path)
     except (OSError, RuntimeError) as error:
-        # torch says neither which error it was nor why; the room was enough when it began.
+        # torch reports neither the error nor its cause. There was enough space at the start.
         raise OutputFailed(
-            f"cannot be written ({error})", path=path, hint="Is the disk full?"
+            f"cannot be written ({error})", path=path, hint="Check whether the disk is full."
         ) from error
 
 
 def _mapped(source: Path, planned: PlannedFile, names: list[str]) -> dict[str, torch.Tensor]:
-    """Each tensor with a storage of its own in a map of the file."""
+    """Each tensor, with its own storage in a memory map of the file."""
     import torch
 
     with source.open("r+b") as stream:
-        # Nobody writes to it, but torch warns of a map that could not be written, and a private one
-        # that is larger than the memory is refused.
+        # The map is not written, but torch warns about a read-only map, and the system refuses a private
+        # map that is larger than the memory.
         view = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_WRITE)
     slots = {slot.name: slot for slot in planned.slots}
     state = {}
@@ -158,7 +155,11 @@ def _prove(tensors: Catalogue, path: Path) -> None:
     """Raise OutputFailed unless the file holds exactly these tensors, bit for bit."""
     held = read_weight_files(path).tensors
     for name in tensors.keys() ^ held.keys():
-        raise OutputFailed("what was written lacks it, or has it too much", path=path, tensor=name)
+        raise OutputFailed(
+            "the written file lacks the tensor, or the source does",
+            path=path,
+            tensor=name,
+        )
     with Gatherer() as gatherer:
         for name, tensor in tensors.items():
             found = held[name]

@@ -1,10 +1,10 @@
-"""Cuts planned files into units: what is digested, journaled, and divided among ranks. Pure arithmetic.
+"""Owns the division of planned files into units, which are digested, journaled, and divided among ranks.
 
 A unit is the tensor data of one file between two neighbouring multiples of :attr:`Units.nbytes`, counted
-from the start of the *file*: so a border between two units is a whole number of file-system pages, and
-two machines that write neighbouring units of a large file write no page in common. A unit's pieces are
-the parts of tensors in it, in the order in which they lie; each piece has a digest, and those of a tensor
-give its own. Sizes and borders depend on the plan alone, so digests do not depend on who wrote what.
+from the start of the *file*. So a border between two units of a large file is a page border, and two machines
+that write neighbouring units write no common page. A unit's pieces are the parts of tensors in it, in the
+order of the file. Each piece has a digest, and the digests of a tensor's pieces give the tensor's digest.
+Sizes and borders depend on the plan alone, so digests do not depend on the ranks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import xxhash
 from ckpt_tools.tensors.gather import Slice
 from ckpt_tools.writing.layout import Plan, PlannedFile, Slot
 
-# Pages of a shared file system are written whole: this is more than any of them, and NFS's largest write.
+# A shared file system writes whole pages. This is larger than any page, and NFS's largest write.
 PAGES = 1 << 20
 _FEWEST = 1 << 15
 _SMALLEST = 64
@@ -34,7 +34,7 @@ class Block:
         file: index of the file in the plan.
         offset: its first byte in the file.
         nbytes: bytes of the run.
-        slices: what fills it.
+        slices: the slices that fill it.
         first, last: its units, ``last`` not included.
     """
 
@@ -54,8 +54,8 @@ class Units:
 
     Attributes:
         plan: the layout.
-        nbytes: bytes of a unit: a power of two from 64 B to 1 MiB, small enough that even a small plan
-            has tens of thousands, so that dividing them evenly divides the bytes evenly.
+        nbytes: bytes of a unit: a power of two from 64 B to 1 MiB. Even a small plan has tens of thousands
+            of units, so equal shares of units are nearly equal shares of bytes.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -73,7 +73,7 @@ class Units:
         return self._bases[-1]
 
     def span(self, unit: int) -> tuple[int, int, int]:
-        """Index of the unit's file, its first byte there and the byte after its last."""
+        """Index of the unit's file, the unit's first byte in it, and the byte after its last."""
         index = bisect_right(self._bases, unit) - 1
         file = self.plan.files[index]
         number = unit - self._bases[index] + len(file.header) // self.nbytes
@@ -81,13 +81,13 @@ class Units:
         return index, start, min((number + 1) * self.nbytes, file.size)
 
     def share(self, rank: int, machines: Sequence[int]) -> range:
-        """The units that one of several ranks writes: consecutive, and as many bytes as any other's.
+        """The units that one of several ranks writes: consecutive, with the same number of bytes.
 
-        The borders of even shares lie within a unit, and are moved to its start; those between ranks of
-        two machines on to the next multiple of 1 MiB of the file, or to the next file.
+        A border within a unit moves to the start of the unit. A border between two machines moves to the next
+        multiple of 1 MiB of the file, or to the next file.
 
         Args:
-            rank: whose share.
+            rank: the rank.
             machines: number of the machine that each rank runs on.
         """
         return range(self._border(rank, machines), self._border(rank + 1, machines))
@@ -98,7 +98,7 @@ class Units:
         first = rank
         while first and machines[first - 1] == machines[rank]:
             first -= 1
-        # In a small plan the machine's own border may have moved beyond an even share of its first ranks.
+        # In a small plan, the border of the machine can move beyond the shares of its first ranks.
         even = self._unit_at(self._data[-1] * rank // len(machines))
         return max(even, self._on_a_page(self._unit_at(self._data[-1] * first // len(machines))))
 
@@ -117,14 +117,14 @@ class Units:
             index, start, _ = self.span(unit)
             if start % PAGES == 0 or unit == self._bases[index]:
                 break
-            # The next page's first unit; that of the next file where this one ends before.
+            # The first unit of the next page, or of the next file if this file ends first.
             number = -(-start // PAGES) * PAGES // self.nbytes
             header = len(self.plan.files[index].header)
             unit = min(self._bases[index] + number - header // self.nbytes, self._bases[index + 1])
         return unit
 
     def blocks(self, units: range) -> Iterator[Block]:
-        """Consecutive units in the largest runs that a buffer of ``plan.block_bytes`` takes."""
+        """Consecutive units in the largest runs that fit in a buffer of ``plan.block_bytes``."""
         step = max(self.plan.block_bytes // self.nbytes, 1)
         first = units.start
         while first < units.stop:
@@ -148,7 +148,7 @@ class Units:
         return tuple(slices)
 
     def _parts(self, index: int, start: int, stop: int) -> Iterator[tuple[Slot, int, int]]:
-        """The tensors in bytes ``[start, stop)`` of a file, and which of its bytes they take."""
+        """The tensors in bytes ``[start, stop)`` of a file, with their first and last byte."""
         slots = self.plan.files[index].slots
         at = bisect_right(self._offsets[index], start) - 1
         for position in range(max(at, 0), len(slots)):
@@ -160,7 +160,7 @@ class Units:
                 yield slot, low, high
 
     def _pieces(self, index: int, start: int, stop: int) -> Iterator[tuple[Slot, int, int]]:
-        """The same, cut at the borders of units."""
+        """The same parts, cut at the borders of units."""
         for slot, low, high in self._parts(index, start, stop):
             while low < high:
                 border = min(low - low % self.nbytes + self.nbytes, high)
@@ -179,10 +179,10 @@ class Units:
     def tensor_digests(self, digests: Mapping[int, bytes]) -> dict[str, str]:
         """The digest of each tensor, in hexadecimal.
 
-        That of a tensor's one piece, or of the digests of its pieces one after the other.
+        It is the digest of the only piece, or of the joined digests of all pieces.
 
         Args:
-            digests: of every unit, what :meth:`digests` gave.
+            digests: the result of :meth:`digests` for every unit.
         """
         pieces: dict[str, bytearray] = {name: bytearray() for name in self.plan.tensors}
         for index, file in enumerate(self.plan.files):

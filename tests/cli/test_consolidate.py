@@ -67,7 +67,7 @@ def test_a_checkpoint_becomes_a_directory(tmp_path: Path) -> None:
     size = sum(path.stat().st_size for path in out.iterdir())
     assert f"{size / 1000:.3g} kB written in 5 files" in lines[-1]
     assert done.stderr.splitlines() == [
-        "warning: no tokenizer was found, and none was written; pass --tokenizer DIR"
+        "warning: no tokenizer was found, so none was written; pass --tokenizer DIR"
     ]
 
 

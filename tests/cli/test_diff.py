@@ -20,10 +20,7 @@ ZERO = FIXTURES / "zero"
 SAVES = ZERO / "zero2-bf16-llama-two-saves-2ranks" / "checkpoint"
 PLAIN = ZERO / "zero2-bf16-llama-3ranks"
 NAME = "model.norm.weight"
-NOTE = (
-    "note: A: 21 float32 masters are compared as the bfloat16 weights that they train, since B holds "
-    "bfloat16"
-)
+NOTE = "note: A: 21 float32 masters are compared as bfloat16 weights, because B holds bfloat16"
 
 
 @pytest.fixture

@@ -87,8 +87,8 @@ def lora(fixtures: Path, work: Path) -> list[object]:
 
 
 FAILURES = [
-    Failure("NotACheckpoint", 3, "nothing here is a checkpoint", "notes.txt", no_checkpoint),
-    Failure("AmbiguousCheckpoint", 2, "2 checkpoints lie here", "--tag", several),
+    Failure("NotACheckpoint", 3, "no checkpoint of a known format", "notes.txt", no_checkpoint),
+    Failure("AmbiguousCheckpoint", 2, "there are 2 checkpoints here", "--tag", several),
     Failure(
         "UsageError", 2, "no checkpoint with the tag 'global_step9'", "global_step2", wrong_tag
     ),
@@ -171,7 +171,7 @@ def test_a_traceback_is_shown_only_when_asked_for(tmp_path: Path, debug: bool) -
         done = run_program(*command, *options)
         assert ("Traceback" in done.stderr) == debug
         assert ("NotACheckpoint" in done.stderr) == debug
-        assert "nothing here is a checkpoint" in done.stderr
+        assert "no checkpoint of a known format" in done.stderr
         assert done.stdout == ""
         assert done.returncode == (1 if debug else 3)
 
@@ -206,7 +206,7 @@ def test_a_disk_without_room_is_status_6(fixtures: Path, small_disk: Path) -> No
 
     assert done.exit_code == 6
     assert "the output needs" in done.stderr
-    assert "  next: Free some room" in done.stderr
+    assert "  next: Free some space" in done.stderr
     assert [path.name for path in small_disk.iterdir()] == ["somebody's"]
 
 

@@ -103,6 +103,9 @@ def test_a_damaged_checkpoint_is_described_and_its_problem_is_the_exit_status(
     assert machine.exit_code == 4
     (problem,) = json.loads(machine.stdout)["problems"]
     assert "rank" in problem
+    _, next_step = problem.split("\n")
+    begins = next_step.split()[:5]
+    assert begins in [line.split()[:5] for line in table.stdout.splitlines()]
 
 
 def test_what_is_no_checkpoint_is_an_error(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def test_a_plot_without_matplotlib_says_what_to_install(
     done = run("interval", *RUN, "--plot", tmp_path / "a.svg")
 
     assert done.exit_code == 1
-    assert '  next: Install it: pip install "ckpt-tools[plot]"' in done.stderr
+    assert '  next: Install it with pip install "ckpt-tools[plot]".' in done.stderr
     assert done.stdout == ""
     assert run("interval", *RUN).exit_code == 0
 

@@ -598,7 +598,7 @@ class TestOnRealDirectories:
         done = run("verify", out)
         assert done.exit_code == 1
         (hint,) = re.findall(
-            r"next: In generation_config.json: (\"eos_token_id\": .*)", done.stdout
+            r"next: Set (\"eos_token_id\": .*) in generation_config.json\.", done.stdout
         )
         config.write_text(json.dumps({**held, **json.loads(f"{{{hint}}}")}))
         left = json.loads(run("verify", out, "--format", "json").stdout)

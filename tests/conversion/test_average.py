@@ -47,6 +47,18 @@ def test_the_mean_is_computed_from_the_masters(
     assert any(not torch.equal(found[name], alone[name]) for name in alone)
 
 
+def test_the_mean_of_equal_checkpoints_is_each_of_them(tmp_path: Path) -> None:
+    """A third is not a number of fp64, and its sums still round to the masters."""
+    same = [FIRST / "checkpoint"] * 3
+
+    average(same, tmp_path / "out", dtype="fp32", weights_only=True)
+
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    masters = load_file(FIRST / "truth" / "masters.safetensors")
+    assert found.keys() == masters.keys()
+    assert all(torch.equal(found[name], masters[name]) for name in masters)
+
+
 def test_auto_rounds_the_mean_once_to_the_training_dtype(tmp_path: Path) -> None:
     out = tmp_path / "out"
 

@@ -193,7 +193,7 @@ def test_an_interrupted_run_leaves_nothing_behind_but_what_is_proven(
     if left:
         (home,) = left
         assert proven_units(home) > 0
-        assert number is not signal.SIGINT or f"--resume goes on; or delete {home}" in said
+        assert number is not signal.SIGINT or f"with --resume, or delete {home}" in said
     else:
         assert [path.name for path in tmp_path.iterdir()] == ["log"]
         assert number is not signal.SIGINT or "Interrupted; nothing was left behind." in said

@@ -195,7 +195,7 @@ def test_a_config_is_inferred_where_there_is_none(fixtures: Path, tmp_path: Path
     )}  # fmt: skip
     assert found["r"] == 4
     assert found["rank_pattern"] == {m: r for m, r in ranks.items() if r != 4}
-    assert any("use_rslora and alpha_pattern leave no trace" in note for note in report.notes)
+    assert any("use_rslora and alpha_pattern are not visible" in note for note in report.notes)
 
 
 INFERRED = [
@@ -241,8 +241,8 @@ def test_peft_reads_an_inferred_config(tmp_path: Path) -> None:
     ("given", "message", "hint"),
     [
         ({"base_model": "owner/base"}, "no usable lora_alpha", "--lora-alpha"),
-        ({"lora_alpha": 4}, "base model of the adapter is not known", "--base-model"),
-        ({"lora_alpha": 0, "base_model": "b"}, "would switch the adapter off", "lora_alpha"),
+        ({"lora_alpha": 4}, "base model of the adapter is unknown", "--base-model"),
+        ({"lora_alpha": 0, "base_model": "b"}, "--lora-alpha must be positive", "lora_alpha"),
     ],
 )
 def test_nothing_is_invented(
@@ -267,7 +267,7 @@ def test_biases_that_nobody_knows_of_need_a_config(tmp_path: Path) -> None:
     state = lora_state()
     state[PREFIX + "layers.0.q_proj.base_layer.bias"] = torch.ones(6)
     run = write_checkpoint(tmp_path / "run", state)
-    with pytest.raises(MissingAsset, match="do not tell whether biases were trained"):
+    with pytest.raises(MissingAsset, match="do not show whether biases were trained"):
         extract_lora(run, tmp_path / "out", lora_alpha=8, base_model="b")
 
 

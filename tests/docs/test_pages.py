@@ -34,6 +34,7 @@ def test_the_derived_parts_are_those_of_the_program() -> None:
         "formats.md",
         "messages.md",
         "security.md",
+        "verify.md",
     }
     for path, text in pages.items():
         assert path.read_text() == text, f"{path.name}: `make pages` puts it right"
@@ -165,3 +166,14 @@ def test_a_relative_link_of_a_document_leads_to_a_file(path: Path) -> None:
     for link in re.findall(r"\]\(([^)#\s]+)", text):
         if not urlsplit(link).scheme:
             assert (path.parent / link).exists(), link
+
+
+@pytest.mark.parametrize(
+    "path", [*sorted(ROOT.glob("*.md")), *sorted(DOCS.glob("*.md"))], ids=lambda path: path.name
+)
+def test_a_file_of_the_repository_that_a_document_names_is_there(path: Path) -> None:
+    named = re.findall(
+        r"`((?:benchmarks|ckpt_tools|docs|examples|fixtures|tests)/[\w./-]+)`", path.read_text()
+    )
+    for name in named:
+        assert (ROOT / name).exists(), name

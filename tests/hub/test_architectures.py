@@ -101,10 +101,10 @@ def test_a_head_that_is_no_longer_tied_tells_t5_from_its_bare_model() -> None:
             {},
             "the tensors fit T5ForConditionalGeneration and T5Model",
         ),
-        ("llama", ["model.embed_tokens.weight"], {"tie_word_embeddings": False}, "no head"),
-        ("llama", ["model.embed_tokens.weight", "v_head.summary.weight"], {}, "no head"),
+        ("llama", ["model.embed_tokens.weight"], {"tie_word_embeddings": False}, "no known head"),
+        ("llama", ["model.embed_tokens.weight", "v_head.summary.weight"], {}, "no known head"),
         ("llama", ["lm_head.weight", "score.weight"], {}, "the tensors hold lm_head and score"),
-        ("olmo3", ["layers.0.weight"], {}, "no head"),
+        ("olmo3", ["layers.0.weight"], {}, "no known head"),
     ],
     ids=["masked-or-causal", "t5-tied-or-bare", "untied-headless", "value-head", "two", "nothing"],
 )
@@ -113,10 +113,10 @@ def test_tensors_that_leave_a_choice_are_an_error_that_says_what_to_pass(
 ) -> None:
     with pytest.raises(MissingAsset) as raised:
         finish_without_architectures(model_type, names, **config)
-    assert "cannot be told from the tensors" in raised.value.fact
+    assert "the tensors do not determine it" in raised.value.fact
     assert fact in raised.value.fact
     assert raised.value.path == Path("run/config.json")
-    assert "pass --config FILE" in str(raised.value.hint)
+    assert "pass it: --config FILE" in str(raised.value.hint)
     assert '"architectures": [' in str(raised.value.hint)
 
 

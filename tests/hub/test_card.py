@@ -34,7 +34,10 @@ def test_the_card_states_every_fact() -> None:
 
     for fact in ("Olmo2ForCausalLM", "1,500,000", "3,000,000 bytes", "bfloat16", "| 500 |"):
         assert fact in card
-    assert "ckpt-tools 0.1.0.\n`manifest.json` says" in card
+    assert (
+        "ckpt-tools 0.1.0 made this directory from the weights of a training run.\n`manifest.json` states"
+        in card
+    )
     assert FACTS.notes[0] in card
 
 
@@ -66,7 +69,7 @@ def test_a_mean_says_of_what() -> None:
 
 
 def test_the_weights_are_said_to_be_the_model_s_where_they_were_asked_for() -> None:
-    row = "| Weights | those that the model computed with, not the optimizer's masters |"
+    row = "| Weights | the copy that the model computed with, not the optimizer's masters |"
 
     assert row in text(replace(FACTS, weights="model"), CONFIG)
     assert row not in text(FACTS, CONFIG)

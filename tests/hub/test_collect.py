@@ -161,7 +161,7 @@ class TestCustomCode:
     def test_a_reference_that_is_no_module_is_an_error(
         self, tmp_path: Path, reference: str
     ) -> None:
-        with pytest.raises(DamagedCheckpoint, match="which is not module"):
+        with pytest.raises(DamagedCheckpoint, match="not module"):
             code_files({"AutoModel": reference}, tmp_path, hint="")
 
     def test_a_file_that_is_not_python_is_an_error(self, tmp_path: Path) -> None:
@@ -183,9 +183,9 @@ class TestCustomCode:
         if same:
             assert names(gathered(source, tokenizer=tokenizer)).count("mine.py") == 1
             return
-        with pytest.raises(UsageError, match="bring different files named mine") as raised:
+        with pytest.raises(UsageError, match="have different files named mine") as raised:
             gathered(source, tokenizer=tokenizer)
-        assert "such as one directory" in str(raised.value.hint)
+        assert "Pass one directory" in str(raised.value.hint)
 
 
 class TestAssetFile:

@@ -13,6 +13,7 @@ from ckpt_tools.hub import AssetOptions, ConfigSource, find_config
 from ckpt_tools.hub.config import embedding_rows, finish
 from ckpt_tools.hub.files import json_bytes, read_object
 from ckpt_tools.tensors.dtypes import BFLOAT16, BY_NAME, FLOAT32
+from tests.support.models import same_logits
 
 from .conftest import LLAMA, Shapes, language_model, write_json
 
@@ -80,9 +81,9 @@ class TestMessages:
             find_config(AssetOptions(search=(tmp_path / "step", tmp_path)))
         assert (
             str(raised.value)
-            == f"no config.json of a model was found; looked in: {tmp_path / 'step'}"
-            f" (its config.json is not a model's), {tmp_path}\n"
-            "pass --config FILE|DIR (or --like DIR), or --weights-only to write the weights alone"
+            == f"no config.json of a model was found; searched: {tmp_path / 'step'}"
+            f" (its config.json is not a model config), {tmp_path}\n"
+            "Pass --config FILE|DIR or --like DIR, or pass --weights-only to write the weights alone."
         )
 
     def test_a_file_that_cannot_be_read_says_why(self, tmp_path: Path) -> None:
@@ -91,21 +92,25 @@ class TestMessages:
         assert "permissions" in str(raised.value.hint)
 
     def test_a_named_directory_without_config_is_an_error(self, tmp_path: Path) -> None:
-        with pytest.raises(MissingAsset, match="--config names no config") as raised:
+        with pytest.raises(
+            MissingAsset, match="--config is neither a file nor a directory with a config"
+        ) as raised:
             find_config(AssetOptions(config=tmp_path, search=(tmp_path,)))
         assert raised.value.path == tmp_path / "config.json"
         assert "on this machine" in str(raised.value.hint)
 
     def test_a_named_config_of_something_else_is_an_error(self, tmp_path: Path) -> None:
         path = write_json(tmp_path / "ds.json", {"train_batch_size": 8})
-        with pytest.raises(MissingAsset, match="neither model_type nor architectures") as raised:
+        with pytest.raises(
+            MissingAsset, match="model_type and architectures are missing"
+        ) as raised:
             find_config(AssetOptions(config=path))
         assert "save_pretrained" in str(raised.value.hint)
 
     def test_a_like_that_is_no_directory_is_an_error(self, tmp_path: Path) -> None:
         with pytest.raises(MissingAsset, match="is not a directory") as raised:
             find_config(AssetOptions(like=Path("allenai/OLMo-2-1124-7B"), search=(tmp_path,)))
-        assert "not a Hub name" in str(raised.value.hint)
+        assert "not with a Hub name" in str(raised.value.hint)
 
     @pytest.mark.parametrize(
         ("content", "fact"),
@@ -114,7 +119,7 @@ class TestMessages:
             (b'{"a": "\xff"}', "is not valid JSON ('utf-8' codec can't decode"),
             (b"", "is not valid JSON (Expecting value: line 1 column 1"),
             (b"[" * 100_000, "is not valid JSON ("),
-            (b"[1]", "holds a JSON list where an object was expected"),
+            (b"[1]", "holds a JSON list, not an object"),
         ],
         ids=["truncated", "binary", "empty", "bottomless", "list"],
     )
@@ -125,7 +130,7 @@ class TestMessages:
         with pytest.raises(DamagedCheckpoint) as raised:
             find_config(AssetOptions(search=(tmp_path,)))
         assert str(raised.value).startswith(f"{tmp_path / 'config.json'}: {fact}")
-        assert "restore the file" in str(raised.value.hint)
+        assert "Copy the file anew" in str(raised.value.hint)
 
 
 class TestFinish:
@@ -265,7 +270,7 @@ class TestFinish:
             f"{head}.weight": (BFLOAT16, (1, 8)),
         }
         (warning,) = finished(LLAMA | {"architectures": [name]}, tensors).warnings
-        assert f"names {name}, but the tensors hold {head}" in warning
+        assert f"is {name}, which has no {head}, but the tensors hold {head}" in warning
 
     @pytest.mark.parametrize("head", ["score", "classifier"])
     def test_a_class_that_has_the_head_is_not_warned_about(self, head: str) -> None:
@@ -302,7 +307,7 @@ def test_an_untied_t5_computes_what_it_did_before(tmp_path: Path) -> None:
     config = T5Config(
         vocab_size=32, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, dtype="float32"
     )
-    model = T5ForConditionalGeneration(config).eval()
+    model = T5ForConditionalGeneration(config)
     model.lm_head.weight = torch.nn.Parameter(torch.randn(32, 8))
     config.save_pretrained(tmp_path)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -312,11 +317,9 @@ def test_an_untied_t5_computes_what_it_did_before(tmp_path: Path) -> None:
 
     result = finished(source, tensors, dtype=FLOAT32, untied=True)
     (tmp_path / "config.json").write_bytes(json_bytes(result.data))
-    loaded = T5ForConditionalGeneration.from_pretrained(tmp_path).eval()
+    loaded = T5ForConditionalGeneration.from_pretrained(tmp_path)
 
-    ids = torch.tensor([[1, 2, 3]])
-    before = model(input_ids=ids, decoder_input_ids=ids).logits
-    assert torch.equal(loaded(input_ids=ids, decoder_input_ids=ids).logits, before)
+    assert same_logits(loaded, model)
     assert any("also scales the output" in warning for warning in result.warnings)
 
 

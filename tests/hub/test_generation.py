@@ -93,7 +93,7 @@ class TestOlmo:
         with pytest.raises(MissingAsset, match="no tokenizer was found") as raised:
             choose("olmo", model(OLMO))
         assert "<|im_end|> and <|endoftext|>" in raised.value.fact
-        assert str(raised.value.hint).startswith("pass --tokenizer DIR")
+        assert str(raised.value.hint).startswith("Pass --tokenizer DIR")
 
     def test_a_tokenizer_of_a_larger_model_is_an_error(self, chat_tokenizer: Path) -> None:
         with pytest.raises(UsageError) as raised:
@@ -232,7 +232,7 @@ class TestAuto:
         generation = choose("auto", model(LLAMA, tokenizer))
         assert values(generation) == {"eos_token_id": 0}
         assert generation.warnings == (
-            "the tokenizer names <b> as its bos token but does not have it",
+            "the tokenizer's bos token is <b>, which is not in its vocabulary",
         )
 
     @pytest.mark.parametrize("pad", [-1, 400], ids=["minus-one", "added-without-resize"])
@@ -274,7 +274,7 @@ class TestGivenFile:
     def test_what_is_neither_mode_nor_file_is_an_error(self, tmp_path: Path, given: str) -> None:
         with pytest.raises(MissingAsset, match="neither a mode nor a generation config") as raised:
             choose(str(tmp_path / given), model(LLAMA))
-        assert str(raised.value.hint).startswith("pass auto, olmo, none, a file, or a directory")
+        assert str(raised.value.hint).startswith("Pass auto, olmo, none, a file, or a directory")
 
     @pytest.mark.parametrize(
         ("data", "fact"),
@@ -283,9 +283,9 @@ class TestGivenFile:
             ({"eos_token_id": [2, 99999]}, "eos_token_id is id 99999, but"),
             ({"eos_token_id": -1}, "eos_token_id is id -1, but"),
             ({"pad_token_id": 401}, "pad_token_id is id 401, but"),
-            ({"eos_token_id": [None, 1]}, "eos_token_id holds None, which is no token id"),
-            ({"bos_token_id": "<s>"}, "bos_token_id holds '<s>', which is no token id"),
-            ({"eos_token_id": True}, "eos_token_id holds True, which is no token id"),
+            ({"eos_token_id": [None, 1]}, "eos_token_id holds None, which is not a token id"),
+            ({"bos_token_id": "<s>"}, "bos_token_id holds '<s>', which is not a token id"),
+            ({"eos_token_id": True}, "eos_token_id holds True, which is not a token id"),
         ],
         ids=["row-after-last", "second-end", "negative", "padding", "null", "text", "boolean"],
     )
@@ -324,7 +324,7 @@ class TestGivenFile:
     def test_a_padding_id_of_minus_one_is_warned_about(self, tmp_path: Path) -> None:
         path = write_json(tmp_path / "g.json", {"pad_token_id": -1})
         (warning,) = choose(str(path), model(LLAMA)).warnings
-        assert "pad_token_id -1, which no model can look up" in warning
+        assert "pad_token_id -1, which is not a row of any embedding" in warning
 
     @pytest.mark.parametrize(
         ("data", "refused"),

@@ -83,7 +83,7 @@ def together(
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimulatedClock:
-    """Time in which the threads that give signs of life take part."""
+    """Time in which the threads that send heartbeats take part."""
     made = SimulatedClock()
     start, stop = pulse.Pulse.start, pulse.Pulse.stop
 

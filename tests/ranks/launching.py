@@ -8,16 +8,16 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from tests.support.waiting import LONGEST_SECONDS, wait_until
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 DRIVER = Path(__file__).with_name("driver.py")
-LIMIT_SECONDS = 150
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,10 @@ def start(
     )
 
 
-def ended(process: subprocess.Popen[str], seconds: float = LIMIT_SECONDS) -> Ended:
+def ended(process: subprocess.Popen[str]) -> Ended:
     """Wait for it; one that hangs fails the test."""
     try:
-        stdout, stderr = process.communicate(timeout=seconds)
+        stdout, stderr = process.communicate(timeout=LONGEST_SECONDS)
     except subprocess.TimeoutExpired:
         kill_all(process)
         stdout, stderr = process.communicate()
@@ -126,16 +126,13 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def until(true: Callable[[], object], process: subprocess.Popen[str], seconds: float = 120) -> None:
+def until(true: Callable[[], object], process: subprocess.Popen[str]) -> None:
     """Wait for something that a run does before it ends."""
-    deadline = time.monotonic() + seconds
-    while not true():
-        if process.poll() is not None:
-            raise AssertionError(f"it ended before\n{ended(process).said}")
-        if time.monotonic() > deadline:
-            kill_all(process)
-            raise AssertionError(f"it never happens\n{ended(process).said}")
-        time.sleep(0.005)
+    try:
+        wait_until(true, process)
+    except AssertionError as error:
+        kill_all(process)
+        raise AssertionError(f"{error}\n{ended(process).said}") from None
 
 
 def free_port() -> int:
@@ -145,12 +142,6 @@ def free_port() -> int:
         return port
 
 
-def contents(directory: Path) -> dict[str, bytes]:
-    """Every file of a directory, by its path."""
-    paths = (path for path in sorted(directory.rglob("*")) if path.is_file())
-    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in paths}
-
-
 @contextlib.contextmanager
 def namespace(*kinds: str) -> Iterator[list[str]]:
     """The command that runs another in new namespaces, which last as long as the block."""
@@ -158,9 +149,7 @@ def namespace(*kinds: str) -> Iterator[list[str]]:
     try:
         own = [Path(f"/proc/{pid}/ns/mnt") for pid in ("self", holder.pid)]
         nets = [Path(f"/proc/{pid}/ns/net") for pid in ("self", holder.pid)]
-        deadline = time.monotonic() + 30
-        while _same(own) and _same(nets) and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_until(lambda: not _same(own) or not _same(nets))
         yield ["nsenter", *kinds, "-t", str(holder.pid)]
     finally:
         holder.kill()

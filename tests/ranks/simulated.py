@@ -7,6 +7,7 @@ thread works, the time stands still. Every wait of a thread that takes part must
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable
 from concurrent import futures
 from typing import TypeVar
@@ -33,6 +34,7 @@ class SimulatedClock(Clock):
         self._now = 0.0
         self._threads: set[threading.Thread] = set()
         self._waits: dict[threading.Thread, tuple[float, Callable[[], bool]]] = {}
+        self._idle: Counter[threading.Thread] = Counter()
         self._changed = threading.Condition()
 
     def take_part(self, thread: threading.Thread) -> None:
@@ -43,6 +45,14 @@ class SimulatedClock(Clock):
     def join(self, thread: threading.Thread) -> None:
         """Wait for the end of a thread."""
         self._until(lambda: not thread.is_alive(), 1e9)
+
+    def sleep_for(self, thread: threading.Thread, seconds: float) -> None:
+        """Let time pass, on behalf of a thread that waits for the calling one."""
+        with self._changed:
+            self._idle[thread] += 1
+        self.sleep(seconds)
+        with self._changed:
+            self._idle[thread] -= 1
 
     def now(self) -> float:
         return self._now + self.stopped_for
@@ -82,7 +92,8 @@ class SimulatedClock(Clock):
 
     def _all_wait(self) -> bool:
         """Whether nobody works, nor has anything to do now."""
-        working = self._threads - self._waits.keys()
+        idle = {thread for thread, times in self._idle.items() if times}
+        working = self._threads - self._waits.keys() - idle
         # One that was not started yet has work to do.
         ended = all(thread.ident and not thread.is_alive() for thread in working)
         return ended and not any(true() or end <= self._now for end, true in self._waits.values())

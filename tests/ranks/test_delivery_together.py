@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +16,25 @@ from torch._C._distributed_c10d import HashStore
 import ckpt_tools
 import ckpt_tools.verification.data
 from ckpt_tools.errors import OutputFailed, RankFailed
+from ckpt_tools.ranks import Ranks, session
+from ckpt_tools.ranks.clock import Clock
 from ckpt_tools.writing import bytes as write
 from tests.conftest import FIXTURES
-from tests.ranks.in_threads import each, hurried, made
+from tests.ranks.in_threads import clock, each, hurried, made
+from tests.ranks.simulated import SimulatedClock
+from tests.support.waiting import LONGEST_SECONDS
 
-__all__ = ["hurried"]
+__all__ = ["clock", "hurried"]
 pytestmark = pytest.mark.usefixtures("hurried")
 
 
 def consolidated(
-    source: Path, out: Path, size: int, *, timeout: float = 20, **options: Any
+    source: Path, out: Path, size: int, ranks: list[Ranks] | None = None, **options: Any
 ) -> list[Any]:
     """What the call returns or raises on each rank."""
     settled = {"weights_only": True, "workers": 1, **options}
     return each(
-        made(size, store=HashStore(), timeout=timeout),
+        ranks or made(Clock(), size, store=HashStore()),
         lambda own: ckpt_tools.consolidate(source, out, ranks=own, **settled),
     )
 
@@ -59,16 +62,18 @@ def test_nothing_is_removed_while_another_rank_writes_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The leader's disk is full while a follower is in the middle of a block."""
+    monkeypatch.setattr(session, "_STOP_SECONDS", LONGEST_SECONDS)
+    ranks = made(Clock(), 2, store=HashStore())
     source = source_of(tmp_path / "source", (4_000_000,))
     writing, events = threading.Event(), []
     original, remove = write.Outputs.write, shutil.rmtree
 
     def block(outputs: Any, file: int, data: memoryview, offset: int) -> None:
         if offset < 1_000_000:
-            assert writing.wait(20)
+            assert writing.wait(LONGEST_SECONDS)
             raise OutputFailed("no space left on the output's disk")
         writing.set()
-        time.sleep(1.5)
+        assert ranks[1].failed.wait(LONGEST_SECONDS)
         original(outputs, file, data, offset)
         events.append("written")
 
@@ -79,7 +84,7 @@ def test_nothing_is_removed_while_another_rank_writes_there(
     monkeypatch.setattr(write.Outputs, "write", block)
     monkeypatch.setattr(shutil, "rmtree", removed)
 
-    leader, follower = consolidated(source, tmp_path / "out", 2)
+    leader, follower = consolidated(source, tmp_path / "out", 2, ranks)
 
     assert isinstance(leader, OutputFailed)
     assert isinstance(follower, RankFailed)
@@ -97,21 +102,31 @@ LONG_STEPS = {
 
 @pytest.mark.parametrize(("step", "options"), LONG_STEPS.items())
 def test_a_leader_that_is_long_at_work_alone_is_waited_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, options: dict[str, bool]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    clock: SimulatedClock,
+    step: str,
+    options: dict[str, bool],
 ) -> None:
     """Each of these steps reads all there is, which may take longer than a rank may do nothing."""
     module, _, name = step.rpartition(".")
     original = getattr(sys.modules[module], name)
-    took = []
+    leader: list[threading.Thread] = []
+    take_part = clock.take_part
+
+    def first_is_the_leader(thread: threading.Thread) -> None:
+        leader.append(thread)
+        take_part(thread)
 
     def slow(*arguments: Any, **more: Any) -> Any:
-        time.sleep(0.2)
-        took.append(0.2)
+        clock.sleep_for(leader[0], 3)
         return original(*arguments, **more)
 
+    monkeypatch.setattr(clock, "take_part", first_is_the_leader)
     monkeypatch.setattr(step, slow)
     out = tmp_path / "out"
-    reports = consolidated(ZERO, out, 2, timeout=1.5, max_shard_size="1KB", **options)
+    ranks = made(clock, 2, store=HashStore(), timeout=10)
+    reports = consolidated(ZERO, out, 2, ranks, max_shard_size="1KB", **options)
 
     assert [report.output for report in reports] == [out] * 2
-    assert sum(took) > 2, "longer than a rank may do nothing"
+    assert clock.now() > 20, "longer than a rank may do nothing"

@@ -201,7 +201,7 @@ def test_a_signal_stays_a_signal_where_it_came(clock: SimulatedClock, end: BaseE
     leader, failed = together(ranks := made(clock, 2), body)
 
     assert failed is end
-    assert_failed(leader, "rank 1: was ended by a signal")
+    assert_failed(leader, "rank 1: ended by a signal")
     assert told(ranks) == [0]
 
 
@@ -284,8 +284,8 @@ def test_a_follower_that_dies_is_missed_by_a_leader_that_waits_for_it(
 
     leader, _, other = together(made(clock, 3), body)
 
-    assert_failed(leader, "rank 1 gives no sign of life")
-    assert_failed(other, "rank 0: rank 1 gives no sign of life")
+    assert_failed(leader, "rank 1 has sent no heartbeat")
+    assert_failed(other, "rank 0: rank 1 has sent no heartbeat")
 
 
 def test_a_follower_that_dies_is_missed_by_a_leader_that_is_busy(clock: SimulatedClock) -> None:
@@ -296,8 +296,8 @@ def test_a_follower_that_dies_is_missed_by_a_leader_that_is_busy(clock: Simulate
 
     leader, _, other = together(made(clock, 3), body)
 
-    assert_failed(leader, "rank 1 gives no sign of life")
-    assert_failed(other, "rank 0: rank 1 gives no sign of life")
+    assert_failed(leader, "rank 1 has sent no heartbeat")
+    assert_failed(other, "rank 0: rank 1 has sent no heartbeat")
 
 
 def test_where_the_leader_is_dead_the_rank_that_missed_it_speaks(clock: SimulatedClock) -> None:
@@ -308,7 +308,7 @@ def test_where_the_leader_is_dead_the_rank_that_missed_it_speaks(clock: Simulate
 
     _, *others = together(ranks := made(clock, 3), body)
 
-    assert all("rank 0 gives no sign of life" in error.fact for error in others)
+    assert all("rank 0 has sent no heartbeat" in error.fact for error in others)
     assert len(told(ranks[1:])) == 1
 
 
@@ -384,7 +384,7 @@ def test_a_rank_that_never_comes_is_waited_for_as_long_as_asked(clock: Simulated
 
     (error,) = together([first], lambda own: None)
 
-    assert_failed(error, "rank 1 gives no sign of life for 60 s (--timeout)")
+    assert_failed(error, "rank 1 has sent no heartbeat for 60 s (--timeout)")
 
 
 def test_a_rank_that_could_not_start_is_named_by_the_first_that_did(clock: SimulatedClock) -> None:
@@ -416,7 +416,7 @@ def test_a_rank_may_come_late(clock: SimulatedClock) -> None:
 
 
 def test_a_process_that_was_stopped_for_a_while_accuses_nobody(clock: SimulatedClock) -> None:
-    """All of a job may be, and the first that runs again finds the signs of life that it had seen."""
+    """All of a job may be, and the first that runs again finds the heartbeats that it had seen."""
 
     def body(own: Ranks) -> Any:
         own.all_gather("here", None)
@@ -488,7 +488,7 @@ def test_a_store_that_does_not_answer_is_waited_for_as_long_as_a_dead_rank(
         own.get("never")
 
     for error in together(made(clock, 2, store=store), body):
-        assert_failed(error, "their store has not answered for 20 s")
+        assert_failed(error, "the store has not answered for 20 s")
 
 
 # What is started

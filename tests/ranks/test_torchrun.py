@@ -18,13 +18,13 @@ import ckpt_tools
 from tests.conftest import FIXTURES
 from tests.ranks.launching import (
     DRIVER,
-    contents,
     ended,
     free_port,
     launch,
     needs_namespaces,
     start,
 )
+from tests.support.outputs import contents
 
 CHAT = FIXTURES / "zero" / "zero3-bf16-olmo2-chat-2ranks"
 

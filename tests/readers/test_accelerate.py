@@ -336,7 +336,7 @@ def test_latest_that_leads_nowhere(tmp_path: Path) -> None:
 def test_weights_that_went_away_meanwhile(plain: Path) -> None:
     location = readers.locate(plain)
     (plain / "model.safetensors").unlink()
-    with pytest.raises(DamagedCheckpoint, match="its weights are gone"):
+    with pytest.raises(DamagedCheckpoint, match="the files of its weights no longer exist"):
         readers.read(location)
 
 

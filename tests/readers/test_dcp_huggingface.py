@@ -107,9 +107,7 @@ def test_a_missing_last_shard_is_told_by_shapes_from_elsewhere(directory: Path) 
 
 def test_a_tensor_without_elements_has_no_size_in_the_files() -> None:
     checkpoint = open_checkpoint(DCP / "hf-storage-awkward-2ranks" / "checkpoint")
-    assert checkpoint.remarks[1:] == (
-        "without elements, so that their shapes are not known: empty.bias",
-    )
+    assert checkpoint.remarks[1:] == ("tensors without elements have unknown shapes: empty.bias",)
     assert lacking(checkpoint, {"empty.bias": (3, 0)}) == {}
     assert lacking(checkpoint, {"empty.bias": (3, 1)}) != {}
 
@@ -136,7 +134,7 @@ def test_shards_of_saves_with_other_parts(tmp_path: Path) -> None:
     directory = copy_of("hf-storage-two-parts-2ranks", tmp_path)
     older = DCP / "hf-storage-3ranks" / "checkpoint" / SHARDS(3, 1, 1)
     shutil.copyfile(older, directory / older.name)
-    assert "of different saves" in damaged(directory).fact
+    assert "they belong to different saves" in damaged(directory).fact
 
 
 # Headers.
@@ -156,7 +154,7 @@ def rewrite(path: Path, tensors: Tensors | None = None, info: str | None = "") -
 @pytest.mark.parametrize(
     ("info", "fact"),
     [
-        (None, "no DCP_SHARDING_INFO"),
+        (None, "DCP_SHARDING_INFO is missing"),
         ("{}", "is malformed"),
         ("[", "is malformed"),
         ('{"lm_head.weight": {"saved_offsets": [0]}}', "is malformed"),
@@ -179,7 +177,7 @@ def test_shards_that_overlap(directory: Path) -> None:
 def test_shards_of_another_dtype(directory: Path) -> None:
     path = directory / SHARDS(2, 1, 1)
     rewrite(path, {name: value.to(torch.bfloat16) for name, value in load_file(path).items()})
-    assert "shards disagree on it (float32, bfloat16)" in damaged(directory).fact
+    assert "shards disagree about it (float32, bfloat16)" in damaged(directory).fact
 
 
 def test_a_truncated_shard(directory: Path) -> None:
@@ -205,7 +203,7 @@ def test_the_consolidated_files_are_read_where_they_are_named() -> None:
 
 def test_no_other_tag_is_there(directory: Path) -> None:
     assert readers.locate(directory, "hf-storage-3ranks").directory == directory
-    with pytest.raises(UsageError, match="none called 'step-9'"):
+    with pytest.raises(UsageError, match="the tag 'step-9' does not exist"):
         readers.locate(directory, "step-9")
 
 

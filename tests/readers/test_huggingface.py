@@ -219,7 +219,7 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     error = refusal(path)
     assert isinstance(error, DamagedCheckpoint)
     assert error.missing == ("model-00002-of-00002.safetensors",)
-    assert error.fact == "a shard that the index names is missing"
+    assert error.fact == "a shard in the index is missing"
     assert error.exit_code == 4
 
 
@@ -255,7 +255,7 @@ def test_a_tensor_in_two_shards_is_named(tmp_path: Path) -> None:
     path = sharded(tmp_path)
     save_file({"b": torch.ones(3), "a": torch.ones(2)}, path / "model-00002-of-00002.safetensors")
     error = refusal(path)
-    assert (error.fact, error.tensor) == ("it lies in two shards", "a")
+    assert (error.fact, error.tensor) == ("it is in two shards", "a")
 
 
 @pytest.mark.parametrize(
@@ -296,7 +296,7 @@ def test_a_bin_file_that_holds_no_state_dict_is_refused(kind: str, tmp_path: Pat
     torch.save(CONTENTS[kind](), tmp_path / "pytorch_model.bin")
     error = refusal(tmp_path)
     assert isinstance(error, DamagedCheckpoint)
-    assert error.fact in ("it holds no state dict", "it is not a tensor")
+    assert error.fact in ("its content is not a state dict", "it is not a tensor")
 
 
 def test_weights_that_went_away_meanwhile_are_said_to_be_gone(tmp_path: Path) -> None:
@@ -304,5 +304,5 @@ def test_weights_that_went_away_meanwhile_are_said_to_be_gone(tmp_path: Path) ->
     location = readers.locate(path)
     shutil.rmtree(path)
     path.mkdir()
-    with pytest.raises(DamagedCheckpoint, match="its weights are gone"):
+    with pytest.raises(DamagedCheckpoint, match="the files of its weights no longer exist"):
         readers.read(location)

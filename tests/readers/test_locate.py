@@ -128,7 +128,7 @@ def test_a_pointer_that_leads_outside_is_refused(run: Path, tag: str) -> None:
     assert isinstance(error, DamagedCheckpoint)
     assert error.exit_code == 4
     assert error.path == run / "latest"
-    assert error.fact == f"it names {tag.strip()!r}, which is not a directory beside it"
+    assert error.fact == f"its content is {tag.strip()!r}, which is not a directory beside it"
     assert error.hint == "Pass --tag with one of: global_step2, global_step4."
 
 
@@ -147,7 +147,7 @@ def test_a_pointer_to_what_is_not_there_is_refused(run: Path, tag: str) -> None:
     (run / "latest").write_text(tag)
     error = refusal(run)
     assert isinstance(error, DamagedCheckpoint)
-    assert error.fact == f"it names {tag.strip()!r}, which is not there"
+    assert error.fact == f"its content is {tag.strip()!r}, but this directory does not exist"
     assert error.hint == "Pass --tag with one of: global_step2, global_step4."
 
 
@@ -159,13 +159,15 @@ def test_a_pointer_that_is_no_text_is_refused(run: Path) -> None:
 def test_a_pointer_to_a_directory_without_shards_is_refused(run: Path) -> None:
     (run / "logs").mkdir()
     (run / "latest").write_text("logs")
-    assert refusal(run).fact == "it names 'logs', which holds no DeepSpeed shards"
+    assert (
+        refusal(run).fact == "its content is 'logs', but this directory holds no DeepSpeed shards"
+    )
 
 
 def test_a_lone_pointer_says_that_everything_else_is_gone(run: Path) -> None:
     shutil.rmtree(run / "global_step2")
     shutil.rmtree(run / "global_step4")
-    hint = "No checkpoint lies beside it; was the directory moved or cleaned up?"
+    hint = "There is no checkpoint beside it. The directory may have been moved or deleted."
     assert refusal(run).hint == hint
 
 
@@ -173,7 +175,7 @@ def test_a_stale_pointer_is_followed_and_remarked(run: Path) -> None:
     (run / "latest").write_text("global_step2")
     location = readers.locate(run)
     assert location.name == "global_step2"
-    remark = "newer than the one that `latest` names: global_step4"
+    remark = "newer than the checkpoint in `latest`: global_step4"
     assert location.remarks == (remark,)
     assert readers.read(location).remarks == (remark,)
 
@@ -196,7 +198,7 @@ def test_several_tags_without_a_pointer_are_listed(run: Path) -> None:
     assert error.exit_code == 2
     assert error.choices == ("global_step2", "global_step4")
     assert str(error) == (
-        f"{run}: 2 checkpoints lie here\nPass --tag with one of them: global_step2, global_step4"
+        f"{run}: there are 2 checkpoints here\nPass --tag with one of them: global_step2, global_step4."
     )
 
 
@@ -205,7 +207,7 @@ def test_several_runs_in_one_directory_are_listed_by_path(tmp_path: Path) -> Non
     error = refusal(tmp_path)
     assert isinstance(error, AmbiguousCheckpoint)
     assert error.choices == tuple(str(path) for path in shards)
-    assert "Name one of them: " in str(error)
+    assert "Pass the path of one of them: " in str(error)
 
 
 def test_each_choice_can_be_named(run: Path) -> None:
@@ -230,7 +232,7 @@ def test_a_tag_of_another_directory_is_refused(run: Path) -> None:
     error = refusal(run / "global_step2", "global_step4")
     assert isinstance(error, UsageError)
     assert "holds the shards of 'global_step2', not of 'global_step4'" in error.fact
-    assert error.hint == "Leave out --tag, or name the directory above."
+    assert error.hint == "Omit --tag, or pass the directory above."
 
 
 # No checkpoint at all.
@@ -253,9 +255,9 @@ def test_what_is_no_checkpoint_is_said_to_be_none(kind: str, tmp_path: Path) -> 
     assert isinstance(error, NotACheckpoint)
     assert error.exit_code == 3
     assert error.path == path
-    assert error.fact == "nothing here is a checkpoint that can be read"
+    assert error.fact == "no checkpoint of a known format was found"
     assert error.hint is not None
-    assert error.hint.startswith("It holds: ")
+    assert error.hint.startswith("The path holds: ")
     assert "checkpoint-N directory" in error.hint
 
 
@@ -270,7 +272,10 @@ def test_an_adapter_alone_is_said_to_be_one_and_what_to_do_with_it(path: Path) -
     """As the Trainer saves it of a LoRA model."""
     error = refusal(path)
     assert isinstance(error, NotACheckpoint)
-    assert (error.path, error.fact) == (ADAPTER, "an adapter that PEFT saved, and no model")
+    assert (error.path, error.fact) == (
+        ADAPTER,
+        "an adapter that PEFT saved, not a checkpoint of a model",
+    )
     assert error.hint is not None
     assert f"ckpt-tools merge-lora BASE OUT --adapter-dir {ADAPTER}. " in error.hint
 
@@ -283,7 +288,7 @@ def test_the_newest_of_several_adapters_is_named(tmp_path: Path) -> None:
     error = refusal(tmp_path)
     assert error.path == tmp_path
     assert f"--adapter-dir {tmp_path / 'checkpoint-10'}. " in str(error.hint)
-    assert refusal(tmp_path / "notes.txt").fact == "nothing here is a checkpoint that can be read"
+    assert refusal(tmp_path / "notes.txt").fact == "no checkpoint of a known format was found"
 
 
 def test_what_is_said_of_an_adapter_alone_works(tmp_path: Path) -> None:
@@ -315,7 +320,7 @@ def test_a_long_listing_is_cut_short(tmp_path: Path) -> None:
         (tmp_path / letter).touch()
     hint = refusal(tmp_path).hint
     assert hint is not None
-    assert "It holds: a, b, c, d, e, f, g, h and 3 more." in hint
+    assert "The path holds: a, b, c, d, e, f, g, h and 3 more." in hint
 
 
 def test_a_path_that_is_not_there_is_said_not_to_be(tmp_path: Path) -> None:

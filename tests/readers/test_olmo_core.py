@@ -111,13 +111,13 @@ def experiment(name: str = "reordered_norm", **changes: object) -> dict[str, obj
 @pytest.mark.parametrize(
     ("shapes", "config", "reason"),
     [
-        ({"blocks.0.attention.w_q.weight": (4, 4)}, {}, "no config of OLMo-core lies beside it"),
+        ({"blocks.0.attention.w_q.weight": (4, 4)}, {}, "there is no config of OLMo-core"),
         (
             {"blocks.0.attention.q_norm.weight": (2,), "blocks.0.attention.w_q.weight": (4, 4)},
             {},
-            "no config of OLMo-core lies beside it",
+            "there is no config of OLMo-core",
         ),
-        ({"embeddings.weight": (4, 4)}, experiment("default"), "blocks of default"),
+        ({"embeddings.weight": (4, 4)}, experiment("default"), "no default blocks"),
         (
             {"embeddings.weight": (4, 4)},
             experiment(block_overrides={"1": {"name": "peri_norm"}}),
@@ -126,9 +126,9 @@ def experiment(name: str = "reordered_norm", **changes: object) -> dict[str, obj
         (
             {"blocks.0.feed_forward_moe.router.weight": (4,)},
             experiment(),
-            "known for blocks.0.feed_forward_moe.router.weight",
+            "no name for blocks.0.feed_forward_moe.router.weight",
         ),
-        ({"lm_head.weights": (4,)}, experiment(), "known for lm_head.weights"),
+        ({"lm_head.weights": (4,)}, experiment(), "no name for lm_head.weights"),
     ],
 )
 def test_other_models_keep_their_names_and_say_so(

@@ -75,7 +75,7 @@ def test_what_holds_no_weights_is_said(tmp_path: Path) -> None:
 
     with pytest.raises(NotACheckpoint, match=r"notes\.txt"):
         open_weights(tmp_path)
-    with pytest.raises(NotACheckpoint, match="nothing here is a checkpoint"):
+    with pytest.raises(NotACheckpoint, match="no checkpoint of a known format"):
         open_weights(tmp_path / "notes.txt")
     with pytest.raises(NotACheckpoint, match="no such file or directory"):
         open_weights(tmp_path / "nowhere.safetensors")

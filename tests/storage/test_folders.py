@@ -203,7 +203,7 @@ def test_latest_in_another_folder_is_followed(tmp_path: Path) -> None:
     first, second, _ = split(source, tmp_path, lambda name: [int(name == "latest")])
     shutil.copytree(first / "global_step120", first / "global_step500")
     assert open_checkpoint(first, also=[second]).location.name == "global_step120"
-    with pytest.raises(UsageError, match="2 checkpoints lie here"):
+    with pytest.raises(UsageError, match="there are 2 checkpoints here"):
         open_checkpoint(first)
     assert open_checkpoint(first, also=[second], tag="global_step500").step == 120
 
@@ -398,9 +398,9 @@ def test_a_folder_of_the_wrong_level_is_refused_with_the_one_that_was_expected(
     error = refusal(open_checkpoint, first, also=[renamed])
     assert isinstance(error, UsageError)
     assert error.path == renamed
-    assert error.fact == f"it is not a copy of {first} nor of a directory in it"
+    assert error.fact == f"not a copy of {first}, nor of a directory in it"
     assert error.hint is not None
-    assert "under the same name: global_step120." in error.hint
+    assert "with the same name (global_step120)." in error.hint
 
     outer = second.rename(tmp_path / "backup")
     (outer / "global_step120").rename(outer / "saved")
@@ -408,7 +408,7 @@ def test_a_folder_of_the_wrong_level_is_refused_with_the_one_that_was_expected(
     assert isinstance(error, UsageError)
     assert error.path == outer
     assert error.hint is not None
-    assert f"{outer / 'global_step120'} is not there" in error.hint
+    assert f"{outer / 'global_step120'} does not exist." in error.hint
 
 
 def test_a_folder_of_another_step_is_refused_by_its_name(tmp_path: Path) -> None:
@@ -417,7 +417,7 @@ def test_a_folder_of_another_step_is_refused_by_its_name(tmp_path: Path) -> None
     six, five = first.rename(tmp_path / "step-6"), second.rename(tmp_path / "step-5")
     error = refusal(open_checkpoint, six, also=[five])
     assert isinstance(error, UsageError)
-    assert error.fact == f"by its name it is of another save than {six}"
+    assert error.fact == f"its name is that of another save than {six}"
     same = five.rename(tmp_path / "node1" / "step-6")
     assert refusal(open_checkpoint, six, also=[same]).fact.startswith("1 of 3 data files")
 
@@ -427,7 +427,7 @@ def test_a_folder_that_is_none_is_refused(tmp_path: Path, command: str) -> None:
     source = checkpoint_of(ZERO3)
     for also, fact in (
         (tmp_path / "gone", "no such directory"),
-        (source / "latest", "it is not a directory"),
+        (source / "latest", "not a directory"),
     ):
         out = [tmp_path / "out"] if command == "consolidate" else []
         done = run(command, source, *out, "--also", also)
@@ -465,7 +465,7 @@ LOST = [
     (
         "accelerate/save-model-sharded",
         "model-00002-of-00002.safetensors",
-        "a shard that the index names is missing",
+        "a shard in the index is missing",
     ),
 ]
 
@@ -558,7 +558,7 @@ def test_shards_of_another_step_with_the_same_size_are_refused_by_what_they_say(
     lost.unlink()
     error = refusal(open_checkpoint, first, also=[second])
     assert isinstance(error, DamagedCheckpoint)
-    assert "the files are not of one save: they differ in" in error.fact
+    assert "the files belong to different saves: they differ in" in error.fact
     assert f"Read as one checkpoint: {first}, {second}." in str(error)
 
 

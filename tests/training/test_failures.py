@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from tests.ranks.launching import REPOSITORY, contents, free_port
+from tests.ranks.launching import REPOSITORY, free_port
+from tests.support.outputs import contents
 from tests.training.frameworks import ENVIRONMENT
 
 RANKS = 3

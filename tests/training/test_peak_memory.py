@@ -25,7 +25,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path, framework: str) -> 
         out = tmp_path / str(width)
         out.mkdir()
         command = ["-m", "tests.training.peak", out, framework, width]
-        run = ended(start([*map(str, command)], ranks=2, environment=ENVIRONMENT), 300)
+        run = ended(start([*map(str, command)], ranks=2, environment=ENVIRONMENT))
         assert run.status == 0, run.stderr
 
         size = (out / "large" / "model.safetensors").stat().st_size

@@ -15,12 +15,11 @@ import pytest
 from filelock import FileLock
 
 import ckpt_tools
-from tests.ranks.launching import contents, ended, start
+from tests.ranks.launching import ended, start
+from tests.support.outputs import contents
 from tests.training.frameworks import ENVIRONMENT
 
 MANIFEST = "ckpt_tools_manifest.json"
-# As long as the test may take that waits for it.
-SECONDS = 900
 
 TWO_RANKS = [
     "fsdp2:small",
@@ -89,7 +88,7 @@ def trained(factory: pytest.TempPathFactory, name: str, ranks: int, cases: list[
     with FileLock(out.with_suffix(".lock")):
         if not done.exists():
             command = ["-m", "tests.training.worker", str(out), *cases]
-            run = ended(start(command, ranks=ranks, environment=ENVIRONMENT), SECONDS)
+            run = ended(start(command, ranks=ranks, environment=ENVIRONMENT))
             assert run.status == 0, run.stdout + run.stderr
             done.touch()
     return out

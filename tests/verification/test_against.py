@@ -176,9 +176,9 @@ def test_shapes_dtypes_and_names(recorded: bool, model: Path) -> None:
         ("tensor-extra", "extra"),
     }
     details = {problem.tensor: problem.detail for problem in found.problems}
-    assert details["lm_head.weight"] == "its shape is [10, 67], from the checkpoint [67, 10]"
+    assert details["lm_head.weight"] == "its shape is [10, 67]; the checkpoint gives [67, 10]"
     dtype = "bfloat16" if recorded else "float32"
-    assert details["model.norm.weight"] == f"its dtype is int32, in the checkpoint {dtype}"
+    assert details["model.norm.weight"] == f"its dtype is int32; the checkpoint has {dtype}"
 
 
 def test_a_buffer_that_is_left_out_is_a_warning(tmp_path: Path) -> None:
@@ -223,5 +223,5 @@ def test_a_tensor_that_is_broken_otherwise_is_left_to_others(model: Path) -> Non
     findings = Findings()
     check_against(found, PLAIN / "checkpoint", findings)
 
-    assert findings.skipped == [f"tensors of a dtype that torch has not: {UP}"]
+    assert findings.skipped == [f"tensors of a dtype that torch does not have: {UP}"]
     assert findings.checked[0].startswith("19 tensors against DeepSpeed ZeRO-2 ")

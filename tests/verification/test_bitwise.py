@@ -54,12 +54,12 @@ def test_a_bit_anywhere_is_found_with_its_place_and_both_values(
         here, there = (f"{float(each[name][at]):.9g}" for each in (state, truth))
         assert problem == Problem(
             "tensor-differs",
-            f"1 of {truth[name].numel():,} elements differ; the first, {[*at]}, is {here}, and {there} "
-            "by the checkpoint" + (" (float32, rounded)" if not recorded else ""),
+            f"1 of {truth[name].numel():,} elements differ; the first {[*at]} is {here}, "
+            f"the checkpoint gives {there}" + (" (float32, rounded)" if not recorded else ""),
             SINGLE,
             name,
             "error",
-            "Write the directory anew from this checkpoint, or name the one that it was made of.",
+            "Write the directory again from this checkpoint, or name the checkpoint that it was made from.",
         )
         assert there == f"{float(masters[name][at].bfloat16()):.9g}"
 
@@ -76,8 +76,8 @@ def test_elements_are_counted_over_all_windows(
     found = {p.tensor: p.detail for p in against(model, PLAIN / "checkpoint", workers=3).problems}
 
     assert found.keys() == {UP, "model.norm.weight"}
-    assert found[UP].startswith("4 of 260 elements differ; the first, [0, 7], is ")
-    assert found["model.norm.weight"].startswith("10 of 10 elements differ; the first, [0], is -")
+    assert found[UP].startswith("4 of 260 elements differ; the first [0, 7] is ")
+    assert found["model.norm.weight"].startswith("10 of 10 elements differ; the first [0] is -")
 
 
 def test_values_that_look_the_same_are_shown_as_bits(tmp_path: Path) -> None:
@@ -89,11 +89,11 @@ def test_values_that_look_the_same_are_shown_as_bits(tmp_path: Path) -> None:
 
     details = {p.tensor: p.detail for p in against(a, b / SINGLE).problems}
     assert details == {
-        "x": "1 of 2 elements differ; the first, [0, 0], is 0, and -0 by the checkpoint",
-        "s": "1 of 1 elements differ; the first, is 1, and 2 by the checkpoint",
+        "x": "1 of 2 elements differ; the first [0, 0] is 0, the checkpoint gives -0",
+        "s": "1 of 1 elements differ; the first is 1, the checkpoint gives 2",
     }
     (problem,) = against(c, d / SINGLE).problems
-    assert "is 0x7fc00001, and 0x7fc00000 by the checkpoint" in problem.detail
+    assert "is 0x7fc00001, the checkpoint gives 0x7fc00000" in problem.detail
 
 
 def test_what_cannot_be_read_stops_nothing_else(model: Path, tmp_path: Path) -> None:

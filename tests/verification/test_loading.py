@@ -180,7 +180,7 @@ class TestModels:
         assert findings.problems == []
         assert findings.checked == ["loading with transformers"]
         (skipped,) = findings.skipped
-        assert skipped.startswith("a forward pass (it takes ")
+        assert skipped.startswith("a forward pass (the model takes ")
 
     def test_a_model_in_half_precision_is_called_in_it(self, llama: Path) -> None:
         change(llama / "config.json", dtype="bfloat16")
@@ -202,7 +202,7 @@ class TestModels:
         edit(llama, lambda held: held.update({"lm_head.weight": torch.ones(60, 12)}))
         (problem,) = problems(llama)
         assert (problem.kind, problem.tensor) == ("load-mismatched", "lm_head.weight")
-        assert "[60, 12], the model [67, 12]" in problem.detail
+        assert "[60, 12], the model needs [67, 12]" in problem.detail
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
     def test_weights_that_are_not_finite(self, value: float, llama: Path) -> None:
@@ -267,7 +267,7 @@ class TestModels:
         own_code(llama, tmp_path / "ran")
         findings = look_at(llama)
         assert findings.problems == []
-        assert findings.skipped == ["loading (it is custom code: --trust-remote-code)"]
+        assert findings.skipped == ["loading (custom code needs --trust-remote-code)"]
         assert not (tmp_path / "ran").exists()
 
     def test_custom_code_runs_where_it_is_trusted(self, llama: Path, tmp_path: Path) -> None:
@@ -289,9 +289,9 @@ class TestModels:
         assert findings.skipped == ["loading (needs bitsandbytes)"]
 
     def test_without_a_config_or_weights_there_is_nothing_to_load(self, tmp_path: Path) -> None:
-        assert look_at(tmp_path).skipped == ["loading (there is nothing to load)"]
+        assert look_at(tmp_path).skipped == ["loading (the directory holds no model or adapter)"]
         save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
-        assert look_at(tmp_path).skipped == ["loading (there is no config that can be read)"]
+        assert look_at(tmp_path).skipped == ["loading (there is no readable config)"]
 
 
 def own_code(path: Path, witness: Path) -> None:
@@ -333,7 +333,7 @@ class TestAdapters:
         findings = look_at(adapter)
         assert findings.problems == []
         assert findings.skipped == [
-            "loading (the base somebody/model is no directory of a model on this machine)"
+            "loading (the base somebody/model is not a directory of a model on this machine)"
         ]
         assert look_at(adapter, saved("olmo2")).checked
 
@@ -443,7 +443,7 @@ class TestTheProcess:
         monkeypatch.setattr(loading, "run_child", lambda *_, **__: killed)
         (problem,) = problems(llama)
         assert problem.kind == kind
-        assert "SIGKILL, as where memory runs out" in problem.detail
+        assert "SIGKILL, as when memory runs out" in problem.detail
         assert problem.hint == "Try it on a machine with more memory."
 
     def test_an_environment_without_transformers_is_said(

@@ -115,7 +115,7 @@ def test_a_base_of_its_own_is_read_where_it_lay(tmp_path: Path) -> None:
         MANIFEST,
     )
     assert f"{len(recipes)} tensors were not compared" in problem.detail
-    assert f"({base}: it is not there any more)" in problem.detail
+    assert f"({base}: it no longer exists)" in problem.detail
     assert found.checked == []
     # The base alone is one of the sources: it stands for itself.
     (tmp_path / "moved").rename(base)
@@ -138,7 +138,7 @@ def test_a_copy_stands_for_the_first_source(tmp_path: Path) -> None:
     found = against(directory, tmp_path / "other")
     assert {problem.kind for problem in found.problems} == {"tensor-differs"}
     assert {problem.hint for problem in found.problems} == {
-        "It was made of step 2, and the checkpoint is of step 4."
+        "The directory was made from step 2; the checkpoint is step 4."
     }
 
 
@@ -318,7 +318,7 @@ def test_recipes_that_cannot_be_followed(model: Path) -> None:
     written(model, load_file(model / SINGLE) | {"new": torch.zeros(1)})
     record(model, recipes | {"new": "model.gone"}, PLAIN / "checkpoint")
     details = {p.tensor: p.detail for p in against(model, PLAIN / "checkpoint").problems}
-    assert details["new"] == "it was made of model.gone, which the checkpoint does not hold"
+    assert details["new"] == "it was made from model.gone, which the checkpoint does not have"
 
 
 def test_sums_are_the_same_with_any_torch(tmp_path: Path) -> None:
@@ -336,7 +336,7 @@ def test_sums_are_the_same_with_any_torch(tmp_path: Path) -> None:
 
     assert (problem.kind, problem.tensor) == ("tensor-differs", UP)
     assert problem.hint is not None
-    assert problem.hint.startswith("Write the directory anew from this checkpoint")
+    assert problem.hint.startswith("Write the directory again from this checkpoint")
 
 
 @pytest.mark.parametrize("case", [DORA, EXPERTS, TIED_EMBEDDING], ids=lambda case: case.name)

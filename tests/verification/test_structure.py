@@ -441,7 +441,7 @@ def test_a_header_that_safetensors_refuses_is_an_error_here(
 
 def test_what_cannot_be_checked_at_all_is_an_error_of_the_caller(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UsageError, match="no such directory"):
+    with pytest.raises(UsageError, match="the directory does not exist"):
         verify(tmp_path / "nowhere")
     with pytest.raises(UsageError, match="not a directory"):
         verify(tmp_path / "file")
@@ -456,7 +456,7 @@ def test_the_directory_above_the_models_says_where_they_are(
     (problem,) = verify(tmp_path / "run").problems
 
     assert problem.kind == "no-weights"
-    assert problem.hint == "Name one of the directories in it: checkpoint-500"
+    assert problem.hint == "Name one of the directories in it: checkpoint-500."
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ class TestWhatIsPublished:
             "token-id-outside-embedding",
             "eos-not-closing-turn",
         ]
-        assert found[0].detail.startswith("the embedding has 67 rows; outside are ")
+        assert found[0].detail.startswith("the embedding has 67 rows; these tokens are outside: ")
 
     def test_a_reward_model_does_not_generate(self, tmp_path: Path) -> None:
         config = {**LLAMA, "architectures": ["LlamaForSequenceClassification"]}
@@ -216,25 +216,43 @@ DAMAGES: dict[str, tuple[Damage, list[tuple[str, str | None, str]]]] = {
     ),
     "tokenizer-not-copied-silently-empty": (
         empty_llama,
-        [("tokenizer-unreadable", None, "none of the files of its vocabulary is there")],
+        [("tokenizer-unreadable", None, "all files of its vocabulary are missing")],
     ),
     "id-conflict-in-settings": (
         with_json(
             "tokenizer_config.json",
             added_tokens_decoder={"7": {"content": "<|im_end|>", "special": True}},
         ),
-        [("token-id-conflict", "tokenizer_config.json", "<|im_end|> has id 7 there, and 2")],
+        [
+            (
+                "token-id-conflict",
+                "tokenizer_config.json",
+                "<|im_end|> has id 7 in this file, but 2 after",
+            )
+        ],
     ),
     "id-conflict-in-added-tokens": (
         with_json("added_tokens.json", **{"<|im_start|>": 299}),
-        [("token-id-conflict", "added_tokens.json", "<|im_start|> has id 299 there, and 1")],
+        [
+            (
+                "token-id-conflict",
+                "added_tokens.json",
+                "<|im_start|> has id 299 in this file, but 1 after",
+            )
+        ],
     ),
     "padding-token-without-a-row": (
         all_of(
             with_json("tokenizer_config.json", pad_token="[PAD]"),
             lambda path: add_token(path, "[PAD]", chat.ROWS),
         ),
-        [("token-id-outside-embedding", "tokenizer.json", "320 rows; outside are [PAD] (320)")],
+        [
+            (
+                "token-id-outside-embedding",
+                "tokenizer.json",
+                "320 rows; these tokens are outside: [PAD] (320)",
+            )
+        ],
     ),
     "special-token-missing": (
         with_json("tokenizer_config.json", pad_token="<|pad|>"),
@@ -303,11 +321,11 @@ DAMAGES: dict[str, tuple[Damage, list[tuple[str, str | None, str]]]] = {
     ),
     "eos-is-a-word": (
         with_json("config.json", eos_token_id="<|im_end|>"),
-        [("eos-unknown", "config.json", "'<|im_end|>', which is no id")],
+        [("eos-unknown", "config.json", "'<|im_end|>', which is not an id")],
     ),
     "eos-negative": (
         with_json("config.json", eos_token_id=-1),
-        [("eos-unknown", "config.json", "which no model can look up")],
+        [("eos-unknown", "config.json", "which is not a row of any embedding")],
     ),
     "bos-outside-embedding": (
         with_json("config.json", bos_token_id=50_256),
@@ -323,7 +341,7 @@ DAMAGES: dict[str, tuple[Damage, list[tuple[str, str | None, str]]]] = {
     ),
     "no-end-at-all": (
         with_json("generation_config.json", eos_token_id=None, max_length=99),
-        [("eos-not-closing-turn", "generation_config.json", "there is no eos_token_id")],
+        [("eos-not-closing-turn", "generation_config.json", "eos_token_id is missing")],
     ),
     "end-in-the-config-alone": (
         all_of(
@@ -334,7 +352,7 @@ DAMAGES: dict[str, tuple[Damage, list[tuple[str, str | None, str]]]] = {
             (
                 "eos-not-closing-turn",
                 "generation_config.json",
-                "<|im_end|> (id 2), and eos_token_id is 0",
+                "<|im_end|> (id 2), but eos_token_id is 0",
             )
         ],
     ),
@@ -344,7 +362,7 @@ DAMAGES: dict[str, tuple[Damage, list[tuple[str, str | None, str]]]] = {
             (
                 "eos-not-closing-turn",
                 "generation_config.json",
-                "with <|turn_end|>, which is no token",
+                "with <|turn_end|>, which is not a token",
             )
         ],
     ),
@@ -397,7 +415,7 @@ class TestOlmo:
         problem = the_problem(path)
         assert (problem.kind, problem.severity) == ("olmo-eos-incomplete", "error")
         assert "eos_token_id is 2, without <|endoftext|> (0)" in problem.detail
-        assert problem.hint == 'In generation_config.json: "eos_token_id": [2, 0]'
+        assert problem.hint == 'Set "eos_token_id": [2, 0] in generation_config.json.'
 
     def test_the_other_end_alone_does_not_close_a_turn_either(self, tmp_path: Path) -> None:
         path = make(tmp_path / "out", config=OLMO, ends=("<|endoftext|>",))
@@ -537,7 +555,7 @@ class TestTemplates:
         change(path / "tokenizer_config.json", eos_token=None)
         problem = the_problem(path)
         assert problem.kind == "special-token-missing"
-        assert "writes eos_token, and the tokenizer names none" in problem.detail
+        assert "uses eos_token, but the tokenizer has none" in problem.detail
 
     def test_words_that_are_left_out_close_nothing(self, tmp_path: Path) -> None:
         template = "{{ messages[0]['content'] }}"
@@ -558,7 +576,7 @@ class TestWhatIsBeside:
         path = make(tmp_path / "out", rows=200)
         change(path / "config.json", vocab_size=400)
         (problem,) = problems(path)
-        assert "the embedding has 200 rows; outside are" in problem.detail
+        assert "the embedding has 200 rows; these tokens are outside:" in problem.detail
         assert problem.detail.endswith("and 97 more")
 
     def test_without_weights_the_config_says_the_rows(self, tmp_path: Path) -> None:
@@ -594,7 +612,7 @@ class TestWhatIsBeside:
         )
         findings = look_at(path)
         assert findings.problems == []
-        assert "tokenizer (it is custom code: --trust-remote-code)" in findings.skipped
+        assert "tokenizer (custom code needs --trust-remote-code)" in findings.skipped
         assert not (tmp_path / "ran").exists()
 
     def test_a_missing_package_is_no_fault_of_the_directory(

@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -41,6 +40,7 @@ from ckpt_tools.writing.journal import (
 )
 from ckpt_tools.writing.layout import plan
 from ckpt_tools.writing.units import Block, Units
+from tests.support.waiting import LONGEST_SECONDS, wait_until
 from tests.writing.test_bytes import on_disk
 
 MINE = Identity("1.0", "of these files", {"dtype": "auto", "adapter": None}, "of this layout")
@@ -142,10 +142,10 @@ def test_a_journal_that_cannot_be_begun_is_a_failure_of_the_output(tmp_path: Pat
 
 
 OTHERS = [
-    ({"tool": "0.9"}, "it was begun by ckpt-tools 0.9, and this is 1.0"),
-    ({"sources": "of others"}, "from another checkpoint, or the checkpoint changed since"),
-    ({"plan": "of another"}, "with other options, so its layout is another"),
-    ({"options": {"dtype": "bf16"}}, "with other options (dtype was bf16, and is auto)"),
+    ({"tool": "0.9"}, "it was started by ckpt-tools 0.9; this is 1.0"),
+    ({"sources": "of others"}, "from another checkpoint, or the checkpoint changed"),
+    ({"plan": "of another"}, "with other options, so its layout differs"),
+    ({"options": {"dtype": "bf16"}}, "with other options (dtype was bf16, now auto)"),
 ]
 
 
@@ -186,11 +186,13 @@ def test_ones_own_is_found_among_others(home: Path, tmp_path: Path) -> None:
 def holder(home: Path) -> Iterator[subprocess.Popen[str]]:
     """Another process that holds the lock."""
     program = (
-        "import sys, time; from pathlib import Path; from ckpt_tools.writing.journal import Lock\n"
-        "lock = Lock(Path(sys.argv[1])); print('held', flush=True); time.sleep(600)"
+        "import sys; from pathlib import Path; from ckpt_tools.writing.journal import Lock\n"
+        "lock = Lock(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", program, str(home)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "held\n"
         yield process
@@ -205,7 +207,7 @@ def test_a_directory_that_a_living_process_writes_into_is_refused(
 
     assert caught.value.exit_code == 2
     assert caught.value.path == home
-    assert "end it first" in str(caught.value.hint)
+    assert "or stop it" in str(caught.value.hint)
     holder.send_signal(signal.SIGSTOP)
     with pytest.raises(UsageError):
         Lock(home)
@@ -478,13 +480,6 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "_INTERVAL_SECONDS", 0.002)
 
 
-def wait_until(true: Any) -> None:
-    deadline = time.monotonic() + 20
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
 @pytest.mark.usefixtures("at_once")
 def test_what_is_recorded_is_noted_and_read_back(home: Path, disk: Disk) -> None:
     with Log(home, 1, disk.outputs, disk.names) as written:
@@ -513,16 +508,15 @@ def test_a_block_is_noted_after_its_file_is_on_disk_and_not_before(
 
     def sync(files: Any) -> None:
         syncing.set()
-        assert go_on.wait(20)
+        assert go_on.wait(LONGEST_SECONDS)
         synced.append(set(files))
 
     monkeypatch.setattr(disk.outputs, "sync", sync)
     with Log(home, 0, disk.outputs, disk.names) as written:
         written.record(disk.blocks[1], disk.digests(disk.blocks[1]))
-        assert syncing.wait(20)
+        assert syncing.wait(LONGEST_SECONDS)
         # Written while the other is synced: the next round's.
         written.record(disk.blocks[0], disk.digests(disk.blocks[0]))
-        time.sleep(0.05)
         assert written.noted == 0
         assert not has_proof(home)
         go_on.set()
@@ -554,9 +548,10 @@ def test_a_disk_that_fails_ends_the_next_write_and_notes_nothing(
 
     def write() -> None:
         with Log(home, 0, disk.outputs, disk.names) as written:
-            for _ in range(10_000):
-                written.record(disk.blocks[0], disk.digests(disk.blocks[0]))
-                time.sleep(0.001)
+            written.record(disk.blocks[0], disk.digests(disk.blocks[0]))
+            wait_until(lambda: not written._thread.is_alive())
+            written.record(disk.blocks[0], disk.digests(disk.blocks[0]))
+            pytest.fail("nobody was told")
 
     with pytest.raises(OutputFailed, match="Input/output error"):
         write()
@@ -598,7 +593,7 @@ def test_a_failing_disk_does_not_hide_what_went_wrong_first(
     def write() -> None:
         with Log(home, 0, disk.outputs, disk.names) as written:
             written.record(disk.blocks[0], disk.digests(disk.blocks[0]))
-            assert failed.wait(20)
+            assert failed.wait(LONGEST_SECONDS)
             raise CkptError("first")
 
     monkeypatch.setattr(disk.outputs, "sync", sync)
@@ -612,9 +607,10 @@ def test_a_journal_without_room_is_a_failure_of_the_output(home: Path, disk: Dis
 
     def write() -> None:
         with Log(home, 0, disk.outputs, disk.names) as written:
-            for _ in range(10_000):
-                written.record(disk.blocks[0], disk.digests(disk.blocks[0]))
-                time.sleep(0.001)
+            written.record(disk.blocks[0], disk.digests(disk.blocks[0]))
+            wait_until(lambda: not written._thread.is_alive())
+            written.record(disk.blocks[0], disk.digests(disk.blocks[0]))
+            pytest.fail("nobody was told")
 
     with pytest.raises(OutputFailed, match="No such file"):
         write()

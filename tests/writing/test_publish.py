@@ -178,7 +178,7 @@ def test_an_error_without_a_next_step_gets_one_where_work_was_kept(tmp_path: Pat
     left = kept(tmp_path, error)
 
     assert error.hint is not None
-    assert error.hint.startswith("What was done is kept")
+    assert error.hint.startswith("The finished part is kept")
     assert str(left) in error.hint
 
 
@@ -457,7 +457,7 @@ def test_a_full_directory_behind_a_link_is_an_output_that_exists(disk: Path) -> 
 def test_a_link_that_leads_nowhere_is_refused(disk: Path) -> None:
     (disk / "out").symlink_to("gone")
 
-    with pytest.raises(UsageError, match="leads nowhere"):
+    with pytest.raises(UsageError, match="it is a broken link"):
         check_target(disk / "out", [], overwrite=True)
 
 

@@ -1,7 +1,4 @@
-"""How often to checkpoint: what saving every N steps is expected to cost, and the N that costs least.
-
-Owns the arithmetic of saves, failures and lost work, and the picture of it. It knows nothing of tensors;
-of a checkpoint it only asks how many bytes it takes on disk.
+"""Owns the choice of a checkpoint interval: the expected cost of each interval, the best one, and a plot.
 
 Sources: J. W. Young, "A first order approximation to the optimum checkpoint interval", Communications of
 the ACM 17(9):530-531, 1974. J. T. Daly, "A higher order estimate of the optimum checkpoint interval for

@@ -1,7 +1,6 @@
-"""The best interval of a run beside the estimates for it, their disk, and what deserves a remark.
+"""Owns the public function: the best interval of a run, the estimates of Young and Daly, disk, and remarks.
 
-Owns the public function: arguments and what they mean. The arithmetic is in ``expectation``; nothing
-here prints or draws.
+The arithmetic is in ``expectation``.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ class Estimate:
     """An interval by a formula.
 
     Attributes:
-        seconds: the work between two saves, as the formula gives it.
-        cost: of the nearest whole number of steps, at least one and at most the run.
+        seconds: the work between two saves, from the formula.
+        cost: the cost of the nearest whole number of steps, at least one and at most the run.
     """
 
     seconds: float
@@ -48,8 +47,8 @@ class Disk:
 
     Attributes:
         all: all of them.
-        kept: those that stay with ``keep``, or None without it.
-        peak: those and one more, which is there until the oldest is removed, or None without ``keep``.
+        kept: those that remain with ``keep``; None without it.
+        peak: those and one more, until the oldest is removed; None without ``keep``.
     """
 
     all: int
@@ -70,10 +69,10 @@ class CheckpointInterval:
         daly: by Daly's formula.
         every: an interval to compare, or None.
         curve: costs of intervals around those, for a picture, by rising interval.
-        checkpoint_bytes: size of one checkpoint, or None where it is not known.
-        measured: the checkpoint that the size was taken from, or None.
-        keep: number of checkpoints that are kept, or None for all.
-        remarks: what is odd.
+        checkpoint_bytes: size of one checkpoint; None if it is not known.
+        measured: the checkpoint that was measured, or None.
+        keep: number of checkpoints that are kept; None for all.
+        remarks: unusual facts.
     """
 
     run: TrainingRun
@@ -90,7 +89,7 @@ class CheckpointInterval:
     remarks: tuple[str, ...]
 
     def disk(self, cost: Cost) -> Disk | None:
-        """Disk of the run at that cost's interval; None where the size of a checkpoint is not known."""
+        """Disk of the run with this interval; None if the size of a checkpoint is not known."""
         size, keep = self.checkpoint_bytes, self.keep
         if size is None:
             return None
@@ -100,11 +99,11 @@ class CheckpointInterval:
         return Disk(cost.saves * size, kept * size, peak * size)
 
     def extra_seconds(self, cost: Cost) -> float:
-        """Wall time that a cost's interval takes beyond the best one."""
+        """Extra wall time compared with the best interval."""
         return cost.cost_seconds - self.exact.cost_seconds
 
     def to_json(self) -> dict[str, Any]:
-        """All of it as plain JSON values; a number that no float can hold is None."""
+        """Plain JSON values; a number that no float can hold is None."""
         run, measured = self.run, self.measured
         return {
             "run": {
@@ -166,7 +165,7 @@ def checkpoint_interval(
     keep: int | None = None,
     every: int | None = None,
 ) -> CheckpointInterval:
-    """How often to checkpoint: the interval of the least expected cost, and what others cost.
+    """Find the checkpoint interval of the least expected cost, and the cost of others.
 
     The cost of saving every N steps is the time of the saves, ``ceil(steps / N)`` of them with the final
     one, and the expected time of lost work and of restarts, for failures that come at random at a constant
@@ -177,18 +176,18 @@ def checkpoint_interval(
         steps: optimizer steps of the run.
         step_time: duration of one, in seconds or as text (``12s``, ``250ms``).
         save_time: how long training waits for one save.
-        mtbf: mean time between failures of the whole job; that of one node divided by their number.
-        restart_time: from a failure to the next step. It adds to the cost of every interval by the
-            same factor, so the best one does not depend on it.
+        mtbf: mean time between failures of the whole job: that of one node, divided by the number of nodes.
+        restart_time: time from a failure to the next step. It changes the cost of every interval by the
+            same factor, so the best interval does not depend on it.
         checkpoint_size: bytes of one checkpoint, or text (``140GB``, ``130GiB``).
         checkpoint: a checkpoint to measure instead.
-        tag: which one, where ``checkpoint`` holds several.
-        keep: how many checkpoints are kept; the oldest goes when a new one is complete.
+        tag: the name of the checkpoint, if ``checkpoint`` holds several.
+        keep: number of checkpoints that are kept. The oldest is removed when a new one is complete.
         every: an interval to compare, in steps.
 
     Raises:
-        UsageError: a number is not what it should be; the message names its option.
-        CkptError: ``checkpoint`` is none, or is damaged.
+        UsageError: a number is invalid. The message names its option.
+        CkptError: ``checkpoint`` is not a checkpoint, or is damaged.
     """
     run = TrainingRun(
         steps=steps,
@@ -204,7 +203,7 @@ def checkpoint_interval(
     size, measured = _size(checkpoint_size, checkpoint, tag)
     if keep is not None and size is None:
         raise UsageError(
-            "--keep: the disk it needs depends on the size of a checkpoint, which is not given",
+            "--keep needs the size of a checkpoint, which is not given",
             hint="Pass --checkpoint-size 140GB, or --from with a checkpoint of the run.",
         )
     best = best_interval(run)

@@ -1,23 +1,22 @@
-"""The cost of saving every N steps, as an exact expectation, and the estimates of Young and Daly.
+"""Owns the expected cost of saving every N steps, computed exactly, and the estimates of Young and Daly.
 
 The model. A run is ``steps`` steps of equal length, cut into segments of N steps; the last is shorter where
-N does not divide the run. Each segment ends with a save, the last one too: its save is the result of the
-run. So there are ``ceil(steps / N)`` saves, and during each the training waits. Failures come one by one,
-at random, at the same rate 1/M all the time (a Poisson process): in work, in saves and in restarts. A
-failure loses everything since the end of the last save, the broken save included. Then comes a restart
-of length R, which begins anew if it fails itself, and then the segment begins anew. The run itself
-begins without a restart.
+N does not divide the run. Each segment ends with a save, also the last one: its save is the result of the
+run. So there are ``ceil(steps / N)`` saves, and training waits for each. Failures are a Poisson process with
+the constant rate 1/M: in work, in saves and in restarts. A failure loses everything since the end of the last
+save, including an unfinished save. Then a restart of length R follows. A failed restart is repeated. Then the
+segment starts again. The run starts without a restart.
 
 A segment of work w and save d, a = w + d, then takes an expected ``M e^(R/M) (e^(a/M) - 1)``: Daly's
-complete model (2006, section 3), but with whole segments and the last one as long as it is. It is the sum of
+complete model (2006, section 3), but with whole segments and the true length of the last. It is the sum of
 
-    a                               the work and the save that last
-    M (e^(a/M) - 1 - a/M)           lost: work and saves that failures undid
+    a                               the work and the save
+    M (e^(a/M) - 1 - a/M)           lost: work and saves that failures destroy
     M (e^(R/M) - 1)(e^(a/M) - 1)    restarts: e^(a/M) - 1 failures of the segment, each followed by one
 
 and the expected number of failures is the expected wall time divided by M (Wald's identity).
 
-Sources: Young 1974; Daly 2006. Durations are in seconds. Pure arithmetic, no text and no I/O.
+Sources: Young 1974; Daly 2006. Durations are in seconds.
 """
 
 from __future__ import annotations
@@ -34,14 +33,14 @@ _MOST_STEPS = 10**10
 
 @dataclass(frozen=True, slots=True)
 class TrainingRun:
-    """A run whose checkpoints are to be planned; valid once built.
+    """A training run. The constructor checks its values.
 
     Attributes:
         steps: optimizer steps, at least 1 and at most 10^10.
-        step_time: seconds that one takes.
+        step_time: seconds of one step.
         save_time: seconds that training waits for one save.
         mtbf: mean seconds between two failures of the whole job.
-        restart_time: seconds from a failure to the next step: noticing it, a new machine, loading.
+        restart_time: seconds from a failure to the next step: detection, a new machine, loading.
     """
 
     steps: int
@@ -59,7 +58,7 @@ class TrainingRun:
 
     @property
     def work_seconds(self) -> float:
-        """What the run takes without a save and without a failure."""
+        """Time of the run without saves and failures."""
         return self.steps * self.step_time
 
     def saves(self, interval: int) -> int:
@@ -69,20 +68,20 @@ class TrainingRun:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What saving every ``interval`` steps is expected to cost. Durations are in seconds.
+    """The expected cost of saving every ``interval`` steps. Durations are in seconds.
 
-    A figure that no floating-point number holds, of a run that would never end, is ``math.inf``.
+    A value that is too large for a float is ``math.inf``: such a run would never end.
 
     Attributes:
         interval: steps between saves.
-        interval_seconds: the work in them.
+        interval_seconds: their work.
         saves: number of saves, the final one included.
         work_seconds: the run without saves and failures.
         save_seconds: all saves.
-        lost_seconds: work and saves that failures undo.
-        restart_seconds: restarts, also those that fail.
+        lost_seconds: work and saves that failures destroy.
+        restart_seconds: restarts, including failed ones.
         failures: number of failures.
-        loss_per_failure_seconds: of ``lost_seconds``, what one failure in a segment undoes.
+        loss_per_failure_seconds: the part of ``lost_seconds`` of one failure in a segment.
     """
 
     interval: int
@@ -97,7 +96,7 @@ class Cost:
 
     @property
     def cost_seconds(self) -> float:
-        """All that is not work: saves, lost time and restarts."""
+        """Saves, lost time and restarts."""
         return self.save_seconds + self.lost_seconds + self.restart_seconds
 
     @property
@@ -107,7 +106,7 @@ class Cost:
 
 
 def expected_cost(run: TrainingRun, interval: int) -> Cost:
-    """What saving every ``interval`` steps costs, expected over failures, exactly in the model above.
+    """The expected cost of saving every ``interval`` steps, exact in the model above.
 
     Args:
         run: the run.
@@ -133,7 +132,7 @@ def expected_cost(run: TrainingRun, interval: int) -> Cost:
 
 
 def _parts(run: TrainingRun, interval: int) -> tuple[float, float, float, float]:
-    """Seconds of saves, failures that strike a segment, seconds lost, seconds of restarts."""
+    """Seconds of saves, failures during segments, seconds lost, seconds of restarts."""
     whole, rest = divmod(run.steps, interval)
     failed = excess = 0.0
     for count, steps in ((whole, interval), (1, rest)):
@@ -142,13 +141,13 @@ def _parts(run: TrainingRun, interval: int) -> tuple[float, float, float, float]
             failed += count * _expm1(exposure)
             excess += count * _excess(exposure)
     saving = run.saves(interval) * run.save_time
-    # Zero times an infinite number of failures is no number.
+    # Zero times an infinite number of failures is NaN.
     a_restart = run.mtbf * _expm1(run.restart_time / run.mtbf)
     return saving, failed, run.mtbf * excess, failed * a_restart if a_restart else 0.0
 
 
 def _expm1(x: float) -> float:
-    """``e^x - 1``; infinite where a float cannot hold it."""
+    """``e^x - 1``; infinite if a float cannot hold it."""
     try:
         return math.expm1(x)
     except OverflowError:
@@ -156,7 +155,7 @@ def _expm1(x: float) -> float:
 
 
 def _excess(x: float) -> float:
-    """``e^x - 1 - x`` for ``x > 0``, to full precision also where the three terms all but cancel."""
+    """``e^x - 1 - x`` for ``x > 0``, with full precision also for small ``x``."""
     if x > 0.5:
         return _expm1(x) - x if x < 1e300 else math.inf
     term, total, order = x * x / 2, 0.0, 2
@@ -168,15 +167,15 @@ def _excess(x: float) -> float:
 
 
 def best_interval(run: TrainingRun) -> int:
-    """The interval of the least expected cost, in whole steps: no other one costs less.
+    """The interval of the least expected cost, in whole steps.
 
     With a given number of saves n the cost is a sum of one convex function over n segments of a given
     total, so the most even division is the cheapest: ``N = ceil(steps / n)``, the smallest interval with
     n saves. There are fewer than ``2 sqrt(steps)`` such N, and all of them are tried.
 
     Raises:
-        UsageError: even one step and its save are so much longer than the time between failures that
-            the run never ends.
+        UsageError: one step and its save are much longer than the time between failures, so the run
+            never ends.
     """
     best, least = 0, math.inf
     for interval in _evenest(run.steps):

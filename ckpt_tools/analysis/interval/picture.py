@@ -1,7 +1,6 @@
-"""The picture: expected cost against the interval, and the disk below it. SVG or PNG, without a screen.
+"""Owns the plot of expected cost and disk against the interval, as SVG or PNG, without a display.
 
-Matplotlib is an extra (``plot``) and is imported when a picture is asked for. The same numbers give the
-same bytes.
+Matplotlib is an extra (``plot``) and is imported only for a plot. The same numbers give the same bytes.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ def draw(
     """Draw a :class:`CheckpointInterval`.
 
     Args:
-        found: what to draw.
-        path: the file; its suffix, ``.svg`` or ``.png``, says in which format.
+        found: the result to draw.
+        path: the file. Its suffix, ``.svg`` or ``.png``, is the format.
         overwrite: replace a file that exists.
 
     Raises:
@@ -62,14 +61,16 @@ def _check(target: Path, *, overwrite: bool) -> None:
         )
     if target.is_dir() or (target.exists() and not overwrite):
         raise OutputExists(
-            "--plot: it exists already", path=target, hint="Name another one, or pass --overwrite."
+            "--plot: the file exists already",
+            path=target,
+            hint="Name another file, or pass --overwrite.",
         )
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         raise CkptError(
             "--plot: the package `matplotlib` is not installed",
-            hint='Install it: pip install "ckpt-tools[plot]"',
+            hint='Install it with pip install "ckpt-tools[plot]".',
         ) from None
 
 
@@ -78,7 +79,7 @@ def _drawn(found: CheckpointInterval, format: str) -> bytes:
     from matplotlib.figure import Figure
     from matplotlib.ticker import StrMethodFormatter
 
-    # Text stays text, and neither a random salt nor the date makes two pictures of one cost differ.
+    # Text stays text. A fixed salt and no date make the bytes reproducible.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "ckpt-tools"}):
         has_disk = found.checkpoint_bytes is not None
         figure = Figure(figsize=(8, 7 if has_disk else 5), layout="constrained")
@@ -147,5 +148,5 @@ def _draw_disk(axes: Axes, found: CheckpointInterval) -> None:
 
 
 def _hours(seconds: float) -> float:
-    """Hours, or not a number, which no line is drawn to, for a run that never ends."""
+    """Hours; NaN, which is not drawn, for a run that never ends."""
     return seconds / _HOUR if seconds <= LONGEST else math.nan

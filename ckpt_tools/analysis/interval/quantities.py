@@ -1,6 +1,6 @@
-"""Durations and sizes as people type them, and durations as people read them. Pure text and numbers.
+"""Owns the parsing of durations and sizes, and the text of durations.
 
-A message names the option that the value came from, because that is what its reader can change.
+A message names the option of the value, because the user can change that.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _ONE_DURATION = re.compile(rf"({_NUMBER}) ?(w|d|h|min|ms|m|s) ?")
 _DURATION = re.compile(rf"(?:{_ONE_DURATION.pattern})+")
 _SIZE = re.compile(rf"({_NUMBER}) ?([kmgtp]?i?b)?")
 
-# Wide enough for any run, and narrow enough that products of two of them stay far from overflow.
+# Wide enough for any run. Products of two values do not overflow.
 SHORTEST, LONGEST = 1e-9, 1e15
 _LARGEST = 10**18
-_DURATION_HINT = "Write it as 12s, 250ms, 1.5h, 9h30m or 2d; a number alone is seconds."
-_SIZE_HINT = "Write it as 140GB, 1.3TB or 130GiB; a number alone is bytes."
+_DURATION_HINT = "Write it as 12s, 250ms, 1.5h, 9h30m or 2d. A number alone is seconds."
+_SIZE_HINT = "Write it as 140GB, 1.3TB or 130GiB. A number alone is bytes."
 
 
 def seconds(option: str, value: float | str, *, zero: bool = False) -> float:
@@ -38,7 +38,7 @@ def seconds(option: str, value: float | str, *, zero: bool = False) -> float:
         zero: zero is allowed too.
 
     Raises:
-        UsageError: it is no duration, is not above zero, or lies outside a nanosecond to 10^15 seconds.
+        UsageError: it is not a duration, is not above zero, or is not from a nanosecond to 10^15 seconds.
     """
     found = _seconds(value) if isinstance(value, str) else float(value)
     if found is None or math.isnan(found):
@@ -79,7 +79,7 @@ def nbytes(option: str, value: int | str) -> int:
         value: bytes, or text: a number with a decimal (``GB``) or binary (``GiB``) unit.
 
     Raises:
-        UsageError: it is no size, is less than a byte, or more than 10^18 bytes.
+        UsageError: it is not a size, is less than a byte, or more than 10^18 bytes.
     """
     if isinstance(value, str):
         match = _SIZE.fullmatch(value.strip().lower())
@@ -97,12 +97,12 @@ def nbytes(option: str, value: int | str) -> int:
 
 
 def duration_text(seconds: float) -> str:
-    """A duration for a person, in the form that :func:`seconds` takes: ``40m15s``, ``9h``, ``2d4h``."""
+    """A duration in the form that :func:`seconds` reads: ``40m15s``, ``9h``, ``2d4h``."""
     if seconds < 60:
         return f"{seconds:.3g}s" if seconds >= 1 or seconds == 0 else f"{seconds * 1000:.3g}ms"
     if seconds >= 86400e3:
         return f"{seconds / 86400:.0f}d"
-    # Two units are enough; the smaller one is rounded before they are split, so that no 60s appears.
+    # Two units are enough. The smaller one is rounded before the split, so that 60s never appears.
     for large, small, name, below in (
         (86400, 3600, "d", "h"),
         (3600, 60, "h", "m"),

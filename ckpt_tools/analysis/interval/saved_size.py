@@ -1,8 +1,7 @@
-"""How many bytes one save of a run takes on disk, seen on a checkpoint that is there.
+"""Owns the measurement of one save of a run: the bytes of an existing checkpoint on disk.
 
-Metadata and file sizes alone are read. Which directory holds the whole of a save, its optimizer and random
-states included, is told by the files that a training loop writes at its top: a reader is content with the
-part that holds the weights.
+Only metadata and file sizes are read. A reader finds the part with the weights. The files that a training
+loop writes at the top of a save show the directory of the complete save, with optimizer and random states.
 """
 
 from __future__ import annotations
@@ -33,22 +32,22 @@ class SavedSize:
 
 
 def saved_size(path: str | os.PathLike[str], *, tag: str | None = None) -> SavedSize:
-    """Measure one save of a run: all files of it, not only those that hold weights.
+    """Measure all files of one save of a run.
 
     Args:
         path: the checkpoint.
-        tag: which one, where the directory holds several.
+        tag: the name of the checkpoint, if the directory holds several.
 
     Raises:
-        CkptError: there is no one checkpoint under the path, or it is damaged: what lacks a file is
-            smaller than what the run writes.
+        CkptError: the path does not name exactly one checkpoint, or the checkpoint is damaged, so that its
+            size is too small.
     """
     from ckpt_tools import readers
 
     try:
         location = readers.locate(Path(path), tag)
     except AmbiguousCheckpoint:
-        # Of several models in one save any one leads to it; several saves are ambiguous still.
+        # Any of several models in one save leads to the save. Several saves stay ambiguous.
         location = readers.locate(Path(path), tag, model=0)
     readers.read(location)
     directory = location.directory

@@ -40,8 +40,8 @@ def command(
 ) -> None:
     """Write the mean of the checkpoints CKPT... as a Hugging Face directory OUT.
 
-    All are of one architecture; formats may be mixed. The mean is computed in fp32 from the masters
-    and cast once.
+    All are of one architecture; formats may be mixed. The mean of the masters is computed in fp64,
+    rounded to fp32 and cast: the same bytes on every machine.
 
     \b
     Example:

@@ -66,7 +66,9 @@ def _show(found: Inspection) -> None:
     table.add_column(overflow="fold")
     for label, value in _rows(found):
         style = {"problem": "red", "remark": "yellow"}.get(label, "")
-        table.add_row(label, Text(printable(value), style=style))
+        # A problem has its next step on a line of its own.
+        text = "\n".join(map(printable, value.split("\n")))
+        table.add_row(label, Text(text, style=style))
     click.echo(drawn(lambda console: console.print(table)), nl=False)
 
 

@@ -38,7 +38,8 @@ SUMMARY = "A LoRA adapter and its base become one model."
 def command(ckpt: Path, out: Path, **asked: Any) -> None:
     """Merge a LoRA adapter into its base and write the model as a Hugging Face directory OUT.
 
-    W + s B A is computed in fp32 from the weights that trained, and rounded once to the output's dtype.
+    W + s B A is computed in fp64 from the weights that trained, rounded to fp32 and cast to the output's
+    dtype: the same bytes on every machine.
 
     \b
     Example:

@@ -1,9 +1,8 @@
-"""What model does a config describe? Names, shapes and the layout that ``save_pretrained`` writes.
+"""Owns the question which model a config describes, and its answer: names, shapes and the saved layout.
 
-Owns the question and its answer, a :class:`ReferenceModel`; a child process (``child.py``) finds it
-with transformers, so that this process imports neither transformers nor torch for it. Asking starts the
-child and returns at once: the caller reads metadata meanwhile. An answer is kept for the life of the
-process. It must not know checkpoints, tensors' data or where a config came from.
+A child process (``child.py``) finds the answer with transformers, so this process imports neither
+transformers nor torch. :func:`start` starts the child and returns at once; the caller reads metadata while
+the child works. Answers are kept for the life of the process.
 """
 
 from __future__ import annotations
@@ -74,19 +73,19 @@ class ReferenceModel:
     Attributes:
         architecture: name of the model class.
         model_type: the config's model type.
-        live: what ``state_dict()`` of the model in memory holds, in its order: parameters and
-            persistent buffers, tied names each for itself.
-        saved: what ``save_pretrained`` writes, in its order, under hub names.
-        tied: what it would also write, under hub names, for each of ``ties`` that was not tied.
-        ties: live names that it leaves out, each with the live name that it keeps in its place.
-        aliases: names that hub directories of this model may have instead, each with its live name.
+        live: the content of ``state_dict()`` of the model in memory, in its order: parameters and
+            persistent buffers, each tied name as an entry of its own.
+        saved: the tensors that ``save_pretrained`` writes, in its order, under hub names.
+        tied: the tensors that it would also write, under hub names, if ``ties`` were not tied.
+        ties: live names that it leaves out, each with the live name that it writes instead.
+        aliases: other names that hub directories of this model may have, each with its live name.
         ignored: live names that it never writes (``_keys_to_ignore_on_save``).
-        float32_under_bfloat16: live and hub names of what a model loaded in bf16 holds in fp32:
-            ``_keep_in_fp32_modules_strict``, and what its constructor makes in fp32.
-        float32_under_float16: the same for fp16, where ``_keep_in_fp32_modules`` counts too.
+        float32_under_bfloat16: live and hub names of the tensors that a model loaded in bf16 holds in fp32:
+            ``_keep_in_fp32_modules_strict``, and tensors that its constructor makes in fp32.
+        float32_under_float16: the same for fp16, with ``_keep_in_fp32_modules`` as well.
         dispensable: live names that a directory may lack (``_keys_to_ignore_on_load_missing``).
-        passed_over: of ``like_names``, those that loading passes over in silence where the model has no
-            such tensor (``_keys_to_ignore_on_load_unexpected``).
+        passed_over: names of ``like_names`` that loading ignores silently if the model has no such
+            tensor (``_keys_to_ignore_on_load_unexpected``).
     """
 
     architecture: str
@@ -104,7 +103,7 @@ class ReferenceModel:
 
     @cached_property
     def hub_names(self) -> Mapping[str, str]:
-        """The hub name of each live tensor that is written as it is, tied ones included."""
+        """The hub name of each live tensor that is written unchanged, tied ones included."""
         hub = {**self.saved, **self.tied}
         return {t.recipe.name: name for name, t in hub.items() if isinstance(t.recipe, Live)}
 
@@ -116,18 +115,18 @@ class ReferenceModel:
 
 
 class Answer:
-    """An answer that is being found."""
+    """The answer of a child process that may still be at work."""
 
     def __init__(self, future: Future[ReferenceModel | None]) -> None:
         self._future = future
 
     @property
     def done(self) -> bool:
-        """Whether :meth:`result` returns or raises at once."""
+        """Whether :meth:`result` returns or raises without waiting."""
         return self._future.done()
 
     def result(self) -> ReferenceModel | None:
-        """Wait for the answer; see :func:`describe` for what it is and what is raised."""
+        """Wait for the answer; :func:`describe` documents the value and the errors."""
         return self._future.result()
 
 
@@ -142,7 +141,7 @@ def start(
     code_dir: Path | None = None,
     trust_remote_code: bool = False,
 ) -> Answer:
-    """Begin to find what model ``config`` describes; :func:`describe` has the arguments."""
+    """Start to find out which model ``config`` describes; :func:`describe` documents the arguments."""
     architecture = next(iter(config.get("architectures") or ()), None)
     question = json.dumps(
         {
@@ -159,7 +158,7 @@ def start(
         if answer is None:
             answer = _answers[question] = Answer(Future())
             if isinstance(architecture, str) and "model_type" in config:
-                # A daemon: a run that fails meanwhile does not wait for the child.
+                # A daemon thread: a run that fails in the meantime does not wait for the child.
                 threading.Thread(target=_find, args=(question, answer._future), daemon=True).start()
             else:
                 answer._future.set_result(None)
@@ -173,19 +172,18 @@ def describe(
     code_dir: Path | None = None,
     trust_remote_code: bool = False,
 ) -> ReferenceModel | None:
-    """What transformers says of the model that a finished ``config.json`` describes.
+    """The model that a finished ``config.json`` describes, as transformers builds and saves it.
 
     Args:
         config: the config; its first architecture is the model class.
-        like_names: the tensor names of a directory that the model would be loaded from. The layout
-            is then the one that a model loaded from it is saved in; otherwise the one of a model
-            made from the config alone.
-        code_dir: the directory of the config, where custom code lies beside it.
-        trust_remote_code: whether custom code from ``code_dir`` may be run, in the child process.
+        like_names: the tensor names of a directory. If given, the layout is that of a model which was
+            loaded from this directory; otherwise that of a model made from the config alone.
+        code_dir: the directory of the config, which may hold custom code.
+        trust_remote_code: whether the child process may run custom code from ``code_dir``.
 
     Returns:
-        The answer, or None where transformers has no such model: custom code that is not trusted,
-        a model type or architecture that the installed version does not know.
+        The model, or None if transformers has no such model: the custom code is not trusted, or the
+        installed version has no such model type or architecture.
 
     Raises:
         UsageError: transformers refuses the config.
@@ -207,7 +205,7 @@ def _parsed(answer: Mapping[str, Any]) -> ReferenceModel | None:
     if "invalid" in answer:
         raise UsageError(
             f"transformers cannot build a model from the config: {answer['invalid']}",
-            hint="Pass the config that the model was trained with, --config FILE.",
+            hint="Pass the config that the model was trained with: --config FILE.",
         )
     if "unknown" in answer:
         return None
@@ -240,13 +238,13 @@ def _parsed(answer: Mapping[str, Any]) -> ReferenceModel | None:
 
 
 def _both_names(live: list[str], saved: Mapping[str, SavedTensor]) -> frozenset[str]:
-    """The live names, and the hub names of tensors that are made of nothing else."""
+    """The live names, and the hub names of tensors that are made of these alone."""
     names = set(live)
     made = {
         name
         for name, tensor in saved.items()
         if all(isinstance(leaf, Live) and leaf.name in names for leaf in leaves(tensor.recipe))
     }
-    # A hub name that is the live name of something else would say too much.
+    # A hub name may also be the live name of another tensor, which must not be included.
     others = {name for name, tensor in saved.items() if name not in made}
     return frozenset((names | made) - others)

@@ -1,8 +1,7 @@
-"""What does PEFT write of an adapted model? Its own renaming, for every tuner that it knows.
+"""Owns the question what PEFT writes of an adapted model, and its answer: PEFT's own names, for every tuner.
 
-Owns the question and its answer. A child process (``peft_child.py``) builds the base without weights,
-puts the adapter on it, and has ``get_peft_model_state_dict`` sort names instead of tensors. Knows
-configs and names; knows no tensors' data.
+A child process (``peft_child.py``) builds the base without weights, adds the adapter, and lets
+``get_peft_model_state_dict`` filter names instead of tensors.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ class AdapterQuestion:
 
     Attributes:
         name: the adapter's name.
-        config: its config.
-        names: names of the state as the live model has them, other adapters left out.
-        save_embeddings: whether embeddings are to be written though the adapter does not target them.
+        config: the adapter's config.
+        names: names of the state in the live model, without those of other adapters.
+        save_embeddings: whether embeddings are written although the adapter does not target them.
     """
 
     name: str
@@ -36,12 +35,12 @@ class AdapterQuestion:
 
 @dataclass(frozen=True)
 class AdapterAnswer:
-    """What PEFT writes of it.
+    """What PEFT writes of one adapter.
 
     Attributes:
-        names: for each tensor of the file, the name in the live model of the one it is.
-        shapes: for each tensor of the file of such an adapter, its shape.
-        failure: why there is no answer; None where there is one.
+        names: for each tensor of the file, its name in the live model.
+        shapes: for each tensor of the file, its shape.
+        failure: why there is no answer; None if there is one.
     """
 
     names: Mapping[str, str]
@@ -55,7 +54,7 @@ def describe_adapters(
     """What PEFT writes of each adapter on a base with the config ``base``.
 
     Raises:
-        CkptError: the child process failed; peft is not installed, for one.
+        CkptError: the child process failed, for example because PEFT is not installed.
     """
     question = {
         "config": dict(base),
@@ -79,7 +78,7 @@ def describe_adapters(
     ]
 
 
-@lru_cache(maxsize=8)  # a training saves the same adapter many times
+@lru_cache(maxsize=8)  # a training run saves the same adapter many times
 def _answers(question: str) -> list[dict[str, Any]]:
     answers = ask(f"{__package__}.peft_child", question, "peft")["adapters"]
     assert isinstance(answers, list)

@@ -1,23 +1,22 @@
-"""The child process: asks transformers what model a config describes, and prints the answer as JSON.
+"""Owns every use of transformers' modeling code: the child process that describes the model of a config.
 
-Owns every use of transformers' modeling code. It runs apart because that code takes seconds and
-megabytes to import and imports accelerate and peft where they are installed; here they are made to look
-absent. The model is built on the meta device, so nothing depends on its size, and no code outside
-transformers runs unless the question says so. It must not read tensor data or know of checkpoints.
+The child runs apart because that code takes seconds and much memory to import, and because it imports
+accelerate and peft where they are installed. The child hides these libraries. The model is built on the
+meta device, so time and memory do not depend on its size. Code outside transformers runs only if the
+question allows it.
 
-Reads one JSON object on standard input, prints one on standard output; whatever libraries print goes
-to standard error.
+The child reads one JSON object on standard input and prints one on standard output.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from ckpt_tools.hub.reference.process import question_and_answers
 from ckpt_tools.hub.reference.recipes import to_json
 
 # Not needed to build a model, and slow or forbidden to import.
@@ -26,13 +25,10 @@ _ABSENT = ("accelerate", "peft", "deepspeed", "sklearn", "tensorflow", "flax")
 
 def main() -> None:
     """Answer the question on standard input."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    question = json.load(sys.stdin)
-    for name in _ABSENT:
-        sys.modules[name] = None  # type: ignore[assignment]
-    json.dump(_answer(question), answers)
-    answers.close()
+    with question_and_answers() as (question, answers):
+        for name in _ABSENT:
+            sys.modules[name] = None  # type: ignore[assignment]
+        json.dump(_answer(question), answers)
 
 
 def _answer(question: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,11 +55,11 @@ def _answer(question: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def find_classes(config: dict[str, Any], question: Mapping[str, Any]) -> tuple[Any, Any] | None:
-    """The model class and the parsed config, None where transformers has no such class."""
+    """The model class and the parsed config, or None if transformers has no such class."""
     import transformers
 
     architecture, model_type = question["architecture"], config["model_type"]
-    # Imports torch only where there is such a class.
+    # This imports torch only if the class exists.
     model_class = getattr(transformers, architecture, None)
     if model_class is None and not question["trust_remote_code"]:
         return None
@@ -86,7 +82,7 @@ def find_classes(config: dict[str, Any], question: Mapping[str, Any]) -> tuple[A
 def _custom_classes(
     architecture: str, config: dict[str, Any], code_dir: str
 ) -> tuple[Any, Any] | None:
-    """The classes that the files beside the config define; only asked for on explicit request."""
+    """The classes that the files beside the config define; called only on explicit request."""
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     places = config.get("auto_map") or {}
@@ -98,7 +94,7 @@ def _custom_classes(
 
 
 def build_on_meta(model_class: Any, config: Any) -> Any:
-    """The model without weights; what it creates in fp32 under a 16-bit default stays apparent."""
+    """The model without weights; the default dtype is 16-bit, so fp32 tensors are fp32 by its own choice."""
     import torch
     from transformers import initialization
 
@@ -128,7 +124,7 @@ def _describe(model: Any, like_names: Collection[str] | None) -> dict[str, Any]:
     kept = remove_tied_weights_from_state_dict(dict(written), model)
     names = {_storage(tensor): name for name, tensor in kept.items()}
     ties = {name: names[_storage(written[name])] for name in written if name not in kept}
-    # Tied names with tensors of their own, to see what each would be saved as.
+    # Tied names get tensors of their own, to find the name under which each would be saved.
     untied = {
         name: tensor.new_empty(tensor.shape) if name in ties else tensor
         for name, tensor in written.items()
@@ -137,8 +133,8 @@ def _describe(model: Any, like_names: Collection[str] | None) -> dict[str, Any]:
     aliases: dict[str, str] = {}
     if like_names is not None:
         aliases = {hub: live for hub, (_, live) in saved.items() if isinstance(live, str)}
-        # What transformers would write after loading the directory is not always under its names:
-        # some of its renamings match names that they need not touch.
+        # After loading the directory, transformers may write other names than those of the directory:
+        # some of its renamings match names that need no change.
         for conversions in (_conversions_used(model, like_names), []):
             other = _saved(model, untied, conversions)
             saved = min(other, saved, key=lambda s: len(_written(s, ties) ^ set(like_names)))
@@ -161,12 +157,12 @@ def _describe(model: Any, like_names: Collection[str] | None) -> dict[str, Any]:
 def _saved(
     model: Any, state: Mapping[str, Any], conversions: list[Any] | None
 ) -> dict[str, tuple[list[int], Any]]:
-    """Shape and recipe of everything that ``save_pretrained`` makes of a state.
+    """Shape and recipe of each tensor that ``save_pretrained`` makes of a state.
 
     Args:
         model: the model.
-        state: what of its state is written.
-        conversions: those that were used when it was loaded; None for a model made from its config.
+        state: the part of its state that is written.
+        conversions: the conversions used when it was loaded; None for a model made from its config.
     """
     import torch
     from transformers.core_model_loading import revert_weight_conversion
@@ -175,7 +171,7 @@ def _saved(
 
     model._weight_conversions = conversions
     with torch.no_grad(), Tracer(state) as tracer:
-        # The conversion takes its input apart; the dict is a copy for it.
+        # The conversion empties its input, so it gets a copy.
         saved = revert_weight_conversion(model, dict(state))
     return {
         name: (list(tensor.shape), to_json(tracer.recipe(tensor))) for name, tensor in saved.items()
@@ -183,12 +179,12 @@ def _saved(
 
 
 def _written(saved: Mapping[str, tuple[list[int], Any]], ties: Mapping[str, str]) -> set[str]:
-    """The hub names of what is not left out because it is tied."""
+    """The hub names of the tensors that are not left out as tied."""
     return {name for name, (_, recipe) in saved.items() if str(recipe) not in ties}
 
 
 def _conversions_used(model: Any, names: Collection[str]) -> list[Any]:
-    """The conversions that loading a directory with these names would use and keep for saving."""
+    """The conversions that loading a directory with these names uses and keeps for saving."""
     from transformers import core_model_loading as loading
     from transformers.conversion_mapping import get_model_conversion_mapping
 
@@ -202,7 +198,7 @@ def _conversions_used(model: Any, names: Collection[str]) -> list[Any]:
 
 
 def _kept_in_float32(model: Any, state: Mapping[str, Any]) -> dict[str, set[str]]:
-    """For each 16-bit dtype, the live names that a model loaded in it holds in fp32."""
+    """For each 16-bit dtype, the live names that a model loaded in this dtype holds in fp32."""
     import torch
 
     created = {name for name, tensor in state.items() if tensor.dtype == torch.float32}
@@ -213,10 +209,10 @@ def _kept_in_float32(model: Any, state: Mapping[str, Any]) -> dict[str, set[str]
 
 
 def _matching_loads(model: Any, kind: str, names: Iterable[str]) -> set[str]:
-    """Names that loading does not report as missing, or as unexpected."""
+    """Names that loading does not report as ``kind``: missing or unexpected."""
     patterns = set(getattr(model, f"_keys_to_ignore_on_load_{kind}") or ())
     if kind == "unexpected":
-        # Once saved with every model (`PreTrainedModel._adjust_missing_and_unexpected_keys`).
+        # Older versions saved these with every model (`PreTrainedModel._adjust_missing_and_unexpected_keys`).
         patterns |= {r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"}
     return {name for name in names if any(re.search(pattern, name) for pattern in patterns)}
 

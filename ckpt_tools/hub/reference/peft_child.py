@@ -1,33 +1,30 @@
-"""The child process that asks PEFT how it saves an adapter, and prints the answer as JSON.
+"""Owns every use of PEFT's saving code: the child process that finds out how PEFT names an adapter's tensors.
 
-Owns every use of peft. ``get_peft_model_state_dict`` filters and renames a state without looking at its
-values, so it is given names as values, and what comes back says which is which. Model and adapter are
-built on the meta device. Reads one JSON object on standard input, prints one on standard output.
+``get_peft_model_state_dict`` filters and renames a state without reading its values. The child passes names
+as values, so the result maps new names to old names. Model and adapter are built on the meta device. The
+child reads one JSON object on standard input and prints one on standard output.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 from ckpt_tools.hub.reference.child import build_on_meta, find_classes
+from ckpt_tools.hub.reference.process import question_and_answers
 
-# How adapters of these settings start does not matter here, and some need the base's values for it.
+# Initial values do not matter here, and some initializations need the values of the base.
 _STARTS = ("init_lora_weights", "init_weights", "init_ia3_weights")
 
 
 def main() -> None:
     """Answer the question on standard input."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    question = json.load(sys.stdin)
-    import peft  # noqa: F401  (absent: the parent says so)
+    with question_and_answers() as (question, answers):
+        import peft  # noqa: F401  (if it is absent, the parent reports this import's error)
 
-    json.dump({"adapters": [_answer(question["config"], a) for a in question["adapters"]]}, answers)
-    answers.close()
+        found = [_answer(question["config"], adapter) for adapter in question["adapters"]]
+        json.dump({"adapters": found}, answers)
 
 
 def _answer(config: Mapping[str, Any], adapter: Mapping[str, Any]) -> dict[str, Any]:
@@ -47,7 +44,7 @@ def _adapted(config: dict[str, Any], adapter: Mapping[str, Any]) -> Any:
     if found is None:
         raise LookupError(f"transformers has no {architecture}")
     settings = {key: value for key, value in adapter["config"].items() if key not in _STARTS}
-    # Inference mode: prompts are then saved from their table, as they are after training.
+    # In inference mode PEFT saves prompts from their table, as after training.
     settings |= {"base_model_name_or_path": None, "inference_mode": True}
     base = build_on_meta(*found)
     with torch.device("meta"):

@@ -1,7 +1,7 @@
-"""Runs a child process that answers one question with libraries that this process never imports.
+"""Owns child processes that answer one question with libraries that the parent never imports.
 
-Owns how the child is started and what its failure means. A question and its answer are JSON objects;
-what they are about is known to those who ask.
+Both ends are here: how the parent starts a child, limits it and reports its failure, and how the child
+reads the question and writes the answer. Question and answer are JSON objects.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ckpt_tools.errors import CkptError
 
@@ -29,17 +31,17 @@ _QUIET = {
 def run_child(
     module: str, question: str, *, timeout: float | None, threads: int = 1
 ) -> subprocess.CompletedProcess[str]:
-    """``python -m module``, with a question on standard input; however it ends.
+    """Run ``python -m module`` with a question on standard input, and wait for its end.
 
     Args:
-        module: the module; whatever it imports stays out of this process.
-        question: what it reads.
-        timeout: seconds after which it is killed; None for never.
-        threads: of torch's arithmetic in it.
+        module: the module of the child; it calls :func:`question_and_answers`.
+        question: the text of the question.
+        timeout: seconds after which the child is killed; None for never.
+        threads: threads of torch's arithmetic in the child.
 
     Raises:
-        subprocess.TimeoutExpired: it was killed.
-        OSError: it cannot be started.
+        subprocess.TimeoutExpired: the child was killed.
+        OSError: the child cannot be started.
     """
     return subprocess.run(
         [sys.executable, "-m", module],
@@ -47,23 +49,36 @@ def run_child(
         capture_output=True,
         encoding="utf-8",
         errors="replace",
-        # `-m` imports from the working directory first: let that be where the package lies.
+        # `-m` imports from the working directory first, so that must be where the package lies.
         cwd=Path(__file__).resolve().parent.parent.parent,
         env={**os.environ, **_QUIET, "OMP_NUM_THREADS": str(threads)},
-        # Ctrl-C in a terminal is for this process: the child's end would look like a failure.
+        # Ctrl-C in a terminal must reach the parent alone: a killed child would look like a failure.
         start_new_session=True,
         timeout=timeout,
         check=False,
     )
 
 
+@contextmanager
+def question_and_answers() -> Iterator[tuple[Any, TextIO]]:
+    """In the child: the question, and the stream for answers; all other output goes to standard error."""
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
+        os.dup2(2, 1)
+        yield json.load(sys.stdin), answers
+
+
+def failure_of(child: subprocess.CompletedProcess[str]) -> str:
+    """The last line that a failed child wrote to standard error, or its exit status."""
+    return (child.stderr.strip() or f"exit status {child.returncode}").splitlines()[-1]
+
+
 def ask(module: str, question: str, library: str = "transformers") -> dict[str, Any]:
-    """The answer of ``python -m module`` to a question.
+    """Ask ``python -m module`` a question.
 
     Args:
         module: reads one JSON object on standard input and prints one on standard output.
         question: the JSON object.
-        library: what the child needs, for messages.
+        library: the library that the child needs, for messages.
 
     Raises:
         CkptError: the child failed.
@@ -80,9 +95,8 @@ def ask(module: str, question: str, library: str = "transformers") -> dict[str, 
             f"the process that asks {library} about the model cannot be started ({error})"
         ) from error
     if child.returncode:
-        last = (child.stderr.strip() or f"exit status {child.returncode}").splitlines()[-1]
         raise CkptError(
-            f"{library} failed to describe the model: {last}",
+            f"{library} failed to describe the model: {failure_of(child)}",
             hint=f"Check that `python -c 'import {library}'` works in this environment.",
         )
     answer = json.loads(child.stdout)

@@ -1,9 +1,8 @@
-"""How a saved tensor is made of live ones: names, strided views and joins, and nothing else.
+"""Owns recipes: how a saved tensor is made of live tensors, by names, strided views and joins.
 
-Owns the small language in which the child process tells the parent what ``save_pretrained`` does with
-the data of a model: every conversion that transformers knows only moves elements, so a name, a strided
-view and a concatenation say it all. Recipes are plain values with a JSON form. It must not import torch
-or transformers, nor know where the tensors lie.
+With recipes the child process tells the parent what ``save_pretrained`` does with the data of a model.
+Every conversion of transformers only moves elements, so a name, a strided view and a concatenation are
+enough. Recipes are plain values with a JSON form.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Live:
-    """The tensor that the model in memory has under ``name``, whole."""
+    """The whole tensor that the model in memory has under ``name``."""
 
     name: str
 
@@ -49,10 +48,10 @@ class Joined:
 
 @dataclass(frozen=True, slots=True)
 class NewValues:
-    """A tensor whose values are not those of live ones: it cannot be made by moving data.
+    """A tensor with computed values: it cannot be made by moving the data of live tensors.
 
     Attributes:
-        by: the operation that computed it.
+        by: the operation that computed the values.
     """
 
     by: str
@@ -62,7 +61,7 @@ Recipe: TypeAlias = Live | Strided | Joined | NewValues
 
 
 def leaves(recipe: Recipe) -> Iterator[Live | NewValues]:
-    """The live tensors, and what stands in their place, that a recipe is made of."""
+    """The live tensors and new values that a recipe is made of."""
     if isinstance(recipe, Strided):
         yield from leaves(recipe.of)
     elif isinstance(recipe, Joined):

@@ -1,9 +1,7 @@
-"""Watches torch move data between meta tensors, and writes down the recipe of each result.
+"""Owns the recording of recipes: it watches torch move data between meta tensors in the child process.
 
-Runs in the child process only. Views of a tensor share its storage and carry offset, sizes and strides,
-so only operations that make a new storage are watched: joins and copies are written down, anything
-else leaves a storage whose values were computed. It knows torch, and nothing of transformers, files or
-models.
+Views of a tensor share its storage and have offset, sizes and strides, so only operations that make a new
+storage are watched. Joins and copies are recorded; the result of any other operation has new values.
 """
 
 from __future__ import annotations
@@ -26,10 +24,10 @@ class _Made(NamedTuple):
 
 
 class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While it is entered, knows the recipe of every tensor made of ``tensors``.
+    """While it is active, records the recipe of every tensor made of ``tensors``.
 
     Args:
-        tensors: contiguous meta tensors by name; those that share storage are one tensor.
+        tensors: contiguous meta tensors by name; tensors that share storage count as one.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -42,7 +40,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Run ``func`` and note what a new storage holds."""
+        """Run ``func`` and record the recipe of each new storage."""
         options = dict(kwargs or {})
         if func in _COPIES and args[0].dtype == options.get("dtype", args[0].dtype):
             options["memory_format"] = torch.contiguous_format
@@ -51,7 +49,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return result
         result = func(*args, **options)
         if func is _aten.cat.default:
-            # torch.cat skips the one-dimensional empty tensors that start accumulations.
+            # torch.cat skips empty one-dimensional tensors, with which accumulations start.
             parts = [part for part in args[0] if part.shape != (0,)]
             axis = args[1] if len(args) > 1 else options.get("dim", 0)
             recipes = tuple(self.recipe(part) for part in parts)
@@ -65,13 +63,13 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for item in results:
                 if isinstance(item, torch.Tensor) and _key(item) not in self._made:
                     self._note(item, NewValues(str(func)))
-        # What an operation writes in place is no longer what was noted.
+        # After an operation in place the recorded recipe is no longer true.
         if func._schema.is_mutable and isinstance(args[0], torch.Tensor):
             self._note(args[0], NewValues(str(func)))
         return result
 
     def recipe(self, tensor: torch.Tensor) -> Recipe:
-        """How ``tensor`` is made of the tensors that were given."""
+        """How ``tensor`` is made of the given tensors."""
         if _key(tensor) not in self._made:
             return NewValues("a new tensor")
         made = self._made[_key(tensor)]
@@ -89,7 +87,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _note(self, tensor: torch.Tensor, recipe: Recipe) -> None:
         if not tensor.is_contiguous() or tensor.storage_offset():
             recipe = NewValues("a tensor that is not contiguous")
-        # Holding the tensor keeps its storage's address from being used again.
+        # As long as the tensor is held, the address of its storage is not used again.
         self._made[_key(tensor)] = _Made(tensor, recipe)
 
 

@@ -1,1 +1,1 @@
-"""Files that hold tensors: torch zip archives, pickles, safetensors. Read without running code."""
+"""Files that hold tensors: torch zip archives, pickles, safetensors. No code from them is run."""

@@ -1,10 +1,10 @@
-"""Refuses pickles that nest tuples so deep that hashing one would overflow the stack and kill the process.
+"""Owns the limit on nested tuples in pickles: hashing deeper ones overflows the stack and kills the process.
 
-A tuple that is a key is hashed, a tuple in it too, and so on, in C and without a limit. So tuples that deep
-are never built: the opcodes are followed first, and of each object on the unpickler's stack is kept how deep
-it is. That takes as long as building them; a pickle with too few tuples to do harm is spared it. A list, a
-dictionary or an object is not hashed by what it holds and ends a nest, and no function of the allow-list
-makes a tuple of more than numbers or takes one out of what it is given.
+Python hashes a tuple that is a key, and the tuples in it, recursively in C without a limit. Such tuples
+must not be built, so the opcodes are followed first, with the depth of each object on the unpickler's
+stack. This takes as long as building the objects, so a pickle with too few tuples to do harm is not
+followed. A list, a dictionary or an object is not hashed by its content and ends a nest. No function of the
+allow-list makes a tuple of anything but numbers, or takes a tuple out of its arguments.
 
 Sources: ``pickletools`` (what each opcode takes and leaves), ``Modules/_pickle.c`` (memo, POP).
 """
@@ -18,9 +18,9 @@ import resource
 import threading
 from functools import lru_cache
 
-# Frameworks nest a handful.
+# Frameworks nest a few levels.
 _DEEPEST = 1_000
-# A nested tuple takes 64 bytes of the stack, of which threads have 2 MB at least and 8 MB as a rule.
+# A nested tuple takes 64 bytes of the stack. Threads have stacks of at least 2 MB, usually 8 MB.
 _STACK_BYTES = 80
 _THREAD_STACK, _USUAL_STACK = 2 << 20, 8 << 20
 _WINDOW, _LARGEST_WINDOW = 1 << 16, 1 << 28
@@ -54,14 +54,14 @@ _PREFIXES = {
 
 
 def refuse_deep_nesting(file: io.BufferedIOBase | io.BytesIO) -> None:
-    """Look at the pickle that begins where ``file`` stands, and leave ``file`` standing there.
+    """Check the pickle at the position of ``file``, and restore the position.
 
     Args:
-        file: in memory, and then one pickle alone; or a stream in which more may follow it.
+        file: one pickle in memory, or a stream in which more data may follow the pickle.
 
     Raises:
-        pickle.UnpicklingError: tuples are nested too deep, or it is no pickle.
-        EOFError: it ends too early.
+        pickle.UnpicklingError: tuples are nested too deep, or the data is not a pickle.
+        EOFError: the pickle is truncated.
     """
     start = file.tell()
     if isinstance(file, io.BytesIO):
@@ -84,13 +84,13 @@ def refuse_deep_nesting(file: io.BufferedIOBase | io.BytesIO) -> None:
 
 
 def _tuples(data: bytes) -> int:
-    """An upper bound of the tuples that hold something: bytes that may be opcodes that make one."""
+    """An upper bound of the number of non-empty tuples: bytes that may be opcodes which make one."""
     counted = sum(data.count(code) for code in (b"\x85", b"\x86", b"\x87"))
     return counted + min(data.count(b"("), data.count(b"t"))
 
 
 def _stack() -> int:
-    """Bytes of this thread's stack, at least."""
+    """A lower bound of the size of this thread's stack in bytes."""
     if threading.current_thread() is not threading.main_thread():
         return _THREAD_STACK
     limit = resource.getrlimit(resource.RLIMIT_STACK)[0]
@@ -99,7 +99,7 @@ def _stack() -> int:
 
 @lru_cache(maxsize=1)
 def _table() -> tuple[list[int], list[int], list[int]]:
-    """Of each opcode: its kind, the bytes of its argument or how they are found, its net effect."""
+    """For each opcode: its kind, the size of its argument or how it is found, its effect on the stack."""
     kinds, sizes, effects = [_NONE] * 256, [0] * 256, [0] * 256
     for opcode in pickletools.opcodes:
         code, before = ord(opcode.code), [taken.name for taken in opcode.stack_before]
@@ -115,7 +115,7 @@ def _table() -> tuple[list[int], list[int], list[int]]:
 
 
 def _end(data: bytes, start: int, size: int) -> int:
-    """Where the argument ends that starts at ``start``, by its size or by how that is found."""
+    """The end of the argument at ``start``; a negative ``size`` says how the size is found."""
     if size >= 0:
         return start + size
     if size == pickletools.UP_TO_NEWLINE:
@@ -127,9 +127,9 @@ def _end(data: bytes, start: int, size: int) -> int:
 
 
 def _follow(data: bytes) -> None:
-    """Raise as :func:`refuse_deep_nesting` does; every other object counts as a tuple of nothing."""
+    """Raise as :func:`refuse_deep_nesting`; every object but a tuple counts as an empty tuple."""
     kinds, sizes, effects = _table()
-    # Millions of steps: looking these up in the module would make each a third longer.
+    # There are millions of steps, and a look-up in the module would make each a third slower.
     pushes, memoize, get, take, last = _PUSH, _MEMOIZE, _GET, _TAKE, _LAST
     depths: list[int] = []
     marks: list[int] = []
@@ -186,11 +186,11 @@ def _follow(data: bytes) -> None:
     except (IndexError, KeyError, ValueError) as error:
         if at >= len(data):
             raise EOFError from error
-        raise pickle.UnpicklingError("it takes what is not there") from error
+        raise pickle.UnpicklingError("an opcode takes an object that does not exist") from error
 
 
 def _index(data: bytes, start: int, stop: int, size: int) -> int:
-    """A place in the memo: a number of so many bytes, or a line."""
+    """An index of the memo: a number of ``size`` bytes, or a line."""
     return int.from_bytes(data[start:stop], "little") if size > 0 else int(data[start:stop])
 
 

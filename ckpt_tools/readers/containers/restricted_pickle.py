@@ -1,20 +1,20 @@
-"""Reads pickles without running anything that they name.
+"""Owns the reading of pickles without running any code that they name, and the allow-list for it.
 
-Owns the allow-list. A pickle builds containers, strings and numbers by itself; everything else goes
-through a *global*, and here a global is one of three things:
+A pickle builds containers, strings and numbers by itself. Everything else needs a *global*, which is here
+one of two:
 
-* an allowed one, rebuilt by a function of this module (tensors become :class:`TensorRef`, dtypes become
-  our :class:`~ckpt_tools.tensors.dtypes.DType`, ``torch.Size`` a tuple);
-* anything else: a fresh, inert class that keeps its arguments and state as data (:class:`Opaque`), so
-  that unknown objects of a user's client state do no harm and DeepSpeed's own small objects can be read
-  as what they are, a name and a few numbers;
-* nothing: no import takes place and no function named by the pickle is ever called.
+* an allowed global is rebuilt by a function of this module: tensors become :class:`TensorRef`, dtypes our
+  :class:`~ckpt_tools.tensors.dtypes.DType`, ``torch.Size`` a tuple;
+* any other global becomes a new, inert class that keeps its arguments and state as data (:class:`Opaque`).
+  Unknown objects of a user's client state do no harm, and DeepSpeed's small objects are read as a name and
+  a few numbers.
 
-A pickle can set attributes on whatever it was handed (the BUILD opcode). So callables are made anew for
-every load, and what names a file or a place in one (:class:`StorageRef`, :class:`TensorRef`) refuses: it
-would let a pickle point at another file of the machine, whose bytes would end up in the output. A pickle
-can also kill the process by what it builds; see :mod:`~ckpt_tools.readers.containers.pickle_nesting`. This
-module knows nothing of zip files or layouts: where a storage lies is the business of the container.
+Nothing is imported, and no function that a pickle names is called.
+
+A pickle can set attributes on any object that it was given (the BUILD opcode). Therefore callables are made
+anew for every load, and :class:`StorageRef` and :class:`TensorRef` refuse attributes: otherwise a pickle
+could point to another file of the machine, whose bytes would go to the output. A pickle can also kill the
+process by the objects that it builds; see :mod:`~ckpt_tools.readers.containers.pickle_nesting`.
 
 Source of the allow-list: ``torch/_utils.py`` and ``torch/_weights_only_unpickler.py``.
 """
@@ -36,17 +36,17 @@ from ckpt_tools.errors import CkptError, DamagedCheckpoint, UnsafePickle
 from ckpt_tools.readers.containers.pickle_nesting import refuse_deep_nesting
 from ckpt_tools.tensors.dtypes import BY_NAME, BY_STORAGE_CLASS, DType
 
-# Classes in classes, each named after all around it, would take the square of the pickle's length.
+# Nested classes have the names of all outer classes, so their names can take the square of the pickle's size.
 _LONGEST_NAME = 10_000
 
 
 class Opaque:
-    """An object of a class that is not allowed: its name, arguments and state, and no behaviour.
+    """An object of a class that is not allowed: its name, arguments and state, without behaviour.
 
     Attributes:
-        global_name: ``module.qualname`` as the pickle names it.
-        args: the positional arguments it would have been built with.
-        state: what its ``__setstate__`` would have received, or None.
+        global_name: ``module.qualname`` in the pickle.
+        args: the positional arguments of its constructor.
+        state: the argument of its ``__setstate__``, or None.
     """
 
     global_name: str = "?"
@@ -64,7 +64,7 @@ class Opaque:
         pass
 
     def __call__(self, *args: Any, **_: Any) -> Opaque:
-        """Be called, as the result of another call may be, to no effect."""
+        """Accept a call without effect; a pickle may call the result of another call."""
         return Opaque(*args)
 
     def __setstate__(self, state: Any) -> None:
@@ -87,23 +87,23 @@ class Opaque:
 
 
 class UnknownTensor(Opaque):
-    """A tensor of an element type that is not known here: a fact only for whoever needs it."""
+    """A tensor of an unknown element type, which is an error only for a reader that needs it."""
 
     global_name = "tensor of an unknown element type"
 
 
 class Sealed:
-    """A value of ours that is handed to a pickle, which cannot change it."""
+    """One of our values that a pickle receives and cannot change."""
 
     __slots__ = ()
 
     def __setstate__(self, state: object) -> None:
-        """Refuse what the BUILD opcode brings."""
-        raise pickle.UnpicklingError(f"it changes a {type(self).__name__}")
+        """Refuse the state of the BUILD opcode."""
+        raise pickle.UnpicklingError(f"it tries to change a {type(self).__name__}")
 
 
 class StorageRef(Sealed, ABC):
-    """Where a tensor's storage lies; each container brings its own."""
+    """The place of a tensor's storage; each container has its own class."""
 
     __slots__ = ()
     dtype: DType
@@ -122,10 +122,10 @@ class StorageRef(Sealed, ABC):
 
 @dataclass(frozen=True, slots=True)
 class TensorRef(Sealed):
-    """A tensor in a pickle: which elements of which storage, and no data.
+    """A tensor in a pickle: elements of a storage, without data.
 
     Attributes:
-        storage: the storage it views.
+        storage: the storage of its elements.
         dtype: its element type.
         storage_offset: first element, counted in elements of ``dtype``.
         shape: its sizes.
@@ -138,7 +138,7 @@ class TensorRef(Sealed):
     shape: tuple[int, ...]
     stride: tuple[int, ...]
 
-    # Named here because dataclasses give frozen classes with slots one that obeys.
+    # Needed because a frozen dataclass with slots gets a __setstate__ that sets attributes.
     __setstate__ = Sealed.__setstate__
 
     @property
@@ -192,21 +192,21 @@ def _rebuild_tensor(
 
 
 def _size(items: Any = ()) -> tuple[int, ...]:
-    """``torch.Size``: numbers, lest it be a way to nest tuples that nobody counts."""
+    """``torch.Size``. Only numbers are allowed, because nested tuples in it would not be counted."""
     sizes = tuple(items)
     if not all(isinstance(n, int) for n in sizes):
-        raise pickle.UnpicklingError("a torch.Size of what is no number")
+        raise pickle.UnpicklingError("a torch.Size with an item that is not a number")
     return sizes
 
 
 def _rebuild_parameter(data: Any, *_: Any) -> Any:
     if not isinstance(data, TensorRef | Opaque):
-        raise pickle.UnpicklingError("a parameter that is no tensor")
+        raise pickle.UnpicklingError("a parameter that is not a tensor")
     return data
 
 
 def _rebuild_from_type(func: Callable[..., Any], _type: Any, args: Any, state: Any) -> Any:
-    """A tensor with attributes is the tensor; a subclass such as DTensor keeps its parts as state."""
+    """A tensor with attributes becomes the tensor; a subclass such as DTensor keeps its state."""
     rebuilt = func(*args)
     if isinstance(rebuilt, Opaque):
         rebuilt.state = state
@@ -214,10 +214,10 @@ def _rebuild_from_type(func: Callable[..., Any], _type: Any, args: Any, state: A
 
 
 def _nested_class(owner: Any, name: Any) -> Any:
-    """What ``getattr(Class, "Inner")`` is in a pickle: another inert class. Nothing is looked up."""
+    """An inert class for ``getattr(Class, "Inner")`` in a pickle. No attribute is looked up."""
     if isinstance(owner, type) and issubclass(owner, Opaque) and isinstance(name, str):
         if len(owner.global_name) + len(name) > _LONGEST_NAME:
-            raise pickle.UnpicklingError("a class with too long a name")
+            raise pickle.UnpicklingError("the name of a class is too long")
         return _opaque_class(f"{owner.global_name}.{name}")
     return Opaque(owner, name)
 
@@ -232,10 +232,10 @@ def _encode(text: str, encoding: str = "utf-8") -> bytes:
 
 
 def _allowed() -> dict[tuple[str, str], Any]:
-    """The allow-list, its functions made anew so that no pickle can leave a mark on ours."""
+    """The allow-list, with new functions for each load, so that a pickle cannot change ours."""
     table: dict[tuple[str, str], Any] = {
         ("collections", "OrderedDict"): OrderedDict,
-        # A plain one: to free defaultdicts within defaultdicts, C recurses without a limit.
+        # A plain dict, because freeing nested defaultdicts recurses in C without a limit.
         ("collections", "defaultdict"): lambda *_: {},
         ("collections", "Counter"): lambda *a: Counter(*a),
         ("builtins", "set"): set,
@@ -271,7 +271,7 @@ def _is_bytes(value: Any) -> bool:
 
 
 class RestrictedUnpickler(pickle.Unpickler):
-    """An unpickler that imports nothing and calls nothing but the functions above."""
+    """An unpickler that imports nothing and calls only the functions above."""
 
     def __init__(
         self,
@@ -284,7 +284,7 @@ class RestrictedUnpickler(pickle.Unpickler):
         self._resolve_storage = persistent_load
 
     def find_class(self, module: str, name: str, /) -> Any:
-        """Answer a global with its allowed stand-in, or with a fresh inert class."""
+        """Return the allowed replacement of a global, or a new inert class."""
         key = (module, name)
         if key in self._allowed:
             return self._allowed[key]
@@ -293,7 +293,7 @@ class RestrictedUnpickler(pickle.Unpickler):
         return self._opaque[key]
 
     def persistent_load(self, pid: Any) -> Any:
-        """Answer a persistent id, which in torch files names a storage."""
+        """Return the storage of a persistent id, as torch files have them."""
         if self._resolve_storage is None or not isinstance(pid, tuple):
             raise pickle.UnpicklingError("a reference to a storage outside a torch file")
         return self._resolve_storage(pid)
@@ -304,14 +304,14 @@ def unpickle(
     path: str,
     persistent_load: Callable[[tuple[Any, ...]], Any] | None = None,
 ) -> Any:
-    """Read one pickle from ``file``; ``path`` is named in errors.
+    """Read one pickle from ``file``; ``path`` is for errors.
 
     Raises:
-        UnsafePickle: the pickle uses an object in a way that would need its code.
-        DamagedCheckpoint: the pickle is malformed or ends too early.
+        UnsafePickle: the pickle uses an object in a way that needs the object's code.
+        DamagedCheckpoint: the pickle is malformed or truncated.
     """
-    # Extension codes are looked up in this cache before `find_class` is asked: it must neither give the
-    # pickle a function that somebody registered, nor keep our stand-in for it.
+    # Extension codes are looked up in this cache before `find_class` is called. The cache must not give the
+    # pickle a registered function, and must not keep our replacement.
     copyreg.clear_extension_cache()
     try:
         refuse_deep_nesting(file)
@@ -320,17 +320,17 @@ def unpickle(
         raise
     except (EOFError, pickle.UnpicklingError, UnicodeDecodeError) as error:
         raise DamagedCheckpoint(
-            f"the pickle inside cannot be read ({error or 'it ends too early'})",
+            f"the pickle in it cannot be read ({error or 'it is truncated'})",
             path=path,
-            hint="The file is truncated or was not written by torch.save; copy it anew.",
+            hint="The file is truncated, or torch.save did not write it. Copy it anew.",
         ) from error
     except Exception as error:
-        # Whatever a hostile or broken pickle makes the interpreter raise is a fact about the file.
+        # Any error that a hostile or broken pickle causes in the interpreter is a fact about the file.
         raise UnsafePickle(
-            f"the pickle inside cannot be built without running its code "
+            f"the pickle in it cannot be read without running code from it "
             f"({type(error).__name__}: {error})",
             path=path,
-            hint="Nothing of it was run. If you trust the file, please report its layout.",
+            hint="No code from the file was run. If you trust the file, please report its layout.",
         ) from error
     finally:
         copyreg.clear_extension_cache()

@@ -1,7 +1,6 @@
-"""Safetensors files: each tensor's dtype, shape and byte range, from the header alone.
+"""Owns the header of a safetensors file: dtype, shape and byte range of each tensor.
 
-Strict where the format is: the byte ranges tile the file, with no hole, overlap or bytes left over.
-Knows one file; which files make a model is the business of the format readers.
+As the format requires, the byte ranges must tile the file, without a hole, an overlap or bytes at the end.
 
 Source: https://github.com/huggingface/safetensors#format
 """
@@ -20,12 +19,12 @@ from ckpt_tools.tensors.catalogue import FlatRange, Fragment, Stored
 from ckpt_tools.tensors.dtypes import BY_SAFETENSORS_NAME
 
 _MAX_HEADER = 100_000_000
-_COPY_ANEW = "The file is truncated or damaged; copy or download it anew."
+_COPY_ANEW = "The file is truncated or damaged. Copy or download it anew."
 
 
 @dataclass(frozen=True)
 class SafetensorsFile:
-    """One file: its tensors in the order in which they lie, and its metadata."""
+    """One file: its tensors in the order of their bytes, and its metadata."""
 
     path: Path
     size: int
@@ -38,11 +37,11 @@ def read_safetensors(path: Path, begin: int = 0) -> SafetensorsFile:
 
     Args:
         path: the file.
-        begin: where in it the safetensors part begins; that part runs to the end of the file.
+        begin: first byte of the safetensors part, which extends to the end of the file.
 
     Raises:
         DamagedCheckpoint: it is truncated, or its header does not describe it.
-        UnsupportedLayout: it holds a dtype that is not known here.
+        UnsupportedLayout: it has an unknown dtype.
     """
     try:
         size = path.stat().st_size

@@ -1,8 +1,7 @@
-"""Files written by ``torch.save``: finds where each storage's bytes lie, reads no tensor data.
+"""Owns the containers of ``torch.save``: the place of each storage's bytes, without reading tensor data.
 
-Both containers that torch writes are known here: the zip file (each storage one uncompressed record)
-and the legacy stream (pickles, then storages one after the other). The pickle inside is read by
-``restricted_pickle``; what the objects mean is the business of the format readers.
+torch writes two containers: the zip file (each storage is one uncompressed record) and the legacy stream
+(pickles, then the storages one after the other). ``restricted_pickle`` reads the pickles in them.
 
 Source: ``torch/serialization.py`` (``_save``, ``_legacy_save``) and ``caffe2/serialize/inline_container.cc``.
 """
@@ -12,22 +11,22 @@ from __future__ import annotations
 import io
 import math
 import os
-import struct
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout
+from ckpt_tools.readers.containers.records import data_start
 from ckpt_tools.readers.containers.restricted_pickle import Opaque, StorageRef, TensorRef, unpickle
 from ckpt_tools.storage.places import Region
 from ckpt_tools.storage.pool import open_for_reading
 from ckpt_tools.tensors.catalogue import FlatRange, Fragment, Shape, Stored
 from ckpt_tools.tensors.dtypes import DType
 
-_LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-_COPY_ANEW = "The file is truncated or was overwritten; copy it anew from where it was written."
+_COPY_ANEW = "The file is truncated or was overwritten. Copy it anew from where it was written."
 
 
 @dataclass(slots=True)
@@ -49,24 +48,15 @@ class ZipStorage(StorageRef):
     def data_offset(self) -> int:
         """First byte of the record's data.
 
-        The central directory says where the record's own header is; only that header says how long
-        it is (torch pads it so that data starts at a multiple of 64).
+        The central directory has the place of the record's own header. Only that header has its length
+        (torch pads it so that the data starts at a multiple of 64).
         """
         if self._offset < 0:
             with self.file.open() as stream:
-                stream.seek(self.record.header_offset)
-                header = stream.read(_LOCAL_HEADER.size)
-            if len(header) < _LOCAL_HEADER.size or header[:4] != b"PK\x03\x04":
-                raise DamagedCheckpoint(
-                    f"record {self.record.filename} is not where the directory says",
-                    path=self.path,
-                    hint=_COPY_ANEW,
-                )
-            name_length, extra_length = _LOCAL_HEADER.unpack(header)[-2:]
-            start = self.record.header_offset + _LOCAL_HEADER.size + name_length + extra_length
+                start = data_start(stream, self.record, self.path, _COPY_ANEW)
             if start + self.record.file_size > self.file.size:
                 raise DamagedCheckpoint(
-                    f"record {self.record.filename} reaches beyond the end of the file",
+                    f"record {self.record.filename} extends beyond the end of the file",
                     path=self.path,
                     hint=_COPY_ANEW,
                 )
@@ -76,7 +66,7 @@ class ZipStorage(StorageRef):
 
 @dataclass(slots=True)
 class StreamStorage(StorageRef):
-    """A storage of a legacy file; its place is known once the whole stream was walked."""
+    """A storage of a legacy file; its place is known after the whole stream was read."""
 
     file: TorchFile
     dtype: DType
@@ -95,7 +85,7 @@ class StreamStorage(StorageRef):
 
 
 class TorchFile:
-    """One file written by ``torch.save``, or a region of a file that holds many such.
+    """One file written by ``torch.save``, or a region of a file with many of them.
 
     Args:
         path: the file.
@@ -105,6 +95,7 @@ class TorchFile:
     Attributes:
         size: bytes in the region.
         is_zip: False for torch's legacy container.
+        root: after :meth:`load`, the folder of the records. ``torch.save`` to a path names it after the file.
     """
 
     def __init__(self, path: Path, offset: int = 0, length: int | None = None) -> None:
@@ -121,25 +112,26 @@ class TorchFile:
             ) from error
         if self.size > rest:
             raise DamagedCheckpoint(
-                f"it should hold {offset + self.size:,} bytes and has {offset + rest:,}",
+                f"it must have {offset + self.size:,} bytes and has {offset + rest:,}",
                 path=path,
                 hint=_COPY_ANEW,
             )
         if not self.size:
             raise DamagedCheckpoint("the file is empty", path=path, hint=_COPY_ANEW)
         self.is_zip = magic == b"PK\x03\x04"
+        self.root: str | None = None
 
     def open(self) -> io.BufferedReader:
         """A stream of the region."""
         return io.BufferedReader(Region(open_for_reading(self.path), self.offset, self.size))
 
     def load(self) -> Any:
-        """The object that was saved, tensors as :class:`TensorRef`.
+        """The saved object, with tensors as :class:`TensorRef`.
 
         Raises:
-            DamagedCheckpoint: truncated, or not a file of ``torch.save``.
+            DamagedCheckpoint: the file is truncated, or not written by ``torch.save``.
             UnsafePickle: the objects cannot be built without code from the file.
-            UnsupportedLayout: TorchScript archive, big-endian or compressed records.
+            UnsupportedLayout: it is a TorchScript archive, big-endian, or has compressed records.
         """
         return self._load_zip() if self.is_zip else self._load_legacy()
 
@@ -147,12 +139,17 @@ class TorchFile:
         try:
             with self.open() as stream, zipfile.ZipFile(stream) as archive:
                 records = {info.filename: info for info in archive.infolist()}
+                if not any(info.CRC for info in records.values()):
+                    # Saved without checksums: torch.serialization.set_crc32_options(False).
+                    for info in records.values():
+                        info.CRC = None  # type: ignore[assignment]
                 pickles = [name for name in records if name.endswith("/data.pkl")]
                 if len(pickles) != 1:
                     raise DamagedCheckpoint(
-                        "a zip file, but not one that torch.save wrote", path=self.path
+                        "a zip file that torch.save did not write", path=self.path
                     )
                 root = pickles[0].removesuffix("data.pkl")
+                self.root = root.removesuffix("/")
                 if f"{root}constants.pkl" in records:
                     raise UnsupportedLayout(
                         "a TorchScript archive, not a checkpoint", path=self.path
@@ -183,7 +180,7 @@ class TorchFile:
                 raise self._compressed()
             if numel * dtype.itemsize > record.file_size:
                 raise DamagedCheckpoint(
-                    f"storage {key} is shorter than it says", path=self.path, hint=_COPY_ANEW
+                    f"storage {key} is shorter than recorded", path=self.path, hint=_COPY_ANEW
                 )
             return storages.setdefault(key, ZipStorage(self, record, dtype, numel))
 
@@ -204,17 +201,17 @@ class TorchFile:
             dtype, key, numel = self._storage_id(pid)
             if dtype is None:
                 raise UnsupportedLayout(
-                    "a storage of an unknown type, of unknown length", path=path
+                    "a storage has an unknown type, so its length is unknown", path=path
                 )
             return storages.setdefault(key, StreamStorage(self, dtype, numel))
 
         with self.open() as stream:
             if stream.read(1) != b"\x80":
-                raise DamagedCheckpoint("not a file that torch.save wrote", path=path)
+                raise DamagedCheckpoint("not a file of torch.save", path=path)
             stream.seek(0)
             magic = unpickle(stream, path)
             if magic != _LEGACY_MAGIC:
-                raise DamagedCheckpoint("a pickle, but not one that torch.save wrote", path=path)
+                raise DamagedCheckpoint("a pickle that torch.save did not write", path=path)
             unpickle(stream, path)
             system = unpickle(stream, path)
             if isinstance(system, dict) and not system.get("little_endian", True):
@@ -241,13 +238,13 @@ class TorchFile:
             end = stream.seek(numel * storage.dtype.itemsize, os.SEEK_CUR)
             if numel != storage.numel or end > self.size:
                 raise DamagedCheckpoint(
-                    f"storage {key} is shorter than it says", path=self.path, hint=_COPY_ANEW
+                    f"storage {key} is shorter than recorded", path=self.path, hint=_COPY_ANEW
                 )
         if any(storage.start < 0 for storage in storages.values()):
             raise DamagedCheckpoint("a storage has no data", path=self.path, hint=_COPY_ANEW)
 
     def _storage_id(self, pid: tuple[Any, ...]) -> tuple[DType | None, str, int]:
-        """Element type (None where it is not known here), key and number of elements."""
+        """Element type (None if unknown), key and number of elements."""
         kinds = (str, object, str, object, int)
         if (
             len(pid) < 5
@@ -255,24 +252,47 @@ class TorchFile:
             or pid[0] != "storage"
             or pid[4] < 0
         ):
-            raise DamagedCheckpoint("an unknown kind of reference in the pickle", path=self.path)
+            raise DamagedCheckpoint("the pickle has an unknown kind of reference", path=self.path)
         return pid[1] if isinstance(pid[1], DType) else None, pid[2], pid[4]
 
 
+def refuse_exchanged(file: TorchFile, rank_of: Callable[[str], object]) -> None:
+    """Refuse a rank's file that was saved as the file of another rank.
+
+    Files whose root has no such name are let pass: ``torch.save`` to a stream calls it ``archive``, and users
+    rename files.
+
+    Args:
+        file: a file that was loaded.
+        rank_of: the rank that a file name states; None for other names.
+
+    Raises:
+        DamagedCheckpoint: the records are under the name of another rank's file.
+    """
+    saved_as = f"{file.root}{file.path.suffix}"
+    if rank_of(saved_as) not in (None, rank_of(file.path.name)):
+        raise DamagedCheckpoint(
+            f"its content was saved as {saved_as}: files of two ranks were exchanged, or one was "
+            "copied over the other",
+            path=file.path,
+            hint="Copy the files of this checkpoint again from where they were written.",
+        )
+
+
 def contiguous(ref: TensorRef, what: str) -> TensorRef:
-    """``ref``, proven to be one contiguous run."""
+    """``ref``, after a check that it is one contiguous run."""
     if not ref.is_contiguous:
         raise UnsupportedLayout(f"{what} is not contiguous", path=ref.storage.path)
     return ref
 
 
 def stored(ref: TensorRef, shape: Shape | None = None) -> Stored:
-    """The tensor that lies whole, as one run, in one file."""
+    """The tensor that is one run of bytes in one file."""
     contiguous(ref, "a tensor")
     shape = ref.shape if shape is None else shape
     if math.prod(shape) != ref.numel:
         raise DamagedCheckpoint(
-            f"a tensor has {ref.numel} elements where {tuple(shape)} was recorded",
+            f"a tensor has {ref.numel} elements, but {tuple(shape)} was recorded",
             path=ref.storage.path,
         )
     fragments = (

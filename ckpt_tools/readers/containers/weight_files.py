@@ -1,7 +1,6 @@
-"""A model's weights as plain files: safetensors or ``torch.save``, in one file or in shards with an index.
+"""Owns weights in plain files: safetensors or ``torch.save``, in one file or in shards with an index.
 
-Owns the agreement of index and shards, and second names of tensors that share their bytes. Which file of a
-directory is a model's is the business of the format readers.
+Index and shards must agree. Names of tensors that share their bytes are found as second names.
 
 Source: ``transformers/utils/hub.py`` (``get_checkpoint_shard_files``), ``transformers/utils/__init__.py``.
 """
@@ -25,11 +24,11 @@ ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 @dataclass(frozen=True, slots=True)
 class WeightFiles:
-    """The weights that one file, or the shards of one index, hold.
+    """The weights in one file, or in the shards of one index.
 
     Attributes:
-        tensors: each under its name, in the order of the index or of the file.
-        ties: for each second name of a tensor, the name it is listed under.
+        tensors: the tensors by name, in the order of the index or of the file.
+        ties: for each second name of a tensor, the name in ``tensors``.
         files: the files with weights, and their sizes in bytes.
     """
 
@@ -53,7 +52,7 @@ def read_weight_files(entry: Path) -> WeightFiles:
     """Read headers.
 
     Args:
-        entry: a file with weights, or an index of shards beside it.
+        entry: a file with weights, or an index of shards in the same directory.
 
     Raises:
         DamagedCheckpoint: a shard is missing or truncated, or index and shards disagree.
@@ -65,12 +64,10 @@ def read_weight_files(entry: Path) -> WeightFiles:
     for name in names:
         path = entry.parent / name
         if not path.is_file():
-            raise DamagedCheckpoint(
-                "a shard that the index names is missing", path=path, missing=[name]
-            )
+            raise DamagedCheckpoint("a shard in the index is missing", path=path, missing=[name])
         held, shared = _read_file(path)
         for key in held.keys() & tensors.keys():
-            raise DamagedCheckpoint("it lies in two shards", path=path, tensor=key)
+            raise DamagedCheckpoint("it is in two shards", path=path, tensor=key)
         tensors |= held
         ties |= shared
     if weight_map is not None:
@@ -86,7 +83,7 @@ def _read_index(path: Path) -> dict[str, str]:
         if not all(Path(name).name == name for name in weight_map.values()):
             raise ValueError("a shard outside the directory")
         if not weight_map:
-            raise ValueError("it names no shard")
+            raise ValueError("it lists no shard")
         return dict(weight_map)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpoint(f"not an index of shards ({error})", path=path) from error
@@ -98,13 +95,13 @@ def _read_file(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
         return dict(read_safetensors(path).tensors), {}
     content = TorchFile(path).load()
     if not isinstance(content, dict):
-        raise DamagedCheckpoint("it holds no state dict", path=path)
+        raise DamagedCheckpoint("its content is not a state dict", path=path)
     tensors: dict[str, Stored] = {}
     ties: dict[str, str] = {}
     places: dict[object, str] = {}
     for key, ref in content.items():
         if not isinstance(ref, TensorRef):
-            if str(key).endswith("_extra_state"):  # what a module keeps for itself, no weight
+            if str(key).endswith("_extra_state"):  # extra state of a module is not a weight
                 continue
             raise DamagedCheckpoint("it is not a tensor", path=path, tensor=str(key))
         place = (ref.byte_offset, ref.shape, ref.stride, ref.dtype) if ref.numel else key

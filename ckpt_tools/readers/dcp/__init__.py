@@ -1,4 +1,4 @@
-"""Torch Distributed Checkpoint: ``.metadata`` and ``__R_N.distcp`` files."""
+"""The reader of torch Distributed Checkpoint: ``.metadata`` and ``__R_N.distcp`` files."""
 
 from __future__ import annotations
 

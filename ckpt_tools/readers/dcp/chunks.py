@@ -1,9 +1,9 @@
-"""The bytes of a chunk: where the elements of a box lie in the file that a rank wrote.
+"""Owns the bytes of a chunk: the place of a box's elements in the file that a rank wrote.
 
-Each chunk is by itself what ``torch.save`` makes of one tensor, at its place in the rank's file. Its pickle
-is checked against the metadata, and its elements are read where they lie. Two kinds do not lie as elements in
-row-major order, and are copied to a temporary file that is removed at exit: chunks compressed with zstd, and
-chunks of a permuted tensor (channels last, a transposed weight), which torch saves as they are.
+Each chunk is the output of ``torch.save`` for one tensor. Its pickle is checked against the metadata, and
+its elements are read in place. Two kinds of chunk do not hold elements in row-major order: those compressed
+with zstd, and those of a permuted tensor (channels last, a transposed weight). Their elements are copied to
+a temporary file, which is removed at exit.
 
 Source: ``torch/distributed/checkpoint/filesystem.py`` (``_write_item``, ``_SerialCpuLoader``) and
 ``_extension.py`` (``ZStandard``), read at torch 2.13.
@@ -35,35 +35,35 @@ from ckpt_tools.tensors.dtypes import DType
 
 _ZSTD = "stream.zstd/1"
 _BLOCK = 1 << 20
-# Of a zip record's own header: how it begins, and where in it the checksum of the content is.
+# The start of a zip record's own header, and the offset of the content's checksum in it.
 _RECORD = b"PK\x03\x04"
 _CHECKSUM_AT = 14
-# More than torch adds to the elements of one tensor: what expands further was not written by it.
+# torch adds less than this to the elements of one tensor. A chunk that expands further is not from torch.
 _MOST_OVERHEAD = 1 << 20
 STALE = (
-    "The file is of another save than the metadata, truncated or damaged; copy both anew from where "
-    "they were written."
+    "The file belongs to another save than the metadata, or is truncated or damaged. Copy both anew from "
+    "where they were written."
 )
 
 
 @dataclass(frozen=True, slots=True)
 class _Head:
-    """The bytes of a chunk before its elements, and where in them the checksum of the elements is."""
+    """The bytes of a chunk before its elements, and the offset of the elements' checksum in them."""
 
     content: bytes
     checksum: int
 
     def begins(self, content: bytes) -> bool:
-        """Whether another chunk of the same length, dtype and shape begins alike, checksum aside."""
+        """Whether another chunk of the same length, dtype and shape has these bytes, except the checksum."""
         at, end = self.checksum, self.checksum + 4
         return content[:at] == self.content[:at] and content[end:] == self.content[end:]
 
 
 class ChunkStore:
-    """What the chunks of one checkpoint share.
+    """The state that the chunks of one checkpoint share.
 
-    Chunks of one shape begin with the same bytes, and there may be thousands of a shape: the first is
-    taken apart, the others are compared with it. What cannot be read where it lies goes to a temporary
+    Chunks of one shape start with the same bytes, and there may be thousands of a shape. The first is
+    parsed, the others are compared with it. Elements that cannot be read in place go to a temporary
     directory, which is removed with this object or at exit.
     """
 
@@ -73,15 +73,15 @@ class ChunkStore:
         self._directory: tempfile.TemporaryDirectory[str] | None = None
 
     def __reduce__(self) -> tuple[Callable[..., ChunkStore], tuple[()]]:
-        """To another process it goes empty: its temporary directory is of this machine."""
+        """Pickle an empty store: the temporary directory belongs to this machine."""
         return ChunkStore, ()
 
     @contextlib.contextmanager
     def new_file(self, source: Path) -> Iterator[tuple[Path, IO[bytes]]]:
-        """A new file, and the stream to fill it.
+        """A new file, and a stream to write it.
 
         Raises:
-            OutputFailed: there is no room for it.
+            OutputFailed: it cannot be written.
         """
         try:
             with self._lock:
@@ -98,13 +98,13 @@ class ChunkStore:
 
 
 class ChunkFragment(DeferredFragment):
-    """A box that lies in a rank's file as ``torch.save`` wrote it.
+    """A box in a rank's file, as ``torch.save`` wrote it.
 
     Args:
-        region: which elements it holds.
+        region: the elements of the box.
         source: the rank's file.
-        chunk: where it lies there.
-        dtype: element type that the metadata states.
+        chunk: its place in that file.
+        dtype: element type in the metadata.
         store: shared by the chunks of the checkpoint.
     """
 
@@ -124,20 +124,20 @@ class ChunkFragment(DeferredFragment):
         object.__setattr__(self, "_store", store)
 
     def __reduce__(self) -> tuple[Callable[..., Fragment], tuple[object, ...]]:
-        """To another process; what was unpacked on this machine is unpacked there anew."""
+        """Pickle the source of an unpacked chunk, so that another machine unpacks it anew."""
         if self._chunk.extent.transforms:
             parts = (self.region, self._source, self._chunk, self._dtype, self._store)
             return ChunkFragment, parts
         return super().__reduce__()
 
     def find_place(self) -> tuple[Path, int]:
-        """Where the elements lie, checked against the metadata.
+        """The place of the elements, after a check against the metadata.
 
         Raises:
-            DamagedCheckpoint: the chunk is not what the metadata says.
+            DamagedCheckpoint: the chunk does not agree with the metadata.
             UnsafePickle: its pickle cannot be read without running code.
-            UnsupportedLayout: it is compressed and the package to unpack it is missing.
-            OutputFailed: there is no room to unpack it.
+            UnsupportedLayout: it is compressed, and the package to unpack it is missing.
+            OutputFailed: it cannot be unpacked.
         """
         path, extent = self._source, self._chunk.extent
         if extent.transforms:
@@ -153,21 +153,23 @@ class ChunkFragment(DeferredFragment):
         return place
 
     def _checked(self, file: TorchFile) -> tuple[Path, int]:
-        """Where the elements lie, after the pickle was held against the metadata."""
+        """The place of the elements, after the pickle was compared with the metadata."""
         path, start = self._source, self._chunk.extent.start
         try:
             ref = file.load()
         except UnsafePickle:
             raise
         except DamagedCheckpoint as error:
-            raise self._wrong(path, f"no tensor at byte {start:,} ({error.fact})") from error
+            raise self._wrong(
+                path, f"there is no tensor at byte {start:,} ({error.fact})"
+            ) from error
         if not isinstance(ref, TensorRef):
-            raise self._wrong(path, f"at byte {start:,} lies no tensor")
+            raise self._wrong(path, f"the value at byte {start:,} is not a tensor")
         if (ref.dtype, ref.shape) != (self._dtype, self._chunk.sizes):
             raise self._wrong(
                 path,
-                f"at byte {start:,} lies a tensor {ref.dtype} {ref.shape}, where the metadata "
-                f"describes {self._dtype} {self._chunk.sizes}",
+                f"the tensor at byte {start:,} is {ref.dtype} {ref.shape}, the metadata "
+                f"states {self._dtype} {self._chunk.sizes}",
             )
         if ref.is_contiguous:
             return file.path, ref.byte_offset
@@ -181,7 +183,7 @@ class ChunkFragment(DeferredFragment):
             raise self._wrong(self._source, f"cannot be read ({error.strerror})") from error
 
     def _head(self, length: int) -> _Head:
-        """The head of a chunk that was taken apart: it ends with the record of the elements."""
+        """The head of a parsed chunk, which ends with the header of the elements' record."""
         content = self._first(length)
         return _Head(content, content.rindex(_RECORD) + _CHECKSUM_AT)
 
@@ -233,7 +235,7 @@ class ChunkFragment(DeferredFragment):
         return copy
 
     def _on_this_machine(self, ref: TensorRef, length: int) -> tuple[Path, int]:
-        """A file that can be mapped, and where in it the elements begin."""
+        """A file that can be mapped, and the offset of the elements in it."""
         path = ref.storage.path
         if here := local_paths(path):
             return here[0], ref.byte_offset
@@ -251,23 +253,23 @@ def _run(path: Path, offset: int, length: int) -> io.BufferedReader:
 
 
 def check_transforms(chunk: Chunk, path: Path) -> None:
-    """Refuse what this module cannot undo.
+    """Refuse transforms that this module cannot undo.
 
     Raises:
-        UnsupportedLayout: the chunk was encrypted, or compressed in another way than zstd.
+        UnsupportedLayout: the chunk is encrypted, or compressed in another way than zstd.
     """
     if chunk.extent.transforms not in ((), (_ZSTD,)):
         raise UnsupportedLayout(
-            f"its chunks were written through {', '.join(chunk.extent.transforms)}",
+            f"its chunks were transformed by {', '.join(chunk.extent.transforms)}",
             path=path,
-            hint=f"Only {_ZSTD} is known. Save the checkpoint again without extensions.",
+            hint=f"Only {_ZSTD} is supported. Save the checkpoint again without extensions.",
         )
 
 
 def is_bare(chunk: Chunk, dtype: DType) -> bool:
     """Whether a chunk's bytes are its elements alone, as in a safetensors file.
 
-    What ``torch.save`` writes is always longer than the elements.
+    The output of ``torch.save`` is always longer than the elements.
     """
     extent = chunk.extent
     return not extent.transforms and extent.length == math.prod(chunk.sizes) * dtype.itemsize

@@ -1,9 +1,8 @@
-"""The ``.metadata`` of a torch Distributed Checkpoint: which bytes of which file hold which box of what.
+"""Owns the ``.metadata`` of a torch Distributed Checkpoint: the bytes of a file that hold a box of a tensor.
 
-Owns the pickle's classes, which are read as names and states without torch, and the merge of the files that
-each rank writes when a run saves without collectives (``__R.metadata``). What the bytes look like inside is
-the business of :mod:`~ckpt_tools.readers.dcp.chunks`, what the names mean that of
-:mod:`~ckpt_tools.readers.dcp.names`.
+The classes in the pickle are read as names and states, without torch. If a run saves without collectives,
+each rank writes metadata (``__R.metadata``), which is merged here. :mod:`~ckpt_tools.readers.dcp.chunks`
+reads the bytes of a chunk, :mod:`~ckpt_tools.readers.dcp.names` interprets the names.
 
 Source: ``torch/distributed/checkpoint/metadata.py`` and ``filesystem.py`` (``_StorageInfo``, ``finish``),
 read at torch 2.13. The state of these classes has been the same since torch 2.0, but for fields that were
@@ -40,8 +39,8 @@ class Extent:
     Attributes:
         file: name of the file, relative to the checkpoint's directory.
         start: first byte.
-        length: bytes, as they lie there.
-        transforms: what the bytes were put through, such as ``stream.zstd/1``.
+        length: number of bytes in the file.
+        transforms: the transforms of the bytes, such as ``stream.zstd/1``.
     """
 
     file: str
@@ -50,13 +49,13 @@ class Extent:
     transforms: tuple[str, ...]
 
 
-# By flat name and first index; None for what is no tensor.
+# By flat name and first index; the index is None for entries that are not tensors.
 _Extents = dict[tuple[str, Shape | None], Extent]
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A box of a tensor and where it lies: first index, sizes, bytes."""
+    """A box of a tensor and its place: first index, sizes, bytes."""
 
     offsets: Shape
     sizes: Shape
@@ -68,9 +67,9 @@ class SavedTensor:
     """A tensor of the checkpoint.
 
     Attributes:
-        dtype: element type; None for one that is not known here.
+        dtype: element type; None if unknown.
         shape: sizes of the whole.
-        chunks: its boxes, in no order, not yet proven to tile it.
+        chunks: its boxes, in no order, without proof that they tile it.
     """
 
     dtype: DType | None
@@ -80,13 +79,13 @@ class SavedTensor:
 
 @dataclass(frozen=True)
 class Metadata:
-    """What one save recorded.
+    """The metadata of one save.
 
     Attributes:
-        tensors: every tensor, optimizer states included, by flat name.
-        objects: everything else: pickles of numbers, strings, lists.
-        paths: for each flat name, the keys it lay under in the nested state; empty where not recorded.
-        version: of the format, where recorded.
+        tensors: every tensor, with optimizer states, by flat name.
+        objects: all other entries: pickles of numbers, strings, lists.
+        paths: for each flat name, its keys in the nested state; empty if not recorded.
+        version: version of the format, if recorded.
         writer: the top module of the class that describes the storage: ``torch`` or another library.
         ranks: number of ranks that wrote metadata of their own; None for the one global file.
     """
@@ -99,19 +98,19 @@ class Metadata:
     ranks: int | None = None
 
     def extents(self) -> Iterator[Extent]:
-        """Every run of bytes that is named."""
+        """Every recorded run of bytes."""
         for tensor in self.tensors.values():
             for chunk in tensor.chunks:
                 yield chunk.extent
         yield from self.objects.values()
 
     def path_of(self, name: str) -> KeyPath:
-        """The keys a flat name lay under; itself where the nesting was not recorded."""
+        """The keys of a flat name in the nested state; the name itself if they were not recorded."""
         return self.paths.get(name) or (name,)
 
 
 def is_dcp_directory(directory: Path) -> bool:
-    """Whether a directory holds metadata of this format, or data files that lost theirs."""
+    """Whether a directory holds metadata of this format, or data files without metadata."""
     try:
         names = [entry.name for entry in directory.iterdir()]
     except OSError:
@@ -124,8 +123,8 @@ def is_dcp_directory(directory: Path) -> bool:
 def read_metadata(directory: Path) -> Metadata:
     """The metadata of the checkpoint in ``directory``.
 
-    The last answer is kept: a large checkpoint's metadata takes seconds to read, and is wanted once to find
-    out which models there are and once to read one.
+    The last result is kept: a large checkpoint's metadata takes seconds to read, and it is needed to list the
+    models and again to read one.
 
     Raises:
         DamagedCheckpoint: metadata is missing, truncated, contradictory or of two saves.
@@ -145,7 +144,7 @@ def _metadata_files(directory: Path) -> list[Path]:
     whole = directory / GLOBAL_FILE
     if by_rank and whole.is_file():
         raise DamagedCheckpoint(
-            f"{GLOBAL_FILE} lies beside {by_rank[min(by_rank)].name}: two saves went into one directory",
+            f"there are both {GLOBAL_FILE} and {by_rank[min(by_rank)].name}: two saves went to one directory",
             path=directory,
             hint="Data files of the older save may be overwritten. Delete the metadata of the older save.",
         )
@@ -157,7 +156,7 @@ def _metadata_files(directory: Path) -> list[Path]:
                 path=directory,
                 missing=lost,
                 hint="It was saved without collectives, one file a rank. Copy the files of every node "
-                "into one directory, or name the other nodes' folders with --also DIR.",
+                "into one directory, or pass the folders of the other nodes with --also DIR.",
             )
         return [by_rank[rank] for rank in sorted(by_rank)]
     if not whole.is_file():
@@ -165,8 +164,8 @@ def _metadata_files(directory: Path) -> list[Path]:
             f"there are data files, but no {GLOBAL_FILE}",
             path=directory,
             missing=[GLOBAL_FILE],
-            hint="It is written last, by one rank: the save did not finish, or it lies on another node, "
-            "whose folder can be named with --also DIR.",
+            hint="One rank writes it last: the save did not finish, or the file is on another node. Pass the "
+            "folder of that node with --also DIR.",
         )
     return [whole]
 
@@ -191,13 +190,13 @@ def _read_file(path: Path) -> Metadata:
         raise DamagedCheckpoint(
             f"not metadata of a torch Distributed Checkpoint ({type(error).__name__}: {error})",
             path=path,
-            hint="The file is damaged or of another format; copy it anew from where it was written.",
+            hint="The file is damaged or has another format. Copy it anew from where it was written.",
         ) from error
 
 
 @contextlib.contextmanager
 def _garbage_kept() -> Iterator[None]:
-    """No search for garbage while a million small objects are made, which takes as long as making them."""
+    """Switch the garbage collector off: with a million new small objects it doubles the time."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -287,15 +286,15 @@ def _lookup(extents: _Extents, name: str, offsets: Shape | None, path: Path) -> 
     except KeyError:
         where = "" if offsets is None else f" at {offsets}"
         raise DamagedCheckpoint(
-            f"it has a part{where} that no file holds",
+            f"no file holds its part{where}",
             path=path,
             tensor=name,
-            hint="The metadata is damaged or was edited; copy it anew from where it was written.",
+            hint="The metadata is damaged or was edited. Copy it anew from where it was written.",
         ) from None
 
 
 def _merged(parts: list[Metadata], files: list[Path]) -> Metadata:
-    """One metadata of those of all ranks; what several ranks wrote alike is taken from the first."""
+    """The merged metadata of all ranks; equal boxes of several ranks are taken from the first."""
     tensors: dict[str, SavedTensor] = {}
     objects: dict[str, Extent] = {}
     paths: dict[str, KeyPath] = {}
@@ -307,8 +306,8 @@ def _merged(parts: list[Metadata], files: list[Path]) -> Metadata:
                 continue
             if (first.dtype, first.shape) != (tensor.dtype, tensor.shape):
                 raise DamagedCheckpoint(
-                    f"it is {tensor.dtype} {tensor.shape} here, and {first.dtype} {first.shape} in the "
-                    "metadata of another rank: files of different saves",
+                    f"it is {tensor.dtype} {tensor.shape} here, but {first.dtype} {first.shape} in the "
+                    "metadata of another rank: the files belong to different saves",
                     path=path,
                     tensor=name,
                 )

@@ -1,9 +1,9 @@
-"""Which entries of a torch Distributed Checkpoint are a model's, and under which names.
+"""Owns the answer which entries of a torch Distributed Checkpoint belong to a model, and their names in it.
 
-A checkpoint is one flat mapping of everything that a training loop handed to ``dcp.save``: a model under its
-own names or below keys of the loop's choosing, optimizer, scheduler, progress. The metadata records the keys
-that each entry lay under, so nothing is guessed from dots: a model is a group of tensors that lay in one
-dict, and an optimizer is told by its ``param_groups`` or by its key. Pure: no I/O, no bytes.
+A checkpoint is one flat mapping of all that a training loop passed to ``dcp.save``: a model, directly or
+below keys of the loop's choice, optimizer, scheduler, progress. The metadata has the keys of each entry in
+the nested state, so dots in names are not interpreted. A model is a group of tensors in one dict. An
+optimizer is recognised by its ``param_groups`` or by its key.
 
 Sources: ``torch/distributed/checkpoint/_nested_dict.py`` (the paths), ``state_dict.py`` (optimizers),
 torchtitan ``components/checkpointer/dcp.py`` (a flat model among other keys), Lightning's FSDP strategy
@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from ckpt_tools.readers.dcp.metadata import KeyPath, Metadata
 
-# Keys that training loops put beside a model, never inside one.
+# Keys that training loops use beside a model, never inside one.
 _OPTIMIZER_KEYS = {"optim", "optims", "optimizer", "optimizers"}
 _TRAINING_KEYS = _OPTIMIZER_KEYS | {
     "dataloader",
@@ -50,8 +50,8 @@ def models(metadata: Metadata) -> dict[str, dict[str, str]]:
     """The models of a checkpoint.
 
     Returns:
-        For each model, by the keys it lay under (``app.model``, or ``top`` for a flat one): name in
-        the model to flat name in the checkpoint, in the order of the state dict.
+        For each model, by its keys (``app.model``, or ``top`` for a flat model): name in the model to flat
+        name in the checkpoint, in the order of the state dict.
     """
     optimizers = _optimizer_roots(metadata)
     groups: dict[KeyPath, dict[str, str]] = {}
@@ -59,7 +59,7 @@ def models(metadata: Metadata) -> dict[str, dict[str, str]]:
         path = metadata.path_of(flat)
         if not _is_beside_a_model(path, optimizers):
             groups.setdefault(path[:-1], {})[str(path[-1])] = flat
-    # A counter or a seed that lies as a tensor among plain numbers makes no model.
+    # A counter or a seed that is a tensor among plain numbers is not a model.
     sized = {
         root: names
         for root, names in groups.items()
@@ -69,12 +69,12 @@ def models(metadata: Metadata) -> dict[str, dict[str, str]]:
 
 
 def label(root: KeyPath) -> str:
-    """What a person calls the dict that lay under these keys."""
+    """The name for users of the dict with these keys."""
     return ".".join(map(str, root)) or TOP
 
 
 def left_alone(metadata: Metadata, taken: Iterable[str]) -> dict[str, int]:
-    """Number of entries that are not among the flat names ``taken``, by the key that tells them apart."""
+    """Number of entries that are not in the flat names ``taken``, by the key that distinguishes them."""
     taken = set(taken)
     roots = {metadata.path_of(flat)[:-1] for flat in taken}
     counts: dict[str, int] = {}
@@ -90,7 +90,7 @@ def left_alone(metadata: Metadata, taken: Iterable[str]) -> dict[str, int]:
 
 
 def objects_of(metadata: Metadata, root: str) -> list[str]:
-    """Entries of a model's dict that are no tensors, by their names in it, ``_extra_state`` aside."""
+    """Names of entries in a model's dict that are not tensors, without ``_extra_state``."""
     return [
         str(path[-1])
         for path in map(metadata.path_of, metadata.objects)
@@ -101,14 +101,14 @@ def objects_of(metadata: Metadata, root: str) -> list[str]:
 
 
 def step_names(metadata: Metadata) -> list[str]:
-    """Flat names of entries that say how many steps were taken, the most direct first."""
+    """Flat names of entries that hold the number of steps, the most direct first."""
     optimizers = _optimizer_roots(metadata)
     recorded: list[str] = []
     counted: list[str] = []
     for flat in (*metadata.objects, *metadata.tensors):
         path = metadata.path_of(flat)
         if _is_of_optimizer(path, optimizers):
-            # Adam counts its steps, once for each parameter; one is enough.
+            # Adam counts its steps for each parameter; one counter is enough.
             tensor = metadata.tensors.get(flat)
             if not counted and tensor and not tensor.shape and str(path[-1]).endswith("step"):
                 counted.append(flat)
@@ -118,19 +118,19 @@ def step_names(metadata: Metadata) -> list[str]:
 
 
 def step_in(name: str) -> int | None:
-    """The number of steps that a directory is named for: ``step-200``, ``global_step200``."""
+    """The number of steps in a directory's name: ``step-200``, ``global_step200``."""
     match = _STEP.search(name)
     return int(match[1]) if match else None
 
 
 def _in_order(names: Mapping[str, object], order: Mapping[str, object]) -> Iterator[str]:
-    """``names`` in another mapping's order: that of the state dict, where the entries are as written."""
+    """``names`` in the order of another mapping: the state dict's, not that of the written entries."""
     yield from (name for name in order if name in names)
     yield from (name for name in names if name not in order)
 
 
 def _optimizer_roots(metadata: Metadata) -> frozenset[KeyPath]:
-    """Where optimizers lay: beside each ``param_groups``, nested or flattened into one key."""
+    """The keys of optimizers: the parents of each ``param_groups``, nested or flattened into one key."""
     roots = set()
     for flat in (*metadata.objects, *metadata.tensors):
         path = metadata.path_of(flat)
@@ -144,7 +144,7 @@ def _is_beside_a_model(path: KeyPath, optimizers: frozenset[KeyPath]) -> bool:
     return (
         _is_of_optimizer(path, optimizers)
         or any(_NUMBER.sub("", str(key)).lower() in _TRAINING_KEYS for key in path[:-1])
-        # What a module keeps for itself: bytes, or tensors that are no weights.
+        # Extra state of a module: bytes, or tensors that are not weights.
         or any(str(key).rpartition(".")[2] == "_extra_state" for key in path)
     )
 

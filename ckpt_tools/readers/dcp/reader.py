@@ -1,10 +1,10 @@
-"""torch Distributed Checkpoint: ``.metadata`` and ``__R_N.distcp``, of any mesh; torchtitan's too.
+"""Owns torch Distributed Checkpoint: ``.metadata`` and ``__R_N.distcp``, of any mesh, torchtitan's included.
 
-Owns the search for such a checkpoint under a path, and the way from its metadata to weights: which files
-must be there, which entries are a model's, which boxes make which tensor. Of the data files nothing is read
-but, where it says how many steps were taken, one number; the bytes of a chunk are found when they are asked
-for (:mod:`~ckpt_tools.tensors.deferred`). Checkpoints that another library wrote in this format with names
-of its own have their own reader, which builds on this one.
+It finds a checkpoint under a path, and makes weights of its metadata: the files that must exist, the
+entries of a model, the boxes of each tensor. The data files are not read, except one number with the count
+of steps. The bytes of a chunk are located when they are requested (:mod:`~ckpt_tools.tensors.deferred`).
+Checkpoints of other libraries with their own names in this format have their own readers, which build on
+this one.
 
 Source: ``torch/distributed/checkpoint/filesystem.py`` and ``default_planner.py``, read at torch 2.13.
 """
@@ -47,30 +47,30 @@ from ckpt_tools.tensors.dtypes import DType
 from ckpt_tools.tensors.fragments import Piece, Region, assembled
 
 NAME = "torch-dcp"
-# Directories of this format inside a larger one that is a checkpoint as a whole.
+# Directories of this format that are parts of a larger checkpoint.
 _PARTS = re.compile(r"(pytorch_model_fsdp|optimizer)_\d+|model_and_optim")
-# What has a reader of its own, by the directory's name and by who wrote the metadata.
+# Checkpoints with their own reader, by the directory's name and by the writer of the metadata.
 _ELSEWHERE = {"model_and_optim", "olmo_core"}
 _SCALARS = {"float32": "<f", "float64": "<d", "int32": "<i", "int64": "<q"}
 _OTHER_NODES = (
-    "Each node may have written to a disk of its own: copy the .distcp files of every node into this "
-    "directory, or name its folder with --also DIR."
+    "Each node may have written to its own disk: copy the .distcp files of every node into this "
+    "directory, or pass their folders with --also DIR."
 )
 
 
 def find(path: Path, tag: str | None = None) -> list[Location]:
-    """The checkpoints of this format that ``path`` means.
+    """The checkpoints of this format to which ``path`` leads.
 
     Args:
-        path: the directory with ``.metadata``, that file, or the directory above (``step-N`` of
-            torchtitan and the like).
-        tag: which of several, by name: a directory, or a model where one checkpoint holds several.
+        path: the directory with ``.metadata``, that file, or the directory above (that of torchtitan's
+            ``step-N``, for example).
+        tag: the name of a directory, or of a model in a checkpoint with several models.
 
     Returns:
-        One location, none where this is not a checkpoint of this format, or several to choose from.
+        One location, several to choose from, or none if there is no checkpoint of this format.
 
     Raises:
-        UsageError: ``tag`` is not there.
+        UsageError: ``tag`` does not exist.
     """
     if path.is_file():
         if not is_own_file(path):
@@ -94,7 +94,7 @@ def find(path: Path, tag: str | None = None) -> list[Location]:
 
 
 def _inside(directory: Path, tag: str | None) -> list[Location]:
-    """The models of one checkpoint; what is wrong with it is the business of :func:`read`."""
+    """The models of one checkpoint; :func:`read` reports damage."""
     if directory.name in _ELSEWHERE:
         return []
     try:
@@ -106,7 +106,7 @@ def _inside(directory: Path, tag: str | None) -> list[Location]:
     names = list(models(metadata))
     if tag is not None and tag not in names:
         raise UsageError(
-            f"there is no model {tag!r} in it",
+            f"it has no model {tag!r}",
             path=directory,
             hint=f"Found: {', '.join(names) or 'none'}.",
         )
@@ -116,7 +116,7 @@ def _inside(directory: Path, tag: str | None) -> list[Location]:
 
 
 def is_own_file(path: Path) -> bool:
-    """Whether this is a file of the format, by its name."""
+    """Whether the name of a file is one of this format."""
     named = any(pattern.fullmatch(path.name) for pattern in (RANK_FILE, DATA_FILE))
     return path.is_file() and (named or path.name == GLOBAL_FILE)
 
@@ -133,7 +133,7 @@ def read(location: Location) -> Checkpoint:
     Raises:
         DamagedCheckpoint: files are missing, too short or of different saves; boxes of a tensor
             overlap or leave a hole.
-        UnsupportedLayout: it holds no model, or was written through an unknown extension.
+        UnsupportedLayout: it holds no model, or was written with an unknown extension.
     """
     metadata = read_metadata(location.directory)
     names = model_names(metadata, location)
@@ -143,7 +143,7 @@ def read(location: Location) -> Checkpoint:
     remarks = [*location.remarks, *saving.remarks]
     objects = objects_of(metadata, location.part or next(iter(models(metadata))))
     if objects:
-        remarks.append(f"entries of the model that are no tensors: {listed(objects)}")
+        remarks.append(f"entries of the model that are not tensors: {listed(objects)}")
     return Checkpoint(
         location=location,
         title="torch DCP",
@@ -168,7 +168,7 @@ def model_names(metadata: Metadata, location: Location) -> dict[str, str]:
 
     Raises:
         UnsupportedLayout: there is no model.
-        UsageError: there is none of this name, or it was not said which.
+        UsageError: there is no model with this name, or several without a choice.
     """
     found = models(metadata)
     if not found:
@@ -184,7 +184,7 @@ def model_names(metadata: Metadata, location: Location) -> dict[str, str]:
     part = location.part or next(iter(found))
     if part not in found or (location.part is None and len(found) > 1):
         raise UsageError(
-            f"it holds {len(found)} models, and {location.part!r} names none of them",
+            f"it holds {len(found)} models, and none is {location.part!r}",
             path=location.directory,
             hint=f"Found: {', '.join(found)}.",
         )
@@ -192,16 +192,16 @@ def model_names(metadata: Metadata, location: Location) -> dict[str, str]:
 
 
 class Saving:
-    """One save: its metadata, and the files that must be there.
+    """One save: its metadata, and the files that must exist.
 
     Args:
         directory: the checkpoint.
-        metadata: what it recorded.
+        metadata: the metadata of the save.
         needed: flat names of the tensors that are read.
 
     Attributes:
         files: every file in the directory, with its size.
-        remarks: what is odd about them.
+        remarks: remarks about them for the report.
 
     Raises:
         DamagedCheckpoint: a file with a part of a needed tensor is missing or too short.
@@ -233,12 +233,12 @@ class Saving:
                 hint=_OTHER_NODES,
             )
         if lost:
-            self.remarks.append(f"missing, but they hold no weights: {listed(lost)}")
+            self.remarks.append(f"missing files without weights: {listed(lost)}")
         for name in sorted(wanted):
             path = self._directory / name
             if self.files[path] < ends[name]:
                 raise DamagedCheckpoint(
-                    f"it should hold {ends[name]:,} bytes and has {self.files[path]:,}",
+                    f"it must have {ends[name]:,} bytes and has {self.files[path]:,}",
                     path=path,
                     hint=STALE,
                 )
@@ -248,20 +248,20 @@ class Saving:
             if size and DATA_FILE.fullmatch(path.name) and path.name not in ends
         ]
         if strange:
-            self.remarks.append(f"data files that the metadata does not name: {listed(strange)}")
+            self.remarks.append(f"data files that are not in the metadata: {listed(strange)}")
 
     def weight(self, flat: str) -> Weight:
         """A tensor of the model.
 
         Raises:
             DamagedCheckpoint: its boxes overlap or leave a hole.
-            UnsupportedLayout: its dtype is not known, or its chunks cannot be unpacked.
+            UnsupportedLayout: its dtype is unknown, or its chunks cannot be unpacked.
         """
         saved = self._metadata.tensors[flat]
         if saved.dtype is None:
-            raise UnsupportedLayout("its dtype is not known", path=self._directory, tensor=flat)
+            raise UnsupportedLayout("its dtype is unknown", path=self._directory, tensor=flat)
         stored = self._stored(flat, saved, saved.dtype)
-        # Nothing says what was trained, but what is not floating was not.
+        # The files do not state which tensors were trained, but only floating ones can be.
         kind: Kind = "parameter" if saved.dtype.is_floating else "buffer"
         return Weight(kind, saved.shape, saved.dtype, model=stored)
 
@@ -274,13 +274,13 @@ class Saving:
             saved.shape,
             pieces,
             source if source.is_file() else self._directory,
-            "The metadata is damaged, or that of a rank is missing; copy it anew from where it was "
-            "written, or name the folder that holds the rest with --also DIR.",
+            "The metadata is damaged, or that of a rank is missing. Copy it anew from where it was "
+            "written, or pass the folder with the rest with --also DIR.",
         )
 
     def _piece(self, flat: str, chunk: Chunk, dtype: DType) -> Piece:
         box = Box(chunk.offsets, chunk.sizes)
-        # There may be 100,000 chunks, and making a path takes as long as all the rest here.
+        # There may be 100,000 chunks, and making a path takes as long as all other steps here.
         path = self._paths.get(chunk.extent.file) or self._directory / chunk.extent.file
         self._paths[chunk.extent.file] = path
         check_transforms(chunk, path)
@@ -294,10 +294,10 @@ class Saving:
         return box, deferred
 
     def _of_shard(self, flat: str, chunk: Chunk, dtype: DType) -> Stored:
-        """The tensor in a rank's file that is a safetensors file, whose offsets the metadata has wrong.
+        """The tensor in a rank's safetensors file, for which the metadata has wrong offsets.
 
-        The file begins where its tensors are said to begin: behind the pickles of other objects. It
-        holds one box of a tensor, so that a rank's second box of the same tensor is lost.
+        In the metadata, its tensors start where the safetensors part starts: after the pickles of other
+        objects. The part holds one box of a tensor, so a rank's second box of the same tensor is lost.
         """
         path = self._directory / chunk.extent.file
         key = (chunk.extent.file, chunk.extent.start)
@@ -312,12 +312,12 @@ class Saving:
             chunk.offsets,
         ):
             raise DamagedCheckpoint(
-                f"the part at {chunk.offsets} is not in it", path=path, tensor=flat, hint=STALE
+                f"it does not hold the part at {chunk.offsets}", path=path, tensor=flat, hint=STALE
             )
         return tensor
 
     def step(self) -> int | None:
-        """Steps taken: as the training loop recorded it, as its directory is called, as Adam counted."""
+        """The number of steps: from the training loop's record, the directory's name or Adam's counter."""
         names = step_names(self._metadata)
         recorded = [name for name in names if name in self._metadata.objects]
         counted = [name for name in names if name not in self._metadata.objects]
@@ -339,7 +339,7 @@ class Saving:
         try:
             value = TorchFile(self._directory / extent.file, extent.start, extent.length).load()
         except CkptError:
-            # A fact for the report: it is not worth a failure.
+            # The step is only for the report, so it must not cause a failure.
             return None
         return value if isinstance(value, int) and not isinstance(value, bool) else None
 
@@ -359,7 +359,7 @@ class Saving:
         return int(value)
 
     def world_size(self) -> int | None:
-        """Number of ranks: each has a data file of its own, an empty one where it had nothing to write."""
+        """Number of ranks. Each rank has a data file, which is empty if it had nothing to write."""
         if self._metadata.ranks is not None:
             return self._metadata.ranks
         named = {extent.file for extent in self._metadata.extents()}

@@ -19,34 +19,34 @@ from ckpt_tools.tensors.fragments import Region
 
 
 def sharding_info(file: SafetensorsFile) -> dict[str, Shape] | None:
-    """First index of each tensor of a shard in the whole tensor; None where torch recorded nothing.
+    """The first index of each tensor of a shard in the whole tensor; None if torch recorded none.
 
     Raises:
-        DamagedCheckpoint: the record is malformed, or not of the tensors in the file.
+        DamagedCheckpoint: the record is malformed, or has other tensors than the file.
     """
     text = file.metadata.get("DCP_SHARDING_INFO")
     if text is None:
         return None
     try:
         recorded = json.loads(text)
-        # In this order the state dict named them; those of the file are in the order of their bytes.
+        # The record has the order of the state dict; the file has the order of the bytes.
         offsets = {name: tuple(entry["saved_offsets"]) for name, entry in recorded.items()}
         if offsets.keys() != file.tensors.keys():
-            raise ValueError(f"it is of {len(offsets)} tensors, the file holds {len(file.tensors)}")
+            raise ValueError(f"it has {len(offsets)} tensors, the file has {len(file.tensors)}")
         if not all(isinstance(n, int) and n >= 0 for at in offsets.values() for n in at):
-            raise ValueError("an offset that is no index")
+            raise ValueError("an offset is not an index")
         odd = [n for n, at in offsets.items() if len(at) != len(file.tensors[n].shape)]
         if odd:
-            raise ValueError(f"an offset of another rank for {odd[0]}")
+            raise ValueError(f"the offset of {odd[0]} has another number of axes")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpoint(
             f"its DCP_SHARDING_INFO is malformed ({error})",
             path=file.path,
-            hint="It was not written by torch, or was edited.",
+            hint="torch did not write it, or it was edited.",
         ) from error
     return offsets
 
 
 def held_whole(tensor: Stored, path: Path, region: Region) -> Fragment:
-    """The fragment that is all of a tensor of a safetensors file."""
+    """The fragment that holds a whole tensor of a safetensors file."""
     return Fragment(path, tensor.fragments[0].offset, region)

@@ -1,4 +1,4 @@
-"""DeepSpeed: ``global_stepN`` directories of every ZeRO stage."""
+"""The reader of DeepSpeed: ``global_stepN`` directories of every ZeRO stage."""
 
 from __future__ import annotations
 

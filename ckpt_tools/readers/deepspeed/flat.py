@@ -1,9 +1,8 @@
-"""Flat vectors of masters: cutting tensors out of one, and finding out which tensors lie in it.
+"""Owns flat vectors of masters: cutting tensors out of a vector, and finding the order of its tensors.
 
-A vector lies in one file or, as partitions, in several. Usually its order is recorded. Where it is not,
-or not faithfully, :func:`match_by_value` proposes one: a stretch is given a name only where the masters,
-cast, begin and end as the module's weight of that name does. A proposal is no proof; whoever uses one
-has the rest compared in full. Knows vectors and weights; knows no stage and no file name.
+A vector is in one file or, as partitions, in several. The order is usually recorded. If it is missing or not
+reliable, :func:`match_by_value` proposes one: a stretch gets the name of a weight only if its first and last
+elements, cast, equal those of the weight. This is not a proof, so the caller must compare all elements.
 """
 
 from __future__ import annotations
@@ -26,11 +25,11 @@ _CODES = {1: "B", 2: "H", 4: "I", 8: "Q"}
 
 
 class FlatVector:
-    """One vector as the parts that hold it, one after the other.
+    """One vector that consists of parts, one after the other.
 
     Args:
         refs: the parts, each a contiguous tensor.
-        lengths: how many elements of each count; the rest is padding.
+        lengths: the number of elements of each part that count; the rest is padding.
 
     Raises:
         DamagedCheckpoint: the parts differ in dtype.
@@ -48,18 +47,18 @@ class FlatVector:
 
     @property
     def numel(self) -> int:
-        """Elements of the whole vector."""
+        """Number of elements of the whole vector."""
         return self.starts[-1]
 
     def tensor(self, start: int, shape: Shape, name: str) -> Stored:
-        """The tensor of this shape whose elements begin at ``start``; ``name`` is for errors."""
+        """The tensor of the given shape whose elements start at ``start``; ``name`` is for errors."""
         stop = start + math.prod(shape)
         if stop > self.numel:
             raise DamagedCheckpoint(
-                f"the partitions end at element {self.numel:,}, before it ends at {stop:,}",
+                f"it ends at element {stop:,}, but the partitions end at element {self.numel:,}",
                 path=self._files[-1],
                 tensor=name,
-                hint="A rank's file is of another save, or was cut short.",
+                hint="The file of a rank belongs to another save, or is truncated.",
             )
         return Stored(self.dtype, shape, list(self._cut(start, stop)))
 
@@ -74,19 +73,19 @@ class FlatVector:
             start, rank = upto, rank + 1
 
     def check_used(self, end: int, world_size: int) -> None:
-        """Nothing but alignment padding (below ``2 * world_size``) lies after the last parameter."""
+        """Check that only alignment padding (below ``2 * world_size``) follows the last parameter."""
         slack = self.numel - end
         if slack >= 2 * world_size:
             raise DamagedCheckpoint(
                 f"the partitions hold {slack:,} elements more than the parameters need",
                 path=self._files[-1],
-                hint="The model file is of another save than the optimizer files.",
+                hint="The model file and the optimizer files belong to different saves.",
             )
 
     def bits(self, start: int, count: int, dtype: DType) -> list[int]:
-        """A few elements, cast to ``dtype``, as the integers of their bits; none if it cannot be.
+        """A few elements, cast to ``dtype``, as the integers of their bits; empty for an unknown cast.
 
-        Without torch, so that a look at a checkpoint stays quick.
+        This is done without torch, whose import takes seconds.
         """
         data = b"".join(map(self._bytes_of, self._cut(start, start + count)))
         if (self.dtype, dtype) == (FLOAT32, FLOAT16):
@@ -103,7 +102,7 @@ class FlatVector:
 
 
 def named_weights(content: Mapping[str, Any]) -> dict[str, TensorRef]:
-    """The floating tensors of a model file's ``module`` that are neither buffers nor second names."""
+    """The floating tensors of a model file's ``module``, without buffers and second names."""
     left_out = {*(content.get("buffer_names") or ()), *(content.get("shared_params") or ())}
     return {
         name: ref
@@ -115,15 +114,15 @@ def named_weights(content: Mapping[str, Any]) -> dict[str, TensorRef]:
 def match_by_value(
     vectors: Sequence[FlatVector], weights: Mapping[str, TensorRef], *, slack: int = 1
 ) -> dict[str, Stored] | None:
-    """Propose which weights lie in the vectors, and where.
+    """Propose the order of the weights in the vectors.
 
     Args:
-        vectors: the masters, each vector wholly taken up by weights.
-        weights: the 16-bit weights; where several fit, the first that is still free is taken.
-        slack: fewer elements than this may be left at the end of a vector.
+        vectors: the masters; weights fill each vector completely.
+        weights: the 16-bit weights; if several fit, the first unused one is taken.
+        slack: the number of elements left at the end of a vector must be below this.
 
     Returns:
-        The masters by name, or None where a stretch fits no weight.
+        The masters by name, or None if a stretch fits no weight.
     """
     free = dict(weights)
     masters: dict[str, Stored] = {}
@@ -153,7 +152,7 @@ def _fitting(vector: FlatVector, position: int, free: Mapping[str, TensorRef]) -
 
 
 def _samples(numel: int) -> Sequence[tuple[int, int]]:
-    """First element and length of each stretch that is compared."""
+    """First element and length of each compared stretch."""
     if numel <= 2 * _SAMPLE:
         return [(0, numel)]
     return [(0, _SAMPLE), (numel - _SAMPLE, _SAMPLE)]

@@ -1,8 +1,8 @@
-"""The ``module`` of a DeepSpeed model file: its tensors, under the names of the parameters.
+"""Owns the tensors in ``module`` of a DeepSpeed model file, and their names as parameters.
 
-DeepSpeed saves what the module's own ``state_dict`` answers, and calls parameters by their place in the
-module. Nearly always the two agree; a wrapper that changes the names in its ``state_dict`` (TRL's value
-head) leaves a prefix out, which is put back here. Knows one file's content and no layout.
+DeepSpeed saves the module's ``state_dict`` there, and elsewhere names parameters by their place in the
+module. Nearly always the names agree. A wrapper that changes the names in its ``state_dict`` (TRL's value
+head) omits a prefix, which is restored here.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ def module_tensors(model: ModelState, parameters: Iterable[str]) -> dict[str, Te
 
     Args:
         model: rank 0's model file.
-        parameters: names of parameters, as the optimizer's files list them.
+        parameters: names of parameters, as the optimizer files list them.
 
     Raises:
-        UnsafePickle: a tensor of a kind that only code could rebuild: it may be a weight.
+        UnsafePickle: a value may be a weight, but only code from the file can rebuild it.
     """
     tensors = _tensors(model)
     lacking = [name for name in parameters if name not in tensors]
@@ -34,7 +34,7 @@ def module_tensors(model: ModelState, parameters: Iterable[str]) -> dict[str, Te
 
 
 def _left_out(lacking: list[str], tensors: dict[str, TensorRef]) -> str:
-    """The prefix without which all these names are in the module; empty if there is none."""
+    """The prefix that must be removed so that all names are in the module; empty if there is none."""
     segments = lacking[0].split(".") if lacking else []
     for depth in range(1, len(segments)):
         prefix = ".".join(segments[:depth]) + "."
@@ -44,10 +44,10 @@ def _left_out(lacking: list[str], tensors: dict[str, TensorRef]) -> str:
 
 
 def _tensors(model: ModelState) -> dict[str, TensorRef]:
-    """The tensors of `module`; what else a module keeps there (extra state) is no weight.
+    """The tensors of `module`, without extra state.
 
     Raises:
-        UnsafePickle: a tensor of a kind that only code could rebuild: it may be a weight.
+        UnsafePickle: a value may be a weight, but only code from the file can rebuild it.
     """
     tensors = {}
     for name, value in model.content["module"].items():
@@ -58,6 +58,6 @@ def _tensors(model: ModelState) -> dict[str, TensorRef]:
                 f"it is not a plain tensor but a {value.global_name}",
                 path=model.path,
                 tensor=name,
-                hint="Nothing of it was run. If it is a weight, please report its layout.",
+                hint="No code from the file was run. If it is a weight, please report its layout.",
             )
     return tensors

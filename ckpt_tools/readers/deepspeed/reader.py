@@ -1,8 +1,8 @@
-"""Raw DeepSpeed checkpoints: ZeRO stages 0 to 3 and ``BF16_Optimizer``.
+"""Owns the search for DeepSpeed checkpoints, and the kind of each of their tensors.
 
-Owns the search for such a checkpoint under a path, and the answer to which of its tensors is a trained
-parameter, a frozen one, a buffer or a second name. Reads metadata only, without DeepSpeed and without
-running code from the files. Bytes are located by :mod:`~ckpt_tools.readers.deepspeed.layout`.
+A tensor is a trained parameter, a frozen one, a buffer or a second name. The formats are ZeRO stages 0 to 3
+and ``BF16_Optimizer``. Only metadata is read, without DeepSpeed and without code from the files.
+:mod:`~ckpt_tools.readers.deepspeed.layout` locates the bytes.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ NAME = "deepspeed"
 
 
 def find(path: Path, tag: str | None = None) -> list[Location]:
-    """The checkpoints of this format that ``path`` means.
+    """The checkpoints of this format to which ``path`` leads.
 
     Args:
         path: a directory with ``latest``, a tag's directory, a directory with one or more tags, or
             one of a checkpoint's files.
-        tag: which of several, by name.
+        tag: the name of one of several checkpoints.
 
     Returns:
-        One location, or none where this is not a checkpoint of this format, or several to choose from.
+        One location, several to choose from, or none if there is no checkpoint of this format.
 
     Raises:
-        UsageError: ``tag`` is not there.
-        DamagedCheckpoint: ``latest`` names a directory that is missing, outside, or no checkpoint.
+        UsageError: ``tag`` does not exist.
+        DamagedCheckpoint: the directory in ``latest`` is missing, outside, or not a checkpoint.
     """
     if path.is_file():
         if not (
@@ -63,7 +63,7 @@ def find(path: Path, tag: str | None = None) -> list[Location]:
             raise UsageError(
                 f"this directory holds the shards of {path.name!r}, not of {tag!r}",
                 path=path,
-                hint="Leave out --tag, or name the directory above.",
+                hint="Omit --tag, or pass the directory above.",
             )
         return [_location(path, path.parent)]
     tags = [entry for entry in entries_of(path) if entry.is_dir() and is_shard_directory(entry)]
@@ -94,29 +94,33 @@ def _follow_latest(root: Path, latest: Path, names: list[str]) -> Location:
     hint = (
         f"Pass --tag with one of: {', '.join(names)}."
         if names
-        else "No checkpoint lies beside it; was the directory moved or cleaned up?"
+        else "There is no checkpoint beside it. The directory may have been moved or deleted."
     )
     if not tag or Path(tag).is_absolute() or ".." in Path(tag).parts:
         raise DamagedCheckpoint(
-            f"it names {tag!r}, which is not a directory beside it", path=latest, hint=hint
+            f"its content is {tag!r}, which is not a directory beside it", path=latest, hint=hint
         )
     if not _is_directory(root / tag):
-        raise DamagedCheckpoint(f"it names {tag!r}, which is not there", path=latest, hint=hint)
+        raise DamagedCheckpoint(
+            f"its content is {tag!r}, but this directory does not exist", path=latest, hint=hint
+        )
     if not any(
         MODEL_FILE.fullmatch(e.name) or OPTIM_FILE.fullmatch(e.name) for e in entries_of(root / tag)
     ):
         raise DamagedCheckpoint(
-            f"it names {tag!r}, which holds no DeepSpeed shards", path=latest, hint=hint
+            f"its content is {tag!r}, but this directory holds no DeepSpeed shards",
+            path=latest,
+            hint=hint,
         )
     newer = [name for name in names if by_number(root / name) > by_number(root / tag)]
-    remarks = (f"newer than the one that `latest` names: {', '.join(newer)}",) if newer else ()
+    remarks = (f"newer than the checkpoint in `latest`: {', '.join(newer)}",) if newer else ()
     return _location(root / tag, root, remarks)
 
 
 def _is_directory(path: Path) -> bool:
     try:
         return path.is_dir()
-    except OSError:  # a name that is too long: `latest` may hold anything
+    except OSError:  # the name is too long: `latest` may have any content
         return False
 
 
@@ -125,7 +129,7 @@ def read(location: Location) -> Checkpoint:
 
     Raises:
         DamagedCheckpoint: files are missing, truncated or of different saves.
-        UnsupportedLayout: a parallel layout that is not read.
+        UnsupportedLayout: the layout is not supported.
     """
     shards = open_shards(location.directory)
     masters, doubts = _masters(shards)
@@ -172,7 +176,7 @@ def _masters(shards: ShardSet) -> tuple[dict[str, Stored], list[str]]:
 
 
 class _Reading:
-    """Sorts the tensors of one checkpoint by what they are."""
+    """Determines the kind of each tensor of one checkpoint."""
 
     def __init__(self, shards: ShardSet, masters: Mapping[str, Stored]) -> None:
         self._shards = shards
@@ -185,7 +189,7 @@ class _Reading:
         self._unsaved = self._placeholders() if shards.stage == 3 else ()
         if self._unsaved:
             self.remarks.append(
-                f"frozen or tied parameters whose values are in no file: {', '.join(self._unsaved)}"
+                f"frozen or tied parameters without values in any file: {', '.join(self._unsaved)}"
             )
 
     def _buffer_names(self) -> set[str]:
@@ -195,8 +199,8 @@ class _Reading:
             raise DamagedCheckpoint("its buffer_names are malformed", path=self._shards.first.path)
         if recorded is not None:
             return set(names)
-        # DeepSpeed 0.3 recorded none. For stages 1 and 2 its param_shapes have every parameter, frozen ones
-        # too; for stage 3 its placeholders have one element.
+        # DeepSpeed 0.3 recorded none. In stages 1 and 2 its param_shapes list every parameter, frozen ones
+        # too. In stage 3 its placeholders have one element.
         if self._shards.stage < 3:
             shapes = self._shards.param_shapes
             return (
@@ -214,10 +218,10 @@ class _Reading:
         }
 
     def _tied_names(self) -> dict[str, str]:
-        """Second names: recorded ones, and those whose tensors share their bytes with a listed one."""
+        """Second names: recorded ones, and names of tensors that share their bytes with a listed one."""
         known = {**self._masters, **self._frozen}
         recorded = self._shards.first.get("shared_params") or {}
-        # Empty parameters all have the same address, which DeepSpeed records as sharing.
+        # All empty parameters have the same address, which DeepSpeed records as sharing.
         ties = {
             alias: kept
             for alias, kept in recorded.items()
@@ -235,7 +239,7 @@ class _Reading:
         return ties
 
     def _saved_ties(self) -> dict[str, str]:
-        """The tied names whose values are in the files: frozen parameters may have been left out."""
+        """The tied names whose values are in the files; frozen parameters may not have been saved."""
         ties = self._tied_names()
         saved = {*self._masters, *self._frozen, *self._buffers}
         if self._shards.stage < 3:
@@ -243,11 +247,13 @@ class _Reading:
         lost = [alias for alias, kept in ties.items() if kept not in saved or kept in ties]
         unheld = [alias for alias in lost if alias not in self._module]
         if unheld:
-            self.remarks.append(f"second names of parameters not saved: {', '.join(unheld)}")
+            self.remarks.append(
+                f"second names of parameters that were not saved: {', '.join(unheld)}"
+            )
         return {alias: kept for alias, kept in ties.items() if alias not in lost}
 
     def _placeholders(self) -> tuple[str, ...]:
-        """Names in the module of stage 3 whose values are in no file: old versions left them out."""
+        """Names in the module of stage 3 without values in any file: old versions did not save them."""
         explained = {*self._masters, *self._frozen, *self._buffers, *self.ties}
         return tuple(n for n, ref in self._module.items() if ref.numel <= 1 and n not in explained)
 
@@ -256,7 +262,7 @@ class _Reading:
         return None if ref is None else ref.shape
 
     def weights(self) -> dict[str, Weight]:
-        """Every tensor, in the order of the module where that is recorded."""
+        """Every tensor, in the order of the module as far as it is recorded."""
         order = dict.fromkeys((*self._module, *self._masters, *self._frozen))
         weights = {}
         for name in order:
@@ -269,13 +275,13 @@ class _Reading:
         master = self._masters.get(name)
         if master is not None and ref is None:
             raise DamagedCheckpoint(
-                "it has a master, but is not in `module`",
+                "it has a master, but is missing in `module`",
                 path=self._shards.first.path,
                 tensor=name,
-                hint="The model file is of another save than the optimizer files, or was changed.",
+                hint="The model file belongs to another save than the optimizer files, or was changed.",
             )
         if self._shards.stage == 3 and name not in self._buffers:
-            # The module holds empty placeholders, which still tell the training dtype.
+            # The module holds empty placeholders, which have the training dtype.
             held = master or self._frozen.get(name)
             if held is None:
                 raise self._unexplained(name)
@@ -301,7 +307,7 @@ class _Reading:
 
     def _unexplained(self, name: str) -> DamagedCheckpoint:
         return DamagedCheckpoint(
-            "it is in `module`, but neither trained, frozen nor a buffer",
+            "it is in `module`, but it is neither trained nor frozen nor a buffer",
             path=self._shards.first.path,
             tensor=name,
         )
@@ -316,7 +322,7 @@ class _Reading:
 
 
 def _miscounted(shards: ShardSet) -> str | None:
-    """That the optimizer took other steps than the engine; it takes one of its own before DeepSpeed 0.10."""
+    """The doubt if optimizer and engine count different steps; before DeepSpeed 0.10 they differ by one."""
     taken, skipped = (_int(shards.first.get(key)) for key in ("global_steps", "skipped_steps"))
     counted = shards.optims[0].step if shards.optims else None
     if not isinstance(counted, int | float) or taken is None or counted < 0:

@@ -1,8 +1,7 @@
-"""The shard files of a raw DeepSpeed checkpoint: which there are, and whether they belong together.
+"""Owns the names of a DeepSpeed checkpoint's shard files, and the keys of their pickled content.
 
-Owns file names and the pickled keys. That the files are of one save is proven by
-:mod:`~ckpt_tools.readers.deepspeed.agreement`; what the flat groups mean is the business of
-:mod:`~ckpt_tools.readers.deepspeed.layout`.
+:mod:`~ckpt_tools.readers.deepspeed.agreement` proves that the files belong to one save, and
+:mod:`~ckpt_tools.readers.deepspeed.layout` locates the parameters in the flat groups.
 
 Sources: ``deepspeed/runtime/engine.py`` (``_get_ckpt_name``, ``_get_zero_ckpt_name``,
 ``_common_checkpoint_state``), ``runtime/zero/stage_1_and_2.py`` and ``stage3.py`` (``state_dict``),
@@ -20,7 +19,7 @@ from typing import Any, TypeVar
 
 from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout
 from ckpt_tools.readers.containers.restricted_pickle import Opaque, TensorRef
-from ckpt_tools.readers.containers.torch_file import TorchFile
+from ckpt_tools.readers.containers.torch_file import TorchFile, refuse_exchanged
 from ckpt_tools.readers.deepspeed.agreement import (
     NODE_LOCAL,
     SAME_SAVE,
@@ -47,10 +46,10 @@ _FOREIGN = {
 
 @dataclass(frozen=True)
 class ShardSet:
-    """All shards of one save, agreed with each other.
+    """All shards of one save, after the proof that they belong together.
 
     Attributes:
-        directory: where they lie.
+        directory: their directory.
         models: model files in rank order: one for stages 0 to 2, one a rank for stage 3.
         optims: optimizer files in rank order; none for stage 0.
         stage: ZeRO stage; BF16_Optimizer files count as stage 1.
@@ -69,17 +68,17 @@ class ShardSet:
 
     @property
     def first(self) -> ModelState:
-        """Global rank 0's model file, which alone holds what is the same on all ranks."""
+        """Global rank 0's model file; the values that are equal on all ranks are read from it."""
         return self.models[0]
 
     @property
     def param_shapes(self) -> object:
-        """Names and shapes of the trained parameters; up to DeepSpeed 0.5 in the optimizer files."""
+        """Names and shapes of the trained parameters; up to DeepSpeed 0.5 from the optimizer files."""
         recorded = self.first.get("param_shapes")
         return recorded if recorded is not None or not self.optims else self.optims[0].param_shapes
 
 
-# Of model files other than rank 0's; with a thousand ranks the rest is hundreds of megabytes.
+# Keys of all model files but rank 0's. With a thousand ranks, the other keys take hundreds of megabytes.
 _KEPT_OF_EVERY_RANK = (
     "global_steps",
     "global_samples",
@@ -92,7 +91,7 @@ _KEPT_OF_EVERY_RANK = (
 
 
 def is_shard_directory(path: Path) -> bool:
-    """Whether the directory itself holds shards of a raw DeepSpeed checkpoint."""
+    """Whether the directory holds model files of a DeepSpeed checkpoint."""
     try:
         return any(MODEL_FILE.fullmatch(entry.name) for entry in path.iterdir())
     except OSError:
@@ -104,7 +103,7 @@ def open_shards(directory: Path) -> ShardSet:
 
     Raises:
         DamagedCheckpoint: files are missing, truncated, or of different saves.
-        UnsupportedLayout: tensor- or pipeline-parallel shards, or native MoE.
+        UnsupportedLayout: the shards are tensor- or pipeline-parallel, or of a native MoE.
     """
     names = sorted(entry.name for entry in directory.iterdir() if entry.is_file())
     for layout, pattern in _FOREIGN.items():
@@ -113,7 +112,7 @@ def open_shards(directory: Path) -> ShardSet:
             raise UnsupportedLayout(
                 f"a {layout} checkpoint ({len(found)} files such as {found[0]})",
                 path=directory,
-                hint="This layout is not read yet; DeepSpeed's ds_to_universal.py may help.",
+                hint="This layout is not supported yet. DeepSpeed's ds_to_universal.py may help.",
             )
     model_names = _by_rank(directory, names, MODEL_FILE)
     optim_names = _by_rank(directory, names, OPTIM_FILE)
@@ -136,7 +135,7 @@ def open_shards(directory: Path) -> ShardSet:
     recorded = next(iter(stages), None)
     stage = recorded if recorded is not None else (1 if is_bf16_optimizer else 0)
     if stage == 2 and config_stage == 1:
-        stage = 1  # up to DeepSpeed 0.6 one class served both, and wrote the number of the second
+        stage = 1  # up to DeepSpeed 0.6 one class implemented both stages, and wrote 2 for both
     if not optims and config_stage and first.get("optimizer") is None:
         raise DamagedCheckpoint(
             f"a ZeRO-{config_stage} checkpoint without its optimizer files, which hold the weights",
@@ -162,7 +161,7 @@ def open_shards(directory: Path) -> ShardSet:
 
 
 def _by_rank(directory: Path, names: Iterable[str], pattern: re.Pattern[str]) -> dict[int, str]:
-    """File names by data-parallel rank; refuses two files for one rank and model parallelism."""
+    """File names by data-parallel rank. Two files for one rank, and model parallelism, are refused."""
     found: dict[int, str] = {}
     for name in names:
         match = pattern.fullmatch(name)
@@ -172,12 +171,12 @@ def _by_rank(directory: Path, names: Iterable[str], pattern: re.Pattern[str]) ->
             raise UnsupportedLayout(
                 f"a tensor- or pipeline-parallel checkpoint ({name})",
                 path=directory,
-                hint="Only data-parallel ZeRO checkpoints are read so far.",
+                hint="Only data-parallel ZeRO checkpoints are supported so far.",
             )
         rank = int(match["dp"] or 0)
         if rank in found:
             raise DamagedCheckpoint(
-                f"files of two saves lie in one directory: {found[rank]} and {name} are both rank {rank}",
+                f"one directory has files of two saves: {found[rank]} and {name} are both of rank {rank}",
                 path=directory,
                 hint=SAME_SAVE,
             )
@@ -189,7 +188,7 @@ T = TypeVar("T")
 
 
 def _in_parallel(read: Callable[[Path], T], paths: Sequence[Path]) -> list[T]:
-    """Read many small pickles; on a shared file system the wait for each is what takes time."""
+    """Read many small pickles in threads, because a shared file system is slow for each of them."""
     if len(paths) < 4:
         return [read(path) for path in paths]
     with ThreadPoolExecutor(16) as pool:
@@ -199,10 +198,10 @@ def _in_parallel(read: Callable[[Path], T], paths: Sequence[Path]) -> list[T]:
 def _read_model(path: Path) -> ModelState:
     match = MODEL_FILE.fullmatch(path.name)
     assert match is not None
-    content = TorchFile(path).load()
+    content = _load_own(path, MODEL_FILE)
     if not isinstance(content, dict) or "module" not in content:
         raise DamagedCheckpoint(
-            "not a model file of DeepSpeed: it has no `module`", path=path, hint=SAME_SAVE
+            "not a model file of DeepSpeed: `module` is missing", path=path, hint=SAME_SAVE
         )
     if content["module"] is None:
         raise UnsupportedLayout("a pipeline-parallel checkpoint (its `module` is None)", path=path)
@@ -212,15 +211,28 @@ def _read_model(path: Path) -> ModelState:
     return ModelState(path, rank, content)
 
 
+def _load_own(path: Path, names: re.Pattern[str]) -> Any:
+    """The content of a rank's file that was saved as the file of this rank."""
+
+    def rank_of(name: str) -> tuple[int, int] | None:
+        match = names.fullmatch(name)
+        return None if match is None else (int(match["dp"] or 0), int(match["mp"]))
+
+    file = TorchFile(path)
+    content = file.load()
+    refuse_exchanged(file, rank_of)
+    return content
+
+
 def _read_optim(path: Path) -> OptimState:
     match = OPTIM_FILE.fullmatch(path.name)
     assert match is not None
-    content = TorchFile(path).load()
+    content = _load_own(path, OPTIM_FILE)
     state = content.get("optimizer_state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict):
         raise DamagedCheckpoint("not an optimizer file of DeepSpeed", path=path, hint=SAME_SAVE)
     groups = state.get("fp32_flat_groups", state.get("single_partition_of_fp32_groups"))
-    # Up to DeepSpeed 0.3, stage 1: a rank has a partition in each of several intervals of a group.
+    # In stage 1 of DeepSpeed up to 0.3, a rank has a partition in each of several intervals of a group.
     intervals = state.get("local_sub_partitions_of_fp32_groups")
     if groups is None and isinstance(intervals, list) and all(map(_is_tensors, intervals)):
         groups = [partitions[0] for partitions in intervals if partitions]
@@ -228,7 +240,7 @@ def _read_optim(path: Path) -> OptimState:
         raise DamagedCheckpoint(
             "its fp32 groups are missing or are not tensors",
             path=path,
-            hint="If the optimizer was swapped to NVMe, its masters are not in this file.",
+            hint="If the optimizer was offloaded to NVMe, its masters are not in this file.",
         )
     base = state.get("base_optimizer_state", state.get("optimizer_state_dict"))
     return OptimState(
@@ -251,16 +263,16 @@ def _is_tensors(values: Any) -> bool:
 
 
 def _enum_value(value: Any, path: Path) -> int | None:
-    """The stage: a number, or DeepSpeed's ``ZeroStageEnum`` kept as an inert name and argument."""
+    """The stage, from a number or from DeepSpeed's ``ZeroStageEnum`` (an inert name with an argument)."""
     if isinstance(value, Opaque) and len(value.args) == 1:
         value = value.args[0]
     if value is None or (isinstance(value, int) and 0 <= value <= 3):
         return value
-    raise DamagedCheckpoint(f"its zero_stage is {value!r}, which is none", path=path)
+    raise DamagedCheckpoint(f"its zero_stage is {value!r}, which is not a ZeRO stage", path=path)
 
 
 def _optimizer_step(state: dict[str, Any], base: Any) -> object:
-    """The optimizer's own step counter, wherever this optimizer keeps it; None if it counts none."""
+    """The optimizer's own step counter, in any of its places; None if it has no counter."""
     if "base_optimizer_state_step" in state:
         return state["base_optimizer_state_step"]
     groups = base if isinstance(base, list) else []
@@ -290,7 +302,7 @@ def _scalar(ref: TensorRef) -> float:
 
 
 def _hyperparameters(base: Any) -> object:
-    """Learning rates and the like of every group: the same on all ranks of one save."""
+    """Learning rates and other settings of every group, which are equal on all ranks of one save."""
     if not isinstance(base, dict):
         return None
     plain = (int, float, str, bool, tuple, type(None))

@@ -1,8 +1,7 @@
-"""Tensors that several ranks hold alike: whether their copies are indeed the same, told almost for free.
+"""Owns the comparison of copies: whether two ranks hold the same bytes of a tensor.
 
-A zip file has a checksum of each storage in its directory, so equal copies are known as such without a look
-at a byte; only views into storages that differ are read, in small blocks. Knows no format: what is to be
-done about copies that differ is the reader's business.
+A zip file has a checksum of each storage in its directory, so equal storages need no reading. Views into
+storages that differ are read in small blocks.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ _BLOCK = 1 << 20
 
 
 def differ(one: Run, other: Run) -> bool:
-    """Whether two runs of as many elements hold other bytes.
+    """Whether two runs with the same number of elements hold different bytes.
 
-    Legacy files have no checksums; what lies in them is taken to be alike.
+    Legacy files have no checksums; their copies are taken for equal.
     """
     storages = (one.ref.storage, other.ref.storage)
     records = [storage.record for storage in storages if isinstance(storage, ZipStorage)]

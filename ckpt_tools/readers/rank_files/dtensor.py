@@ -1,10 +1,8 @@
-"""Which elements of the whole a rank holds: DTensor and ShardedTensor, as torch pickles them.
+"""Owns the pickled forms of DTensor and ShardedTensor: which elements of the whole a rank's file holds.
 
-Owns the arithmetic of placements and the way from the pickled spec to it: mesh sizes, this rank's
-coordinates, ``Shard``, ``_StridedShard``, ``Replicate``. A placement cuts what the placements before it left
-of one axis; a strided one takes a part of each of several chunks, so a rank may hold more than one span of
-an axis. Nothing needs a process group, and nothing is asked of other ranks: each rank's file says by
-itself which boxes it holds. Knows neither file names nor how ranks make a checkpoint.
+The pickled spec has the mesh sizes, the rank's coordinates and the placements ``Shard``, ``_StridedShard``
+and ``Replicate``; :mod:`ckpt_tools.tensors.placements` has their arithmetic. No process group is needed,
+because each file states the boxes that it holds.
 
 Source: ``torch/distributed/tensor/_utils.py`` (``_compute_local_shape_and_global_offset``),
 ``placement_types.py``, ``_shard/sharded_tensor/api.py`` (``__getstate__``), ``device_mesh.py``, read at torch
@@ -32,12 +30,12 @@ _MOST_CHUNKS = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One box of the whole, and where in a tensor of a file it lies.
+    """One box of the whole, and its place in a tensor of a file.
 
     Attributes:
-        box: which elements.
+        box: the elements.
         ref: the tensor in the file.
-        start: element of ``ref`` at which the box begins; it is stored row-major from there.
+        start: element of ``ref`` at which the box starts; it is stored row-major from there.
     """
 
     box: Box
@@ -47,15 +45,15 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What one rank holds of a tensor.
+    """The part of a tensor that one rank holds.
 
     Attributes:
         dtype: element type.
         shape: sizes of the whole.
-        runs: the boxes it holds; none where its part is empty.
+        runs: the boxes of the part; empty if the part is empty.
         kind: ``DTensor``, ``ShardedTensor``, or ``plain`` for a tensor that each rank holds whole.
-        rank: the rank that wrote it, where recorded.
-        world_size: the number of ranks that its file knows of, if it knows of others.
+        rank: the rank that wrote it, if recorded.
+        world_size: the number of ranks, if recorded.
     """
 
     dtype: DType
@@ -73,19 +71,19 @@ def whole(ref: TensorRef) -> Part:
 
 
 def part_of(value: object, path: Path, name: str) -> Part | None:
-    """What a rank holds of a tensor.
+    """The part of a tensor that a rank holds.
 
     Args:
-        value: an entry of its state dict.
-        path: its file, for errors.
-        name: of the tensor, for errors.
+        value: an entry of the rank's state dict.
+        path: the rank's file, for errors.
+        name: the name of the tensor, for errors.
 
     Returns:
-        The part, or None where the value is no tensor that is known here.
+        The part, or None if the value is not a tensor of a known kind.
 
     Raises:
-        UnsupportedLayout: a sum that was not carried out, or a local tensor that is not a plain one.
-        DamagedCheckpoint: the local tensor is not as large as the spec says.
+        UnsupportedLayout: the tensor is partial (a sum that was not reduced), or its local part is not plain.
+        DamagedCheckpoint: the local tensor does not have the size in the spec.
     """
     if isinstance(value, TensorRef):
         return whole(contiguous(value, name))
@@ -103,7 +101,7 @@ def part_of(value: object, path: Path, name: str) -> Part | None:
             return _of_sharded_tensor(value, path, name)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise DamagedCheckpoint(
-            f"its {kind} is not as torch writes it ({type(error).__name__}: {error})",
+            f"its {kind} does not have the form that torch writes ({type(error).__name__}: {error})",
             path=path,
             tensor=name,
         ) from error
@@ -128,14 +126,13 @@ def _of_dtensor(value: Opaque, path: Path, name: str) -> Part:
     placements = [_placement(each, len(shape), path, name) for each in spec["placements"]]
     spans = local_spans(shape, _mesh_shape(mesh), _shape(coordinate), placements)
     sizes = tuple(sum(high - low for low, high in held) for held in spans)
-    # Of a tensor without elements FSDP2 keeps a part with other sizes.
+    # FSDP2 keeps a part with other sizes if the tensor has no elements.
     if local.dtype != dtype or (local.shape != sizes and math.prod(shape)):
         raise DamagedCheckpoint(
-            f"it holds {local.dtype} {local.shape} where its placements give {dtype} {sizes}",
+            f"it holds {local.dtype} {local.shape}, but its placements give {dtype} {sizes}",
             path=path,
             tensor=name,
-            hint="The file was changed after it was saved, or torch shards in a way that is not known "
-            "here.",
+            hint="The file was changed after it was saved, or torch shards it in an unknown way.",
         )
     contiguous(local, name)
     runs = tuple(Run(box, local, start) for box, start in local_boxes(spans))
@@ -148,10 +145,10 @@ def _placement(value: Opaque, ndim: int, path: Path, name: str) -> Sharding | No
         return None
     if kind not in {"Shard", "_StridedShard"}:
         raise UnsupportedLayout(
-            f"its placement {kind} is not read",
+            f"its placement {kind} is not supported",
             path=path,
             tensor=name,
-            hint="A partial tensor is a sum that was not carried out: redistribute it before saving.",
+            hint="A partial tensor is a sum that was not reduced. Redistribute it before saving.",
         )
     axis = value.state["dim"]
     factor = value.state["split_factor"] if kind == "_StridedShard" else 1
@@ -171,14 +168,14 @@ def _mesh_shape(mesh: Mapping[str, Any]) -> Shape:
 
 
 def _product(sizes: Any) -> int:
-    """Of nested tuples, as layouts of flattened axes have them."""
+    """The product of nested tuples, which layouts of flattened axes have."""
     if isinstance(sizes, tuple):
         return math.prod(_product(size) for size in sizes)
     return int(sizes)
 
 
 def _world_size(mesh: Mapping[str, Any]) -> int:
-    """Number of ranks in the mesh, or in the one that it was cut from where that is recorded."""
+    """Number of ranks in the mesh, or in its root mesh if that is recorded."""
     root = mesh.get("_root_mesh")
     return math.prod(_mesh_shape(mesh if root is None else root.state))
 
@@ -193,7 +190,7 @@ def _of_sharded_tensor(value: Opaque, path: Path, name: str) -> Part:
         box = Box(_shape(placed["shard_offsets"]), _shape(placed["shard_sizes"]))
         if (local.dtype, local.shape) != (dtype, box.sizes):
             raise DamagedCheckpoint(
-                f"a shard of it is {local.dtype} {local.shape} where {dtype} {box.sizes} was recorded",
+                f"a shard of it is {local.dtype} {local.shape}, but {dtype} {box.sizes} was recorded",
                 path=path,
                 tensor=name,
             )

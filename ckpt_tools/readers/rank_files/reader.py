@@ -1,9 +1,8 @@
-"""One torch file a rank, each with its part of every tensor: verl, Accelerate without DCP, plain loops.
+"""Owns checkpoints of one torch file a rank, each with a part of every tensor: verl, Accelerate, plain loops.
 
-Owns the names of the files, the completeness of a set of files, and the agreement of the ranks. Which
-elements a rank holds is the business of :mod:`~ckpt_tools.readers.rank_files.dtensor`. A tensor that every
-rank holds whole is taken once, never joined. Optimizer and extra state have names of their own and are not
-opened.
+The files of a set are found by their names, must be complete, and must agree with each other.
+:mod:`~ckpt_tools.readers.rank_files.dtensor` finds the elements that a rank holds. A tensor that every rank
+holds whole is taken from one rank. Files of optimizer and extra state have other names and are not opened.
 
 Sources: verl ``utils/checkpoint/fsdp_checkpoint_manager.py``; ``accelerate/utils/fsdp_utils.py``
 (``save_fsdp_model``), read at 1.15; ``torch/distributed/fsdp/_state_dict_utils.py`` (the three kinds of
@@ -22,7 +21,7 @@ from pathlib import Path
 
 from ckpt_tools.errors import DamagedCheckpoint, UnsafePickle, UnsupportedLayout, listed
 from ckpt_tools.readers.containers.restricted_pickle import Opaque
-from ckpt_tools.readers.containers.torch_file import TorchFile
+from ckpt_tools.readers.containers.torch_file import TorchFile, refuse_exchanged
 from ckpt_tools.readers.rank_files.copies import differ
 from ckpt_tools.readers.rank_files.dtensor import Part, Run, part_of
 from ckpt_tools.readers.trainer_state import trainer_step
@@ -32,7 +31,7 @@ from ckpt_tools.tensors.deferred import DeferredFragment
 from ckpt_tools.tensors.fragments import assembled
 
 NAME = "rank-files"
-# The set that a file belongs to, and who calls files so.
+# For each writer the names of its files; the group is the set that a file belongs to.
 _NAMES = {
     "verl": re.compile(r"model_(world_size_\d+)_rank_\d+\.pt"),
     "accelerate": re.compile(r"(pytorch_model_fsdp(?:_\d+)?)_rank\d+\.bin"),
@@ -40,23 +39,23 @@ _NAMES = {
 }
 _RANK = re.compile(r"\d+(?=\.\w+$)")
 _STEP = re.compile(r"global_step_(\d+)")
-# What FSDP1 calls the parameters of a wrapped module laid end to end; the second is older.
+# FSDP1's names for the flat parameter of a wrapped module; the second name is older.
 _FLAT = {"_flat_param", "flat_param"}
-# A file can claim any number of ranks; nobody reads more names of missing ones.
+# A file can claim any number of ranks, so the list of missing names has a limit.
 _NAMED = 1000
 _OTHER_NODES = (
-    "Each node may have written to a disk of its own: copy the rank files of every node into this "
-    "directory, or name its folder with --also DIR."
+    "Each node may have written to its own disk: copy the rank files of every node into this "
+    "directory, or pass their folders with --also DIR."
 )
-_OTHER_SAVE = "A file of another save lies among them; take all files from one save."
+_OTHER_SAVE = "A file of another save is among them. Take all files from one save."
 
 
 def find(path: Path, tag: str | None = None) -> list[Location]:
-    """The checkpoints of this format that ``path`` means.
+    """The checkpoints of this format to which ``path`` leads.
 
     Args:
-        path: the directory with the files, or one of them.
-        tag: which of several sets: ``world_size_8``, ``pytorch_model_fsdp_0``.
+        path: the directory of the files, or one of them.
+        tag: the name of one of several sets: ``world_size_8``, ``pytorch_model_fsdp_0``.
     """
     if path.is_file():
         tag, path = _part(path.name), path.parent
@@ -70,7 +69,7 @@ def find(path: Path, tag: str | None = None) -> list[Location]:
 
 
 def _part(name: str) -> str | None:
-    """The set that a file belongs to, or None where it is of no set."""
+    """The set that a file belongs to, or None if its name is another."""
     matches = (pattern.fullmatch(name) for pattern in _NAMES.values())
     return next((match[1] for match in matches if match), None)
 
@@ -87,7 +86,7 @@ def _sets(directory: Path) -> dict[str, dict[int, Path]]:
 
 @dataclass(frozen=True)
 class _RankFile:
-    """What one rank saved: its part of each tensor, in the order of its state dict."""
+    """The content of one rank's file: its part of each tensor, in the order of its state dict."""
 
     rank: int
     path: Path
@@ -100,11 +99,11 @@ def read(location: Location) -> Checkpoint:
 
     Raises:
         DamagedCheckpoint: ranks are missing, or of different saves.
-        UnsupportedLayout: FSDP1 LOCAL files, which do not say what they hold.
+        UnsupportedLayout: FSDP1 LOCAL files, which do not record their parameters.
     """
     found = _sets(location.directory).get(location.part or "", {})
     if not found:
-        raise DamagedCheckpoint("its files are gone", path=location.directory)
+        raise DamagedCheckpoint("its files no longer exist", path=location.directory)
     first = next(iter(found.values())).name
     writer = next(writer for writer, pattern in _NAMES.items() if pattern.fullmatch(first))
     config: dict[str, object] = {}
@@ -134,10 +133,10 @@ def read(location: Location) -> Checkpoint:
 
 
 def _expect(found: Mapping[int, Path], world_size: int) -> None:
-    """Prove that every rank has a file.
+    """Check that every rank has a file.
 
     Raises:
-        DamagedCheckpoint: a rank has none; the files that should be there are named.
+        DamagedCheckpoint: files are missing; the error lists their names.
     """
     count = world_size - sum(rank < world_size for rank in found)
     if count:
@@ -153,10 +152,10 @@ def _expect(found: Mapping[int, Path], world_size: int) -> None:
 
 
 def _config(directory: Path, world_size: int) -> dict[str, object]:
-    """What newer versions of verl recorded of the run.
+    """The config that newer versions of verl write.
 
     Raises:
-        DamagedCheckpoint: it is of a run with another number of ranks.
+        DamagedCheckpoint: it belongs to a run with another number of ranks.
     """
     path = directory / "fsdp_config.json"
     try:
@@ -168,32 +167,41 @@ def _config(directory: Path, world_size: int) -> dict[str, object]:
         raise DamagedCheckpoint(f"cannot be read ({error})", path=path) from error
     if recorded != world_size:
         raise DamagedCheckpoint(
-            f"it says that {recorded} ranks saved, and the files beside it are of {world_size}",
+            f"it states {recorded} ranks, the files beside it are of {world_size}",
             path=path,
             hint=_OTHER_SAVE,
         )
     return dict(config)
 
 
+def _rank_in(name: str) -> int | None:
+    """The rank that the name of a file states; None for files of no rank."""
+    match = _RANK.search(name)
+    known = any(pattern.fullmatch(name) for pattern in _NAMES.values())
+    return int(match[0]) if match is not None and known else None
+
+
 def _read_rank(rank: int, path: Path) -> _RankFile:
-    content = TorchFile(path).load()
+    file = TorchFile(path)
+    content = file.load()
+    refuse_exchanged(file, _rank_in)
     if not isinstance(content, dict):
-        raise DamagedCheckpoint("it holds no state dict", path=path)
+        raise DamagedCheckpoint("its content is not a state dict", path=path)
     flat = [name for name in content if str(name).rpartition(".")[2] in _FLAT]
     if flat:
         raise UnsupportedLayout(
-            f"an FSDP1 LOCAL state: {len(flat)} flat parameters, each a wrapped module's laid end to end, "
-            "padded, without the shapes (older files: nor the names) of what is in it",
+            f"an FSDP1 LOCAL state: {len(flat)} flat parameters of wrapped modules, without the shapes (in "
+            "older files also without the names) of the parameters in them",
             path=path,
-            hint="A config does not say which modules were wrapped, so it is not enough. Load the state in "
-            "the training script and save it with SHARDED_STATE_DICT or FULL_STATE_DICT.",
+            hint="A config does not state which modules were wrapped, so it is not enough. Load the state in "
+            "the training script, and save it with SHARDED_STATE_DICT or FULL_STATE_DICT.",
         )
     parts: dict[str, Part] = {}
     for name, value in content.items():
         part = part_of(value, path, str(name))
         if part is not None:
             parts[str(name)] = part
-        elif not str(name).endswith("_extra_state"):  # what a module keeps for itself, no weight
+        elif not str(name).endswith("_extra_state"):  # extra state of a module is not a weight
             raise _not_a_tensor(value, path, str(name))
     _own_file(rank, path, parts.values())
     sizes = {part.world_size for part in parts.values() if part.world_size is not None}
@@ -206,7 +214,7 @@ def _not_a_tensor(value: object, path: Path, name: str) -> DamagedCheckpoint:
             f"it is not a plain tensor but a {value.global_name}",
             path=path,
             tensor=name,
-            hint="Nothing of it was run. If it is a weight, please report its layout.",
+            hint="No code from the file was run. If it is a weight, please report its layout.",
         )
     return DamagedCheckpoint("it is not a tensor", path=path, tensor=name)
 
@@ -215,25 +223,25 @@ def _own_file(rank: int, path: Path, parts: Iterable[Part]) -> None:
     recorded = {part.rank for part in parts if part.rank is not None} - {rank}
     if recorded:
         raise DamagedCheckpoint(
-            f"by its name it is of rank {rank}, by its contents of rank {min(recorded)}",
+            f"its name states rank {rank}, its content rank {min(recorded)}",
             path=path,
-            hint="It was renamed, or copied over another rank's file; copy it anew.",
+            hint="It was renamed, or copied over the file of another rank. Copy it anew.",
         )
 
 
 def _world_size(ranks: Sequence[_RankFile], named: int | None) -> int:
-    """The number of ranks that saved, as the names of the files or else their contents say.
+    """The number of ranks that saved, from the names of the files or else from their content.
 
     Raises:
-        DamagedCheckpoint: a file is of a larger run.
+        DamagedCheckpoint: a file belongs to a run with more ranks.
     """
     recorded = [file.world_size for file in ranks if file.world_size is not None]
     known = named or min(recorded, default=ranks[-1].rank + 1)
     for file in ranks:
-        # A mesh need not have all ranks, so less than is known is no contradiction.
+        # A mesh may have fewer ranks than the run, so a smaller number is not a contradiction.
         if max(file.world_size or 0, file.rank + 1) > known:
             raise DamagedCheckpoint(
-                f"it is of a run with more ranks than the {known} of the others here",
+                f"it belongs to a run with more ranks than the {known} of the other files",
                 path=file.path,
                 hint=_OTHER_SAVE,
             )
@@ -241,7 +249,7 @@ def _world_size(ranks: Sequence[_RankFile], named: int | None) -> int:
 
 
 class _PartFragment(DeferredFragment):
-    """A fragment of a rank's file, whose storage is looked up when its bytes are asked for."""
+    """A fragment of a rank's file. Its storage is looked up when its bytes are requested."""
 
     __slots__ = ("_run",)
     _run: Run
@@ -262,7 +270,7 @@ class _Joined:
     Attributes:
         weights: every tensor, in the order of the first rank's state dict.
         ties: second names.
-        remarks: copies that differ from rank to rank.
+        remarks: names of tensors whose copies differ between ranks.
     """
 
     def __init__(self, ranks: Sequence[_RankFile]) -> None:
@@ -284,15 +292,15 @@ class _Joined:
         self.remarks: list[str] = []
         if self._differing:
             names = listed(self._differing)
-            self.remarks.append(f"differ from rank to rank, the first rank's are taken: {names}")
+            self.remarks.append(f"copies differ between ranks, the first rank's are taken: {names}")
 
     def _agree(self, name: str, held: Sequence[tuple[_RankFile, Part]]) -> None:
         (file, part), *others = held
         for other, its in others:
             if (its.dtype, its.shape, its.kind) != (part.dtype, part.shape, part.kind):
                 raise DamagedCheckpoint(
-                    f"it is a {its.kind} tensor of {its.dtype} {its.shape}, and in {file.path.name} a "
-                    f"{part.kind} one of {part.dtype} {part.shape}",
+                    f"here it is a {its.kind} tensor {its.dtype} {its.shape}, in {file.path.name} a "
+                    f"{part.kind} tensor {part.dtype} {part.shape}",
                     path=other.path,
                     tensor=name,
                     hint=_OTHER_SAVE,
@@ -305,16 +313,16 @@ class _Joined:
             if kept is not run and differ(kept, run):
                 self._differs(name, part, run)
         stored = self._stored(name, part, list(distinct.values()))
-        # Parameters of a sharded model are sharded; what every rank holds whole beside them is a buffer.
+        # In a sharded model the parameters are sharded, and tensors that every rank holds whole are buffers.
         trained = part.dtype.is_floating and (part.kind != "plain" or not self._sharded)
         kind = "parameter" if trained else "buffer"
         return Weight(kind, part.shape, part.dtype, model=stored)  # type: ignore[arg-type]
 
     def _differs(self, name: str, part: Part, run: Run) -> None:
-        """Copies of a matrix that differ are no copies; of a statistic each rank may keep its own."""
+        """Refuse different copies of a matrix; each rank may have its own copy of a statistic."""
         if len(part.shape) > 1:
             raise DamagedCheckpoint(
-                "another rank holds the same elements of it with other values",
+                "two ranks hold the same elements with different values",
                 path=run.ref.storage.path,
                 tensor=name,
                 hint=_OTHER_SAVE,
@@ -333,7 +341,7 @@ class _Joined:
 
 
 def _place(runs: Sequence[Run]) -> object:
-    """What two names of one tensor have in common: on each rank, the same elements of one storage."""
+    """Equal for two names of one tensor: on each rank, the same elements of one storage."""
     return tuple(
         (id(run.ref.storage), run.ref.storage_offset, run.ref.shape, run.start, run.box)
         for run in runs
@@ -341,7 +349,7 @@ def _place(runs: Sequence[Run]) -> object:
 
 
 def _step(directory: Path) -> int | None:
-    """As the Trainer recorded it, or as verl calls the directory of an actor's and a critic's files."""
+    """The step in the name of verl's directory, or else in the Trainer's record."""
     for name in (directory.name, directory.parent.name):
         if match := _STEP.fullmatch(name):
             return int(match[1])

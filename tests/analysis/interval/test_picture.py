@@ -151,4 +151,4 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(
 
     with pytest.raises(CkptError, match="`matplotlib` is not installed") as raised:
         draw(advised(), tmp_path / "a.svg")
-    assert raised.value.hint == 'Install it: pip install "ckpt-tools[plot]"'
+    assert raised.value.hint == 'Install it with pip install "ckpt-tools[plot]".'

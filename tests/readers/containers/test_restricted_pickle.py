@@ -114,7 +114,7 @@ def test_an_attack_in_a_weight_is_refused_by_name(tmp_path: Path, canary: Path) 
         open_checkpoint(path.parent)
     assert caught.value.tensor == "lm_head.weight"
     assert caught.value.fact == "it is not a plain tensor but a os.system"
-    assert "Nothing of it was run" in str(caught.value)
+    assert "No code from the file was run" in str(caught.value)
     assert not canary.exists()
 
 
@@ -415,7 +415,7 @@ def test_a_bytearray_is_made_of_bytes_and_never_of_a_length() -> None:
 def test_a_broken_pickle_is_damage(broken: bytes) -> None:
     with pytest.raises(DamagedCheckpoint) as caught:
         unpickle(io.BytesIO(broken), "some/file.pt")
-    assert str(caught.value).startswith("some/file.pt: the pickle inside cannot be ")
+    assert str(caught.value).startswith("some/file.pt: the pickle in it cannot be ")
     assert caught.value.hint
 
 

@@ -98,7 +98,7 @@ def test_what_the_format_forbids_is_refused(kind: str, tmp_path: Path) -> None:
     error = refusal(write(tmp_path, FORBIDDEN[kind], bytes(8)))
     assert isinstance(error, DamagedCheckpoint)
     assert error.exit_code == 4
-    assert error.hint == "The file is truncated or damaged; copy or download it anew."
+    assert error.hint == "The file is truncated or damaged. Copy or download it anew."
 
 
 def test_the_tensor_that_does_not_fit_is_named(tmp_path: Path) -> None:

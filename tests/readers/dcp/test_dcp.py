@@ -130,7 +130,7 @@ def test_what_modules_keep_for_themselves_is_left_alone(tmp_path: Path) -> None:
     }
     checkpoint = open_checkpoint(save(tmp_path / "saved", {"model": state}))
     assert list(checkpoint) == ["w"]
-    assert checkpoint.remarks == ("entries of the model that are no tensors: none.at.all",)
+    assert checkpoint.remarks == ("entries of the model that are not tensors: none.at.all",)
 
 
 # Tensors as they come.

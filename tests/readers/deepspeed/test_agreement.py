@@ -19,10 +19,10 @@ STAGE_2 = "zero2-bf16-llama-3ranks"
 STAGE_3 = "zero3-bf16-llama-7ranks"
 TWO_SAVES = "zero2-bf16-llama-two-saves-2ranks"
 MODEL = "mp_rank_00_model_states.pt"
-APART = "Keep the files of one save in a directory of their own; move the others away."
+APART = "Keep only the files of one save in this directory, and move the others away."
 ELSEWHERE = (
-    "If the run saved to node-local storage, they lie on the other machines: copy every machine's "
-    "folder here, or name it with --also DIR."
+    "If the run saved to node-local storage, they are on the other machines: copy the folder of every "
+    "machine here, or pass it with --also DIR."
 )
 
 
@@ -126,7 +126,7 @@ def test_a_truncated_file_is_named(kind: str, tmp_path: Path) -> None:
     assert error.path == path
     assert error.fact.startswith("not a complete torch file")
     assert error.hint is not None
-    assert "copy it anew" in error.hint
+    assert "Copy it anew" in error.hint
 
 
 def test_an_empty_file_is_named(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_a_truncated_legacy_file_is_named(tmp_path: Path) -> None:
     damage.truncate(path, path.stat().st_size - 1)
     error = damaged(directory)
     assert error.path == path
-    assert error.fact.endswith("is shorter than it says")
+    assert error.fact.endswith("is shorter than recorded")
 
 
 def test_a_flipped_bit_in_the_metadata_is_noticed(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_a_page_of_text_under_a_shards_name_is_refused(tmp_path: Path) -> None:
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n")
     with pytest.raises(DamagedCheckpoint) as caught:
         open_checkpoint(directory)
-    assert (caught.value.path, caught.value.fact) == (path, "not a file that torch.save wrote")
+    assert (caught.value.path, caught.value.fact) == (path, "not a file of torch.save")
 
 
 # Files of another save.
@@ -177,7 +177,7 @@ def test_a_model_file_under_an_optimizer_files_name_is_refused(tmp_path: Path) -
 def test_an_optimizer_file_under_a_model_files_name_is_refused(tmp_path: Path) -> None:
     directory = damage.copy_of(STAGE_2, tmp_path)
     damage.take_over(damage.optim_files(directory)[0], directory, MODEL)
-    assert damaged(directory).fact == "not a model file of DeepSpeed: it has no `module`"
+    assert damaged(directory).fact == "not a model file of DeepSpeed: `module` is missing"
 
 
 def test_an_optimizer_file_of_another_step_is_named_with_its_step(tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_an_optimizer_file_of_another_step_is_named_with_its_step(tmp_path: Path
     path = damage.take_over(damage.optim_files(older)[1], directory)
     error = damaged(directory)
     assert error.fact == (
-        "the files are not of one save: they differ in optimizer step "
+        "the files belong to different saves: they differ in optimizer step "
         f"(2.0 in {path.name}, 4.0 in the others)"
     )
     assert error.hint == APART
@@ -234,7 +234,7 @@ def test_a_model_file_of_another_step_is_found_out_under_stage_3(tmp_path: Path)
     damage.edit(path, lambda content: content.update(global_steps=1))
     error = damaged(directory)
     assert error.fact == (
-        f"the files are not of one save: they differ in step (1 in {path.name}, 2 in the others)"
+        f"the files belong to different saves: they differ in step (1 in {path.name}, 2 in the others)"
     )
     assert error.hint == APART
 
@@ -244,7 +244,7 @@ def test_files_of_a_larger_world_in_the_directory_are_found_out(tmp_path: Path) 
     for path in damage.optim_files(damage.shards_of("zero2-bf16-buffers-5ranks"))[3:]:
         damage.take_over(path, directory)
     error = damaged(directory)
-    assert error.fact.startswith("the files are not of one save: they differ in world size")
+    assert error.fact.startswith("the files belong to different saves: they differ in world size")
     assert error.hint == APART
 
 
@@ -253,16 +253,18 @@ def test_a_rank_of_a_smaller_world_is_found_out(tmp_path: Path) -> None:
     source = damage.optim_files(damage.shards_of("zero2-bf16-llama-cpu-offload-2ranks"))[1]
     path = damage.take_over(source, directory)
     error = damaged(directory)
-    assert error.fact.startswith("the files are not of one save: they differ in world size")
+    assert error.fact.startswith("the files belong to different saves: they differ in world size")
     assert path.name in error.fact
 
 
 def test_a_surplus_rank_is_named(tmp_path: Path) -> None:
     directory = damage.copy_of(STAGE_2, tmp_path)
     last = damage.optim_files(directory)[2]
-    damage.take_over(last, directory, last.name.replace("rank_2_", "rank_3_"))
+    surplus = last.name.replace("rank_2_", "rank_3_")
+    damage.take_over(last, directory, surplus)
+    damage.as_saved_here(directory / surplus)
     error = damaged(directory)
-    assert error.fact == "optim_states files of ranks 3 lie here, but the save had 3 ranks"
+    assert error.fact == "there are optim_states files of ranks 3, but the save had 3 ranks"
     assert error.hint == APART
 
 
@@ -276,7 +278,7 @@ def test_optimizer_files_of_another_world_beside_the_model_file_are_found_out(
     for path in damage.optim_files(other):
         damage.take_over(path, directory)
     error = damaged(directory)
-    assert error.fact == f"{MODEL} was written by 3 ranks, the optimizer files by 2"
+    assert error.fact == f"{MODEL} states 3 ranks, the optimizer files state 2"
     assert error.hint == APART
 
 
@@ -294,17 +296,17 @@ def test_twins_with_and_without_a_prefix_are_files_of_two_saves(
     path = damage.optim_files(directory)[1]
     other = damage.twin(path)
     error = damaged(directory)
-    assert error.fact.startswith("files of two saves lie in one directory: ")
+    assert error.fact.startswith("one directory has files of two saves: ")
     assert path.name in error.fact
     assert other.name in error.fact
-    assert error.fact.endswith("are both rank 1")
+    assert error.fact.endswith("are both of rank 1")
     assert error.hint == APART
 
 
 def test_model_files_of_two_stages_are_files_of_two_saves(tmp_path: Path) -> None:
     directory = damage.copy_of(STAGE_2, tmp_path)
     damage.take_over(damage.model_files(damage.shards_of(STAGE_3))[0], directory)
-    assert damaged(directory).fact.startswith("files of two saves lie in one directory: ")
+    assert damaged(directory).fact.startswith("one directory has files of two saves: ")
 
 
 def test_a_model_file_of_stage_3_beside_optimizer_files_of_stage_2_is_found_out(
@@ -314,14 +316,16 @@ def test_a_model_file_of_stage_3_beside_optimizer_files_of_stage_2_is_found_out(
     source = damage.model_files(damage.shards_of(STAGE_3))[1]
     damage.take_over(source, directory)
     error = damaged(directory)
-    assert error.fact == "model files of ZeRO-3 lie beside optimizer files of stage 2"
+    assert error.fact == "the model files are of ZeRO-3, the optimizer files of stage 2"
 
 
 def test_the_same_training_with_another_optimizer_is_another_save(tmp_path: Path) -> None:
     directory = damage.copy_of(TWO_SAVES, tmp_path, "global_step2")
     source = damage.optim_files(damage.shards_of("zero2-bf16-llama-sgd-2ranks"))[1]
     damage.take_over(source, directory)
-    assert damaged(directory).fact.startswith("the files are not of one save: they differ in ")
+    assert damaged(directory).fact.startswith(
+        "the files belong to different saves: they differ in "
+    )
 
 
 def test_a_model_file_of_another_model_does_not_fit_the_partitions(tmp_path: Path) -> None:
@@ -329,7 +333,7 @@ def test_a_model_file_of_another_model_does_not_fit_the_partitions(tmp_path: Pat
     damage.take_over(damage.shards_of("zero2-bf16-qwen3-tied-2ranks") / MODEL, directory)
     error = damaged(directory)
     assert error.hint is not None
-    assert "another save" in error.hint
+    assert "different saves" in error.hint
 
 
 EDITS: dict[str, tuple[Callable[[damage.Content], Any], str]] = {
@@ -351,7 +355,7 @@ def test_what_every_model_file_states_is_compared(key: str, tmp_path: Path) -> N
     path = damage.model_files(directory)[4]
     damage.edit(path, change)
     error = damaged(directory)
-    assert error.fact.startswith(f"the files are not of one save: they differ in {told}")
+    assert error.fact.startswith(f"the files belong to different saves: they differ in {told}")
     assert path.name in error.fact
     assert error.hint == APART
 
@@ -384,7 +388,7 @@ def test_what_every_optimizer_file_states_is_compared(key: str, tmp_path: Path) 
     path = damage.optim_files(directory)[1]
     damage.edit(path, change)
     error = damaged(directory)
-    assert error.fact.startswith(f"the files are not of one save: they differ in {told}")
+    assert error.fact.startswith(f"the files belong to different saves: they differ in {told}")
     assert path.name in error.fact
 
 
@@ -446,7 +450,7 @@ def test_a_stage_that_there_is_not_is_refused(stage: Any, tmp_path: Path) -> Non
     directory = damage.copy_of(STAGE_2, tmp_path)
     path = damage.optim_files(directory)[0]
     damage.edit(path, lambda c: c["optimizer_state_dict"].update(zero_stage=stage))
-    with pytest.raises(DamagedCheckpoint, match=r"its zero_stage is .*, which is none"):
+    with pytest.raises(DamagedCheckpoint, match=r"its zero_stage is .*, which is not a ZeRO stage"):
         open_checkpoint(directory)
 
 
@@ -521,7 +525,7 @@ def test_metadata_that_does_not_fit_the_format_is_told_as_damage(tmp_path: Path)
     damage.edit(directory / MODEL, lambda c: c.update(param_shapes=[{"lm_head.weight": 7}]))
     error = damaged(directory)
     assert error.path == directory
-    assert error.fact.startswith("its metadata is not as deepspeed writes it (TypeError: ")
+    assert error.fact.startswith("its metadata does not have the form of deepspeed (TypeError: ")
 
 
 def test_a_weight_built_by_code_is_told_as_unsafe(tmp_path: Path) -> None:

@@ -63,9 +63,9 @@ def refusal(
 
 def test_a_parameter_beyond_the_partitions_is_named(tmp_path: Path) -> None:
     error = refusal(STAGE_2, tmp_path, lambda c: grow(c, 1))
-    assert error.fact.startswith("the partitions end at element ")
+    assert error.fact.startswith("it ends at element ")
     assert error.tensor == "lm_head.weight"
-    assert error.hint == "A rank's file is of another save, or was cut short."
+    assert error.hint == "The file of a rank belongs to another save, or is truncated."
 
 
 def test_partitions_that_hold_more_than_the_parameters_are_refused(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_a_partition_cut_short_is_refused(tmp_path: Path) -> None:
         groups[0] = groups[0][:-1].clone()
 
     error = refusal(STAGE_2, tmp_path, cut, rank=0)
-    assert error.fact.startswith("the partitions end at element ")
+    assert error.fact.startswith("it ends at element ")
 
 
 def test_a_sub_group_that_ends_before_a_parameter_names_it(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_a_sub_group_that_ends_before_a_parameter_names_it(tmp_path: Path) -> No
 def test_sub_groups_that_hold_more_than_the_parameters_are_refused(tmp_path: Path) -> None:
     error = refusal(STAGE_3, tmp_path, lambda c: first_group(c).popitem())
     assert "elements a rank more than the parameters need" in error.fact
-    assert error.hint == "The model files are of another save than the optimizer files."
+    assert error.hint == "The model files and the optimizer files belong to different saves."
 
 
 def test_a_rank_with_a_sub_group_of_another_length_is_named(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_a_rank_with_sub_groups_of_another_dtype_is_refused(tmp_path: Path) -> N
         groups[0] = groups[0].to(torch.bfloat16)
 
     error = refusal(STAGE_3, tmp_path, halve, rank=1)
-    assert error.fact == "its sub-groups are of other dtypes than those of rank 0"
+    assert error.fact == "the dtypes of its sub-groups differ from those of rank 0"
 
 
 def test_a_shape_that_is_not_that_of_the_weight_is_refused(tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_tied_parameters_that_were_left_out_together_are_both_absent(
     alias = "lm_head.weight" if stage == 3 else "alias"
     assert {alias, "model.embed_tokens.weight"}.isdisjoint(checkpoint)
     assert dict(checkpoint.catalogue().ties) == {}
-    assert checkpoint.remarks == (f"second names of parameters not saved: {alias}",)
+    assert checkpoint.remarks == (f"second names of parameters that were not saved: {alias}",)
 
 
 def leave_out_frozen(content: damage.Content) -> None:
@@ -243,6 +243,6 @@ def test_a_master_whose_weight_is_not_in_the_module_is_refused(tmp_path: Path) -
     for fixture in (STAGE_2, STAGE_3):
         error = refusal(fixture, tmp_path, lambda c: c["module"].pop("model.norm.weight"))
         assert (error.fact, error.tensor) == (
-            "it has a master, but is not in `module`",
+            "it has a master, but is missing in `module`",
             "model.norm.weight",
         )

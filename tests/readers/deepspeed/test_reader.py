@@ -147,7 +147,7 @@ def test_a_placeholder_without_values_anywhere_is_left_out_and_named(tmp_path: P
     frozen = case_of("zero3-bf16-llama-frozen-3ranks").facts["frozen"]
     assert set(frozen).isdisjoint(checkpoint)
     (remark,) = checkpoint.remarks
-    assert remark.startswith("frozen or tied parameters whose values are in no file: ")
+    assert remark.startswith("frozen or tied parameters without values in any file: ")
     assert all(name in remark for name in frozen)
 
 
@@ -273,7 +273,7 @@ def test_a_class_of_the_training_script_in_the_client_state_does_no_harm() -> No
 def test_without_zero_the_order_of_nameless_masters_is_found_and_doubted() -> None:
     name = "zero0-bf16-qwen3-tied-fused-groups-2ranks"
     assert_is_the_live_master(name, *case_of(name).masters)
-    assert opened(name).doubts == ("masters of stage 0 carry no names",)
+    assert opened(name).doubts == ("masters of stage 0 have no recorded names",)
 
 
 def test_without_zero_masters_that_fit_no_weight_are_left_out(tmp_path: Path) -> None:
@@ -288,7 +288,7 @@ def test_without_zero_masters_that_fit_no_weight_are_left_out(tmp_path: Path) ->
     checkpoint = open_checkpoint(directory)
     assert {weight.master for weight in checkpoint.weights.values()} == {None}
     (remark,) = checkpoint.remarks
-    assert remark.startswith("the fp32 masters fit no order of the module's names")
+    assert remark.startswith("the values of the fp32 masters match no order of the weights")
     for tensor, truth in case_of(name).model.items():
         assert_same(checkpoint[tensor].load(), truth, tensor)
 
@@ -300,8 +300,12 @@ def test_training_in_fp32_without_zero_keeps_one_copy() -> None:
 
 
 def test_masters_of_swapped_ranks_are_doubted_and_found_out(tmp_path: Path) -> None:
+    """Saved under their own names, as by a run whose ranks were numbered otherwise."""
     directory = damage.copy_of("zero2-bf16-llama-3ranks", tmp_path)
-    damage.swap(*damage.optim_files(directory)[:2])
+    swapped = damage.optim_files(directory)[:2]
+    damage.swap(*swapped)
+    for path in swapped:
+        damage.as_saved_here(path)
     checkpoint = open_checkpoint(directory)
     assert checkpoint.doubts == ("the recorded slice mappings of group 0 contradict its order",)
     with pytest.raises(DamagedCheckpoint, match="is not its 16-bit weight") as caught:

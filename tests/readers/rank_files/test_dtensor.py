@@ -212,7 +212,7 @@ def test_a_sum_that_was_not_carried_out_is_refused() -> None:
     error = refused(dtensor((4,), ref(4), MESH, opaque(f"{PLACEMENTS}.Partial", reduce_op="sum")))
     assert isinstance(error, UnsupportedLayout)
     assert "Partial" in error.fact
-    assert "redistribute" in str(error.hint)
+    assert "Redistribute" in str(error.hint)
 
 
 def test_a_local_part_of_another_class_is_refused_by_name() -> None:

@@ -313,7 +313,7 @@ def test_a_config_of_another_run(directory: Path) -> None:
     config.write_text(json.dumps({"FSDP_version": 1, "world_size": 8}))
     error = damaged(directory)
     assert error.path == config
-    assert "8 ranks saved, and the files beside it are of 3" in error.fact
+    assert "it states 8 ranks, the files beside it are of 3" in error.fact
     config.write_text("{")
     assert damaged(directory).path == config
     config.write_text("[]")
@@ -330,7 +330,7 @@ def test_a_file_under_another_ranks_name(directory: Path) -> None:
     shutil.copyfile(directory / "model_world_size_3_rank_0.pt", path)
     error = damaged(directory)
     assert error.path == path
-    assert "by its name it is of rank 1, by its contents of rank 0" in error.fact
+    assert "its name states rank 1, its content rank 0" in error.fact
 
 
 def test_a_file_of_a_larger_run(tmp_path: Path) -> None:
@@ -341,7 +341,7 @@ def test_a_file_of_a_larger_run(tmp_path: Path) -> None:
     shutil.copy(other, directory)
     error = damaged(directory)
     assert error.path == directory / other.name
-    assert "more ranks than the 2 of the others" in error.fact
+    assert "more ranks than the 2 of the other files" in error.fact
 
 
 def test_a_file_of_another_model(directory: Path) -> None:
@@ -374,7 +374,7 @@ def test_a_replica_that_differs(tmp_path: Path) -> None:
     edit(path, lambda state: state["lm_head.weight"]._local_tensor[-1, -1].add_(1))
     error = damaged(directory)
     assert (error.path, error.tensor) == (path, "lm_head.weight")
-    assert "same elements of it with other values" in error.fact
+    assert "same elements with different values" in error.fact
 
 
 def test_a_replica_in_another_place_of_its_file_is_the_same(tmp_path: Path) -> None:
@@ -408,7 +408,7 @@ def test_a_statistic_of_each_ranks_own_is_a_remark(awkward: Path) -> None:
     edit(path, lambda state: state["norm.running_mean"].add_(1))
     checkpoint = open_checkpoint(awkward)
     assert checkpoint.remarks == (
-        "differ from rank to rank, the first rank's are taken: norm.running_mean",
+        "copies differ between ranks, the first rank's are taken: norm.running_mean",
     )
     truth = RankCase(FILES / "verl-awkward-2ranks").model["norm.running_mean"]
     assert_same(checkpoint["norm.running_mean"].load(), truth, "norm.running_mean")
@@ -443,7 +443,7 @@ def test_a_local_state_of_fsdp1_is_told_by_its_content_and_refused(fixture: str)
 def test_a_file_that_holds_no_state_dict(directory: Path) -> None:
     path = directory / "model_world_size_3_rank_0.pt"
     torch.save([torch.ones(2)], path)
-    assert "no state dict" in damaged(directory).fact
+    assert "not a state dict" in damaged(directory).fact
 
 
 def test_extra_state_of_a_module_is_no_weight(awkward: Path) -> None:
