@@ -172,9 +172,9 @@ _READERS = (
     # -- containers
     _mutant(
         "zip-extra-field",
-        "readers/containers/torch_file.py",
-        "_LOCAL_HEADER.size + name_length + extra_length",
-        "_LOCAL_HEADER.size + name_length",
+        "readers/containers/records.py",
+        "LOCAL_HEADER.size + int(name_length) + int(extra_length)",
+        "LOCAL_HEADER.size + int(name_length)",
         "the padding in a record's own header is not skipped",
         "readers/containers/test_torch_file.py",
     ),
