@@ -133,7 +133,7 @@ def test_a_stopped_run_is_gone_on_with_to_the_same_bytes(
 
 
 def not_written_again(note: str) -> int:
-    match = re.search(r"what an earlier run had proven: ([\d,]+) bytes", note)
+    match = re.search(r"continued an earlier run: ([\d,]+) bytes", note)
     assert match is not None
     return int(match[1].replace(",", ""))
 
@@ -743,6 +743,7 @@ def wait_for_use(run: subprocess.Popen[bytes], seconds: float) -> None:
     wait_until(lambda: run.poll() is not None or cpu_seconds(run.pid) >= seconds)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_a_killed_run_is_gone_on_with_to_the_same_bytes(
     tmp_path: Path, large: Large, seed: int
@@ -758,6 +759,7 @@ def test_a_conversion_of_zero_shards_killed_again_and_again_is_gone_on_with_to_t
     kill_and_go_on(zero, tmp_path, 100, kills=int(os.environ.get("KILLS", "4")))
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_keeps_what_is_proven_and_is_gone_on_with(
     tmp_path: Path, large: Large
 ) -> None:
@@ -781,6 +783,7 @@ def test_an_interrupted_run_keeps_what_is_proven_and_is_gone_on_with(
     go_on_to_the_end(large, out, log)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_alive_is_not_gone_on_with(tmp_path: Path, large: Large) -> None:
     out = tmp_path / "out"
     while True:

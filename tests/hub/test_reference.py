@@ -199,6 +199,7 @@ def cold(no_answers: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "run_child", cold_child)
 
 
+@pytest.mark.slow
 def test_a_new_interpreter_answers_as_one_that_was_forked(cold: None) -> None:
     answer = describe(OLMOE)
     reference._answers.clear()
@@ -225,6 +226,7 @@ def test_a_child_that_dies(cold: None, monkeypatch: pytest.MonkeyPatch, tmp_path
         describe(dict(OLMOE, num_experts=3))
 
 
+@pytest.mark.slow
 def test_the_process_that_asks_imports_nothing_heavy(tmp_path: Path) -> None:
     """Nor does it matter what lies in the directory it is asked from."""
     (tmp_path / "torch.py").write_text("raise RuntimeError('not this one')")

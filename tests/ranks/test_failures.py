@@ -140,6 +140,7 @@ def source_with_own(large: Large, directory: Path, name: str) -> Path:
     return directory
 
 
+@pytest.mark.slow
 def test_a_shard_that_is_cut_while_a_follower_reads_it_ends_all_with_one_message(
     large: Large, tmp_path: Path
 ) -> None:

@@ -368,4 +368,4 @@ def test_metadata_alone_needs_no_torch() -> None:
     )
     names = ("plain", "fsdp2-full-2ranks", "fsdp2-sharded-3ranks", "deepspeed-zero3-3ranks")
     paths = [str(SAVED / name / "checkpoint") for name in names]
-    subprocess.run([sys.executable, "-c", program, *paths], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", program, *paths], check=True)

@@ -196,7 +196,7 @@ class Together(Memory):
 
     def __init__(self, files: dict[str, bytes], parties: int) -> None:
         super().__init__(files)
-        self.barrier = threading.Barrier(parties, timeout=30)
+        self.barrier = threading.Barrier(parties, timeout=500)
 
     def open(self, relative: str) -> MemoryFile:
         file, barrier = super().open(relative), self.barrier

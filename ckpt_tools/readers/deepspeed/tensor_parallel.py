@@ -117,8 +117,9 @@ class SliceRecord:
             if any(float(scale) != 1.0 for scale in scales):
                 raise self._unsupported(name, "the ranks hold it scaled")
             return _geometric(geometry, shapes)
-        if self._says(_UNDESCRIBED, name):
-            reason = self._info[_UNDESCRIBED]
+        undescribed = self._info.get(_UNDESCRIBED) or {}
+        reason = next((why for p, why in undescribed.items() if re.match(p, name)), None)
+        if reason is not None:
             raise self._unsupported(name, f"DeepSpeed could not describe how it is cut: {reason}")
         if self._says(_AVERAGED, name):
             raise self._unsupported(name, "it is to be averaged over the tensor-parallel ranks")

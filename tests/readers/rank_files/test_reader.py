@@ -484,4 +484,4 @@ def test_metadata_alone_needs_no_torch() -> None:
         "assert 'torch' not in sys.modules\n"
     )
     path = FILES / "fsdp-tp-4ranks" / "checkpoint"
-    subprocess.run([sys.executable, "-c", program, str(path)], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", program, str(path)], check=True)
