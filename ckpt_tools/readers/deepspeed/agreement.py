@@ -83,7 +83,7 @@ def stated_world_size(
 
 
 def without_optimizer(directory: Path, stage: int) -> CkptError:
-    """The error of a save of which only model files are here."""
+    """The error for a save without optimizer files."""
     return _lost(
         f"a ZeRO-{stage} checkpoint without its optimizer files, which hold "
         + ("the weights" if stage == 3 else "the masters"),
@@ -97,7 +97,7 @@ def without_optimizer(directory: Path, stage: int) -> CkptError:
 def missing_optims(
     world_size: int, directory: Path, optims: Sequence[OptimState]
 ) -> CkptError | None:
-    """The error of a save of which the optimizer files of some ranks are not here, or None."""
+    """The error for a save without the optimizer files of some ranks; None if all are present."""
     present = {optim.rank for optim in optims}
     lacking = [rank for rank in range(world_size) if rank not in present]
     if not optims or not lacking:
@@ -106,10 +106,10 @@ def missing_optims(
 
 
 def check_models(world_size: int, directory: Path, models: Sequence[ModelState]) -> tuple[str, ...]:
-    """Every rank of stage 3 has its model file, or none of what is missing is needed.
+    """Check that every rank of stage 3 has its model file, or that no missing file is needed.
 
     Returns:
-        A remark where files are missing.
+        A remark if files are missing.
 
     Raises:
         DamagedCheckpoint: the missing files hold frozen parameters, or buffers of rank 0.
@@ -123,7 +123,7 @@ def check_models(world_size: int, directory: Path, models: Sequence[ModelState])
         raise _missing("model", lacking, world_size, directory, models)
     ranks = _ranges(lacking)
     fact = f"{len(lacking)} of {world_size} model files are missing (ranks {ranks})"
-    return (f"{fact}; nothing is frozen, so that no weight lies in them",)
+    return (f"{fact}; no parameter is frozen, so they hold no weights",)
 
 
 def _missing(

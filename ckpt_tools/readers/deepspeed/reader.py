@@ -1,8 +1,8 @@
-"""Owns the search for DeepSpeed checkpoints, and the kind of each of their tensors.
+"""Owns the search for DeepSpeed checkpoints, and the choice of the layout that reads one.
 
-A tensor is a trained parameter, a frozen one, a buffer or a second name. The formats are ZeRO stages 0 to 3
-and ``BF16_Optimizer``. Only metadata is read, without DeepSpeed and without code from the files.
-:mod:`~ckpt_tools.readers.deepspeed.layout` locates the bytes.
+The layouts are ZeRO stages 0 to 3 and ``BF16_Optimizer``, each also with tensor parallelism, pipelines,
+experts or as a universal checkpoint. Only metadata is read, without DeepSpeed and without code from the
+files.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ckpt_tools.storage.folders import by_number, entries_of
 from ckpt_tools.tensors.checkpoint import Checkpoint, Location
 
 NAME = "deepspeed"
-# What names a root's newest tag; the second is of ds_to_universal.py.
+# Files with the newest tag of a root; ds_to_universal.py writes the second.
 _POINTERS = ("latest", "latest_universal")
 
 

@@ -47,9 +47,9 @@ class ShardSet:
         is_bf16_optimizer: written by ``BF16_Optimizer``, which records no stage.
         world_size: data-parallel world size.
         files: path to size in bytes of every shard.
-        lost: why the masters cannot be read though the run kept some: their files are not here.
-        remarks: what is odd about the set of files.
-        shared: second names, where another rank's file records them.
+        lost: the error if the run kept masters but their files are missing.
+        remarks: remarks about the files for the report.
+        shared: second names, if the file of another rank records them.
     """
 
     directory: Path

@@ -1,4 +1,4 @@
-"""Owns the kind of each tensor of one model-parallel rank: trained or frozen parameter, buffer or second name.
+"""Owns the kind of each tensor of a model-parallel rank: trained or frozen parameter, buffer, second name.
 
 The tensors are those of one :class:`~ckpt_tools.readers.deepspeed.shards.ShardSet`;
 :mod:`~ckpt_tools.readers.deepspeed.layout` located their bytes.

@@ -470,7 +470,7 @@ def test_saving_again_without_a_change_is_no_damage(tmp_path: Path) -> None:
         ("expert_0_mp_rank_00_model_states.pt", "not a file of an expert: "),
         ("layer_00-model_00-model_states.pt", "files of a pipeline's layers, such as "),
         ("layer_00-model_states.pt", "files of a pipeline's layers, such as "),
-        ("mp_rank_01_model_states.pt", "files of the model-parallel ranks [0, 1] lie here, "),
+        ("mp_rank_01_model_states.pt", "there are files of the model-parallel ranks [0, 1], "),
         ("zero_pp_rank_0_mp_rank_01_optim_states.pt", "files of the model-parallel ranks [0, 1] "),
     ],
 )

@@ -127,9 +127,9 @@ def folded(tmp_path: Path) -> Path:
 SOUND = {
     unrecorded: "does not record how its slices are cut",
     undescribed: "could not describe how it is cut: interleaved",
-    averaged: "to be averaged over the tensor-parallel ranks",
+    averaged: "must be averaged over the tensor-parallel ranks",
     scaled: "the ranks hold it scaled",
-    later: "its affine_map is of version 2",
+    later: "its affine_map has version 2",
     folded: "experts and model parallelism together",
 }
 
