@@ -90,7 +90,9 @@ def merged_state(
 
     changed = _replaced(chosen, taken, from_directory=adapter_state is not None)
     weights = [target.weight for target in chosen.targets.values() if target.weight is not None]
-    refuse_another_base(config, [name for name in weights if not base[ties.get(name, name)].is_of_run])
+    refuse_another_base(
+        config, [name for name in weights if not base[ties.get(name, name)].is_of_run]
+    )
     for pair in chosen.pairs.values():
         target = chosen.targets[pair.module]
         if target.weight is None:
