@@ -106,6 +106,12 @@ def edit(path: Path, change: Callable[[Content], Any]) -> None:
         torch.save(content, path, _use_new_zipfile_serialization=zipfile.is_zipfile(path))
 
 
+def saved_anew(path: Path) -> Path:
+    """Save a file again, so that its records have its own name, not that of the file it was copied from."""
+    edit(path, lambda content: None)
+    return path
+
+
 @contextlib.contextmanager
 def _deepspeed_classes() -> Iterator[None]:
     """Stand-ins under the names of DeepSpeed's classes, for pickle to find; importing it takes seconds."""

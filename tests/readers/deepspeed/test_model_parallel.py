@@ -240,7 +240,9 @@ def test_expert_parallel_ranks_may_follow_data_parallel_ones(tmp_path: Path) -> 
         path.rename(path.with_suffix(".kept"))
     for old, new in order.items():
         name = "bf16_zero_pp_rank_{}_mp_rank_00_optim_states"
-        (directory / f"{name.format(old)}.kept").rename(directory / f"{name.format(new)}.pt")
+        path = directory / f"{name.format(new)}.pt"
+        (directory / f"{name.format(old)}.kept").rename(path)
+        damage.saved_anew(path)
     damage.edit(
         directory / "mp_rank_00_model_states.pt",
         lambda content: content["ds_config"].update(use_data_before_expert_parallelism=True),
