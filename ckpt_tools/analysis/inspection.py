@@ -94,7 +94,7 @@ def inspect(
     path: str | os.PathLike[str],
     *,
     tag: str | None = None,
-    model: int | None = None,
+    model: int | str | None = None,
     format: str | None = None,
     also: Sequence[str | os.PathLike[str]] = (),
 ) -> Inspection:

@@ -68,8 +68,7 @@ tag = option("--tag", group=READ, metavar="T", help="Which checkpoint, where CKP
 model = option(
     "--model",
     group=READ,
-    type=click.IntRange(min=0),
-    metavar="N",
+    metavar="N|NAME",
     help="Which model of a state that holds several.",
 )
 source_format = option(

@@ -41,7 +41,7 @@ def open_checkpoint(
     path: PathLike,
     *,
     tag: str | None = None,
-    model: int | None = None,
+    model: int | str | None = None,
     format: str | None = None,
     also: Sequence[PathLike] = (),
 ) -> Checkpoint:
@@ -51,7 +51,7 @@ def open_checkpoint(
         path: what people have at hand: the directory with ``latest``, the ``global_stepN``
             directory, a Transformers ``checkpoint-N`` directory.
         tag: which of several checkpoints, by name.
-        model: which of several models of one state, by number.
+        model: which of several models of one state, by number or name.
         format: name of the format, where the directory fits several.
         also: further directories with files of the same checkpoint: copies of what other machines hold.
 

@@ -35,7 +35,7 @@ class Request(AssetOptions, Writing):
         command: the command, as it is typed.
         output: the directory to make.
         tag: which of several checkpoints, by name.
-        model: which of several models of one state, by number.
+        model: which of several models of one state, by number or name.
         format: name of the format, where the directory fits several.
         also: further directories with files of the same checkpoint: copies of what other machines hold.
         attribute: dotted path of the part of a composite model, and of its config.
@@ -63,7 +63,7 @@ class Request(AssetOptions, Writing):
     command: str
     output: Path
     tag: str | None = None
-    model: int | None = None
+    model: int | str | None = None
     format: str | None = None
     also: Sequence[PathLike] = ()
     attribute: str | None = None
@@ -103,7 +103,7 @@ class AdapterOptions(TypedDict, total=False):
     """The options of :func:`ckpt_tools.extract_lora`: fields of :class:`Request`, for type checkers."""
 
     tag: str | None
-    model: int | None
+    model: int | str | None
     format: str | None
     also: Sequence[PathLike]
     weights: Copy

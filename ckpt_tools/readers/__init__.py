@@ -27,7 +27,7 @@ from ckpt_tools.errors import (
 )
 from ckpt_tools.readers.containers.weight_files import ADAPTER_FILES
 from ckpt_tools.storage.folders import local_paths, searched
-from ckpt_tools.tensors.checkpoint import FINISHED, Checkpoint, Location
+from ckpt_tools.tensors.checkpoint import FINISHED, LAST, Checkpoint, Location
 
 _MODEL_NUMBER = re.compile(r"model(?:_fsdp)?(?:_(\d+))?$")
 
@@ -52,14 +52,14 @@ def readers() -> dict[str, Reader]:
 
 
 def locate(
-    path: Path, tag: str | None = None, *, model: int | None = None, format: str | None = None
+    path: Path, tag: str | None = None, *, model: int | str | None = None, format: str | None = None
 ) -> Location:
     """The one checkpoint to which ``path`` leads.
 
     Args:
         path: a checkpoint's directory, a directory above or inside it, or one of its files.
         tag: the name of one of several checkpoints.
-        model: the number of one of several models in a checkpoint.
+        model: the number or name of one of several models in a checkpoint.
         format: the only format to look for; by default all.
 
     Raises:
@@ -74,19 +74,21 @@ def locate(
     return replace(location, near=tuple(near))
 
 
-def _locate(path: Path, tag: str | None, model: int | None, format: str | None) -> Location:
+def _locate(path: Path, tag: str | None, model: int | str | None, format: str | None) -> Location:
     if not path.exists():
         raise NotACheckpoint("no such file or directory", path=path)
     found = _find(path, tag, format)
-    if not found and path.is_dir():
+    if path.is_dir() and all(location.format in LAST for location in found):
         children = sorted(child for child in path.iterdir() if child.is_dir())
-        found = [location for child in children for location in _find(child, tag, format)]
-        if len(found) > 1:
+        below = [location for child in children for location in _find(child, tag, format)]
+        below = [location for location in below if location.format not in LAST]
+        if len(below) > 1:
             raise _ambiguous(
                 path,
-                [str(location.directory) for location in found],
+                [str(location.directory) for location in below],
                 "Pass the path of one of them",
             )
+        found = below or found
     if not found and tag is not None and (others := _find(path, None, format)):
         raise UsageError(
             f"there is no checkpoint with the tag {tag!r}",
@@ -112,7 +114,8 @@ def _locate(path: Path, tag: str | None, model: int | None, format: str | None) 
         found = _numbered(path, found, model)
     if len(found) > 1:
         names = [location.name for location in found]
-        raise _ambiguous(path, names, "Pass --tag with one of them")
+        option = "--model" if any(one.format in LAST for one in found) else "--tag"
+        raise _ambiguous(path, names, f"Pass {option} with one of them")
     return found[0]
 
 
@@ -124,17 +127,20 @@ def _adapters(path: Path) -> list[Path]:
     return [place for place in places if any((place / name).is_file() for name in ADAPTER_FILES)]
 
 
-def _numbered(path: Path, found: list[Location], model: int) -> list[Location]:
-    """The locations of model number ``model``: frameworks write ``model``, ``model_1`` and so on."""
+def _numbered(path: Path, found: list[Location], model: int | str) -> list[Location]:
+    """The locations of a model, by name or number: frameworks write ``model``, ``model_1`` and so on."""
+    named = [location for location in found if location.name == str(model)]
+    if named:
+        return named
     numbers = [_MODEL_NUMBER.search(location.name) for location in found]
     chosen = [
         location
         for location, match in zip(found, numbers, strict=True)
-        if int((match and match[1]) or 0) == model
+        if ((match and match[1]) or "0") == str(model)
     ]
     if not chosen:
         raise UsageError(
-            f"there is no model number {model}",
+            f"there is no model {model}",
             path=path,
             hint=f"Found: {', '.join(location.name for location in found)}.",
         )
@@ -151,8 +157,9 @@ def _find(path: Path, tag: str | None, format: str | None) -> list[Location]:
         for reader in _asked(format)
         for location in reader.find(path, tag)
     }
-    states = [location for location in found.values() if location.format not in FINISHED]
-    return states or list(found.values())
+    states = [one for one in found.values() if one.format not in (*FINISHED, *LAST)]
+    finished = [one for one in found.values() if one.format in FINISHED]
+    return states or finished or list(found.values())
 
 
 def _asked(format: str | None) -> list[Reader]:

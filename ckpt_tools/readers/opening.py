@@ -15,7 +15,6 @@ from ckpt_tools.tensors.checkpoint import ADAPTER, Checkpoint, Location, Weight
 
 # `Location.format` of a file of weights.
 FILE = "file"
-_TORCH_FILES = (".bin", ".pt", ".pth")
 
 
 def open_weights(path: Path, tag: str | None = None) -> Checkpoint:
@@ -38,8 +37,6 @@ def open_weights(path: Path, tag: str | None = None) -> Checkpoint:
         adapter = entry_in(path, ADAPTER_FILES)
         if adapter is not None:
             return _of_files(adapter, ADAPTER, path.name, "PEFT adapter")
-        if path.is_file() and path.suffix in _TORCH_FILES:
-            return _of_files(path, FILE, path.name, "torch file")
         raise
 
 

@@ -28,6 +28,8 @@ LIVE = "live"
 ADAPTER = "peft"
 # Formats that training state may be exported to, into the same directory.
 FINISHED = ("huggingface",)
+# Formats that any file may be of: what another reader finds there comes first.
+LAST = ("torch",)
 
 
 @dataclass(frozen=True, slots=True)

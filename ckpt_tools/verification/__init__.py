@@ -55,29 +55,29 @@ def verify(
     """Check a finished directory.
 
     Args:
-        directory: what ``save_pretrained``, PEFT or this package left.
-        against: a checkpoint that the tensors are compared with, bit for bit.
-        also: further folders with files of that checkpoint: copies of what other machines hold.
-        read_data: whether to read every byte, and not the structure alone.
-        load: whether to load it with transformers or PEFT, call it and let it generate; that takes
+        directory: an output of ``save_pretrained``, PEFT or this package.
+        against: the checkpoint to compare the tensors with, bit for bit.
+        also: further folders with files of that checkpoint, such as copies from other machines.
+        read_data: read every byte, and not only the structure.
+        load: load the directory with transformers or PEFT, run a forward pass, and generate. This needs
             the memory of the model.
-        base: the model that an adapter is for, to load it on; by default the one that it names, where
-            that is a directory.
-        trust_remote_code: whether custom code in the directory may be run, in a process of its own.
-        workers: threads that read data; by default one for each processor, up to 16.
-        progress: called with bytes done and bytes in all, while data is read.
-        ranks: the ranks that make the same call together; they divide the bytes that are read.
+        base: the base model of an adapter, for ``load``. The default is the directory that the adapter
+            names.
+        trust_remote_code: allow custom code of the directory, in a separate process.
+        workers: threads that read data. The default is one for each processor, up to 16.
+        progress: called with bytes done and bytes in all during the read.
+        ranks: the ranks that make the same call together. They divide the reading.
 
     Returns:
-        Everything that is wrong, what was checked, and what could not be.
+        All problems, what was checked, and what could not be checked.
 
     Raises:
-        UsageError: there is no such directory, or ``also`` names no folders of a checkpoint's path.
-        CkptError: what to compare it with cannot be read, or another rank failed.
+        UsageError: the directory does not exist, or ``also`` is given without the path of a checkpoint.
+        CkptError: the checkpoint of ``against`` cannot be read, or another rank failed.
     """
     if also and (against is None or isinstance(against, Checkpoint)):
         raise UsageError(
-            "also names folders of the checkpoint that the directory is compared with, and none is named",
+            "also needs the checkpoint that the directory is compared with",
             hint="Name the path of that checkpoint with --against.",
         )
     request = Request(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_tools.hub.adapter_config import NAME as ADAPTER_CONFIG
-from ckpt_tools.hub.reference.process import run_child
+from ckpt_tools.hub.reference.process import failure_of, run_child
 from ckpt_tools.verification.container import Entry
 from ckpt_tools.verification.directory import CONFIG, Directory
 from ckpt_tools.verification.problem import Findings
@@ -193,8 +193,7 @@ def _judge_death(
         return
     kind, title = left[0]
     if child.returncode > 0:
-        last = (child.stderr.strip() or f"exit status {child.returncode}").splitlines()[-1]
-        findings.skipped.append(f"{title} ({last})")
+        findings.skipped.append(f"{title} ({failure_of(child)})")
         return
     killed = child.returncode == -signal.SIGKILL
     findings.add(

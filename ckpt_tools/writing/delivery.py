@@ -89,9 +89,9 @@ def deliver(
 
     Args:
         target: the directory to make.
-        outputs: what is written into it.
-        writing: how it is written.
-        provenance: what the outputs are made of.
+        outputs: the planned directories in it.
+        writing: the options of the write.
+        provenance: the origin of the outputs.
         checks: the last checks of sources and output.
 
     Raises:

@@ -125,13 +125,13 @@ def manifest_text(
     unit_bytes: int,
     digests: Mapping[str, str],
 ) -> str:
-    """The manifest of a directory whose other files are all written.
+    """The manifest of a directory. All other files of the directory must be written before.
 
     Args:
-        directory: where they are now.
+        directory: the directory, before its publication.
         plan: the layout of its weights.
-        provenance: what it was made of.
-        unit_bytes: where tensors are cut for their digests.
+        provenance: its origin.
+        unit_bytes: tensors are cut at multiples of this offset for their digests.
         digests: the digest of each tensor.
 
     Raises:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import damage
 from tests.cli.test_consolidate import run, run_program
 from tests.writing.test_bytes import small_disk
 
@@ -76,9 +77,12 @@ def truncated(fixtures: Path, work: Path) -> list[object]:
     return [work / "run", "--weights-only"]
 
 
-def pipeline(fixtures: Path, work: Path) -> list[object]:
-    (shards,) = copied(fixtures, work).glob("global_step*")
-    shutil.copy(shards / "mp_rank_00_model_states.pt", shards / "layer_00-model_00-model_states.pt")
+def tensor_parallel(fixtures: Path, work: Path) -> list[object]:
+    """A run of two tensor-parallel ranks of a release that did not record how its slices are cut."""
+    source = fixtures / "layouts" / "autotp-zero1-bf16-qwen2-2ranks" / "checkpoint"
+    shutil.copytree(source, work / "run")
+    for path in (work / "run").glob("*/mp_rank_*_model_states.pt"):
+        damage.edit(path, lambda content: content.pop("universal_checkpoint_info"))
     return [work / "run", "--weights-only"]
 
 
@@ -96,7 +100,13 @@ FAILURES = [
     Failure("MissingAsset", 2, "config", "--config", no_config),
     Failure("DamagedCheckpoint", 4, "rank", "machine", missing_rank),
     Failure("DamagedCheckpoint", 4, "", "", truncated),
-    Failure("UnsupportedLayout", 5, "pipeline-parallel", "", pipeline),
+    Failure(
+        "UnsupportedLayout",
+        5,
+        "does not record how its slices are cut",
+        "save it again",
+        tensor_parallel,
+    ),
     Failure("UsageError", 2, "LoRA", "--weights-only", lora),
 ]
 

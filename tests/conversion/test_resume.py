@@ -133,7 +133,7 @@ def test_a_stopped_run_is_gone_on_with_to_the_same_bytes(
 
 
 def not_written_again(note: str) -> int:
-    match = re.search(r"what an earlier run had proven: ([\d,]+) bytes", note)
+    match = re.search(r"continued an earlier run: ([\d,]+) bytes", note)
     assert match is not None
     return int(match[1].replace(",", ""))
 

@@ -211,6 +211,7 @@ DAMAGES = [
     Damage("tensor-missing", remove(HEAD), save_llama),
     Damage("tensor-missing", remove("model.layers.0.block_sparse_moe.experts.2.w1.weight"), save_mixture),
     Damage("tensor-unexpected", add("model.layers.2.mlp.up_proj.weight"), save_llama),
+    Damage("tensor-unexpected", add("module.up_proj.weight"), save_llama),
     Damage(
         "tensor-unexpected",
         add("model.layers.0.self_attn.rotary_emb.inv_freq"),

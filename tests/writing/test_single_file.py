@@ -90,6 +90,19 @@ def test_what_else_the_directory_holds_stays(tmp_path: Path, source: Path, name:
 
 
 @BOTH
+def test_a_link_that_leads_nowhere_is_there_already(
+    tmp_path: Path, source: Path, name: str
+) -> None:
+    (tmp_path / name).symlink_to(tmp_path / "gone")
+
+    with pytest.raises(OutputExists, match="the output exists already"):
+        write_single_file(catalogue(source, zoo()), tmp_path / name, prove=True)
+
+    assert (tmp_path / name).is_symlink()
+    assert not (tmp_path / "gone").exists()
+
+
+@BOTH
 @pytest.mark.parametrize("beside", [[], ["config.json"]])
 def test_a_failure_leaves_nothing(
     tmp_path: Path, source: Path, name: str, beside: list[str]

@@ -49,7 +49,9 @@ def saved_size(path: str | os.PathLike[str], *, tag: str | None = None) -> Saved
     except AmbiguousCheckpoint:
         # Any of several models in one save leads to the save. Several saves stay ambiguous.
         location = readers.locate(Path(path), tag, model=0)
-    readers.read(location)
+    checkpoint = readers.read(location)
+    if checkpoint.lost is not None:
+        raise checkpoint.lost
     directory = location.directory
     if directory.name in ("", ".."):
         directory = directory.resolve()

@@ -32,7 +32,7 @@ SUMMARY = "What a checkpoint is, from metadata alone."
 def command(
     ckpt: Path,
     tag: str | None,
-    model: int | None,
+    model: int | str | None,
     format: str | None,
     also: tuple[Path, ...],
     as_json: bool,

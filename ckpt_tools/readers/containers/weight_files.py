@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ckpt_tools.errors import DamagedCheckpoint
 from ckpt_tools.readers.containers.restricted_pickle import TensorRef
@@ -96,6 +97,15 @@ def _read_file(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     content = TorchFile(path).load()
     if not isinstance(content, dict):
         raise DamagedCheckpoint("its content is not a state dict", path=path)
+    return tensors_of(content, path)
+
+
+def tensors_of(content: Mapping[str, Any], path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """The tensors of a state dict that ``path`` holds, and second names of tensors that share their bytes.
+
+    Raises:
+        DamagedCheckpoint: something in it is not a tensor.
+    """
     tensors: dict[str, Stored] = {}
     ties: dict[str, str] = {}
     places: dict[object, str] = {}

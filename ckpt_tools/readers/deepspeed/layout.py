@@ -97,7 +97,7 @@ def group_masters(
 
 
 def mapped_masters(shards: ShardSet, index: int) -> dict[str, Stored]:
-    """Masters of a group whose shapes are not recorded, each flat, at the place that slice mappings record."""
+    """Masters of a group whose shapes are not recorded, each flat; slice mappings record its place."""
     vector = partitions(shards, index)
     places: dict[str, list[int]] = {}
     for rank, optim in enumerate(shards.optims):

@@ -53,8 +53,8 @@ class SliceRecord:
             raise UnsupportedLayout(
                 f"a tensor-parallel checkpoint of {ranks} ranks that does not record how its slices are cut",
                 path=path,
-                hint="Its model files have no `universal_checkpoint_info`. AutoTP of DeepSpeed 0.19 writes
-                it: " "load the checkpoint in the training script with that release and save it again.",
+                hint="Its model files have no `universal_checkpoint_info`. AutoTP of DeepSpeed 0.19 writes "
+                "it: load the checkpoint in the training script with that release and save it again.",
             )
         self._info, self._ranks, self._path = info, ranks, path
         affine = info.get("affine_map") or {}
@@ -117,8 +117,9 @@ class SliceRecord:
             if any(float(scale) != 1.0 for scale in scales):
                 raise self._unsupported(name, "the ranks hold it scaled")
             return _geometric(geometry, shapes)
-        if self._says(_UNDESCRIBED, name):
-            reason = self._info[_UNDESCRIBED]
+        undescribed = self._info.get(_UNDESCRIBED) or {}
+        reason = next((why for p, why in undescribed.items() if re.match(p, name)), None)
+        if reason is not None:
             raise self._unsupported(name, f"DeepSpeed could not describe how it is cut: {reason}")
         if self._says(_AVERAGED, name):
             raise self._unsupported(name, "it is to be averaged over the tensor-parallel ranks")

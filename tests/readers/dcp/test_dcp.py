@@ -91,6 +91,14 @@ def test_an_optimizer_is_no_model_whatever_it_is_called(tmp_path: Path, key: str
         assert_same(checkpoint[name].load(), value, name)
 
 
+@pytest.mark.parametrize("key", ["dataloader", "lr_scheduler", "train_state", "rng_states_0"])
+def test_what_a_loop_keeps_beside_a_model_is_none(tmp_path: Path, key: str) -> None:
+    module, _ = trained()
+    state = {"model": module.state_dict(), key: {"seen": torch.ones(2, 3), "epoch": 4}}
+    checkpoint = open_checkpoint(save(tmp_path / "saved", state))
+    assert list(checkpoint) == list(module.state_dict())
+
+
 def test_two_models_are_a_choice(tmp_path: Path) -> None:
     module, _ = trained()
     ema = {name: value + 1 for name, value in module.state_dict().items()}
