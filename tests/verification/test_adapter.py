@@ -11,7 +11,7 @@ import torch
 
 from ckpt_tools.verification import verify
 from tests.conftest import FIXTURES
-from tests.verification.directories import (
+from tests.support.verification.directories import (
     Damage,
     also,
     answer_here,

@@ -11,8 +11,8 @@ import pytest
 from ckpt_tools import open_checkpoint
 from ckpt_tools.conversion.masters import check_masters
 from ckpt_tools.errors import CkptError, DamagedCheckpoint, UnsafePickle
-from tests import damage
-from tests.readers.contract import Case, assert_same
+from tests.support import damage
+from tests.support.readers.contract import Case, assert_same
 
 STAGE_1 = "zero1-bf16-llama-2ranks"
 STAGE_2 = "zero2-bf16-llama-3ranks"

@@ -14,8 +14,8 @@ import torch
 from ckpt_tools import open_checkpoint
 from ckpt_tools.conversion.masters import check_masters
 from ckpt_tools.errors import AmbiguousCheckpoint, CkptError, DamagedCheckpoint, UnsupportedLayout
-from tests import damage
-from tests.readers.contract import FIXTURES, Case, assert_same
+from tests.support import damage
+from tests.support.readers.contract import FIXTURES, Case, assert_same
 
 LAYOUTS = FIXTURES / "layouts"
 AUTOTP = "autotp-zero2-bf16-qwen2-4ranks"

@@ -10,8 +10,8 @@ import pytest
 from ckpt_tools import open_checkpoint
 from ckpt_tools.conversion.masters import check_masters
 from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout
-from tests import damage
-from tests.readers.contract import Case, assert_same
+from tests.support import damage
+from tests.support.readers.contract import Case, assert_same
 
 STAGE_2 = "zero2-bf16-llama-3ranks"
 STAGE_3 = "zero3-bf16-llama-7ranks"

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-ZERO = Path(__file__).resolve().parent.parent / "fixtures" / "zero"
+ZERO = Path(__file__).resolve().parents[2] / "fixtures" / "zero"
 Content = dict[str, Any]
 
 
