@@ -36,7 +36,7 @@ _READERS = (
     _mutant(
         "zero-gap-ignored",
         "readers/deepspeed/layout.py",
-        "            end += gap\n",
+        "        end += gap\n",
         "",
         "recorded alignment paddings are not skipped",
         "readers/deepspeed/test_layout.py",
@@ -89,7 +89,7 @@ _READERS = (
     ),
     _mutant(
         "zero-shared-bytes-not-tied",
-        "readers/deepspeed/reader.py",
+        "readers/deepspeed/weights.py",
         "                ties[name] = first\n",
         "                pass\n",
         "tensors that share their bytes are not second names of one",
@@ -97,7 +97,7 @@ _READERS = (
     ),
     _mutant(
         "zero-buffer-frozen",
-        "readers/deepspeed/reader.py",
+        "readers/deepspeed/weights.py",
         'kind = "buffer" if name in self._buffers else "frozen"',
         'kind = "frozen"',
         "buffers pass for frozen parameters",
@@ -105,8 +105,8 @@ _READERS = (
     ),
     _mutant(
         "zero-dtype-of-master",
-        "readers/deepspeed/reader.py",
-        "dtype = ref.dtype if ref is not None else self._default_dtype(held)",
+        "readers/deepspeed/weights.py",
+        "dtype = ref.dtype if ref is not None else default_dtype(self._shards, held)",
         "dtype = held.dtype",
         "the training dtype of stage 3 is that of the masters",
         "readers/deepspeed/test_reader.py",
@@ -121,7 +121,7 @@ _READERS = (
     ),
     _mutant(
         "zero-skipped-steps-ignored",
-        "readers/deepspeed/reader.py",
+        "readers/deepspeed/weights.py",
         "counted - (taken - (skipped or 0))",
         "counted - taken",
         "a run that skipped steps is taken for files of two saves",
@@ -147,17 +147,17 @@ _READERS = (
     ),
     _mutant(
         "zero-twin-files",
-        "readers/deepspeed/shards.py",
-        "if rank in found:",
-        "if rank in found and rank > 0:",
+        "readers/deepspeed/names.py",
+        "if rank in of_rank:",
+        "if rank in of_rank and rank > 0:",
         "of two files of rank 0 the last is taken",
         "readers/deepspeed/test_agreement.py",
     ),
     _mutant(
         "zero-prefix-not-put-back",
         "readers/deepspeed/module.py",
-        "return {short.get(name, name): ref for name, ref in tensors.items()}",
-        "return dict(tensors)",
+        "Module({back.get(name, name): ref for name, ref in tensors.items()}, {})",
+        "Module(tensors, {})",
         "a wrapper that shortens names in its state dict loses its weights",
         "conversion/test_extract_attr.py",
     ),
@@ -450,7 +450,7 @@ _READERS = (
     _mutant(
         "locate-finished-beside-state",
         "readers/__init__.py",
-        "return states or list(found.values())",
+        "return states or finished or list(found.values())",
         "return list(found.values())",
         "an export beside training state makes the path ambiguous",
         "readers/test_locate.py",
