@@ -58,7 +58,7 @@ def read_experts(names: SaveNames, shards: Sequence[ShardSet]) -> tuple[Save, Pa
     """
     first = shards[0]
     placed = {entry["module_path"]: entry for entry in first.first.get(_AUTOEP) or ()}
-    layout = "with AutoEP experts" if placed else "with native MoE experts"
+    layout = "AutoEP" if placed else "native MoE"
     if len(shards) > 1:
         raise UnsupportedLayout(
             f"experts and model parallelism together ({len(shards)} model-parallel ranks)",

@@ -66,7 +66,7 @@ def read_pipeline(names: SaveNames) -> tuple[Save, Part]:
     sizes = {
         names.directory / name: (names.directory / name).stat().st_size for name in names.layers
     }
-    layout = f"pipeline of {stages} stages" + (" with tensor parallelism" if width > 1 else "")
+    layout = f"pipeline of {stages} stages" + (", tensor parallel" if width > 1 else "")
     return Save(shards, layout, sizes), joined(shards[:width], parts)
 
 

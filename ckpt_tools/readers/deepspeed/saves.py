@@ -39,7 +39,7 @@ class Save:
         name = f"ZeRO-{first.stage}" if first.stage else "without ZeRO"
         if first.is_bf16_optimizer:
             name = "BF16_Optimizer"
-        return " ".join(filter(None, ("DeepSpeed", name, self.layout)))
+        return f"DeepSpeed {name}" + (f", {self.layout}" if self.layout else "")
 
 
 def open_all(names: SaveNames) -> list[ShardSet]:
@@ -91,7 +91,7 @@ def read_ranks(shards: Sequence[ShardSet]) -> tuple[Save, Part]:
             hint=NODE_LOCAL,
         )
     parts = [read_part(one) for one in shards]
-    return Save(shards, "with tensor parallelism" if len(shards) > 1 else ""), joined(shards, parts)
+    return Save(shards, "tensor parallel" if len(shards) > 1 else ""), joined(shards, parts)
 
 
 def joined(shards: Sequence[ShardSet], parts: Sequence[Part]) -> Part:
