@@ -10,7 +10,7 @@ from __future__ import annotations
 import pkgutil
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import cache
 from importlib import import_module
@@ -20,6 +20,7 @@ from typing import Protocol, cast
 from ckpt_tools.errors import UsageError
 from ckpt_tools.ranks import Ranks
 from ckpt_tools.tensors.checkpoint import Checkpoint
+from ckpt_tools.tensors.threads import pool
 from ckpt_tools.verification.config import read_config
 from ckpt_tools.verification.data import help_to_read
 from ckpt_tools.verification.directory import list_directory
@@ -146,12 +147,12 @@ def _verdict(path: Path, request: Request) -> Verdict:
 
 
 def _carry_out(run: Run) -> None:
-    with ThreadPoolExecutor() as pool:
+    with pool() as threads:
         begun: dict[int, tuple[Findings, Future[None]]] = {}
         for number, module in enumerate(checks()):
             if getattr(module, "IN_BACKGROUND", False):
                 own = replace(run, findings=Findings())
-                begun[number] = (own.findings, pool.submit(module.check, own))
+                begun[number] = (own.findings, threads.submit(module.check, own))
         for number, module in enumerate(checks()):
             if number in begun:
                 findings, done = begun[number]

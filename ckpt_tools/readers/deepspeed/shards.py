@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,6 +31,7 @@ from ckpt_tools.readers.deepspeed.agreement import (
     stated_world_size,
 )
 from ckpt_tools.storage.pool import read_at
+from ckpt_tools.tensors.threads import pool
 
 MODEL_FILE = re.compile(r"(?:zero_pp_rank_(?P<dp>\d+)_)?mp_rank_(?P<mp>\d+)_model_states\.pt")
 OPTIM_FILE = re.compile(
@@ -192,8 +192,8 @@ def _in_parallel(read: Callable[[Path], T], paths: Sequence[Path]) -> list[T]:
     """Read many small pickles; on a shared file system the wait for each is what takes time."""
     if len(paths) < 4:
         return [read(path) for path in paths]
-    with ThreadPoolExecutor(16) as pool:
-        return list(pool.map(read, paths))
+    with pool(16) as threads:
+        return list(threads.map(read, paths))
 
 
 def _read_model(path: Path) -> ModelState:
