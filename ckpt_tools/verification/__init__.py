@@ -25,6 +25,7 @@ from ckpt_tools.verification.config import read_config
 from ckpt_tools.verification.data import help_to_read
 from ckpt_tools.verification.directory import list_directory
 from ckpt_tools.verification.layout import read_weights
+from ckpt_tools.verification.like import refuse_no_model
 from ckpt_tools.verification.manifest import is_of_weights_alone, read_manifests
 from ckpt_tools.verification.problem import (
     KINDS,
@@ -48,6 +49,7 @@ def verify(
     read_data: bool = False,
     load: bool = False,
     base: str | Path | None = None,
+    like: str | Path | None = None,
     trust_remote_code: bool = False,
     workers: int | None = None,
     progress: Progress | None = None,
@@ -62,8 +64,10 @@ def verify(
         read_data: whether to read every byte, and not the structure alone.
         load: whether to load it with transformers or PEFT, call it and let it generate; that takes
             the memory of the model.
-        base: the model that an adapter is for, to load it on; by default the one that it names, where
-            that is a directory.
+        base: the model that an adapter is for; by default the one that it names, where that is a
+            directory.
+        like: a directory of the same model, such as its base or the training run's own. Config, tokenizer
+            and generation config are compared with it.
         trust_remote_code: whether custom code in the directory may be run, in a process of its own.
         workers: threads that read data; by default one for each processor, up to 16.
         progress: called with bytes done and bytes in all, while data is read.
@@ -73,7 +77,8 @@ def verify(
         Everything that is wrong, what was checked, and what could not be.
 
     Raises:
-        UsageError: there is no such directory, or ``also`` names no folders of a checkpoint's path.
+        UsageError: there is no such directory, ``like`` has no config, or ``also`` names no folders of a
+            checkpoint's path.
         CkptError: what to compare it with cannot be read, or another rank failed.
     """
     if also and (against is None or isinstance(against, Checkpoint)):
@@ -81,8 +86,10 @@ def verify(
             "also names folders of the checkpoint that the directory is compared with, and none is named",
             hint="Name the path of that checkpoint with --against.",
         )
+    if like is not None:
+        refuse_no_model(like)
     request = Request(
-        against, also, read_data, load, base, trust_remote_code, workers, progress, ranks
+        against, also, read_data, load, base, like, trust_remote_code, workers, progress, ranks
     )
     if ranks is None:
         return _verdict(Path(directory), request)

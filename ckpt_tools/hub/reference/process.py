@@ -58,10 +58,17 @@ def run_child(
 
 
 def ask(module: str, question: str, library: str = "transformers") -> dict[str, Any]:
+    """The answer of a module that answers with an object; see :func:`ask_any`."""
+    answer = ask_any(module, question, library)
+    assert isinstance(answer, dict)
+    return answer
+
+
+def ask_any(module: str, question: str, library: str = "transformers") -> Any:
     """The answer of ``python -m module`` to a question.
 
     Args:
-        module: reads one JSON object on standard input and prints one on standard output.
+        module: reads JSON on standard input and prints JSON on standard output.
         question: the JSON object.
         library: what the child needs, for messages.
 
@@ -85,6 +92,4 @@ def ask(module: str, question: str, library: str = "transformers") -> dict[str, 
             f"{library} failed to describe the model: {last}",
             hint=f"Check that `python -c 'import {library}'` works in this environment.",
         )
-    answer = json.loads(child.stdout)
-    assert isinstance(answer, dict)
-    return answer
+    return json.loads(child.stdout)
