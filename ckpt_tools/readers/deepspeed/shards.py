@@ -10,8 +10,8 @@ Sources: ``deepspeed/runtime/engine.py`` (``_get_ckpt_name``, ``_get_zero_ckpt_n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,6 +33,7 @@ from ckpt_tools.readers.deepspeed.agreement import (
 )
 from ckpt_tools.readers.deepspeed.names import MODEL_FILE, OPTIM_FILE, SaveNames, load_own
 from ckpt_tools.storage.pool import read_at
+from ckpt_tools.tensors.threads import pool
 
 
 @dataclass(frozen=True)
@@ -158,8 +159,8 @@ def _in_parallel(read: Callable[[Path], T], paths: Sequence[Path]) -> list[T]:
     """Read many small pickles in threads, because a shared file system is slow for each of them."""
     if len(paths) < 4:
         return [read(path) for path in paths]
-    with ThreadPoolExecutor(16) as pool:
-        return list(pool.map(read, paths))
+    with pool(16) as threads:
+        return list(threads.map(read, paths))
 
 
 def _read_model(path: Path, *, whole: bool = False) -> ModelState:
