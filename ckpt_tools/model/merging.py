@@ -20,6 +20,7 @@ from ckpt_tools.tensors.checkpoint import Kind
 from ckpt_tools.tensors.derived import cast
 from ckpt_tools.tensors.dtypes import DType
 from ckpt_tools.tensors.gather import load
+from ckpt_tools.transforms.dequantise import Dequantised
 from ckpt_tools.transforms.lora import choose_adapter, plain_name
 from ckpt_tools.transforms.lora_targets import Factors, Target
 from ckpt_tools.transforms.merge import Merged, MergedBias, merged_experts, with_rows
@@ -86,7 +87,9 @@ def merged_state(
 
     def original(name: str) -> _Held:
         held = base[ties.get(name, name)]
-        return replace(held, tensor=cast(held.tensor, held.dtype)) if as_trained else held
+        # What a quantiser's library computes is what the model trained with, in fp32 too.
+        exact = isinstance(held.tensor, Dequantised) or not as_trained
+        return held if exact else replace(held, tensor=cast(held.tensor, held.dtype))
 
     changed = _replaced(chosen, taken, from_directory=adapter_state is not None)
     weights = [target.weight for target in chosen.targets.values() if target.weight is not None]
@@ -98,6 +101,7 @@ def merged_state(
         if target.weight is None:
             raise _no_target(target, bool(others))
         held = changed.get(target.weight) or original(target.weight)
+        _refuse_codes(target.weight, held.tensor)
         merged = _merge(held.tensor, pair, target, config, taken)
         changed[target.weight] = replace(held, tensor=merged)
         if pair.bias is not None:
@@ -147,8 +151,7 @@ def _base(
     }
     for other in others:
         for name, tensor in other.catalogue.items():
-            # An update cannot be added to quantised weights; the other model holds them unquantised.
-            if name not in ties and (name not in base or not base[name].tensor.dtype.is_floating):
+            if name not in ties and name not in base:
                 base[name] = _Held(tensor, other.dtypes[name], "frozen", is_of_run=False)
         for alias, kept in other.catalogue.ties.items():
             if alias not in base and kept in base:
@@ -231,6 +234,16 @@ def _refuse_other_tuners(adapter: Adapter, config: AdapterConfig) -> None:
             hint="Write it as an adapter with extract-lora; PEFT's merge_and_unload may merge that.",
         )
     refuse_unknown_settings(config)
+
+
+def _refuse_codes(name: str, tensor: Tensor) -> None:
+    """Refuse a target whose elements are no values but codes."""
+    if not tensor.dtype.is_floating or tensor.dtype.itemsize < 2:
+        raise UnsupportedLayout(
+            f"an update cannot be added to a weight of {tensor.dtype}",
+            tensor=name,
+            hint="Pass --base DIR with the 16-bit model.",
+        )
 
 
 def _refuse_unchanged(adapter: Adapter, taken: Callable[[str], Tensor]) -> None:

@@ -37,6 +37,7 @@ class Request:
     read_data: bool = False
     load: bool = False
     base: str | Path | None = None
+    like: str | Path | None = None
     trust_remote_code: bool = False
     workers: int | None = None
     progress: Progress | None = None

@@ -165,7 +165,7 @@ def test_the_next_run_succeeds_and_mentions_what_a_killed_one_left(
     assert is_complete(out, large.output)
 
 
-SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+SIGNALS = [(signal.SIGHUP, 129), (signal.SIGINT, 130), (signal.SIGTERM, 143)]
 
 
 @pytest.mark.parametrize(("number", "status"), SIGNALS)

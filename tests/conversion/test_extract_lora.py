@@ -17,7 +17,7 @@ from ckpt_tools.errors import (
     UnsupportedLayout,
     UsageError,
 )
-from tests.adapted import (
+from tests.support.adapted import (
     CASES,
     PREFIX,
     adapter_config,

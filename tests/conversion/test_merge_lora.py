@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from ckpt_tools import consolidate, merge_lora
 from ckpt_tools.errors import DamagedCheckpoint, MissingAsset, UnsupportedLayout, UsageError
-from tests.adapted import (
+from tests.support.adapted import (
     CASES,
     PREFIX,
     adapter_config,

@@ -16,7 +16,7 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 
 from ckpt_tools import errors
-from tests.docs.blocks import ROOT
+from tests.support.docs.blocks import ROOT
 
 DOCS = ROOT / "docs"
 

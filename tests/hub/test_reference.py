@@ -27,7 +27,7 @@ from ckpt_tools.hub.reference import (
 )
 from ckpt_tools.hub.reference.recipes import Recipe, from_json, leaves, to_json
 from ckpt_tools.hub.reference.tracing import Tracer
-from tests.warm import cold_child, warm_children
+from tests.support.warm import cold_child, warm_children
 
 TINY = dict(
     vocab_size=96,

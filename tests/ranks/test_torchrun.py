@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 
 import ckpt_tools
 from tests.conftest import FIXTURES
-from tests.ranks.launching import (
+from tests.support.outputs import contents
+from tests.support.ranks.launching import (
     DRIVER,
     ended,
     free_port,
@@ -24,7 +25,6 @@ from tests.ranks.launching import (
     needs_namespaces,
     start,
 )
-from tests.support.outputs import contents
 
 CHAT = FIXTURES / "zero" / "zero3-bf16-olmo2-chat-2ranks"
 

@@ -25,9 +25,9 @@ from ckpt_tools.errors import (
 )
 from ckpt_tools.readers import accelerate
 from ckpt_tools.tensors.checkpoint import Checkpoint
-from tests import damage
-from tests.hostile import CALLS, splice
-from tests.readers.contract import FIXTURES, Case, ReaderContract, Tensors, assert_same
+from tests.support import damage
+from tests.support.hostile import CALLS, splice
+from tests.support.readers.contract import FIXTURES, Case, ReaderContract, Tensors, assert_same
 
 SAVED = FIXTURES / "accelerate"
 WHOLE = {

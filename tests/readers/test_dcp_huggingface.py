@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from ckpt_tools import consolidate, open_checkpoint, readers
 from ckpt_tools.errors import DamagedCheckpoint, UsageError
 from ckpt_tools.tensors.checkpoint import Checkpoint
-from tests import damage
-from tests.readers.contract import Case, assert_same
-from tests.readers.dcp.dcp_case import DCP, DcpCase, DcpContract, copy_of, dcp_cases
+from tests.support import damage
+from tests.support.readers.contract import Case, assert_same
+from tests.support.readers.dcp_case import DCP, DcpCase, DcpContract, copy_of, dcp_cases
 
 CASES = dcp_cases("hf-storage*")
 SHARDS = "shard-{:05d}-model-{:05d}-of-{:05d}.safetensors".format

@@ -17,7 +17,7 @@ from ckpt_tools.errors import (
     UnsupportedLayout,
     UsageError,
 )
-from tests.readers.contract import assert_same
+from tests.support.readers.contract import assert_same
 
 
 def state(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -70,7 +70,7 @@ def test_several_state_dicts_are_listed_and_chosen_by_name(tmp_path: Path) -> No
     with pytest.raises(AmbiguousCheckpoint) as caught:
         open_checkpoint(path)
     assert caught.value.choices == ("model", "ema.shadow")
-    assert caught.value.hint == "Pass --model with one of them: model, ema.shadow"
+    assert caught.value.hint == "Pass --model with one of them: model, ema.shadow."
     for seed, name in ((1, "model"), (2, "ema.shadow")):
         chosen = open_checkpoint(path, model=name)
         for tensor, truth in state(seed).items():
@@ -107,7 +107,7 @@ def test_a_truncated_file_is_told_when_it_is_named(tmp_path: Path) -> None:
 def test_a_file_without_a_state_dict_is_no_checkpoint(content: object, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "w.pt")
     for path in (tmp_path, tmp_path / "w.pt"):
-        with pytest.raises(NotACheckpoint, match="nothing here is a checkpoint"):
+        with pytest.raises(NotACheckpoint, match="no checkpoint of a known format"):
             open_checkpoint(path)
 
 

@@ -21,7 +21,7 @@ from ckpt_tools.verification import scan as scanning
 from ckpt_tools.verification.container import Entry
 from ckpt_tools.verification.scan import STEP_BYTES, Piece, Summary, scan
 from tests.conftest import FIXTURES
-from tests.verification.directories import (
+from tests.support.verification.directories import (
     SINGLE,
     Damage,
     also,

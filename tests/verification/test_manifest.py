@@ -18,7 +18,7 @@ from safetensors.torch import save
 from ckpt_tools import consolidate
 from ckpt_tools.verification import model, verify
 from tests.conftest import FIXTURES
-from tests.verification.directories import (
+from tests.support.verification.directories import (
     SINGLE,
     Damage,
     also,

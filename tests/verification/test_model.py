@@ -18,8 +18,7 @@ from ckpt_tools.errors import CkptError
 from ckpt_tools.hub import reference
 from ckpt_tools.verification import Verdict, verify
 from tests.conftest import FIXTURES
-from tests.transforms.test_hub_layout import ARCHITECTURES
-from tests.verification.directories import (
+from tests.support.verification.directories import (
     SINGLE,
     Damage,
     also,
@@ -40,6 +39,7 @@ from tests.verification.directories import (
     save_vision,
     store,
 )
+from tests.transforms.test_hub_layout import ARCHITECTURES
 
 CONFIG = "config.json"
 NORM = "model.layers.1.post_attention_layernorm.weight"

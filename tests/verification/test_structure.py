@@ -23,7 +23,7 @@ from ckpt_tools.verification import verify
 from ckpt_tools.verification.container import read_container
 from ckpt_tools.verification.directory import list_directory
 from ckpt_tools.verification.problem import Findings
-from tests.verification.directories import (
+from tests.support.verification.directories import (
     INDEX,
     SINGLE,
     Damage,

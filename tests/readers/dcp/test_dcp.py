@@ -18,8 +18,8 @@ from ckpt_tools.readers import dcp
 from ckpt_tools.tensors.catalogue import FlatRange
 from ckpt_tools.tensors.checkpoint import Checkpoint
 from ckpt_tools.tensors.deferred import DeferredFragment, settle
-from tests.readers.contract import Case, assert_same, opened
-from tests.readers.dcp.dcp_case import DCP, DcpCase, DcpContract, copy_of, dcp_cases
+from tests.support.readers.contract import Case, assert_same, opened
+from tests.support.readers.dcp_case import DCP, DcpCase, DcpContract, copy_of, dcp_cases
 
 CASES = [case for case in dcp_cases() if not case.name.startswith(("hf-storage", "olmo-core"))]
 

@@ -14,8 +14,8 @@ import torch
 from ckpt_tools import open_checkpoint
 from ckpt_tools.conversion.masters import check_masters
 from ckpt_tools.errors import AmbiguousCheckpoint, CkptError, DamagedCheckpoint, UnsupportedLayout
-from tests import damage
-from tests.readers.contract import FIXTURES, Case, assert_same
+from tests.support import damage
+from tests.support.readers.contract import FIXTURES, Case, assert_same
 
 LAYOUTS = FIXTURES / "layouts"
 AUTOTP = "autotp-zero2-bf16-qwen2-4ranks"
@@ -127,9 +127,9 @@ def folded(tmp_path: Path) -> Path:
 SOUND = {
     unrecorded: "does not record how its slices are cut",
     undescribed: "could not describe how it is cut: interleaved",
-    averaged: "to be averaged over the tensor-parallel ranks",
+    averaged: "must be averaged over the tensor-parallel ranks",
     scaled: "the ranks hold it scaled",
-    later: "its affine_map is of version 2",
+    later: "its affine_map has version 2",
     folded: "experts and model parallelism together",
 }
 
@@ -240,7 +240,8 @@ def test_expert_parallel_ranks_may_follow_data_parallel_ones(tmp_path: Path) -> 
         path.rename(path.with_suffix(".kept"))
     for old, new in order.items():
         name = "bf16_zero_pp_rank_{}_mp_rank_00_optim_states"
-        (directory / f"{name.format(old)}.kept").rename(directory / f"{name.format(new)}.pt")
+        path = (directory / f"{name.format(old)}.kept").rename(directory / f"{name.format(new)}.pt")
+        damage.edit(path, lambda content: None)  # saved under this name
     damage.edit(
         directory / "mp_rank_00_model_states.pt",
         lambda content: content["ds_config"].update(use_data_before_expert_parallelism=True),
@@ -261,7 +262,7 @@ def test_a_universal_checkpoint_is_found_where_people_point(tmp_path: Path) -> N
     places = [root, root / "latest_universal", directory, directory / "zero"]
     assert {open_checkpoint(place).location.directory for place in places} == {directory}
     assert (
-        open_checkpoint(root, tag=directory.name).title == "DeepSpeed ZeRO-3 universal checkpoint"
+        open_checkpoint(root, tag=directory.name).title == "DeepSpeed ZeRO-3, universal checkpoint"
     )
 
 
@@ -273,7 +274,7 @@ def test_a_universal_checkpoint_beside_its_source_is_chosen_by_its_tag(tmp_path:
     plain = open_checkpoint(root)
     assert (plain.title, plain.remarks) == ("DeepSpeed ZeRO-1", ())
     universal = open_checkpoint(root, tag="global_step2_universal")
-    assert universal.title == "DeepSpeed ZeRO-1 universal checkpoint"
+    assert universal.title == "DeepSpeed ZeRO-1, universal checkpoint"
     (root / "latest").unlink()
     (root / "latest_universal").unlink()
     with pytest.raises(AmbiguousCheckpoint):
