@@ -840,8 +840,8 @@ _MODEL = (
     _mutant(
         "recipe-wrong-sizes",
         "transforms/recipe.py",
-        "    if not fits:\n",
-        "    if fits is None:\n",
+        "    if not fitting:\n",
+        "    if fitting is None:\n",
         "a recipe whose parts do not fit each other is followed",
         "transforms/test_recipe.py",
         "verification/test_replay.py",
