@@ -74,6 +74,9 @@ def stated_world_size(
     dp = first.get("dp_world_size")
     if not stated:
         return int(dp or max(len(optims), 1))
+    # MiCS saves one of the groups of ranks among which it partitions; the others hold the same.
+    if stage == 3 and stated == _mics_group(first):
+        return stated
     if stage and isinstance(dp, int) and dp != stated:
         raise DamagedCheckpoint(
             f"{first.path.name} was written by {dp} ranks, the optimizer files by {stated}",
@@ -81,6 +84,12 @@ def stated_world_size(
             hint=SAME_SAVE,
         )
     return stated
+
+
+def _mics_group(first: ModelState) -> object:
+    config = first.get("ds_config")
+    zero = config.get("zero_optimization") if isinstance(config, dict) else None
+    return zero.get("mics_shard_size") if isinstance(zero, dict) else None
 
 
 def without_optimizer(directory: Path, stage: int) -> CkptError:
