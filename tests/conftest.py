@@ -9,7 +9,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from tests.warm import warm_children
+from tests.support.warm import warm_children
 
 # Before anything imports huggingface_hub, which reads them once. Child processes inherit them.
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.ranks.launching import REPOSITORY, ended, start
 from tests.support.merges import assert_all_rounded
+from tests.support.ranks.launching import REPOSITORY, ended, start
 
 pytestmark = pytest.mark.slow
 

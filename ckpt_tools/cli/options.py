@@ -190,6 +190,12 @@ _MODELS: dict[str, Decorator[Any]] = {
         is_flag=True,
         help="Write weights alone, under the names that they have.",
     ),
+    "dequantize": option(
+        "--dequantize",
+        group=WRITE,
+        is_flag=True,
+        help="Write quantised weights as the 16-bit weights that their quantiser makes of them.",
+    ),
     "like": option(
         "--like",
         group=ASSETS,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import os
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ckpt_tools.cli.signals import is_later_rank, is_rank, speak_undisturbed
+from ckpt_tools.cli.signals import STATUSES, is_later_rank, is_rank, speak_undisturbed
 from ckpt_tools.cli.text import print_json, say
 from ckpt_tools.errors import CkptError
 
@@ -48,7 +47,7 @@ def reports_errors(function: F) -> F:
             _say_what_is_left(kwargs.get("out"))
             sys.exit(130)
         except SystemExit as end:
-            if end.code == 128 + signal.SIGTERM:
+            if end.code in STATUSES:
                 _say_what_is_left(kwargs.get("out"))
             raise
         except BrokenPipeError:

@@ -1,7 +1,8 @@
 """How a signal ends a command: as an exception, so that partial output is removed.
 
-An exception that is raised while torch is imported may get lost in its C code or break the import. Such a
-signal waits until the import has ended.
+An exception that is raised while the main thread imports torch may get lost in its C code or break the
+import. Such a signal waits until the import has ended. Commands let another thread import torch
+(:func:`ckpt_tools.tensors.threads.load_torch`), so this is rare.
 """
 
 from __future__ import annotations
@@ -13,11 +14,17 @@ from types import FrameType
 
 _AGAIN_SECONDS = 0.05
 
+# The exit status of a command that a signal ended.
+STATUSES = frozenset(128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+
 
 def end_on_signals() -> None:
-    """Let SIGINT raise ``KeyboardInterrupt``, and SIGTERM ``SystemExit`` with status 143."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _end)
+    """Let SIGINT raise ``KeyboardInterrupt``, SIGTERM and SIGHUP ``SystemExit`` with 143 and 129."""
+    signal.signal(signal.SIGINT, _end)
+    signal.signal(signal.SIGTERM, _end)
+    # `nohup` starts a command with SIGHUP ignored.
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, _end)
 
 
 def leave_at_once(status: object) -> None:
@@ -26,7 +33,7 @@ def leave_at_once(status: object) -> None:
     The cleanup is done by then. A normal exit of the interpreter stops threads that still work or wait for
     other ranks; one that runs C++ code may then abort the process, with status 134 instead of its own.
     """
-    if status in (128 + signal.SIGINT, 128 + signal.SIGTERM) or is_rank():
+    if status in STATUSES or is_rank():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status if isinstance(status, int) else int(bool(status)))
@@ -49,11 +56,25 @@ def speak_undisturbed() -> None:
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    spec = getattr(sys.modules.get("torch"), "__spec__", None)
-    if getattr(spec, "_initializing", False):
+    if _imports_torch(frame):
         signal.signal(signal.SIGALRM, lambda _, frame: _end(number, frame))
         signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECONDS)
     elif number == signal.SIGINT:
         raise KeyboardInterrupt
     else:
+        if number == signal.SIGHUP:
+            # A terminal that closes sends it, and the shell that ends with it once more.
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
         sys.exit(128 + number)
+
+
+def _imports_torch(frame: FrameType | None) -> bool:
+    """Whether the main thread, which runs ``frame``, is within an import of torch."""
+    spec = getattr(sys.modules.get("torch"), "__spec__", None)
+    if not getattr(spec, "_initializing", False):
+        return False
+    while frame is not None:
+        if frame.f_globals.get("__spec__") is spec:
+            return True
+        frame = frame.f_back
+    return False

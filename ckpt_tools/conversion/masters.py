@@ -7,12 +7,12 @@ weight bit for bit, because the engine makes the weight from the master after ea
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 from ckpt_tools.errors import DamagedCheckpoint
 from ckpt_tools.tensors.checkpoint import Checkpoint, Weight
 from ckpt_tools.tensors.derived import cast
 from ckpt_tools.tensors.gather import Gatherer
+from ckpt_tools.tensors.threads import load_torch, pool
 from ckpt_tools.tensors.windows import first_difference, sample_windows
 
 
@@ -55,8 +55,9 @@ def check_masters(
                 if progress is not None:
                     progress()
 
-    with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(check, [pairs[i::workers] for i in range(workers)]))
+    load_torch()
+    with pool(workers) as threads:
+        list(threads.map(check, [pairs[i::workers] for i in range(workers)]))
     return len(pairs)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from ckpt_tools import readers
 from ckpt_tools._version import __version__
 from ckpt_tools.conversion.pipeline import Planned, dtype_counts
 from ckpt_tools.conversion.request import Request
-from ckpt_tools.errors import UsageError
+from ckpt_tools.errors import UnsupportedLayout, UsageError, listed
 from ckpt_tools.hub import AssetFile, Assets, ConfigSource, collect, find_config
 from ckpt_tools.hub.adapter_config import AdapterConfig, with_given
 from ckpt_tools.hub.card import CardFacts, model_card
@@ -25,6 +25,7 @@ from ckpt_tools.hub.reference import Answer
 from ckpt_tools.model.adapter import Adapter, read_adapter_directory
 from ckpt_tools.model.fit import Fitted, ask_model, fit_to_model
 from ckpt_tools.model.merging import merged_state
+from ckpt_tools.model.quantised import KEY, plain_state, quantised_names, quantizer_of
 from ckpt_tools.model.state import State, cast_state, main_dtype, mean_state, model_state
 from ckpt_tools.tensors.catalogue import Catalogue, Tensor
 from ckpt_tools.tensors.checkpoint import Checkpoint
@@ -33,6 +34,11 @@ from ckpt_tools.writing.layout import Plan, plan
 from ckpt_tools.writing.manifest import NAME as MANIFEST
 from ckpt_tools.writing.manifest import Provenance
 from ckpt_tools.writing.output import Output
+
+_NOT_COMPARED = (
+    "the weights are quantised and were copied as they are: names and shapes were not compared with the "
+    "model of the config"
+)
 
 
 @dataclass(frozen=True)
@@ -43,11 +49,13 @@ class _Combined:
         state: the state.
         title: what it is made of, for a person; None where it is one checkpoint.
         beside: catalogues of further directories, by directory.
+        as_stored: tensors that a quantiser stored, and that are written as they are.
     """
 
     state: State
     title: str | None
     beside: Mapping[Path, Catalogue]
+    as_stored: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -69,14 +77,18 @@ class _Model:
         request, state = self.request, self.combined.state
         fitted, assets = Fitted.unchecked(self.catalogue), Assets((), {}, (), ())
         if self.config is not None:
-            fitted = fit_to_model(
-                self.catalogue,
-                self.config,
-                self.extra,
-                main_dtype(self.catalogue),
-                trust=request.trust_remote_code,
-                answer=self.answer,
-            )
+            if self.combined.as_stored:
+                # Names and shapes are the quantiser's; the model of the config has others.
+                fitted = replace(fitted, warnings=(_NOT_COMPARED,))
+            else:
+                fitted = fit_to_model(
+                    self.catalogue,
+                    self.config,
+                    self.extra,
+                    main_dtype(self.catalogue),
+                    trust=request.trust_remote_code,
+                    answer=self.answer,
+                )
             assets = collect(
                 request,
                 self.config,
@@ -137,15 +149,19 @@ class _Model:
 
 def prepare_model(sources: Sequence[Checkpoint], request: Request) -> _Model:
     """Combine the states of the sources, and ask which model the config describes."""
-    names = read_key_map(request.key_map)
-    states = [model_state(source, request.weights, request.attribute, names) for source in sources]
+    states = [model_state(source, request.weights, request.attribute) for source in sources]
+    if request.dequantize:
+        states = [
+            plain_state(state, quantizer_of(_near(source, request)))
+            for state, source in zip(states, sources, strict=True)
+        ]
     combined = _combined(states, sources, request)
-    catalogue = cast_state(combined.state, request.dtype)
-    config = _config(request)
+    catalogue = cast_state(combined.state, request.dtype, combined.as_stored)
+    config, combined = _with_quantizer(_config(request), combined, request)
     like = None if request.like is None else readers.read(readers.locate(request.like))
     extra = None if like is None else _extra(like, request)
     answer = None
-    if config is not None:
+    if config is not None and not combined.as_stored:
         answer = ask_model(
             catalogue, config, extra, main_dtype(catalogue), trust=request.trust_remote_code
         )
@@ -180,17 +196,62 @@ def _combined(
     """The one state that is made of the states of the sources."""
     match request.command:
         case "average":
+            _refuse_mean_of_codes(states)
             mean = mean_state(states, request.coefficients)
             return _Combined(mean, f"mean of {len(states)} checkpoints", {})
         case "merge-lora":
-            return _merged(states, sources[0].location.near, request)
+            return _merged(states, sources, request)
         case _:
             (state,) = states
-            return _Combined(state, None, {})
+            return _Combined(state, None, {}, quantised_names(state))
 
 
-def _merged(states: Sequence[State], near: Sequence[Path], request: Request) -> _Combined:
+def _near(source: Checkpoint, request: Request) -> list[Path]:
+    """Where the config of a source may lie, nearest first."""
+    named = [] if request.config is None else [request.config]
+    return [*named, source.location.directory, *source.location.near]
+
+
+def _refuse_mean_of_codes(states: Sequence[State]) -> None:
+    codes = [name for state in states for name in quantised_names(state)]
+    if codes:
+        raise UnsupportedLayout(
+            f"a mean of quantised weights is not a weight: {listed(codes)}",
+            hint="Pass --dequantize, and the mean is that of the 16-bit weights.",
+        )
+
+
+def _with_quantizer(
+    config: ConfigSource | None, combined: _Combined, request: Request
+) -> tuple[ConfigSource | None, _Combined]:
+    """The config with ``quantization_config`` where weights stay quantised, without it where none is."""
+    if config is None:
+        return config, combined
+    has = KEY in config.data
+    if combined.as_stored and not has:
+        raise UsageError(
+            f"{len(combined.as_stored)} tensors are a quantiser's, and the config has no {KEY}: "
+            f"{listed(sorted(combined.as_stored))}",
+            path=config.path,
+            hint="Pass --dequantize for 16-bit weights, or --config with the config of the quantised model.",
+        )
+    if combined.as_stored or not has or not (request.dequantize or request.command == "merge-lora"):
+        return config, combined
+    plain = {key: value for key, value in config.data.items() if key != KEY}
+    note = f"{KEY} was left out of config.json, because no weight is quantised"
+    state = replace(combined.state, notes=(*combined.state.notes, note))
+    return ConfigSource(config.path, plain), replace(combined, state=state)
+
+
+def _merged(states: Sequence[State], sources: Sequence[Checkpoint], request: Request) -> _Combined:
     """The base with the adapter of the checkpoint, or of ``adapter_dir``, merged into it."""
+    near = sources[0].location.near
+    first, *others = [
+        plain_state(state, quantizer_of(_near(source, request))) if number else state
+        for number, (state, source) in enumerate(zip(states, sources, strict=True))
+    ]
+    held = {name for other in others for name in (*other.catalogue, *other.catalogue.ties)}
+    states = [plain_state(first, quantizer_of(_near(sources[0], request)), held), *others]
     adapter_state: State | None = None
     beside: dict[Path, Catalogue] = {}
     found: AdapterConfig | None = None

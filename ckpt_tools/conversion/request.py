@@ -53,6 +53,7 @@ class Request(AssetOptions, Writing):
             ``bf16`` and ``fp16`` cast every floating tensor.
         max_shard_size: bytes, or a number with a decimal unit.
         weights_only: write weights alone: no config, no tokenizer, names as stored.
+        dequantize: write quantised weights as the 16-bit weights that their quantiser makes of them.
         card: write a model card, ``README.md``.
         trust_remote_code: run custom code that lies beside the config, in a process of its own, to learn
             the model's layout.
@@ -80,6 +81,7 @@ class Request(AssetOptions, Writing):
     dtype: DTypeChoice = "auto"
     max_shard_size: int | str = "5GB"
     weights_only: bool = False
+    dequantize: bool = False
     card: bool = True
     trust_remote_code: bool = False
     node_local: bool = False
@@ -131,6 +133,7 @@ class ModelOptions(AdapterOptions, total=False):
     like: PathLike | None
     max_shard_size: int | str
     weights_only: bool
+    dequantize: bool
     card: bool
     trust_remote_code: bool
 

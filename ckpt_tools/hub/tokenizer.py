@@ -250,14 +250,14 @@ def _copies(directory: Path, patterns: tuple[str, ...]) -> tuple[AssetFile, ...]
 
 
 def _fast_vocabulary(path: Path) -> dict[str, int]:
-    """Token to id from a ``tokenizer.json``; tokens added later win, as in tokenizers."""
+    """Token to id from a ``tokenizer.json``; the vocabulary's id counts, as in tokenizers."""
     data = read_json(path)
     try:
         vocabulary = data["model"]["vocab"]
         if isinstance(vocabulary, list):  # Unigram: a list of pieces with their scores
             vocabulary = {piece[0]: number for number, piece in enumerate(vocabulary)}
         added = {token["content"]: token["id"] for token in data.get("added_tokens") or ()}
-        return _numbers({**vocabulary, **added})
+        return _numbers({**added, **vocabulary})
     except (KeyError, TypeError, IndexError) as error:
         raise DamagedCheckpoint(
             "not a tokenizer.json: the vocabulary is missing or malformed",

@@ -32,6 +32,7 @@ from ckpt_tools.transforms.lora import (
     with_adapter_name,
 )
 from ckpt_tools.transforms.lora_targets import Factors, Target, factors, find_targets
+from ckpt_tools.transforms.quantised import storage_names
 
 
 @dataclass(frozen=True)
@@ -163,8 +164,11 @@ class Adapter:
 
 
 def base_shapes(catalogue: Catalogue, names: AdaptedNames) -> dict[str, Shape]:
-    """Shapes of the base by plain name."""
-    return {plain: catalogue[name].shape for name, plain in names.plain.items()}
+    """Shapes of the base by plain name, but of quantised weights: those are the shapes of codes."""
+    storage = storage_names(catalogue)
+    return {
+        plain: catalogue[name].shape for name, plain in names.plain.items() if name not in storage
+    }
 
 
 def state_names(state: State) -> AdaptedNames:

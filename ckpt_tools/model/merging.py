@@ -13,12 +13,14 @@ from dataclasses import dataclass, replace
 from ckpt_tools.errors import DamagedCheckpoint, MissingAsset, UnsupportedLayout, UsageError, listed
 from ckpt_tools.hub.adapter_config import AdapterConfig
 from ckpt_tools.model.adapter import Adapter, state_names, trained_dtype
+from ckpt_tools.model.settings import refuse_another_base, refuse_unknown_settings
 from ckpt_tools.model.state import DTypeChoice, State
 from ckpt_tools.tensors.catalogue import Catalogue, Tensor
 from ckpt_tools.tensors.checkpoint import Kind
 from ckpt_tools.tensors.derived import cast
 from ckpt_tools.tensors.dtypes import DType
 from ckpt_tools.tensors.gather import load
+from ckpt_tools.transforms.dequantise import Dequantised
 from ckpt_tools.transforms.lora import choose_adapter, plain_name
 from ckpt_tools.transforms.lora_targets import Factors, Target
 from ckpt_tools.transforms.merge import Merged, MergedBias, merged_experts, with_rows
@@ -28,11 +30,19 @@ _TOKENS = "trainable_tokens_delta"
 
 @dataclass(frozen=True)
 class _Held:
-    """A tensor of the base, with its training dtype and kind."""
+    """A tensor of the base.
+
+    Attributes:
+        tensor: the tensor.
+        dtype: its training dtype.
+        kind: whether it was trained.
+        is_of_run: whether it is from the model that the adapter was trained on, not from a plain base.
+    """
 
     tensor: Tensor
     dtype: DType
     kind: Kind
+    is_of_run: bool = True
 
 
 def merged_state(
@@ -60,7 +70,7 @@ def merged_state(
         UsageError: a target would stay as it is, or the adapter is not LoRA.
     """
     state, *others = states
-    base, ties = _base(state, others)
+    base, ties = _base(state, others, from_directory=adapter_state is not None)
     source = state if adapter_state is None else adapter_state
     names = state_names(source)
     shapes = {name: held.tensor.shape for name, held in base.items()}
@@ -77,14 +87,21 @@ def merged_state(
 
     def original(name: str) -> _Held:
         held = base[ties.get(name, name)]
-        return replace(held, tensor=cast(held.tensor, held.dtype)) if as_trained else held
+        # What a quantiser's library computes is what the model trained with, in fp32 too.
+        exact = isinstance(held.tensor, Dequantised) or not as_trained
+        return held if exact else replace(held, tensor=cast(held.tensor, held.dtype))
 
     changed = _replaced(chosen, taken, from_directory=adapter_state is not None)
+    weights = [target.weight for target in chosen.targets.values() if target.weight is not None]
+    refuse_another_base(
+        config, [name for name in weights if not base[ties.get(name, name)].is_of_run]
+    )
     for pair in chosen.pairs.values():
         target = chosen.targets[pair.module]
         if target.weight is None:
             raise _no_target(target, bool(others))
         held = changed.get(target.weight) or original(target.weight)
+        _refuse_codes(target.weight, held.tensor)
         merged = _merge(held.tensor, pair, target, config, taken)
         changed[target.weight] = replace(held, tensor=merged)
         if pair.bias is not None:
@@ -110,12 +127,20 @@ def merged_state(
     )
 
 
-def _base(state: State, others: Sequence[State]) -> tuple[dict[str, _Held], dict[str, str]]:
+def _base(
+    state: State, others: Sequence[State], *, from_directory: bool
+) -> tuple[dict[str, _Held], dict[str, str]]:
     """The base under plain names, and its ties: the checkpoint's own, then what it lacks."""
     names = state_names(state).plain
     catalogue = state.catalogue
     base = {
-        plain: _Held(catalogue[name], state.dtypes[name], state.kinds[name])
+        plain: _Held(
+            catalogue[name],
+            state.dtypes[name],
+            state.kinds[name],
+            # A weight that PEFT wraps is of an adapted model, wherever the adapter is from.
+            is_of_run=not from_directory or ".base_layer." in name,
+        )
         for name, plain in names.items()
         if name in state.dtypes
     }
@@ -126,9 +151,8 @@ def _base(state: State, others: Sequence[State]) -> tuple[dict[str, _Held], dict
     }
     for other in others:
         for name, tensor in other.catalogue.items():
-            # An update cannot be added to quantised weights; the other model holds them unquantised.
-            if name not in ties and (name not in base or not base[name].tensor.dtype.is_floating):
-                base[name] = _Held(tensor, other.dtypes[name], "frozen")
+            if name not in ties and name not in base:
+                base[name] = _Held(tensor, other.dtypes[name], "frozen", is_of_run=False)
         for alias, kept in other.catalogue.ties.items():
             if alias not in base and kept in base:
                 ties.setdefault(alias, kept)
@@ -204,14 +228,21 @@ def _refuse_other_tuners(adapter: Adapter, config: AdapterConfig) -> None:
         for part in adapter.parts
         if not (part.is_lora or part.replaces or part.container == _TOKENS)
     ]
-    variants = [
-        key for key in ("use_qalora", "arrow_config", "alora_invocation_tokens", "use_bdlora")
-        if config.data.get(key)
-    ]  # fmt: skip
-    if odd or variants:
+    if odd:
         raise UnsupportedLayout(
-            f"adapter {adapter.name!r} is not plain LoRA or DoRA: {listed(odd or variants)}",
+            f"adapter {adapter.name!r} is not plain LoRA or DoRA: {listed(odd)}",
             hint="Write it as an adapter with extract-lora; PEFT's merge_and_unload may merge that.",
+        )
+    refuse_unknown_settings(config)
+
+
+def _refuse_codes(name: str, tensor: Tensor) -> None:
+    """Refuse a target whose elements are no values but codes."""
+    if not tensor.dtype.is_floating or tensor.dtype.itemsize < 2:
+        raise UnsupportedLayout(
+            f"an update cannot be added to a weight of {tensor.dtype}",
+            tensor=name,
+            hint="Pass --base DIR with the 16-bit model.",
         )
 
 

@@ -6,7 +6,7 @@ Owns the steps that need no config: choose the copy, take an attribute, strip wr
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -98,8 +98,13 @@ def mean_state(states: Sequence[State], coefficients: Sequence[float] | None) ->
     return replace(states[0], catalogue=mean)
 
 
-def cast_state(state: State, choice: DTypeChoice) -> Catalogue:
+def cast_state(state: State, choice: DTypeChoice, as_stored: Collection[str] = ()) -> Catalogue:
     """The tensors in the dtypes of the output; only floating ones are cast.
+
+    Args:
+        state: the state.
+        choice: the dtype of the output.
+        as_stored: tensors that are not cast: codes and scales of a quantiser.
 
     Raises:
         UsageError: ``choice`` is not a dtype.
@@ -111,7 +116,9 @@ def cast_state(state: State, choice: DTypeChoice) -> Catalogue:
             f"{choice!r} is not a dtype", hint="Choose auto, keep, fp32, bf16 or fp16."
         )
     tensors = {
-        name: cast(tensor, state.dtypes[name] if choice == "auto" else BY_SHORT_NAME[choice])
+        name: tensor
+        if name in as_stored
+        else cast(tensor, state.dtypes[name] if choice == "auto" else BY_SHORT_NAME[choice])
         for name, tensor in state.catalogue.items()
     }
     return Catalogue(tensors, state.catalogue.ties)

@@ -17,6 +17,7 @@ from ckpt_tools.errors import RankFailed
 from ckpt_tools.ranks.clock import Clock
 from ckpt_tools.ranks.line import first_line
 from ckpt_tools.ranks.session import START_SECONDS, Ranks
+from ckpt_tools.tensors.threads import load_torch
 
 # The last group that was asked for, with its ranks. The count of sessions goes on for as long as the group.
 _known: list[tuple[object, Ranks]] = []
@@ -34,6 +35,7 @@ def from_environment(timeout: float) -> Ranks | None:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if "TORCHELASTIC_RUN_ID" not in os.environ or size < 2:
         return None
+    load_torch()
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 

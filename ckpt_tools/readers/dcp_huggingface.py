@@ -3,7 +3,7 @@
 Each rank writes its boxes to safetensors files, and the header has the start of each box. The size of the
 whole tensor, the number of ranks and the list of tensors are not recorded: a tensor ends where its last box
 ends. A missing shard at the start or in the middle leaves a hole, which is an error here. A missing shard
-at the end only shortens its tensors; :func:`lacking` finds this by shapes from elsewhere, such as a config.
+at the end only shortens its tensors; a comparison with the shapes of a config finds this.
 If torch also consolidated the shards, those under ``sharded/`` are read, because torch's consolidation
 turns a 0-d 1.0 into 0.0.
 
@@ -104,26 +104,6 @@ def read(location: Location) -> Checkpoint:
         details={"shards": len(shards), "shapes_inferred": True},
         remarks=(*location.remarks, _REMARK, *_shapeless(boxes)),
     )
-
-
-def lacking(checkpoint: Checkpoint, shapes: Mapping[str, Shape]) -> dict[str, str]:
-    """The tensors of a checkpoint that are missing or incomplete, by shapes from elsewhere.
-
-    Args:
-        checkpoint: the result of :func:`read`.
-        shapes: the expected shapes, from a config or another directory of the same model.
-
-    Returns:
-        For each tensor that is missing or has another shape, the problem.
-    """
-    wrong = {}
-    for name, shape in shapes.items():
-        weight = checkpoint.weights.get(name)
-        if weight is None:
-            wrong[name] = "is not in any shard"
-        elif weight.shape != tuple(shape) and (0 not in shape or 0 not in weight.shape):
-            wrong[name] = f"the shards hold {weight.shape} of {tuple(shape)}"
-    return wrong
 
 
 _Boxes = dict[str, list[tuple[SafetensorsFile, Shape, Stored]]]

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ckpt_tools.tensors.catalogue import Box, FlatRange, Fragment, Stored, Tensor
+from ckpt_tools.tensors.threads import pool
 
 _BATCH = 256
 
@@ -85,12 +85,8 @@ def settle(tensors: Iterable[Tensor], workers: int = 1) -> int:
         if isinstance(fragment, DeferredFragment)
     ]
     batches = [pending[at : at + _BATCH] for at in range(0, len(pending), _BATCH)]
-    with ThreadPoolExecutor(max(workers, 1)) as pool:
-        try:
-            list(pool.map(_find_all, batches))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    with pool(max(workers, 1)) as threads:
+        list(threads.map(_find_all, batches))
     return len(pending)
 
 

@@ -22,6 +22,7 @@ from ckpt_tools.storage.places import LOCAL, Readable, Requests
 from ckpt_tools.storage.pool import open_for_reading, requests_for
 from ckpt_tools.tensors.catalogue import Computed, Move, Tensor, row_major_strides, window_slabs
 from ckpt_tools.tensors.checksums import ReadLog
+from ckpt_tools.tensors.threads import load_torch
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +56,7 @@ class Gatherer:
     """
 
     def __init__(self, log: ReadLog | None = None) -> None:
+        load_torch()
         import torch
 
         self._torch = torch

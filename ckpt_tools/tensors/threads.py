@@ -1,9 +1,16 @@
-"""Owns the number of worker threads, and how they share the processor cores."""
+"""Owns the number of worker threads, how they share the cores, and how a signal ends a wait for them.
+
+Python raises a signal's exception in the main thread alone. The main thread must not be in an import of torch
+then, and must not wait for threads that are.
+"""
 
 from __future__ import annotations
 
 import os
+import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
 MAX_WORKERS = 16
@@ -15,11 +22,58 @@ def default_workers() -> int:
 
 
 @contextmanager
+def pool(workers: int | None = None) -> Iterator[ThreadPoolExecutor]:
+    """Threads that an error waits for, and an interruption does not.
+
+    What is not begun is cancelled in both cases. After an interruption a thread may work on until it looks at
+    whatever tells it to stop, so the block must not close what the threads use.
+
+    Args:
+        workers: number of threads.
+    """
+    threads = ThreadPoolExecutor(workers)
+    try:
+        yield threads
+    except (Exception, GeneratorExit):
+        threads.shutdown(cancel_futures=True)
+        raise
+    except BaseException:
+        threads.shutdown(wait=False, cancel_futures=True)
+        raise
+    threads.shutdown()
+
+
+def load_torch() -> None:
+    """Import torch; a signal ends the wait for it at once.
+
+    The import takes seconds, mostly in C code, where no signal is seen. An exception that is raised between
+    may get lost, or break the import. So the main thread lets another thread import.
+    """
+    if "torch" in sys.modules or threading.current_thread() is not threading.main_thread():
+        import torch  # noqa: F401  (waits where another thread imports it)
+
+        return
+    done: Future[None] = Future()
+    threading.Thread(target=_import_torch, args=(done,), name="import", daemon=True).start()
+    done.result()
+
+
+def _import_torch(done: Future[None]) -> None:
+    try:
+        import torch  # noqa: F401
+    except BaseException as error:
+        done.set_exception(error)
+    else:
+        done.set_result(None)
+
+
+@contextmanager
 def casting_on_one_core() -> Iterator[None]:
     """Let torch use one thread for each cast or sum, while several workers run.
 
     The workers already use all cores. A sum in several threads has no fixed order of additions.
     """
+    load_torch()
     import torch
 
     before = torch.get_num_threads()

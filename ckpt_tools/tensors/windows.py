@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 from ckpt_tools.errors import CkptError
 from ckpt_tools.tensors.catalogue import Tensor
 from ckpt_tools.tensors.gather import Gatherer, Slice
-from ckpt_tools.tensors.threads import casting_on_one_core
+from ckpt_tools.tensors.threads import casting_on_one_core, pool
 
 if TYPE_CHECKING:
     import torch
@@ -100,18 +100,17 @@ def visit_windows(
 
     pending: deque[tuple[list[Window], Future[list[R]]]] = deque()
     batches = _batches(groups, windows_of(groups) if windows is None else windows)
-    with casting_on_one_core(), ThreadPoolExecutor(workers) as pool:
-        try:
+    try:
+        with casting_on_one_core(), pool(workers) as threads:
             for batch in batches:
-                pending.append((batch, pool.submit(work, batch)))
+                pending.append((batch, threads.submit(work, batch)))
                 if len(pending) > 2 * workers:
                     yield from _results(*pending.popleft())
             while pending:
                 yield from _results(*pending.popleft())
-        finally:
-            pool.shutdown(cancel_futures=True)
-            while not spare.empty():
-                spare.get().gatherer.close()
+    finally:
+        while not spare.empty():
+            spare.get().gatherer.close()
 
 
 def _results(batch: list[Window], future: Future[list[R]]) -> Iterator[tuple[Window, R]]:

@@ -13,10 +13,12 @@ first source, or an object whose ``op`` names an operation:
      "magnitude": R or null, "expert": 0, "experts": 1}
     {"op": "column_norms", "of": R}
     {"op": "merged_bias", "base": R, "update": R, "scale": 2.0}
+    {"op": "dequantise", "scheme": "mxfp4", "of": [R, R], "roles": ["blocks", "scales"], "settings": {},
+     "shape": [2, 4, 32], "dtype": "bfloat16"}
 
 ``copy`` is present only if it differs from the copy that ``Checkpoint.catalogue`` gives. The operations are
-the classes of :mod:`ckpt_tools.tensors.derived`, :mod:`ckpt_tools.transforms.average` and
-:mod:`ckpt_tools.transforms.merge`, and the keys are their fields.
+the classes of :mod:`ckpt_tools.tensors.derived`, :mod:`ckpt_tools.transforms.average`,
+:mod:`ckpt_tools.transforms.merge` and :mod:`ckpt_tools.transforms.dequantise`, and the keys are their fields.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from ckpt_tools.tensors.checkpoint import Checkpoint, Copy
 from ckpt_tools.tensors.derived import Cast, Concat, View
 from ckpt_tools.tensors.dtypes import BY_NAME
 from ckpt_tools.transforms.average import Mean
+from ckpt_tools.transforms.dequantise import SCHEMES, Dequantised, fits
 from ckpt_tools.transforms.merge import ColumnNorms, Merged, MergedBias
 
 Json: TypeAlias = bool | int | float | str | list["Json"] | dict[str, "Json"] | None
@@ -134,6 +137,16 @@ def described(tensor: Tensor, names: Mapping[int, Leaf]) -> Json:
         case MergedBias():
             base, update = of(tensor.base), of(tensor.update)
             return {"op": "merged_bias", "base": base, "update": update, "scale": tensor.scale}
+        case Dequantised():
+            return {
+                "op": "dequantise",
+                "scheme": tensor.scheme,
+                "of": [of(part) for part in tensor.parts.values()],
+                "roles": list(tensor.parts),
+                "settings": dict(tensor.settings),
+                "shape": list(tensor.shape),
+                "dtype": str(tensor.dtype),
+            }
     raise UsageError(f"the origin of a {type(tensor).__name__} is not known")
 
 
@@ -215,6 +228,16 @@ def _made(op: str, fields: Mapping[str, Any], leaves: Mapping[Leaf, Tensor]) -> 
             if not isinstance(merged, Merged):
                 raise TypeError("of is not a merge")
             return ColumnNorms(merged)
+        case "dequantise":
+            if fields["scheme"] not in SCHEMES:
+                raise ValueError("its scheme is not known")
+            return Dequantised(
+                fields["scheme"],
+                dict(zip(_listed(fields["roles"]), each(), strict=True)),
+                dict(fields["settings"]),
+                numbers("shape", int),
+                BY_NAME[fields["dtype"]],
+            )
         case _:
             return MergedBias(of("base"), of("update"), number("scale", float))
 
@@ -227,20 +250,22 @@ def _fitting(tensor: Tensor) -> Tensor:
     """
     match tensor:
         case Mean(tensors, weights):
-            fits = len(tensors) == len(weights) and len({part.shape for part in tensors}) == 1
+            fitting = len(tensors) == len(weights) and len({part.shape for part in tensors}) == 1
         case MergedBias(base, update):
-            fits = base.shape == update.shape
+            fitting = base.shape == update.shape
         case Merged(base, a, b) if len(base.shape) == 2 and a.shape and tensor.experts > 0:
             rows, columns = base.shape[::-1] if tensor.transposed else base.shape
             rank, rest = divmod(a.shape[0], tensor.experts)
-            fits = not rest and rank > 0 and 0 <= tensor.expert < tensor.experts
-            fits = fits and a.numel == a.shape[0] * columns and b.numel == a.shape[0] * rows
-            fits = fits and (tensor.magnitude is None or tensor.magnitude.numel == rows)
+            fitting = not rest and rank > 0 and 0 <= tensor.expert < tensor.experts
+            fitting = fitting and a.numel == a.shape[0] * columns and b.numel == a.shape[0] * rows
+            fitting = fitting and (tensor.magnitude is None or tensor.magnitude.numel == rows)
         case Merged():
-            fits = False
+            fitting = False
+        case Dequantised():
+            fitting = fits(tensor)
         case _:
-            fits = True
-    if not fits:
+            fitting = True
+    if not fitting:
         raise ValueError("the shapes of its parts do not fit each other")
     return tensor
 
@@ -292,6 +317,7 @@ _PARTS = {
     "merge": ("base", "a", "b", "magnitude"),
     "column_norms": ("of",),
     "merged_bias": ("base", "update"),
+    "dequantise": ("of",),
 }
 
 

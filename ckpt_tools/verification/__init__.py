@@ -10,7 +10,7 @@ from __future__ import annotations
 import pkgutil
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import cache
 from importlib import import_module
@@ -20,10 +20,12 @@ from typing import Protocol, cast
 from ckpt_tools.errors import UsageError
 from ckpt_tools.ranks import Ranks
 from ckpt_tools.tensors.checkpoint import Checkpoint
+from ckpt_tools.tensors.threads import pool
 from ckpt_tools.verification.config import read_config
 from ckpt_tools.verification.data import help_to_read
 from ckpt_tools.verification.directory import list_directory
 from ckpt_tools.verification.layout import read_weights
+from ckpt_tools.verification.like import refuse_no_model
 from ckpt_tools.verification.manifest import is_of_weights_alone, read_manifests
 from ckpt_tools.verification.problem import (
     KINDS,
@@ -47,6 +49,7 @@ def verify(
     read_data: bool = False,
     load: bool = False,
     base: str | Path | None = None,
+    like: str | Path | None = None,
     trust_remote_code: bool = False,
     workers: int | None = None,
     progress: Progress | None = None,
@@ -55,33 +58,38 @@ def verify(
     """Check a finished directory.
 
     Args:
-        directory: what ``save_pretrained``, PEFT or this package left.
-        against: a checkpoint that the tensors are compared with, bit for bit.
-        also: further folders with files of that checkpoint: copies of what other machines hold.
-        read_data: whether to read every byte, and not the structure alone.
-        load: whether to load it with transformers or PEFT, call it and let it generate; that takes
+        directory: an output of ``save_pretrained``, PEFT or this package.
+        against: the checkpoint to compare the tensors with, bit for bit.
+        also: further folders with files of that checkpoint, such as copies from other machines.
+        read_data: read every byte, and not only the structure.
+        load: load the directory with transformers or PEFT, run a forward pass, and generate. This needs
             the memory of the model.
-        base: the model that an adapter is for, to load it on; by default the one that it names, where
-            that is a directory.
+        base: the model that an adapter is for; by default the one that it names, where that is a
+            directory.
+        like: a directory of the same model, such as its base or the training run's own. Config, tokenizer
+            and generation config are compared with it.
         trust_remote_code: whether custom code in the directory may be run, in a process of its own.
         workers: threads that read data; by default one for each processor, up to 16.
         progress: called with bytes done and bytes in all, while data is read.
         ranks: the ranks that make the same call together; they divide the bytes that are read.
 
     Returns:
-        Everything that is wrong, what was checked, and what could not be.
+        All problems, what was checked, and what could not be checked.
 
     Raises:
-        UsageError: there is no such directory, or ``also`` names no folders of a checkpoint's path.
+        UsageError: there is no such directory, ``like`` has no config, or ``also`` names no folders of a
+            checkpoint's path.
         CkptError: what to compare it with cannot be read, or another rank failed.
     """
     if also and (against is None or isinstance(against, Checkpoint)):
         raise UsageError(
-            "also names folders of the checkpoint that the directory is compared with, and none is named",
+            "also needs the checkpoint that the directory is compared with",
             hint="Name the path of that checkpoint with --against.",
         )
+    if like is not None:
+        refuse_no_model(like)
     request = Request(
-        against, also, read_data, load, base, trust_remote_code, workers, progress, ranks
+        against, also, read_data, load, base, like, trust_remote_code, workers, progress, ranks
     )
     if ranks is None:
         return _verdict(Path(directory), request)
@@ -146,12 +154,12 @@ def _verdict(path: Path, request: Request) -> Verdict:
 
 
 def _carry_out(run: Run) -> None:
-    with ThreadPoolExecutor() as pool:
+    with pool() as threads:
         begun: dict[int, tuple[Findings, Future[None]]] = {}
         for number, module in enumerate(checks()):
             if getattr(module, "IN_BACKGROUND", False):
                 own = replace(run, findings=Findings())
-                begun[number] = (own.findings, pool.submit(module.check, own))
+                begun[number] = (own.findings, threads.submit(module.check, own))
         for number, module in enumerate(checks()):
             if number in begun:
                 findings, done = begun[number]

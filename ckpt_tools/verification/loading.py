@@ -17,6 +17,7 @@ from typing import Any
 
 from ckpt_tools.hub.adapter_config import NAME as ADAPTER_CONFIG
 from ckpt_tools.hub.reference.process import run_child
+from ckpt_tools.verification.base import find_base
 from ckpt_tools.verification.container import Entry
 from ckpt_tools.verification.directory import CONFIG, Directory
 from ckpt_tools.verification.problem import Findings
@@ -83,8 +84,7 @@ def _load_adapter(
     except (OSError, ValueError, AttributeError):
         findings.skipped.append(f"loading ({file} cannot be read)")
         return
-    places = [base] if base is not None else [Path(str(named)), path / str(named)]
-    found = next((place for place in places if (place / CONFIG).is_file()), None)
+    found = find_base(path, {"base_model_name_or_path": named}, base)
     if found is None:
         findings.skipped.append(
             f"loading (the base {base or named} is not a directory of a model on this machine)"
@@ -193,8 +193,7 @@ def _judge_death(
         return
     kind, title = left[0]
     if child.returncode > 0:
-        last = (child.stderr.strip() or f"exit status {child.returncode}").splitlines()[-1]
-        findings.skipped.append(f"{title} ({last})")
+        findings.skipped.append(f"{title} ({failure_of(child)})")
         return
     killed = child.returncode == -signal.SIGKILL
     findings.add(

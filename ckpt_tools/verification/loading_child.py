@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+from ckpt_tools.hub.reference.process import question_and_answers
 
 _TOKENS = 6
 _NEW_TOKENS = 5
@@ -32,13 +33,10 @@ Step = dict[str, Any]
 
 def main() -> None:
     """Answer the question on standard input."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    question = json.load(sys.stdin)
-    for step in steps(question):
-        answers.write(json.dumps(step) + "\n")
-        answers.flush()
-    answers.close()
+    with question_and_answers() as (question, answers):
+        for step in steps(question):
+            answers.write(json.dumps(step) + "\n")
+            answers.flush()
 
 
 def steps(question: Mapping[str, Any]) -> Iterator[Step]:

@@ -31,7 +31,10 @@ _WRITE_ANEW = "Write the directory again, or compare it with the checkpoint with
 
 def check(run: Run) -> None:
     """Compare the directory with its manifests, without reading data."""
-    check_manifests(run.directory, run.manifests, run.findings)
+    scopes = [manifest.folder for manifest in run.manifests]
+    for manifest in run.manifests:
+        _check_files(run.directory, manifest, scopes, run.findings)
+        _check_tensors(run.directory, manifest, run.findings)
 
 
 def read_manifests(directory: Directory, findings: Findings) -> list[Manifest]:
@@ -108,16 +111,6 @@ def _parsed(data: dict[str, Any], folder: str) -> Manifest:
 def is_of_weights_alone(manifests: Sequence[Manifest]) -> bool:
     """Whether the directory was written without a config."""
     return any(not m.folder and CONFIG not in m.sizes for m in manifests)
-
-
-def check_manifests(
-    directory: Directory, manifests: Sequence[Manifest], findings: Findings
-) -> None:
-    """Compare files and tensors with the manifests, by names and sizes."""
-    scopes = [manifest.folder for manifest in manifests]
-    for manifest in manifests:
-        _check_files(directory, manifest, scopes, findings)
-        _check_tensors(directory, manifest, findings)
 
 
 def _check_files(

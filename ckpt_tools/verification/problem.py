@@ -91,14 +91,23 @@ KINDS: dict[str, Kind] = {
     "adapter-base-unnamed": Kind("warning", "the adapter does not name its base model"),
     "adapter-alpha": Kind("error", "lora_alpha is absent or not positive"),
     "adapter-rank": Kind("error", "r is absent, or a tensor has another rank"),
-    "adapter-shape": Kind("error", "a factor is not a matrix: a shard that was not gathered"),
+    "adapter-shape": Kind("error", "a tensor without its shape: a shard that was not gathered"),
     "adapter-pair": Kind("error", "a LoRA A without its B, or B without its A"),
     "adapter-target": Kind("error", "targets of the config and of the tensors differ"),
     "adapter-name": Kind("error", "a name that PEFT does not read"),
     "adapter-empty": Kind("error", "an adapter without a tensor of its kind"),
     "adapter-base-tensor": Kind("warning", "a tensor of the base model in an adapter"),
-    "adapter-module-missing": Kind("error", "a module that is saved whole is missing"),
-    # tokenizer.py: text to ids, and ids to rows of the embedding
+    "adapter-module-missing": Kind("error", "a module that is saved whole is not there"),
+    # adapter_tensors.py: what the config of an adapter calls for
+    "adapter-layer-missing": Kind("error", "a layer that the config targets has no tensors"),
+    # like.py: another directory of the same model
+    "config-differs": Kind("error", "a key that changes the computation is not that of --like"),
+    "tokenizer-differs": Kind("error", "the tokenizer is not that of --like"),
+    "chat-template-differs": Kind("error", "the chat template is not that of --like"),
+    "generation-differs": Kind("warning", "the generation config is not that of --like"),
+    # custom_code.py: code that a loader runs
+    "code-of-another-repository": Kind("error", "auto_map names code that is not in the directory"),
+    # tokenizer.py: what turns text into ids, and ids into rows of the embedding
     "tokenizer-unreadable": Kind("error", "transformers cannot load the tokenizer"),
     "token-id-conflict": Kind("error", "two files of the tokenizer give a token different ids"),
     "token-id-outside-embedding": Kind("error", "a token's id is not a row of the embedding"),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from itertools import accumulate, pairwise
 from typing import TypeAlias
 
 from ckpt_tools.ranks import Ranks
-from ckpt_tools.tensors.threads import default_workers
+from ckpt_tools.tensors.threads import default_workers, pool
 from ckpt_tools.verification.scan import Piece, Seen
 
 # The result of a piece, or the error.
@@ -23,10 +23,10 @@ def in_order(
     count = workers or default_workers()
     todo = iter(pieces)
     waiting: deque[tuple[Piece, Future[Seen]]] = deque()
-    with ThreadPoolExecutor(count) as pool:
+    with pool(count) as threads:
         while True:
             while len(waiting) < 2 * count and (piece := next(todo, None)) is not None:
-                waiting.append((piece, pool.submit(read, piece)))
+                waiting.append((piece, threads.submit(read, piece)))
             if not waiting:
                 return
             piece, future = waiting.popleft()

@@ -1,4 +1,4 @@
-"""Owns what a check is given: the request, the directory, and what was found out before.
+"""Owns the input of a check: the request, the directory, and the results of earlier checks.
 
 A module of this package that has a function ``check`` is a check. ``verify`` finds it there and calls it::
 
@@ -8,8 +8,8 @@ A module of this package that has a function ``check`` is a check. ``verify`` fi
     def check(run: Run) -> None:
         run.findings.add("my-kind", "the fact", file="config.json")
 
-A module with ``IN_BACKGROUND = True`` starts first, in a thread. Its findings are added at its place, and it
-sees no results of other checks.
+A module with ``IN_BACKGROUND = True`` starts first, in a thread. Its findings are added at its place. It does
+not see results of other checks.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class Request:
     read_data: bool = False
     load: bool = False
     base: str | Path | None = None
+    like: str | Path | None = None
     trust_remote_code: bool = False
     workers: int | None = None
     progress: Progress | None = None

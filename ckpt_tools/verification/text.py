@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from fnmatch import fnmatch
 from typing import Any
 
-from ckpt_tools.hub.reference.process import run_child
+from ckpt_tools.hub.reference.process import failure_of, run_child
 from ckpt_tools.verification.directory import Directory
 from ckpt_tools.verification.generation import judge_generation, read_generation
 from ckpt_tools.verification.problem import Findings
@@ -104,6 +104,6 @@ def _asked(question: Mapping[str, Any], findings: Findings) -> Mapping[str, Any]
             name = signal.Signals(-child.returncode).name
             findings.add("tokenizer-unreadable", f"the process that loads it ended with {name}")
             return {}
-        reason = (child.stderr.strip() or f"exit status {child.returncode}").splitlines()[-1]
+        reason = failure_of(child)
     findings.skipped.append(f"tokenizer and generation config ({reason})")
     return {}

@@ -15,6 +15,8 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ckpt_tools.hub.reference.process import question_and_answers
+
 _ABSENT = ("torch", "accelerate", "peft", "deepspeed", "sklearn", "tensorflow", "flax")
 _TEMPLATE_SECONDS = 20
 
@@ -24,14 +26,11 @@ _ASKED, _ANSWERED = "Sentinelquestion", "Sentinelanswer"
 
 def main() -> None:
     """Answer the question on standard input."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    question = json.load(sys.stdin)
-    if not question["trust_remote_code"]:
-        for name in _ABSENT:
-            sys.modules[name] = None  # type: ignore[assignment]
-    json.dump(answer(question), answers)
-    answers.close()
+    with question_and_answers() as (question, answers):
+        if not question["trust_remote_code"]:
+            for name in _ABSENT:
+                sys.modules[name] = None  # type: ignore[assignment]
+        json.dump(answer(question), answers)
 
 
 def answer(question: Mapping[str, Any]) -> dict[str, Any]:

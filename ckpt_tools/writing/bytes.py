@@ -14,7 +14,7 @@ import resource
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from types import TracebackType
 from ckpt_tools.errors import OutputFailed
 from ckpt_tools.tensors.checksums import ReadLog
 from ckpt_tools.tensors.gather import Gatherer
-from ckpt_tools.tensors.threads import MAX_WORKERS, casting_on_one_core, default_workers
+from ckpt_tools.tensors.threads import MAX_WORKERS, casting_on_one_core, default_workers, pool
 from ckpt_tools.writing.layout import Plan
 from ckpt_tools.writing.units import Block, Units
 
@@ -143,11 +143,26 @@ class Outputs:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._stack.close()
+        # Interrupted, threads may still write: another file must not get the number of a closed one.
+        if kind is None or issubclass(kind, Exception):
+            self._stack.close()
 
     def write(self, file: int, data: memoryview, offset: int) -> None:
         """Write ``data`` at byte ``offset`` of file number ``file``."""
         _write_all(self._fds[file], data, offset, self._directory)
+
+    def read(self, file: int, into: memoryview, offset: int) -> bool:
+        """Fill ``into`` from byte ``offset`` of file number ``file``; False where the disk cannot."""
+        done = 0
+        while done < len(into):
+            try:
+                count = os.preadv(self._fds[file], [into[done:]], offset + done)
+            except OSError:
+                return False
+            if not count:
+                return False
+            done += count
+        return True
 
     def sync(self, files: Iterable[int]) -> None:
         """Wait until the bytes of these files are on disk.
@@ -157,8 +172,8 @@ class Outputs:
         """
         fds = [self._fds[file] for file in files]
         try:
-            with ThreadPoolExecutor(min(len(fds), 8) or 1) as pool:
-                list(pool.map(os.fsync, fds))
+            with pool(min(len(fds), 8) or 1) as threads:
+                list(threads.map(os.fsync, fds))
         except OSError as error:
             raise refused(error, self._directory) from error
 
@@ -227,9 +242,9 @@ def write(
             return gatherer.bytes_read, done, own
 
     count = workers or default_workers()
-    with casting_on_one_core(), ThreadPoolExecutor(count) as pool:
+    with casting_on_one_core(), pool(count) as threads:
         try:
-            jobs = [pool.submit(work) for _ in range(count)]
+            jobs = [threads.submit(work) for _ in range(count)]
             wait(jobs, return_when=FIRST_EXCEPTION)
         finally:
             stop.set()

@@ -22,11 +22,12 @@ from ckpt_tools.errors import OutputFailed, RankFailed
 from ckpt_tools.ranks import Ranks
 from ckpt_tools.tensors.checksums import ReadLog
 from ckpt_tools.writing import journal
-from ckpt_tools.writing.bytes import Outputs, Written, laid_out, lay_out, write
+from ckpt_tools.writing.bytes import Written, laid_out, lay_out
 from ckpt_tools.writing.finishing import Checks, finish
 from ckpt_tools.writing.manifest import Provenance
 from ckpt_tools.writing.output import Output, Writing
 from ckpt_tools.writing.publish import Partial, check_room, leftovers, partial_directory
+from ckpt_tools.writing.shares import Job, Share, together, write_shares
 from ckpt_tools.writing.source import Checked, check_sources, runs_of
 from ckpt_tools.writing.units import Units
 
@@ -50,34 +51,6 @@ class Delivered:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class _Job:
-    """The facts that every rank needs to write its share.
-
-    Attributes:
-        home: where the journal is.
-        directories: where each output is made.
-        units: those of each output.
-        done: units that an earlier run proved.
-        check_source: whether the checksums of what is read are noted.
-    """
-
-    home: Path
-    directories: tuple[Path, ...]
-    units: tuple[Units, ...]
-    done: journal.Proven
-    check_source: bool = True
-
-
-@dataclass(frozen=True)
-class _Share:
-    """What one rank wrote: the digests of its units, by output, and the checksums of what it read."""
-
-    written: Written
-    digests: Mapping[int, Mapping[int, bytes]]
-    log: ReadLog | None
-
-
 def deliver(
     target: Path,
     outputs: Sequence[Output],
@@ -89,9 +62,9 @@ def deliver(
 
     Args:
         target: the directory to make.
-        outputs: what is written into it.
-        writing: how it is written.
-        provenance: what the outputs are made of.
+        outputs: the planned directories in it.
+        writing: the options of the write.
+        provenance: the origin of the outputs.
         checks: the last checks of sources and output.
 
     Raises:
@@ -119,14 +92,14 @@ def deliver(
                 journal.begin(partial.home, identity)
             try:
                 directories = tuple(partial.path / output.folder for output in outputs)
-                done = _laid_out(partial, directories, units)
-                job = _Job(partial.home, directories, units, done, writing.check_source)
+                noted = _laid_out(partial, directories, units)
+                job = Job(partial.home, directories, units, noted, writing.check_source)
                 with writing.ranks.ending_all() if writing.ranks is not None else nullcontext():
                     if writing.ranks is not None:
                         # Units are most of the job, and all ranks hold them since they agreed on the plan.
                         writing.ranks.put("job", replace(job, units=()))
                     with _shown(job, writing) as progress:
-                        shares = _write_shares(job, writing, progress)
+                        shares = write_shares(job, writing, progress)
                     checked = _checked(job, shares)
                     checks.refuse_changed()
                     _finish_all(job, outputs, shares, provenance, writing, checks)
@@ -135,10 +108,7 @@ def deliver(
                 proven = found is not None or journal.has_proof(partial.home)
                 partial.keep = writing.resumable and proven
     return Delivered(
-        Written.side_by_side([share.written for share in shares]),
-        files,
-        checked,
-        _notes(job, checked),
+        together([share.written for share in shares]), files, checked, _notes(job, shares, checked)
     )
 
 
@@ -171,7 +141,7 @@ def follow(ranks: Ranks, workers: int) -> Any:
                 path=job.home,
                 hint="OUT must lie on a file system that all machines see, under the same path.",
             )
-        _write_shares(job, Writing(workers=workers, ranks=ranks), None)
+        write_shares(job, Writing(workers=workers, ranks=ranks), None)
     return ranks.get("report")
 
 
@@ -215,7 +185,7 @@ def _plan_digest(outputs: Sequence[Output], units: Sequence[Units], provenance: 
 def _laid_out(
     partial: Partial, directories: Sequence[Path], units: Sequence[Units]
 ) -> dict[int, dict[int, bytes]]:
-    """Make every weight file that is missing; return the proven units of the others."""
+    """Make every weight file that is missing; return the units of the others that were noted."""
     plans = [each.plan for each in units]
     placed = list(zip(directories, plans, strict=True))
     _clear(partial.path, {folder / file.name for folder, plan in placed for file in plan.files})
@@ -243,58 +213,15 @@ def _clear(directory: Path, weights: set[Path]) -> None:
         raise OutputFailed(f"cannot be cleared ({error.strerror})", path=directory) from error
 
 
-def _write_shares(
-    job: _Job, writing: Writing, progress: Callable[[int], None] | None
-) -> list[_Share]:
-    """Write this rank's share and wait for the others; the leader gets the shares of all."""
-    ranks = writing.ranks
-    rank, machines = (0, (0,)) if ranks is None else (ranks.rank, ranks.machines)
-    digests: dict[int, dict[int, bytes]] = {}
-    written = []
-    read = ReadLog() if job.check_source else None
-
-    def moved(nbytes: int) -> None:
-        if ranks is not None:
-            ranks.active(nbytes)
-        if progress is not None:
-            progress(nbytes)
-
-    for number, (directory, units) in enumerate(zip(job.directories, job.units, strict=True)):
-        todo = journal.gaps(units.share(rank, machines), job.done.get(number, {}))
-        names = [file.name for file in units.plan.files]
-        with Outputs(units.plan, directory) as outputs:
-            with journal.Log(job.home, number, outputs, names) as log:
-                written.append(
-                    write(
-                        units,
-                        outputs,
-                        todo,
-                        workers=writing.workers,
-                        progress=moved,
-                        record=log.record,
-                        ended=None if ranks is None else ranks.failed,
-                        log=read,
-                    )
-                )
-            digests[number] = log.digests
-        if ranks is not None:
-            ranks.check()
-    share = _Share(Written.one_after_another(written), digests, read)
-    if ranks is None:
-        return [share]
-    return ranks.gather("written", share) or []
-
-
 @contextmanager
-def _shown(job: _Job, writing: Writing) -> Iterator[Callable[[int], None] | None]:
+def _shown(job: Job, writing: Writing) -> Iterator[Callable[[int], None] | None]:
     """Report the progress of all ranks together."""
     progress, ranks = writing.progress, writing.ranks
     if progress is None:
         yield None
         return
     total = sum(units.plan.tensor_bytes for units in job.units)
-    before, lock = _done_bytes(job), threading.Lock()
-    done = before
+    done, lock = 0, threading.Lock()
     progress(done, total)
 
     def add(nbytes: int) -> None:
@@ -310,7 +237,7 @@ def _shown(job: _Job, writing: Writing) -> Iterator[Callable[[int], None] | None
 
     def poll() -> None:
         while not ended.wait(_SHOW_SECONDS) and not ranks.failed.is_set():
-            progress(before + ranks.nbytes(), total)
+            progress(ranks.nbytes(), total)
 
     thread = threading.Thread(target=poll, name="progress", daemon=True)
     thread.start()
@@ -323,9 +250,9 @@ def _shown(job: _Job, writing: Writing) -> Iterator[Callable[[int], None] | None
 
 
 def _finish_all(
-    job: _Job,
+    job: Job,
     outputs: Sequence[Output],
-    shares: Sequence[_Share],
+    shares: Sequence[Share],
     provenance: Provenance,
     writing: Writing,
     checks: Checks,
@@ -333,9 +260,9 @@ def _finish_all(
     # Inner folders first: the manifest of a directory covers everything below it.
     inward = sorted(enumerate(outputs), key=lambda pair: pair[1].folder, reverse=True)
     for number, output in inward:
-        digests = dict(job.done.get(number, {}))
+        digests: dict[int, bytes] = {}
         for share in shares:
-            digests |= share.digests.get(number, {})
+            digests |= share.digests[number]
         directory, units = job.directories[number], job.units[number]
         tensors = units.tensor_digests(digests)
         finish(directory, output, tensors, units.nbytes, provenance, writing, checks)
@@ -346,15 +273,14 @@ def _sizes(directory: Path) -> dict[str, int]:
     return {path.relative_to(directory).as_posix(): path.stat().st_size for path in paths}
 
 
-def _done_bytes(job: _Job) -> int:
-    total = 0
-    for number, done in job.done.items():
-        spans = map(job.units[number].span, done)
-        total += sum(stop - start for _, start, stop in spans)
-    return total
+def _kept(job: Job, shares: Sequence[Share]) -> Iterator[tuple[Units, int]]:
+    """The units that an earlier run wrote, each with the units of its output."""
+    for share in shares:
+        for number, kept in share.kept.items():
+            yield from ((job.units[number], unit) for unit in kept)
 
 
-def _checked(job: _Job, shares: Sequence[_Share]) -> Checked:
+def _checked(job: Job, shares: Sequence[Share]) -> Checked:
     """Compare what all ranks read with the checksums of the sources; what an earlier run read, too.
 
     Raises:
@@ -368,26 +294,29 @@ def _checked(job: _Job, shares: Sequence[_Share]) -> Checked:
             log.include(share.log)
     earlier = (
         run
-        for number, done in job.done.items()
-        for unit in done
-        for block in job.units[number].blocks(range(unit, unit + 1))
+        for units, unit in _kept(job, shares)
+        for block in units.blocks(range(unit, unit + 1))
         for piece in block.slices
         for run in runs_of(piece.tensor, piece.start, piece.stop)
     )
     return check_sources(log, earlier)
 
 
-def _notes(job: _Job, checked: Checked) -> tuple[str, ...]:
+def _notes(job: Job, shares: Sequence[Share], checked: Checked) -> tuple[str, ...]:
     notes = []
     if checked.partly:
         notes.append(
             f"{checked.partly:,} bytes were not compared with the checksums of their files, because "
             "the rest of their records was not read"
         )
-    done = _done_bytes(job)
-    if not done:
-        return tuple(notes)
-    return (
-        *notes,
-        f"continued an earlier run: {done:,} bytes were proven and not written again",
-    )
+    spans = [units.span(unit) for units, unit in _kept(job, shares)]
+    if spans:
+        done = sum(stop - start for _, start, stop in spans)
+        notes.append(f"continued an earlier run: {done:,} bytes were proven and not written again")
+    damaged = sum(map(len, job.noted.values())) - len(spans)
+    if damaged:
+        notes.append(
+            f"units of the earlier run that changed on disk and were written again: {damaged:,}. "
+            "Check the disk."
+        )
+    return tuple(notes)

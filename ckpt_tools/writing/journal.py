@@ -30,6 +30,7 @@ from ckpt_tools.writing.units import Block
 _DIRECTORY = "journal"
 _RUN = "run.json"
 _INTERVAL_SECONDS = 0.5
+_INTERRUPTED_SECONDS = 0.5
 
 Proven = Mapping[int, Mapping[int, bytes]]
 
@@ -257,8 +258,10 @@ class Log:
         trace: TracebackType | None,
     ) -> None:
         self._ended.set()
-        self._thread.join()
-        # The system reports a failed sync once for each open file, so it must be raised here.
+        # An interrupted run does not wait for a slow disk; what is not noted is written again.
+        interrupted = kind is not None and not issubclass(kind, Exception)
+        self._thread.join(_INTERRUPTED_SECONDS if interrupted else None)
+        # A failure to sync is told once for each open file: it would not be met again.
         if self._error is not None and error is None:
             raise self._error
 

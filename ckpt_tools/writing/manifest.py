@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -25,6 +24,7 @@ from ckpt_tools.errors import OutputFailed
 from ckpt_tools.storage.folders import local_paths
 from ckpt_tools.tensors.catalogue import Catalogue, Tensor
 from ckpt_tools.tensors.checkpoint import LIVE, Checkpoint, Copy, Location
+from ckpt_tools.tensors.threads import pool
 from ckpt_tools.transforms.recipe import Json, Leaf, described, leaf_names, leaves_of
 from ckpt_tools.writing.layout import Plan
 
@@ -125,13 +125,13 @@ def manifest_text(
     unit_bytes: int,
     digests: Mapping[str, str],
 ) -> str:
-    """The manifest of a directory whose other files are all written.
+    """The manifest of a directory. All other files of the directory must be written before.
 
     Args:
-        directory: where they are now.
+        directory: the directory, before its publication.
         plan: the layout of its weights.
-        provenance: what it was made of.
-        unit_bytes: where tensors are cut for their digests.
+        provenance: its origin.
+        unit_bytes: tensors are cut at multiples of this offset for their digests.
         digests: the digest of each tensor.
 
     Raises:
@@ -185,8 +185,8 @@ def sums_text(directory: Path, workers: int, progress: Callable[[int], None] | N
     def digest(name: str) -> str:
         return _digest(directory / name, hashlib.sha256(), progress)
 
-    with ThreadPoolExecutor(workers) as pool:
-        sums = list(pool.map(digest, names))
+    with pool(workers) as threads:
+        sums = list(threads.map(digest, names))
     return "".join(f"{digest}  {name}\n" for digest, name in zip(sums, names, strict=True))
 
 

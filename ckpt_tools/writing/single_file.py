@@ -167,7 +167,7 @@ def _prove(tensors: Catalogue, path: Path) -> None:
                 gatherer, found, tensor
             ) is not None:
                 raise OutputFailed(
-                    "what was written differs from its source",
+                    "the written tensor differs from its source",
                     path=path,
                     tensor=name,
                     hint="Nothing was kept or removed. Check the disk and the memory.",

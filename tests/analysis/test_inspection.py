@@ -14,9 +14,9 @@ from ckpt_tools import inspect, open_checkpoint
 from ckpt_tools.analysis.inspection import Group
 from ckpt_tools.errors import AmbiguousCheckpoint, NotACheckpoint, UsageError
 from ckpt_tools.tensors.gather import Gatherer
-from tests import adapted, damage
 from tests.conftest import FIXTURES
-from tests.readers.contract import Case, cases
+from tests.support import adapted, damage
+from tests.support.readers.contract import Case, cases
 
 CASES = cases("zero", "zero*")
 

@@ -34,7 +34,6 @@ def run_program(*arguments: object, **options: Any) -> subprocess.CompletedProce
         [*PROGRAM, *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=300,
         check=False,
         **options,
     )
@@ -278,6 +277,7 @@ def test_a_bar_shows_progress_on_a_terminal(tmp_path: Path, quiet: bool) -> None
     assert (b"24 tensors" in stdout) == (not quiet)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [
@@ -318,6 +318,7 @@ def test_no_training_framework_is_imported(tmp_path: Path, command: list[object]
     assert command[0] == "inspect" or "torch" in loaded
 
 
+@pytest.mark.slow
 def test_it_works_where_deepspeed_peft_and_accelerate_are_not_installed(tmp_path: Path) -> None:
     """Packages of these names that fail when imported stand in front of the real ones."""
     for name in ("deepspeed", "peft", "accelerate"):

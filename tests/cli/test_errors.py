@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import damage
 from tests.cli.test_consolidate import run, run_program
+from tests.support import damage
 from tests.writing.test_bytes import small_disk
 
 __all__ = ["small_disk"]

@@ -196,7 +196,8 @@ def test_a_save_longer_than_the_time_between_failures_is_answered_with_a_remark(
 
     assert done.exit_code == 0
     assert (
-        "one save takes 10h, and a failure comes every 9h: the run hardly proceeds" in done.stdout
+        "one save takes 10h, and there is a failure every 9h: the run hardly progresses"
+        in done.stdout
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ckpt_tools.cli import main
-from tests.adapted import adapter_config, files, lora_state, write_checkpoint
+from tests.support.adapted import adapter_config, files, lora_state, write_checkpoint
 
 
 def _run(*arguments: object) -> int:

@@ -24,8 +24,10 @@ from ckpt_tools.errors import (
     OutputExists,
     OutputFailed,
     UsageError,
+    VerificationFailed,
 )
 from ckpt_tools.tensors.checkpoint import Checkpoint
+from ckpt_tools.writing.bytes import Outputs
 from tests.writing.test_bytes import small_disk
 
 __all__ = ["small_disk"]
@@ -54,6 +56,36 @@ def test_a_checkpoint_can_be_opened_first(case: Path, out: Path) -> None:
     assert found.keys() == checkpoint.keys()
     for name, tensor in found.items():
         assert torch.equal(checkpoint[name].load().to(tensor.dtype), tensor)
+
+
+@pytest.mark.parametrize("is_asked", [True, False])
+def test_what_verify_finds_wrong_does_not_appear(
+    case: Path, out: Path, monkeypatch: pytest.MonkeyPatch, is_asked: bool
+) -> None:
+    """A disk that writes another bit than it was given: without ``verify`` nobody reads it back."""
+    write = Outputs.write
+
+    def flip_a_bit(self: Outputs, file: int, data: memoryview, offset: int) -> None:
+        other = bytearray(data)
+        other[-1] ^= 1
+        write(self, file, memoryview(other), offset)
+
+    monkeypatch.setattr(Outputs, "write", flip_a_bit)
+    if is_asked:
+        with pytest.raises(VerificationFailed, match="digest-mismatch") as caught:
+            consolidate(case / "checkpoint", out, weights_only=True, verify=True)
+        assert caught.value.exit_code == 7
+        assert caught.value.tensor == "model.norm.weight"
+        assert not out.exists()
+    else:
+        consolidate(case / "checkpoint", out, weights_only=True)
+        assert out.exists()
+
+
+def test_what_verify_finds_right_appears(case: Path, out: Path) -> None:
+    consolidate(case / "checkpoint", out, config=case / "hf", verify=True)
+
+    assert (out / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("spelt", [str, Path])

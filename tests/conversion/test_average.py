@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ckpt_tools import average, consolidate
 from ckpt_tools.cli import cli
@@ -82,6 +82,20 @@ def test_formats_may_be_mixed(tmp_path: Path) -> None:
     truth = mean((0.5, 0.5), FIRST, SECOND)
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(found[name], truth[name]) for name in truth)
+
+
+def test_what_is_not_floating_is_that_of_the_last(tmp_path: Path) -> None:
+    """Counters and masks have no mean."""
+    for number in (1, 2, 3):
+        (tmp_path / f"{number}").mkdir()
+        state = {"count": torch.tensor([number]), "w": torch.full((2,), float(number))}
+        save_file(state, tmp_path / f"{number}" / "model.safetensors")
+
+    average([tmp_path / "1", tmp_path / "2", tmp_path / "3"], tmp_path / "out", weights_only=True)
+
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert found["count"].tolist() == [3]
+    assert found["w"].tolist() == [2, 2]
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,7 @@ def test_a_killed_run_leaves_no_output_or_a_complete_one(
     kill_at_random_moments(large, tmp_path, kills, overwrite=overwrite)
 
 
+@pytest.mark.slow
 def test_the_next_run_succeeds_and_mentions_what_a_killed_one_left(
     tmp_path: Path, large: Large
 ) -> None:
@@ -164,7 +165,7 @@ def test_the_next_run_succeeds_and_mentions_what_a_killed_one_left(
     assert is_complete(out, large.output)
 
 
-SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+SIGNALS = [(signal.SIGHUP, 129), (signal.SIGINT, 130), (signal.SIGTERM, 143)]
 
 
 @pytest.mark.parametrize(("number", "status"), SIGNALS)

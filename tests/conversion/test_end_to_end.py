@@ -243,6 +243,7 @@ def loads_as_the_live_model(out: Path, case: Case) -> bool:
     return same_logits(loaded(out), live_model(case.hf, case.named(case.model())))
 
 
+@pytest.mark.slow
 @every(WHOLE)
 def test_transformers_loads_the_live_model(tmp_path: Path, case: Case) -> None:
     """The same file that save_pretrained writes, no key amiss, and the live engine's logits."""
@@ -289,6 +290,7 @@ def test_logits_tell_a_wrong_directory(tmp_path: Path, changes: dict[str, Any]) 
     assert not loads_as_the_live_model(out, case)
 
 
+@pytest.mark.slow
 @every(WHOLE)
 def test_the_config_that_is_written_is_that_of_the_live_model(tmp_path: Path, case: Case) -> None:
     consolidate(case.checkpoint, tmp_path / "out", config=case.hf)

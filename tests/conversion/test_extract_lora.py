@@ -17,7 +17,7 @@ from ckpt_tools.errors import (
     UnsupportedLayout,
     UsageError,
 )
-from tests.adapted import (
+from tests.support.adapted import (
     CASES,
     PREFIX,
     adapter_config,
@@ -331,9 +331,7 @@ def test_a_config_that_targets_more_than_was_saved_is_refused(
     config = json.loads((source / "truth/adapter/adapter_config.json").read_text())
     config["target_modules"].append("k_proj")
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(
-        DamagedCheckpoint, match="has 4 tensors that the checkpoint has not"
-    ) as error:
+    with pytest.raises(DamagedCheckpoint, match="has 4 tensors that the checkpoint lacks") as error:
         extract_lora(
             source / "checkpoint", tmp_path / "out", adapter_config=tmp_path, config=source / "hf"
         )

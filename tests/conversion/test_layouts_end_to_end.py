@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from ckpt_tools import consolidate
 from ckpt_tools.errors import UsageError
-from tests.readers.contract import FIXTURES, Case, assert_same
+from tests.support.readers.contract import FIXTURES, Case, assert_same
 
 LAYOUTS = FIXTURES / "layouts"
 NAMED = [

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from ckpt_tools import consolidate, merge_lora
 from ckpt_tools.errors import DamagedCheckpoint, MissingAsset, UnsupportedLayout, UsageError
-from tests.adapted import (
+from tests.support.adapted import (
     CASES,
     PREFIX,
     adapter_config,
@@ -261,7 +261,7 @@ def test_a_merge_that_changes_nothing_is_refused(factor: str, tmp_path: Path) ->
     state[f"{PREFIX}layers.0.v_proj.lora_{factor}.default.weight"].zero_()
     config = adapter_config(target_modules=["q_proj", "v_proj"])
     run = write_checkpoint(tmp_path / "run", state, config)
-    with pytest.raises(UsageError, match=r"leave 1 of 2 targets as they are.*layers.0.v_proj"):
+    with pytest.raises(UsageError, match=r"would not change 1 of 2 targets.*layers.0.v_proj"):
         merge_lora(run, tmp_path / "out", weights_only=True)
     assert not (tmp_path / "out").exists()
 

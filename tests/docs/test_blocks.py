@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.blocks import PAGES, ROOT, PageError, blocks_of, run_page
+from tests.support.docs.blocks import PAGES, ROOT, PageError, blocks_of, run_page
 
 REWRITE = os.environ.get("REWRITE") == "1"
 TEXTS = {path: path.read_text() for path in PAGES}

@@ -16,7 +16,7 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 
 from ckpt_tools import errors
-from tests.docs.blocks import ROOT
+from tests.support.docs.blocks import ROOT
 
 DOCS = ROOT / "docs"
 
@@ -87,7 +87,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cwd=copy,
         capture_output=True,
         text=True,
-        timeout=120,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -279,6 +279,25 @@ class TestFinish:
         assert finished(config, tensors).warnings == ()
 
 
+@pytest.mark.parametrize("model_type", ["t5", "mt5", "umt5", "longt5", "switch_transformers"])
+def test_relatives_of_t5_stay_tied_by_their_config_and_that_is_warned_of(model_type: str) -> None:
+    """What the setting means to them is read in ``forward``: ``if self.config.tie_word_embeddings``."""
+    import inspect
+
+    from transformers import AutoModelForSeq2SeqLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    model_class = AutoModelForSeq2SeqLM._model_mapping[CONFIG_MAPPING[model_type]]
+    source = inspect.getsource(inspect.getmodule(model_class))
+    assert "scale_decoder_outputs" in source or "tie_word_embeddings" in source
+
+    config = {"model_type": model_type, "architectures": [model_class.__name__]}
+    result = finished(config | {"tie_word_embeddings": True}, untied=True)
+
+    assert result.data["tie_word_embeddings"] is True
+    assert any("also scales the output" in warning for warning in result.warnings)
+
+
 def test_an_untied_t5_computes_what_it_did_before(tmp_path: Path) -> None:
     """Writing ``tie_word_embeddings: false`` would switch off the scaling of T5's output."""
     import torch

@@ -312,6 +312,15 @@ class TestGivenFile:
         (warning,) = choose(str(path), model(LLAMA, chat_tokenizer)).warnings
         assert "has eos_token_id 399, but the tokenizer's ids end at" in warning
 
+    @pytest.mark.parametrize(("beyond", "warned"), [(-1, False), (0, True)])
+    def test_the_tokenizers_last_id_is_its_last(
+        self, tmp_path: Path, chat_tokenizer: Path, beyond: int, warned: bool
+    ) -> None:
+        count = Tokenizer(chat_tokenizer).id_count
+        assert count is not None
+        path = write_json(tmp_path / "g.json", {"eos_token_id": count + beyond})
+        assert bool(choose(str(path), model(LLAMA, chat_tokenizer)).warnings) is warned
+
     def test_a_padding_id_of_minus_one_is_warned_about(self, tmp_path: Path) -> None:
         path = write_json(tmp_path / "g.json", {"pad_token_id": -1})
         (warning,) = choose(str(path), model(LLAMA)).warnings

@@ -170,6 +170,21 @@ class TestIds:
         fast.save(str(tmp_path / "tokenizer.json"))
         assert [Tokenizer(tmp_path).id_of(token) for token in ("b", "<end>")] == [2, 3]
 
+    @pytest.mark.parametrize("kind", [{"type": "WordLevel"}, {"type": "BPE", "merges": []}])
+    def test_a_token_that_was_added_again_has_the_id_of_the_vocabulary(
+        self, tmp_path: Path, kind: dict[str, Any]
+    ) -> None:
+        """The tokenizers library looks into the vocabulary first, whatever the file says of the token."""
+        added = {"id": 7, "content": "a", "special": True, "normalized": False}
+        added |= dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+        vocabulary = {"vocab": {"a": 0, "b": 1}, "unk_token": "b"}
+        path = tmp_path / "tokenizer.json"
+        write_json(path, {"version": "1.0", "added_tokens": [added], "model": kind | vocabulary})
+
+        theirs = FastTokenizer.from_file(str(path))
+
+        assert theirs.token_to_id("a") == Tokenizer(tmp_path).id_of("a") == 0
+
     def test_tokens_added_in_the_older_files_are_known(self, copied: Path) -> None:
         decoder = {"900": {"content": "<new>", "special": True}}
         change(copied / "tokenizer_config.json", added_tokens_decoder=decoder)

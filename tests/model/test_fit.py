@@ -148,6 +148,45 @@ def test_missing_tensors_come_from_the_other_directory_and_no_others(
     assert lost in warning
 
 
+def test_a_tensor_of_another_shape_is_refused(
+    tied: Case, state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    rows, columns = state[name].shape
+    short = on_disk(tmp_path / "short", {name: tied.model()[name][:-1].clone()})
+
+    with pytest.raises(UsageError) as caught:
+        fit({**state, **short}, config_of(tied, tmp_path))
+
+    assert caught.value.tensor == name
+    assert str((rows - 1, columns)) in caught.value.fact
+    assert str((rows, columns)) in caught.value.fact
+
+
+def test_a_tensor_whose_axes_are_turned_is_written_and_mentioned(
+    tied: Case, state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    turned = on_disk(tmp_path / "turned", {name: tied.model()[name].T.contiguous()})
+
+    fitted = fit({**state, **turned}, config_of(tied, tmp_path))
+
+    assert fitted.catalogue[name] is turned[name]
+    assert [warning for warning in fitted.warnings if name in warning]
+
+
+def test_what_the_other_directory_lacks_too_is_missing(
+    tied: Case, state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    found, lost = "model.layers.1.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"
+    extra = on_disk(tmp_path / "extra", {found: tied.model()[found]})
+
+    with pytest.raises(DamagedCheckpoint) as caught:
+        fit(without(state, found, lost), config_of(tied, tmp_path), extra=extra)
+
+    assert caught.value.missing == (lost,)
+
+
 def test_a_tensor_that_the_model_does_not_have_is_written_and_mentioned(
     tied: Case, state: dict[str, Tensor], tmp_path: Path
 ) -> None:

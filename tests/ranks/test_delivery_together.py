@@ -20,8 +20,8 @@ from ckpt_tools.ranks import Ranks, session
 from ckpt_tools.ranks.clock import Clock
 from ckpt_tools.writing import bytes as write
 from tests.conftest import FIXTURES
-from tests.ranks.in_threads import clock, each, hurried, made
-from tests.ranks.simulated import SimulatedClock
+from tests.support.ranks.in_threads import clock, each, hurried, made
+from tests.support.ranks.simulated import SimulatedClock
 from tests.support.waiting import LONGEST_SECONDS
 
 __all__ = ["clock", "hurried"]

@@ -19,7 +19,7 @@ from ckpt_tools.errors import OutputFailed, RankFailed
 from ckpt_tools.ranks import Exchange, Ranks, exchange, session
 from ckpt_tools.ranks.clock import Clock
 from ckpt_tools.storage.places import LOCAL, FileFacts, Place, Readable, Requests, read_fully
-from tests.ranks.in_threads import hurried, made, together
+from tests.support.ranks.in_threads import hurried, made, together
 from tests.support.waiting import LONGEST_SECONDS, wait_until
 
 __all__ = ["hurried"]

@@ -21,8 +21,10 @@ import torch
 from safetensors.torch import save_file
 
 from tests.conftest import FIXTURES
-from tests.ranks.launching import (
+from tests.support.outputs import contents, partials, written
+from tests.support.ranks.launching import (
     DRIVER,
+    GATED,
     REPOSITORY,
     Ended,
     ended,
@@ -37,10 +39,8 @@ from tests.ranks.launching import (
     start,
     until,
 )
-from tests.support.outputs import contents, partials, written
 from tests.support.waiting import cpu_seconds, wait_until
 
-GATED = Path(__file__).with_name("gated.py")
 # More than one block, and no rank's share is less.
 FIRST_BYTES = 5_000_000
 OPTIONS = ("--weights-only", "--dtype", "bf16", "--max-shard-size", "10MB", "--workers", "1")
@@ -140,6 +140,7 @@ def source_with_own(large: Large, directory: Path, name: str) -> Path:
     return directory
 
 
+@pytest.mark.slow
 def test_a_shard_that_is_cut_while_a_follower_reads_it_ends_all_with_one_message(
     large: Large, tmp_path: Path
 ) -> None:

@@ -14,8 +14,8 @@ from torch._C._distributed_c10d import HashStore, TCPStore
 
 from ckpt_tools.errors import CkptError, DamagedCheckpoint, OutputFailed, RankFailed
 from ckpt_tools.ranks import Ranks, pulse
-from tests.ranks.in_threads import Store, at_once, clock, made, together
-from tests.ranks.simulated import SimulatedClock
+from tests.support.ranks.in_threads import Store, at_once, clock, made, together
+from tests.support.ranks.simulated import SimulatedClock
 
 __all__ = ["clock"]
 

@@ -12,7 +12,7 @@ import ckpt_tools
 from ckpt_tools.verification.reading import share
 from ckpt_tools.verification.scan import Piece
 from tests.conftest import FIXTURES
-from tests.ranks.launching import launch
+from tests.support.ranks.launching import launch
 
 CHAT = FIXTURES / "zero" / "zero3-bf16-olmo2-chat-2ranks"
 

@@ -20,9 +20,9 @@ from ckpt_tools.storage.places import DirectoryPlace
 from ckpt_tools.storage.pool import Pool, PooledPath
 from ckpt_tools.tensors.catalogue import Tensor
 from ckpt_tools.tensors.deferred import settle
-from tests.in_memory import Memory
-from tests.readers.contract import FIXTURES, assert_same, bits, in_pieces
 from tests.readers.dcp import test_dcp
+from tests.support.in_memory import Memory
+from tests.support.readers.contract import FIXTURES, assert_same, bits, in_pieces
 
 EVERY = sorted(path.parent for path in FIXTURES.glob("*/*/checkpoint"))
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from ckpt_tools import open_checkpoint, readers
 from ckpt_tools.errors import CkptError, DamagedCheckpoint, UnsupportedLayout
-from tests.readers.contract import assert_same
+from tests.support.readers.contract import assert_same
 
 Tensors = dict[str, torch.Tensor]
 

@@ -20,8 +20,8 @@ from ckpt_tools.errors import (
     NotACheckpoint,
     UsageError,
 )
-from tests import damage
 from tests.conftest import FIXTURES
+from tests.support import damage
 
 TWO_SAVES = "zero2-bf16-llama-two-saves-2ranks"
 PLAIN = "zero2-bf16-llama-3ranks"

@@ -13,8 +13,8 @@ from ckpt_tools import open_checkpoint, readers
 from ckpt_tools.errors import AmbiguousCheckpoint, DamagedCheckpoint, UsageError
 from ckpt_tools.readers.olmo_core import hub_names
 from ckpt_tools.tensors.checkpoint import Checkpoint
-from tests.readers.contract import Case, assert_same, opened
-from tests.readers.dcp.dcp_case import DCP, DcpCase, DcpContract, copy_of, dcp_cases
+from tests.support.readers.contract import Case, assert_same, opened
+from tests.support.readers.dcp_case import DCP, DcpCase, DcpContract, copy_of, dcp_cases
 
 CASES = dcp_cases("olmo-core*")
 TRAINED = "olmo-core-olmo2-2ranks"

@@ -17,7 +17,7 @@ from ckpt_tools.errors import (
     UnsupportedLayout,
     UsageError,
 )
-from tests.readers.contract import assert_same
+from tests.support.readers.contract import assert_same
 
 
 def state(seed: int = 0) -> dict[str, torch.Tensor]:

@@ -257,7 +257,6 @@ def test_under_torchrun_every_rank_reads_from_the_folders(
         [sys.executable, "-m", *arguments],
         capture_output=True,
         text=True,
-        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -26,7 +26,7 @@ from ckpt_tools.storage.places import (
     read_fully,
 )
 from ckpt_tools.storage.pool import Pool, PooledPath, open_for_reading, read_at
-from tests.in_memory import Memory
+from tests.support.in_memory import Memory
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = {"latest": b"global_step6", "global_step6/rank0.pt": b"0" * 10}
@@ -601,7 +601,7 @@ def test_in_another_process_it_is_read_from_the_places_there(
         "import pickle, sys\n"
         "from pathlib import Path\n"
         "from ckpt_tools.storage.places import DirectoryPlace\nfrom ckpt_tools.storage.pool import Pool\n"
-        "from tests.in_memory import Memory\n"
+        "from tests.support.in_memory import Memory\n"
         f"places = [DirectoryPlace(Path({str(there)!r})), Memory({HERE!r}, 'rank 0')]\n"
         f"pool = Pool(Path({str(here)!r}), places, key='shared')\n"
         "paths = pickle.load(sys.stdin.buffer)\n"

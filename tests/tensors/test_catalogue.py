@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +112,22 @@ def test_the_moves_of_a_window_are_the_slice(
     stop = data.draw(st.integers(start, whole.size))
     found = disk.carry_out(list(tensor.moves(start, stop)), (start, stop))
     assert (found == whole[start:stop]).all()
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4)])
+def test_every_window_of_a_tensor_in_two_boxes_is_the_slice(shape: Shape) -> None:
+    """All of them, since few that are drawn show several rows of a box that is narrower than they are."""
+    whole = np.arange(1, math.prod(shape) + 1, dtype=np.int32).reshape(shape)
+    for axis, size in enumerate(shape):
+        for at in range(1, size):
+            disk, fragments = Disk(), []
+            for box in split(Box((0,) * len(shape), shape), axis, at):
+                inside = tuple(slice(o, o + n) for o, n in zip(box.offsets, box.sizes, strict=True))
+                fragments.append(disk.put(whole[inside], 0, 1, box))
+            tensor = Stored(INT32, shape, fragments)
+            for window in combinations(range(whole.size + 1), 2):
+                found = disk.carry_out(list(tensor.moves(*window)), window)
+                assert (found == whole.reshape(-1)[slice(*window)]).all()
 
 
 @given(st.one_of(ranges_of(), boxes_of()), st.integers(1, 9))

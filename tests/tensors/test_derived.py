@@ -228,6 +228,7 @@ class TestRunsAreLong:
         assert pair.lazy is base.lazy
 
 
+@pytest.mark.slow
 def test_a_long_strided_run_is_no_copy_of_bytes(tmp_path: Path) -> None:
     """One axis with a stride is long enough to be copied as bytes, and must not be."""
     pair = strided(stored(tmp_path / "data.bin", counted((40_000, 2)), []), lambda x: x.T)

@@ -16,7 +16,7 @@ from ckpt_tools.tensors.catalogue import Box, FlatRange, Fragment, Stored, Tenso
 from ckpt_tools.tensors.derived import cast, view
 from ckpt_tools.tensors.dtypes import BFLOAT16, BY_NAME, FLOAT16, FLOAT32
 from ckpt_tools.tensors.gather import Gatherer, Slice
-from tests.in_memory import Memory, MemoryFile
+from tests.support.in_memory import Memory, MemoryFile
 
 
 def in_file(path: Path, truth: torch.Tensor, *, pad: int = 0) -> Stored:
@@ -196,7 +196,7 @@ class Together(Memory):
 
     def __init__(self, files: dict[str, bytes], parties: int) -> None:
         super().__init__(files)
-        self.barrier = threading.Barrier(parties, timeout=30)
+        self.barrier = threading.Barrier(parties, timeout=500)
 
     def open(self, relative: str) -> MemoryFile:
         file, barrier = super().open(relative), self.barrier

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from tests.ranks.launching import REPOSITORY, free_port
 from tests.support.outputs import contents
-from tests.training.frameworks import ENVIRONMENT
+from tests.support.ranks.launching import REPOSITORY, free_port
+from tests.support.training.frameworks import ENVIRONMENT
 
 RANKS = 3
 
@@ -32,7 +32,13 @@ def run(out: Path, *arguments: object) -> list[tuple[int, list[dict[str, Any]]]]
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
     }
-    command = [sys.executable, "-m", "tests.training.failing", str(out), *map(str, arguments)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.support.training.failing",
+        str(out),
+        *map(str, arguments),
+    ]
     ranks = [
         subprocess.Popen(
             command,

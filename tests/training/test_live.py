@@ -25,7 +25,7 @@ from ckpt_tools.tensors.fragments import EvenSlices
 from ckpt_tools.training.facts import Facts
 from ckpt_tools.training.holding import Held, Holding, Piece, dtype_of, whole
 from ckpt_tools.training.live import offered, part_of
-from tests.ranks.in_threads import hurried, made, together
+from tests.support.ranks.in_threads import hurried, made, together
 
 __all__ = ["hurried"]
 pytestmark = pytest.mark.usefixtures("hurried")

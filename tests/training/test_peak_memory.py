@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks.launching import ended, start
-from tests.training.frameworks import ENVIRONMENT
-from tests.training.peak import LAYERS
+from tests.support.ranks.launching import ended, start
+from tests.support.training.frameworks import ENVIRONMENT
+from tests.support.training.peak import LAYERS
 
 pytestmark = pytest.mark.slow
 
@@ -24,7 +24,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path, framework: str) -> 
     for width in WIDTHS:
         out = tmp_path / str(width)
         out.mkdir()
-        command = ["-m", "tests.training.peak", out, framework, width]
+        command = ["-m", "tests.support.training.peak", out, framework, width]
         run = ended(start([*map(str, command)], ranks=2, environment=ENVIRONMENT))
         assert run.status == 0, run.stderr
 

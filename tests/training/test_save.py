@@ -15,9 +15,9 @@ import pytest
 from filelock import FileLock
 
 import ckpt_tools
-from tests.ranks.launching import ended, start
 from tests.support.outputs import contents
-from tests.training.frameworks import ENVIRONMENT
+from tests.support.ranks.launching import ended, start
+from tests.support.training.frameworks import ENVIRONMENT
 
 MANIFEST = "ckpt_tools_manifest.json"
 
@@ -87,7 +87,7 @@ def trained(factory: pytest.TempPathFactory, name: str, ranks: int, cases: list[
     done = out.with_suffix(".done")
     with FileLock(out.with_suffix(".lock")):
         if not done.exists():
-            command = ["-m", "tests.training.worker", str(out), *cases]
+            command = ["-m", "tests.support.training.worker", str(out), *cases]
             run = ended(start(command, ranks=ranks, environment=ENVIRONMENT))
             assert run.status == 0, run.stdout + run.stderr
             done.touch()

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout, UsageError
 from ckpt_tools.hub.reference import LiveTensor, ReferenceModel, SavedTensor, _parsed, child
-from ckpt_tools.hub.reference.recipes import Live, NewValues
+from ckpt_tools.hub.reference.recipes import Joined, Live, NewValues, Strided
 from ckpt_tools.tensors.catalogue import Catalogue, FlatRange, Fragment, Stored
 from ckpt_tools.tensors.dtypes import BFLOAT16, BY_NAME, FLOAT32
 from ckpt_tools.transforms.hub_layout import HubLayout, hub_layout
@@ -471,6 +471,24 @@ class TestTies:
     def test_a_state_in_the_hub_layout_may_keep_the_other_name(self) -> None:
         result = hub_layout(Catalogue({"hub.head": tensor(4, 2)}), self.tied)
         assert list(result.catalogue) == ["hub.embed"]
+
+
+def test_halves_are_joined_along_the_axis_that_the_recipe_names(tmp_path: Path) -> None:
+    halves = {"left": torch.arange(6.0).view(2, 3), "right": torch.arange(4.0).view(2, 2)}
+    joined = Joined((Live("left"), Live("right")), 1)
+    fused = model({"left": (2, 3), "right": (2, 2)}, {"both": SavedTensor((2, 5), joined)})
+
+    result = hub_layout(stored(halves, tmp_path / "x.safetensors"), fused)
+
+    assert result.catalogue["both"].load().tolist() == [[0, 1, 2, 0, 1], [3, 4, 5, 2, 3]]
+
+
+def test_a_state_that_could_be_in_either_layout_is_taken_for_the_live_one(tmp_path: Path) -> None:
+    """A square matrix that the hub has transposed, under one name: training saves what is live."""
+    turned = model({"w": (2, 2)}, {"w": SavedTensor((2, 2), Strided(Live("w"), 0, (2, 2), (1, 2)))})
+    state = stored({"w": torch.arange(4.0).view(2, 2)}, tmp_path / "x.safetensors")
+
+    assert hub_layout(state, turned).catalogue["w"].load().tolist() == [[0, 2], [1, 3]]
 
 
 def test_what_the_model_does_not_have_is_kept_and_named() -> None:

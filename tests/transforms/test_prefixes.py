@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ckpt_tools.transforms.prefixes import strip_wrappers
-from tests.readers.contract import FIXTURES, Case
+from tests.support.readers.contract import FIXTURES, Case
 
 
 def stripped(*names: str) -> list[str]:

@@ -33,8 +33,8 @@ from ckpt_tools.transforms.recipe import (
     rebuilt,
     recipe_leaves,
 )
-from tests.adapted import base_directory, facts
 from tests.conftest import FIXTURES
+from tests.support.adapted import base_directory, facts
 from tests.tensors.test_derived import derived, same_bits
 
 ZERO = FIXTURES / "zero"

@@ -11,12 +11,13 @@ import torch
 
 from ckpt_tools.verification import verify
 from tests.conftest import FIXTURES
-from tests.verification.directories import (
+from tests.support.verification.directories import (
     Damage,
     also,
     answer_here,
     change_tensor,
     copy_adapter,
+    copy_adapter_beside_its_base,
     copy_adapter_with_head,
     copy_norms,
     edit_json,
@@ -28,6 +29,7 @@ from tests.verification.directories import (
 CONFIG, FILE = "adapter_config.json", "adapter_model.safetensors"
 A = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
 B = A.replace("lora_A", "lora_B")
+HEAD = "base_model.model.lm_head.weight"
 
 
 def config(**changes: Any) -> Callable[[Path], str]:
@@ -116,6 +118,17 @@ def leave_the_adapters_name(directory: Path) -> None:
     renamed(lambda name: name.replace("lora_A.", "lora_A.default."))(directory)
 
 
+def store_nothing(directory: Path) -> str:
+    store({}, directory / FILE)
+    return FILE
+
+
+def lose_a_layer(directory: Path) -> str:
+    remove(A)(directory)
+    remove(B)(directory)
+    return CONFIG
+
+
 BASE = also("adapter-base-tensor")
 DAMAGES = [
     Damage("no-weights", remove_the_weights, copy_adapter),
@@ -148,8 +161,14 @@ DAMAGES = [
     Damage("adapter-name", renamed(lambda n: "module." + n), copy_adapter),
     Damage("adapter-name", renamed(lambda n: n.replace("base_model", "_orig_mod")), copy_norms),
     Damage("adapter-empty", keep_only_base_weights, copy_adapter, BASE | also("adapter-target")),
+    Damage("adapter-empty", store_nothing, copy_adapter),
+    Damage("adapter-empty", store_nothing, copy_norms),
+    Damage("adapter-shape", change(HEAD, lambda t: t.flatten()[:0]), copy_adapter_with_head),
+    Damage("adapter-shape", change(HEAD, lambda t: t.flatten()[:64]), copy_adapter_with_head),
+    Damage("adapter-layer-missing", lose_a_layer, copy_adapter_beside_its_base),
+    Damage("adapter-shape", change(A, lambda t: t[:, :5]), copy_adapter_beside_its_base),
     Damage("adapter-base-tensor", add_a_weight_of_the_base, copy_adapter),
-    Damage("adapter-module-missing", remove("base_model.model.lm_head.weight"), copy_adapter_with_head),
+    Damage("adapter-module-missing", remove(HEAD), copy_adapter_with_head),
 ]  # fmt: skip
 
 
@@ -172,6 +191,19 @@ def test_what_peft_writes_is_clean(adapter: Path, monkeypatch: pytest.MonkeyPatc
     assert not found.problems
     assert found.tensors
     assert any("adapter of" in what for what in found.checked)
+
+
+MERGED = [path for path in ADAPTERS if (path.parent / "merged" / "config.json").is_file()]
+
+
+@pytest.mark.parametrize("adapter", MERGED, ids=lambda path: path.parts[-3])
+def test_what_peft_writes_is_clean_beside_its_base(
+    adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A merged model has the names and shapes of the base."""
+    answer_here(monkeypatch)
+
+    assert not verify(adapter, base=adapter.parent / "merged").problems
 
 
 def test_the_fixtures_have_every_trait() -> None:

@@ -15,7 +15,7 @@ from ckpt_tools.hub import reference
 from ckpt_tools.hub.reference import child
 from ckpt_tools.verification.against import check_against
 from ckpt_tools.verification.problem import Findings
-from tests.verification.beside import (
+from tests.support.verification.beside import (
     DORA,
     EXPERTS,
     PEFT,

@@ -13,7 +13,7 @@ from ckpt_tools import open_checkpoint
 from ckpt_tools.tensors import windows
 from ckpt_tools.verification.against import check_against
 from ckpt_tools.verification.problem import Findings, Problem
-from tests.verification.beside import (
+from tests.support.verification.beside import (
     PLAIN,
     SINGLE,
     UP,

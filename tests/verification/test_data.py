@@ -21,7 +21,7 @@ from ckpt_tools.verification import scan as scanning
 from ckpt_tools.verification.container import Entry
 from ckpt_tools.verification.scan import STEP_BYTES, Piece, Summary, scan
 from tests.conftest import FIXTURES
-from tests.verification.directories import (
+from tests.support.verification.directories import (
     SINGLE,
     Damage,
     also,
@@ -83,6 +83,20 @@ def write_a_head_of_its_own(directory: Path) -> str:
     return HEAD
 
 
+def save_tied_wide(directory: Path) -> Path:
+    """With an embedding of more than a megabyte."""
+    return save(directory, "Qwen3ForCausalLM tied", vocab_size=20_000)
+
+
+def write_a_head_that_differs_at_its_end(directory: Path) -> str:
+    def change(state: dict[str, torch.Tensor]) -> None:
+        state[HEAD] = state[EMBEDDING].clone()
+        state[HEAD][-1, -1] += 1
+
+    edit_state(directory / SINGLE, change)
+    return HEAD
+
+
 def untrain(directory: Path) -> str:
     def change(state: dict[str, torch.Tensor]) -> None:
         for name in state:
@@ -132,6 +146,12 @@ DAMAGES = [
     Damage("constant", put(HEAD, 1.0), save_llama),
     Damage("zero-block", zero_rows(UP, slice(500, 1600)), save_wide),
     Damage("tie-differs", write_a_head_of_its_own, save_tied, also("tie-written-twice")),
+    Damage(
+        "tie-differs",
+        write_a_head_that_differs_at_its_end,
+        save_tied_wide,
+        also("tie-written-twice"),
+    ),
     Damage("adapter-untrained", untrain, copy_adapter),
     Damage("digest-mismatch", flip_in("tokenizer.json", 50), write_chat_model, SUMMED),
     Damage("digest-mismatch", flip_in(SINGLE, -1), write_chat_model, SUMMED),
@@ -161,6 +181,16 @@ def test_what_belongs_there_is_no_problem(
     answer_here(monkeypatch)
     directory = copy_of(save_llama, tmp_path / "model")
     do(directory)
+
+    assert kinds(verify(directory, read_data=True)) == set()
+
+
+def test_an_adapter_that_trained_in_some_modules_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer_here(monkeypatch)
+    directory = copy_of(copy_adapter, tmp_path / "adapter")
+    put(LORA_A.replace("lora_A", "lora_B"), 0.0)(directory)
 
     assert kinds(verify(directory, read_data=True)) == set()
 

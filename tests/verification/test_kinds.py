@@ -19,7 +19,17 @@ DAMAGES = [
     *test_data.DAMAGES,
 ]
 # Their kinds have tables of their own, in the tests of their names.
-ELSEWHERE = {"against", "bitwise", "generation", "loading", "text", "tokenizer"}
+ELSEWHERE = {
+    "against",
+    "bitwise",
+    "custom_code",
+    "generation",
+    "like",
+    "like_tokenizer",
+    "loading",
+    "text",
+    "tokenizer",
+}
 
 
 def kinds_said_in(path: Path) -> set[str]:

@@ -24,7 +24,7 @@ from ckpt_tools.verification.container import read_container
 from ckpt_tools.verification.directory import list_directory
 from ckpt_tools.verification.loading import check_loading
 from ckpt_tools.verification.problem import KINDS, Findings, Problem
-from tests.verification.chat import change, read
+from tests.support.verification.chat import change, read
 
 hf: Any = transformers
 TINY: dict[str, Any] = dict(

@@ -18,8 +18,7 @@ from ckpt_tools.errors import CkptError
 from ckpt_tools.hub import reference
 from ckpt_tools.verification import Verdict, verify
 from tests.conftest import FIXTURES
-from tests.transforms.test_hub_layout import ARCHITECTURES
-from tests.verification.directories import (
+from tests.support.verification.directories import (
     SINGLE,
     Damage,
     also,
@@ -40,6 +39,7 @@ from tests.verification.directories import (
     save_vision,
     store,
 )
+from tests.transforms.test_hub_layout import ARCHITECTURES
 
 CONFIG = "config.json"
 NORM = "model.layers.1.post_attention_layernorm.weight"
@@ -211,6 +211,7 @@ DAMAGES = [
     Damage("tensor-missing", remove(HEAD), save_llama),
     Damage("tensor-missing", remove("model.layers.0.block_sparse_moe.experts.2.w1.weight"), save_mixture),
     Damage("tensor-unexpected", add("model.layers.2.mlp.up_proj.weight"), save_llama),
+    Damage("tensor-unexpected", add("module.up_proj.weight"), save_llama),
     Damage(
         "tensor-unexpected",
         add("model.layers.0.self_attn.rotary_emb.inv_freq"),

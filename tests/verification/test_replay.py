@@ -21,9 +21,9 @@ from ckpt_tools.model.state import cast_state, model_state
 from ckpt_tools.tensors.catalogue import Tensor
 from ckpt_tools.tensors.dtypes import BFLOAT16
 from ckpt_tools.transforms.recipe import Json, Leaf, described, leaf_names, leaves_of
-from tests.adapted import base_directory, facts
 from tests.conftest import FIXTURES
-from tests.verification.beside import (
+from tests.support.adapted import base_directory, facts
+from tests.support.verification.beside import (
     DORA,
     EXPERTS,
     MANIFEST,

@@ -23,7 +23,7 @@ from ckpt_tools.verification import verify
 from ckpt_tools.verification.container import read_container
 from ckpt_tools.verification.directory import list_directory
 from ckpt_tools.verification.problem import Findings
-from tests.verification.directories import (
+from tests.support.verification.directories import (
     INDEX,
     SINGLE,
     Damage,
@@ -315,6 +315,23 @@ def overlap(directory: Path) -> str:
     return name
 
 
+def nest(directory: Path) -> str:
+    """The last tensor within the first, whose bytes end far behind it."""
+    path = directory / SINGLE
+    found, data = split(path)
+    name = last(path)
+    low, high = found[name]["data_offsets"]
+    found[name]["data_offsets"] = [8, 8 + high - low]
+    join(path, found, data[:low])
+    return name
+
+
+def remove_the_index_and_the_last_shard(directory: Path) -> str:
+    (directory / INDEX).unlink()
+    shards(directory)[-1].unlink()
+    return shards(directory)[0].name
+
+
 DAMAGES = [
     Damage("no-weights", remove_all_weights),
     Damage("no-weights", empty),
@@ -343,6 +360,11 @@ DAMAGES = [
     Damage("shard-stray", leave_a_shard_beside_the_single_file, save_llama),
     Damage("shard-numbering", rename_a_shard),
     Damage("shard-numbering", rename_a_shard_to_another_series),
+    Damage(
+        "shard-numbering",
+        remove_the_index_and_the_last_shard,
+        also=also("index-missing", "tensor-missing"),
+    ),
     Damage("single-and-sharded", lay_a_single_file_beside),
     Damage("tensor-duplicate", write_a_tensor_twice, also=also("index-total-size")),
     Damage("pickled-weights", lambda directory: None, save_pickled),
@@ -367,6 +389,7 @@ DAMAGES = [
     Damage("tensor-size", of_a_tensor(dtype="F32"), save_llama, also("dtype-mixed")),
     Damage("data-hole", leave_a_hole, save_llama),
     Damage("data-overlap", overlap, save_llama),
+    Damage("data-overlap", nest, save_llama),
 ]
 
 

@@ -19,8 +19,8 @@ from ckpt_tools.verification.container import read_container
 from ckpt_tools.verification.directory import list_directory
 from ckpt_tools.verification.problem import KINDS, Findings, Problem
 from ckpt_tools.verification.text import check_text
-from tests.verification import chat
-from tests.verification.chat import (
+from tests.support.verification import chat
+from tests.support.verification.chat import (
     CHATML,
     CHATS,
     LLAMA,

@@ -554,7 +554,6 @@ def run_program(program: str, *arguments: object) -> subprocess.CompletedProcess
         [sys.executable, "-c", textwrap.dedent(program), *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=300,
         check=False,
     )
 

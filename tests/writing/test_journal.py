@@ -83,6 +83,26 @@ def test_a_journal_says_whose_it_is(home: Path) -> None:
     assert json.loads((home / "journal" / "run.json").read_text()) == asdict(MINE)
 
 
+def test_a_beginning_is_on_disk_with_every_name_on_the_way_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever loses power after the first block must find whose the directory is."""
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def note(fd: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name)
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", note)
+    home = tmp_path / "out.partial-01234567"
+    home.mkdir()
+
+    begin(home, MINE)
+
+    assert synced == ["run.json", "journal", home.name]
+
+
 def test_a_torn_beginning_is_nobodys(home: Path) -> None:
     whole = (home / "journal" / "run.json").read_bytes()
     for length in range(len(whole)):

@@ -23,8 +23,8 @@ from ckpt_tools import __version__, average, consolidate, extract_lora, merge_lo
 from ckpt_tools.errors import OutputFailed
 from ckpt_tools.model.adapter import read_adapter_directory
 from ckpt_tools.writing.manifest import NAME, SUMS_NAME, Provenance, sums_text
-from tests.adapted import adapter_config, lora_state, write_checkpoint
 from tests.conftest import FIXTURES
+from tests.support.adapted import adapter_config, lora_state, write_checkpoint
 from tests.transforms.test_hub_layout import Case
 from tests.writing.test_hub_directory import save_state
 from tests.writing.test_units import digests_by_hand

@@ -237,7 +237,7 @@ def _size(
         measured = saved_size(checkpoint, tag=tag)
         return measured.nbytes, measured
     if tag is not None:
-        raise UsageError("--tag: there is no --from whose checkpoints it could choose among")
+        raise UsageError("--tag needs --from with a directory of checkpoints")
     return None if given is None else nbytes("--checkpoint-size", given), None
 
 
@@ -260,27 +260,31 @@ def _remarks(run: TrainingRun, exact: Cost) -> tuple[str, ...]:
     for what, value in (("step", run.step_time), ("save", run.save_time)):
         if value >= run.mtbf:
             remarks.append(
-                f"one {what} takes {duration_text(value)}, and a failure comes every {mtbf}: the run "
-                "hardly proceeds"
+                f"one {what} takes {duration_text(value)}, and there is a failure every {mtbf}: the run "
+                "hardly progresses"
             )
     if run.restart_time >= run.mtbf:
         remarks.append(
-            f"a restart takes {duration_text(run.restart_time)}, and a failure comes every {mtbf}: most "
+            f"a restart takes {duration_text(run.restart_time)}, and there is a failure every {mtbf}: most "
             "restarts fail"
         )
     if not remarks and exact.total_seconds > 2 * run.work_seconds:
         share = 100 * run.work_seconds / exact.total_seconds
         remarks.append(f"at best {share:.2g}% of the wall time is work")
     if exact.saves == 1:
-        remarks.append("one save, at the end, costs least: a second would cost more than it spares")
+        remarks.append(
+            "a single save at the end costs least: a second save would cost more than it saves"
+        )
     for name, value in zip(("Young", "Daly"), _formulas(run), strict=True):
         text = duration_text(value)
         if value > run.work_seconds and exact.saves > 1:
             remarks.append(
-                f"{name}'s interval, {text}, is longer than the run: one save, at the end"
+                f"{name}'s interval, {text}, is longer than the run: one save at the end"
             )
         elif value < run.step_time / 2:
-            remarks.append(f"{name}'s interval, {text}, is far less than a step: a save after each")
+            remarks.append(
+                f"{name}'s interval, {text}, is much shorter than a step: a save after each step"
+            )
     return tuple(remarks)
 
 

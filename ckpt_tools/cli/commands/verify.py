@@ -59,7 +59,15 @@ SUMMARY = "Everything that is wrong with a finished directory."
     group=options.CHECK,
     type=options.PATH,
     metavar="DIR",
-    help="With --load: the base of an adapter. Default: the directory that the adapter names.",
+    help="The base of an adapter. Default: the directory that the adapter names, if there is one.",
+)
+@options.option(
+    "--like",
+    group=options.CHECK,
+    type=options.PATH,
+    metavar="MODEL",
+    help="Compare config, tokenizer, chat template and generation config with those of MODEL: the base, or "
+    "the directory that the training run loaded.",
 )
 @options.option("--strict", group=options.CHECK, is_flag=True, help="Warnings fail too.")
 @options.option(

@@ -120,11 +120,6 @@ class Answer:
     def __init__(self, future: Future[ReferenceModel | None]) -> None:
         self._future = future
 
-    @property
-    def done(self) -> bool:
-        """Whether :meth:`result` returns or raises without waiting."""
-        return self._future.done()
-
     def result(self) -> ReferenceModel | None:
         """Wait for the answer; :func:`describe` documents the value and the errors."""
         return self._future.result()

@@ -73,10 +73,17 @@ def failure_of(child: subprocess.CompletedProcess[str]) -> str:
 
 
 def ask(module: str, question: str, library: str = "transformers") -> dict[str, Any]:
-    """Ask ``python -m module`` a question.
+    """The answer of a module that answers with an object; see :func:`ask_any`."""
+    answer = ask_any(module, question, library)
+    assert isinstance(answer, dict)
+    return answer
+
+
+def ask_any(module: str, question: str, library: str = "transformers") -> Any:
+    """The answer of ``python -m module`` to a question.
 
     Args:
-        module: reads one JSON object on standard input and prints one on standard output.
+        module: reads JSON on standard input and prints JSON on standard output.
         question: the JSON object.
         library: the library that the child needs, for messages.
 
@@ -99,6 +106,4 @@ def ask(module: str, question: str, library: str = "transformers") -> dict[str, 
             f"{library} failed to describe the model: {failure_of(child)}",
             hint=f"Check that `python -c 'import {library}'` works in this environment.",
         )
-    answer = json.loads(child.stdout)
-    assert isinstance(answer, dict)
-    return answer
+    return json.loads(child.stdout)

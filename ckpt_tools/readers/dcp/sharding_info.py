@@ -42,7 +42,7 @@ def sharding_info(file: SafetensorsFile) -> dict[str, Shape] | None:
         raise DamagedCheckpoint(
             f"its DCP_SHARDING_INFO is malformed ({error})",
             path=file.path,
-            hint="torch did not write it, or it was edited.",
+            hint="The file was not written by torch, or it was edited.",
         ) from error
     return offsets
 

@@ -1,8 +1,7 @@
-"""Proof that the shard files in a directory are those of one save of one run.
+"""Owns the proof that the shard files of a directory belong to one save of one run.
 
-Owns the comparison of what every file states about itself: ranks, world size, step, version, settings.
-A missing rank, or one of another step, is found here before anything is made of the contents. Knows
-nothing of how files are read or of what their tensors mean.
+The proof compares what every file states about itself: rank, world size, step, version, settings. It finds
+missing ranks and files of another step before the content of the files is used.
 """
 
 from __future__ import annotations
@@ -18,15 +17,15 @@ from ckpt_tools.errors import CkptError, DamagedCheckpoint
 from ckpt_tools.readers.containers.restricted_pickle import TensorRef
 
 NODE_LOCAL = (
-    "If the run saved to node-local storage, they lie on the other machines: copy every machine's "
-    "folder here, or name it with --also DIR."
+    "If the run saved to node-local storage, they are on the other machines: copy the folder of every "
+    "machine here, or pass it with --also DIR."
 )
-SAME_SAVE = "Keep the files of one save in a directory of their own; move the others away."
+SAME_SAVE = "Keep only the files of one save in this directory, and move the others away."
 
 
 @dataclass(frozen=True)
 class ModelState:
-    """What is used of a ``*_model_states.pt`` file."""
+    """The used content of a ``*_model_states.pt`` file."""
 
     path: Path
     rank: int
@@ -39,7 +38,7 @@ class ModelState:
 
 @dataclass(frozen=True)
 class OptimState:
-    """What is used of a ``*_optim_states.pt`` file."""
+    """The used content of a ``*_optim_states.pt`` file."""
 
     path: Path
     rank: int
@@ -79,7 +78,7 @@ def stated_world_size(
         return stated
     if stage and isinstance(dp, int) and dp != stated:
         raise DamagedCheckpoint(
-            f"{first.path.name} was written by {dp} ranks, the optimizer files by {stated}",
+            f"{first.path.name} states {dp} ranks, the optimizer files state {stated}",
             path=directory,
             hint=SAME_SAVE,
         )
@@ -93,7 +92,7 @@ def _mics_group(first: ModelState) -> object:
 
 
 def without_optimizer(directory: Path, stage: int) -> CkptError:
-    """The error of a save of which only model files are here."""
+    """The error for a save without optimizer files."""
     return _lost(
         f"a ZeRO-{stage} checkpoint without its optimizer files, which hold "
         + ("the weights" if stage == 3 else "the masters"),
@@ -107,7 +106,7 @@ def without_optimizer(directory: Path, stage: int) -> CkptError:
 def missing_optims(
     world_size: int, directory: Path, optims: Sequence[OptimState]
 ) -> CkptError | None:
-    """The error of a save of which the optimizer files of some ranks are not here, or None."""
+    """The error for a save without the optimizer files of some ranks; None if all are present."""
     present = {optim.rank for optim in optims}
     lacking = [rank for rank in range(world_size) if rank not in present]
     if not optims or not lacking:
@@ -116,10 +115,10 @@ def missing_optims(
 
 
 def check_models(world_size: int, directory: Path, models: Sequence[ModelState]) -> tuple[str, ...]:
-    """Every rank of stage 3 has its model file, or none of what is missing is needed.
+    """Check that every rank of stage 3 has its model file, or that no missing file is needed.
 
     Returns:
-        A remark where files are missing.
+        A remark if files are missing.
 
     Raises:
         DamagedCheckpoint: the missing files hold frozen parameters, or buffers of rank 0.
@@ -133,7 +132,7 @@ def check_models(world_size: int, directory: Path, models: Sequence[ModelState])
         raise _missing("model", lacking, world_size, directory, models)
     ranks = _ranges(lacking)
     fact = f"{len(lacking)} of {world_size} model files are missing (ranks {ranks})"
-    return (f"{fact}; nothing is frozen, so that no weight lies in them",)
+    return (f"{fact}; no parameter is frozen, so they hold no weights",)
 
 
 def _missing(
@@ -179,14 +178,14 @@ def check_extra(
         extra = sorted({state.rank for state in states} - set(range(world_size)))
         if extra:
             raise DamagedCheckpoint(
-                f"{kind}_states files of ranks {_ranges(extra)} lie here, but the save had "
+                f"there are {kind}_states files of ranks {_ranges(extra)}, but the save had "
                 f"{world_size} ranks",
                 path=directory,
                 hint=SAME_SAVE,
             )
     if stage < 3 and len(models) > 1:
         raise DamagedCheckpoint(
-            f"model files of ZeRO-3 lie beside optimizer files of stage {stage}",
+            f"the model files are of ZeRO-3, the optimizer files of stage {stage}",
             path=directory,
             hint=SAME_SAVE,
         )
@@ -195,7 +194,7 @@ def check_extra(
 def check_agreement(
     directory: Path, models: Sequence[ModelState], optims: Sequence[OptimState]
 ) -> None:
-    """Steps, versions and settings are the same in all files."""
+    """Check that steps, versions and settings are equal in all files."""
     for key, meaning in (
         ("global_steps", "step"),
         ("dp_world_size", "world size"),
@@ -221,7 +220,7 @@ def check_agreement(
 
 
 def _settings(config: Any) -> object:
-    """The part of ``ds_config`` that is the same on every rank of a run; None where not recorded."""
+    """The part of ``ds_config`` that is equal on all ranks of a run; None if it was not recorded."""
     if not isinstance(config, dict) or not config:
         return None
     keys = ("optimizer", "bf16", "fp16", "train_batch_size", "gradient_accumulation_steps")
@@ -237,7 +236,7 @@ def _agree(directory: Path, meaning: str, values: dict[str, Any]) -> None:
 
 
 def mixed(directory: Path, meaning: str, values: dict[str, Any]) -> DamagedCheckpoint:
-    """The error for files of several saves, naming those in the minority."""
+    """The error for files of several saves; it names a file of the minority."""
     common, _ = Counter(map(repr, values.values())).most_common(1)[0]
     odd = {name: value for name, value in values.items() if repr(value) != common}
     name, value = next(iter(odd.items()))
@@ -248,7 +247,7 @@ def mixed(directory: Path, meaning: str, values: dict[str, Any]) -> DamagedCheck
         else (f" ({name}{more} differ from the others)")
     )
     return DamagedCheckpoint(
-        f"the files are not of one save: they differ in {meaning}{shown}",
+        f"the files belong to different saves: they differ in {meaning}{shown}",
         path=directory,
         hint=SAME_SAVE,
     )

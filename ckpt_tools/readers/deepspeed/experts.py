@@ -1,11 +1,11 @@
-"""Mixtures of experts whose experts are divided among ranks: DeepSpeed's own MoE layers, and AutoEP.
+"""Owns mixtures of experts whose experts are divided among ranks: DeepSpeed's own MoE layers, and AutoEP.
 
-The weights of experts lie in a file each, by global number (``layer_L_expert_E_...``). Their masters lie
-in the ordinary optimizer files, in flat groups that are partitioned among the ranks that hold the same
-experts; the names there have local numbers. Under stage 3 (AutoEP alone) there are no files of experts.
+The weights of each expert are in a file with its global number (``layer_L_expert_E_...``). The masters are
+in the optimizer files, in flat groups that are partitioned among the ranks with the same experts; the names
+there have local numbers. In stage 3 (AutoEP alone) there are no files of experts.
 
-AutoEP keeps the experts of a layer of a Hugging Face model as three tensors ``w1``, ``w2`` and ``w3``;
-here they get back the names and the form of the model: ``gate_up_proj`` and ``down_proj``.
+AutoEP keeps the experts of a layer of a Hugging Face model as three tensors ``w1``, ``w2`` and ``w3``. Here
+they get the names and the form of the model: ``gate_up_proj`` and ``down_proj``.
 
 Sources: ``deepspeed/runtime/engine.py`` (``_save_moe_checkpoint``), ``utils/groups.py``
 (``_create_expert_and_data_parallel``), ``module_inject/auto_ep_layer.py``.
@@ -63,12 +63,12 @@ def read_experts(names: SaveNames, shards: Sequence[ShardSet]) -> tuple[Save, Pa
         raise UnsupportedLayout(
             f"experts and model parallelism together ({len(shards)} model-parallel ranks)",
             path=names.directory,
-            hint="Convert it with DeepSpeed's ds_to_universal.py; the universal checkpoint is read.",
+            hint="Convert it with DeepSpeed's ds_to_universal.py, and pass the universal checkpoint.",
         )
     held = _expert_files(names, first)
     dense, experts, doubts = _masters(first)
     if first.param_shapes is None:
-        # Up to DeepSpeed 0.18 the model files of mixtures recorded no shapes: the weights have them.
+        # Up to DeepSpeed 0.18 the model files of mixtures recorded no shapes, but the weights have them.
         dense, experts = _shaped(dense, first.first.content["module"]), _shaped(experts, held)
     shapes = {
         name: shape
@@ -120,7 +120,7 @@ def _expert_files(names: SaveNames, shards: ShardSet) -> dict[str, TensorRef]:
         tensors = {key: ref for key, ref in content.items() if isinstance(ref, TensorRef)}
         if not tensors:
             raise DamagedCheckpoint(
-                "not a file of an expert: it holds no tensors by name",
+                "not a file of an expert: it has no named tensors",
                 path=names.directory / name,
                 hint=SAME_SAVE,
             )
@@ -149,7 +149,7 @@ def _weights(
     held: Mapping[str, TensorRef],
     placed: Mapping[str, Any],
 ) -> Iterator[tuple[str, Weight]]:
-    """The weights of all experts, with the master and the file's copy of each where there is one."""
+    """The weights of all experts, each with its master and its copy in a file, if present."""
     models = _stacked(held) if placed else {name: stored(ref) for name, ref in held.items()}
     masters = dict(experts)
     if placed:
@@ -174,14 +174,14 @@ def _weights(
 
 @dataclass(frozen=True)
 class _Holders:
-    """The ranks that hold the same experts, in the order in which a flat group is partitioned among them."""
+    """The ranks with the same experts, in the order of the partitions of their flat groups."""
 
     number: int
     optims: Sequence[OptimState]
 
 
 def _masters(shards: ShardSet) -> tuple[dict[str, Stored], dict[str, Stored], list[str]]:
-    """Masters of everything else, masters of experts under their global names, and doubts."""
+    """Masters of all other tensors, masters of experts by their global names, and doubts."""
     dense: dict[str, Stored] = {}
     experts: dict[str, Stored] = {}
     if not shards.optims:
@@ -234,7 +234,7 @@ def _holders(shards: ShardSet, index: int) -> list[_Holders]:
         for ranks, optims in recorded.items():
             if ranks and [optim.rank for optim in optims] != list(ranks):
                 raise DamagedCheckpoint(
-                    f"sub-group {index} is recorded as that of ranks {list(ranks)}, its files are of others",
+                    f"sub-group {index} is recorded for ranks {list(ranks)}, its files are of other ranks",
                     path=optims[0].path,
                 )
         return [_Holders(number, optims) for number, optims in enumerate(recorded.values())]
@@ -257,7 +257,7 @@ def _holders(shards: ShardSet, index: int) -> list[_Holders]:
 
 
 def _renumbered(shards: ShardSet, slices: Sequence[Mapping[str, Stored]]) -> dict[str, Stored]:
-    """Masters of experts under global names; those of AutoEP in one tensor for all experts."""
+    """Masters of experts by global names; AutoEP's are in one tensor for all experts."""
     masters: dict[str, Stored] = {}
     local: dict[str, set[str]] = {}
     for name in slices[0]:
@@ -304,7 +304,7 @@ def _row(shape: Shape, index: int) -> Any:
 
 
 def _stacked(held: Mapping[str, TensorRef]) -> dict[str, Stored]:
-    """One tensor ``w1`` (``w2``, ``w3``) of all experts of a layer."""
+    """For each layer one tensor ``w1`` (``w2``, ``w3``) with all experts."""
     numbered: dict[str, dict[int, Stored]] = {}
     for name, ref in held.items():
         match = _FUSED.fullmatch(name)
@@ -323,7 +323,7 @@ def _stacked(held: Mapping[str, TensorRef]) -> dict[str, Stored]:
 
 
 def _fused(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
-    """The names and the form of the Hugging Face model: gate and up in one tensor."""
+    """The tensors with the names and the form of the Hugging Face model: gate and up in one tensor."""
     made: dict[str, Stored] = {}
     for name, tensor in tensors.items():
         match = _FUSED.fullmatch(name)
@@ -344,7 +344,7 @@ def _fused(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
 
 
 def _routers(shards: ShardSet, paths: Iterable[str]) -> dict[str, str]:
-    """The model's name of each router; AutoEP's module calls it ``router`` as well."""
+    """The model's name of each router; AutoEP's module also has the name ``router`` for it."""
     called = {}
     for path in paths:
         pattern = re.compile(re.escape(path) + r"\.(?P<attribute>\w+)\.gate\.(?P<leaf>\w+)")

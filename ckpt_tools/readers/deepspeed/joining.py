@@ -1,8 +1,8 @@
-"""Tensors put together from the slices of tensor-parallel ranks, fragment by fragment.
+"""Owns the arithmetic of joining the slices of tensor-parallel ranks, fragment by fragment.
 
-Owns the arithmetic alone: which box of a rank's slice lies where in the whole. Why a parameter is cut so
-is the business of :mod:`~ckpt_tools.readers.deepspeed.tensor_parallel`. Nothing is read; that the boxes
-tile the whole is proven when the tensor is built.
+A piece is a box of a rank's slice and its place in the whole;
+:mod:`~ckpt_tools.readers.deepspeed.tensor_parallel` decides how a parameter is cut. Nothing is read.
+Building the tensor proves that the boxes tile the whole.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Piece:
     """A box of one rank's slice, and its place in the whole.
 
     Attributes:
-        rank: which slice.
+        rank: the rank of the slice.
         box: the elements in the slice.
         offsets: first index in the whole, in each dimension.
     """
@@ -31,19 +31,19 @@ class Piece:
 
 
 def whole(slice_shape: Shape) -> Box:
-    """All of a slice."""
+    """The box of a whole slice."""
     return Box((0,) * len(slice_shape), slice_shape)
 
 
 def along(shape: Shape, axis: int, start: int, size: int) -> Box:
-    """The part of a slice of this shape that has ``size`` indices from ``start`` along an axis."""
+    """The box of a slice of this shape with ``size`` indices from ``start`` along an axis."""
     offsets, sizes = [0] * len(shape), list(shape)
     offsets[axis], sizes[axis] = start, size
     return Box(tuple(offsets), tuple(sizes))
 
 
 def shifted(shape: Shape, axis: int, start: int) -> Shape:
-    """The first index of what begins at ``start`` along an axis."""
+    """The first index of a box that starts at ``start`` along an axis."""
     return tuple(start if index == axis else 0 for index in range(len(shape)))
 
 
@@ -51,7 +51,7 @@ def joined(slices: Sequence[Stored], pieces: Sequence[Piece], shape: Shape) -> S
     """The tensor of this shape that the pieces make up.
 
     Raises:
-        DamagedCheckpoint: the pieces leave an element out, or hold one twice.
+        DamagedCheckpoint: an element is in no piece, or in two.
     """
     fragments = [
         fragment for piece in pieces for fragment in _placed(slices[piece.rank], piece, shape)

@@ -1,10 +1,10 @@
-"""Where the elements of each parameter lie in the flat groups of a ZeRO checkpoint.
+"""Owns the layouts of ZeRO checkpoints: the place of each parameter's elements in the flat groups.
 
-Pure arithmetic over metadata that was already read. Three layouts, each one function:
+Each layout is one function over metadata that was already read:
 
-* stages 1 and 2, and ``BF16_Optimizer``: per parameter group one flat vector, parameters one after the
-  other (with recorded alignment paddings between them), cut into equal partitions; the padding at the
-  end is cut from what each rank saved, or, by ``BF16_Optimizer``, kept and its length recorded;
+* stages 1 and 2, and ``BF16_Optimizer``: one flat vector for each parameter group, with the parameters one
+  after the other (and recorded alignment paddings between them), cut into equal partitions. The padding at
+  the end is not saved, except by ``BF16_Optimizer``, which records its length;
 * stage 3: per sub-group, each rank holds its slice of ``ceil(numel / world_size)`` elements of each
   parameter; only the last slices are padded;
 * stage 0: one file, without names. The fused optimizers keep one flat fp32 vector per parameter group,
@@ -37,7 +37,7 @@ BY_MAPPING = "which masters are whose is told by the recorded slice mappings alo
 
 
 def group_shapes(shapes: Any, path: Path) -> list[dict[str, Shape]]:
-    """``param_shapes`` as a list of groups; up to DeepSpeed 0.5 it was one mapping for all."""
+    """``param_shapes`` as a list of groups; DeepSpeed up to 0.5 wrote one mapping for all groups."""
     groups = [shapes] if isinstance(shapes, Mapping) else shapes
     if not isinstance(groups, list) or not all(isinstance(group, Mapping) for group in groups):
         raise DamagedCheckpoint("its param_shapes are missing or malformed", path=path)
@@ -48,8 +48,8 @@ def partitioned_masters(shards: ShardSet) -> tuple[dict[str, Stored], list[str]]
     """Masters of stages 1 and 2 and of ``BF16_Optimizer``.
 
     Returns:
-        The masters by name, and the doubts: groups whose recorded slice mappings contradict the
-        order of the parameters, so that the values themselves must be compared.
+        The masters by name, and the doubts. A doubt is a group whose recorded slice mappings contradict the
+        order of the parameters, so that all values must be compared.
 
     Raises:
         DamagedCheckpoint: the partitions do not hold what the parameters need.
@@ -133,16 +133,16 @@ def _slices(optim: OptimState, index: int) -> dict[str, tuple[int, int]]:
 def _matched_masters(
     shards: ShardSet, shapes: Mapping[str, Shape]
 ) -> tuple[dict[str, Stored], list[str]]:
-    """Masters of DeepSpeed up to 0.5, whose one mapping is not always in the order of the vectors."""
+    """Masters of DeepSpeed up to 0.5, whose one mapping may have another order than the vectors."""
     vectors = [partitions(shards, index) for index in range(len(shards.optims[0].flat_groups))]
     module = named_weights(shards.first.content)
     order = {name: module[name] for name in shapes if name in module}
     masters = match_by_value(vectors, order, slack=2 * shards.world_size)
     if masters is None:
         raise DamagedCheckpoint(
-            "the masters fit no order of the module's weights",
+            "the values of the masters match no order of the module's weights",
             path=shards.optims[0].path,
-            hint="Files of two saves lie together, or a file was damaged. --weights model takes the "
+            hint="The files belong to two saves, or a file was damaged. Pass --weights model to take the "
             "16-bit weights instead.",
         )
     return masters, ["DeepSpeed up to 0.5 did not record the order of parameters faithfully"]
@@ -152,7 +152,7 @@ def partitions(shards: ShardSet, group: int) -> FlatVector:
     """The flat vector of a group, of which each rank has a part."""
     refs, lengths = [], []
     if shards.optims[0].intervals is not None:
-        # Interval by interval, the partitions of all ranks follow each other.
+        # In each interval the partitions of all ranks follow each other.
         columns = zip(
             *(optim.intervals[group] for optim in shards.optims if optim.intervals), strict=True
         )
@@ -178,7 +178,7 @@ def _alignment_paddings(shards: ShardSet, group: int, count: int) -> Sequence[in
         raise DamagedCheckpoint(
             f"{len(gaps)} alignment paddings for {count} parameters of group {group}",
             path=shards.optims[0].path,
-            hint="The model file is of another save than the optimizer files.",
+            hint="The model file and the optimizer files belong to different saves.",
         )
     return [int(gap) for gap in gaps]
 
@@ -190,7 +190,7 @@ def _mappings_agree(
     gaps: Sequence[int],
     parts: FlatVector,
 ) -> bool:
-    """Whether each rank's recorded fragments are those that the order of parameters gives."""
+    """Whether each rank's recorded fragments agree with the order of the parameters."""
     for rank, optim in enumerate(shards.optims):
         mappings = optim.get("param_slice_mappings")
         if not isinstance(mappings, list) or group >= len(mappings):
@@ -229,16 +229,16 @@ def sliced_masters(
     for optim in shards.optims:
         if len(optim.flat_groups) == len(dtypes) and dtypes != [g.dtype for g in optim.flat_groups]:
             raise DamagedCheckpoint(
-                "its sub-groups are of other dtypes than those of rank 0",
+                "the dtypes of its sub-groups differ from those of rank 0",
                 path=optim.path,
-                hint="The file is of another save or run; keep the files of one save apart.",
+                hint="The file belongs to another save or run. Keep the files of one save apart.",
             )
         found = [contiguous(group, "a flat group").numel for group in optim.flat_groups]
         if found != lengths:
             raise DamagedCheckpoint(
                 f"its sub-groups have {found} elements, those of rank 0 {lengths}",
                 path=optim.path,
-                hint="The file is of another save or run; keep the files of one save apart.",
+                hint="The file belongs to another save or run. Keep the files of one save apart.",
             )
     masters: dict[str, Stored] = {}
     group, position, bases = -1, 0, [0] * world_size
@@ -259,7 +259,7 @@ def sliced_masters(
                     f"sub-group {group} ends before it",
                     path=files[0],
                     tensor=name,
-                    hint="The model files are of another save than the optimizer files.",
+                    hint="The model files and the optimizer files belong to different saves.",
                 )
             length = math.ceil(numel / len(files))
             slices = EvenSlices(files, position * dtype.itemsize, length, numel, bases)
@@ -270,13 +270,13 @@ def sliced_masters(
         raise DamagedCheckpoint(
             f"the sub-groups hold {left:,} elements a rank more than the parameters need",
             path=files[0],
-            hint="The model files are of another save than the optimizer files.",
+            hint="The model files and the optimizer files belong to different saves.",
         )
     return masters
 
 
 def sliced_frozen(shards: ShardSet) -> dict[str, Stored]:
-    """Frozen parameters of stage 3: each rank's model file holds its slice."""
+    """Frozen parameters of stage 3, from the slices in the ranks' model files."""
     shapes = shards.first.get("frozen_param_shapes") or {}
     frozen: dict[str, Stored] = {}
     for name, recorded in shapes.items():
@@ -298,10 +298,10 @@ def sliced_frozen(shards: ShardSet) -> dict[str, Stored]:
 
 
 def unpartitioned_masters(shards: ShardSet) -> tuple[dict[str, Stored], list[str]]:
-    """Masters of a stage 0 checkpoint by name, and why they must be compared with the module in full.
+    """Masters of a stage 0 checkpoint by name, and the reason to compare them with the module in full.
 
-    Both are empty where the optimizer kept no masters (fp32 training). Where there are some that cannot be
-    named, only the reason is given.
+    Both are empty if the optimizer kept no masters (fp32 training). If the masters cannot be named, there is
+    only the reason.
     """
     optimizer = shards.first.get("optimizer")
     if not isinstance(optimizer, dict):
@@ -313,9 +313,9 @@ def unpartitioned_masters(shards: ShardSet) -> tuple[dict[str, Stored], list[str
     masters = match_by_value(vectors, named_weights(shards.first.content))
     if masters is None:
         return {}, [
-            "the fp32 masters fit no order of the module's names; its 16-bit weights are read"
+            "the values of the fp32 masters match no order of the weights; the 16-bit weights are read"
         ]
-    return masters, ["masters of stage 0 carry no names"]
+    return masters, ["masters of stage 0 have no recorded names"]
 
 
 def _masters_in_order(optimizer: dict[str, object]) -> list[TensorRef]:

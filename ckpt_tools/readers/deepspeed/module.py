@@ -1,11 +1,10 @@
-"""The ``module`` of a DeepSpeed model file, and the match of its names with those of the parameters.
+"""Owns the ``module`` of a DeepSpeed model file, and the match of its names with those of the parameters.
 
-DeepSpeed saves what the module's own ``state_dict`` answers, and calls parameters by their place in the
-module. Hooks make the two differ: activation-checkpoint wrappers leave their own name out of
-``state_dict``, TRL's value head leaves out a prefix. The two lists are matched by structure: the longer
-name has all segments of the shorter one in order, and the same segments are left out everywhere. Where
-that fails, shapes in order decide, if only one order-preserving match fits; the caller then has the
-values compared.
+DeepSpeed saves the module's ``state_dict`` there, and elsewhere names parameters by their place in the
+module. Hooks make the two differ: activation-checkpoint wrappers omit their own name in ``state_dict``,
+TRL's value head omits a prefix. The two lists are matched by structure: the longer name has all segments of
+the shorter one in order, and the same segments are omitted everywhere. If that fails, shapes in order
+decide, provided that only one order-preserving match fits; the caller must then compare the values.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ class Module:
 
     Attributes:
         tensors: by name.
-        renamed: for a parameter whose name here is another than its place in the module, the name here.
-        dropped: segments of places in the module that names here leave out.
-        doubts: that the match was made by shapes alone, so that the values must be compared.
+        renamed: the names of parameters that differ from their places in the module, by place.
+        dropped: segments of places that the names omit.
+        doubts: a match by shapes alone, so that the values must be compared.
     """
 
     tensors: Mapping[str, TensorRef]
@@ -36,7 +35,7 @@ class Module:
     doubts: tuple[str, ...] = ()
 
     def name(self, place: str) -> str:
-        """The name here of what is at ``place`` in the module."""
+        """The name of the parameter at ``place`` in the module."""
         if place in self.renamed or place in self.tensors or not self.dropped:
             return self.renamed.get(place, place)
         short = _without(place, self.dropped)
@@ -50,13 +49,13 @@ def matched_module(
 
     Args:
         model: rank 0's model file.
-        shapes: places of the trained parameters, and their shapes, in the order in which the files list them.
-        placeholders: the tensors here are placeholders without a shape (stage 3).
-        others: names here that are no trained parameter.
+        shapes: places of the trained parameters, and their shapes, in the order of the files.
+        placeholders: whether the tensors are placeholders without a shape (stage 3).
+        others: names that are not trained parameters.
 
     Raises:
-        UnsafePickle: a tensor of a kind that only code could rebuild: it may be a weight.
-        UnsupportedLayout: the names differ in a way that more than one match would explain, or none.
+        UnsafePickle: a value may be a weight, but only code from the file can rebuild it.
+        UnsupportedLayout: no match of the names fits, or more than one.
     """
     tensors = _tensors(model)
     lacking = [name for name in shapes if name not in tensors]
@@ -78,16 +77,16 @@ def matched_module(
             )
     if found is None:
         raise UnsupportedLayout(
-            f"`module` and `param_shapes` name {len(lacking)} parameters differently, and the two lists have "
-            f"no single match: {lacking[0]} may be {free[0]}",
+            f"{len(lacking)} parameters have different names in `module` and `param_shapes`, and the two "
+            f"lists have no single match: {lacking[0]} may be {free[0]}",
             path=model.path,
-            hint="A hook of the training script renames them. DeepSpeed's zero_to_fp32.py writes them under "
-            "the names of param_shapes.",
+            hint="A hook of the training script renames them. DeepSpeed's zero_to_fp32.py writes them with "
+            "the names in param_shapes.",
         )
     renamed, dropped = found
     prefix = _prefix(renamed)
     if prefix:
-        # A prefix that `state_dict` leaves out is put back: the parameters' own names have it.
+        # A prefix that `state_dict` omits is restored, because the parameters' own names have it.
         back = {short: name for name, short in renamed.items()}
         return Module({back.get(name, name): ref for name, ref in tensors.items()}, {})
     return Module(tensors, renamed, dropped)
@@ -197,10 +196,10 @@ def _embedded(wanted: Sequence[Shape], offered: Sequence[Shape]) -> list[int] | 
 
 
 def _tensors(model: ModelState) -> dict[str, TensorRef]:
-    """The tensors of `module`; what else a module keeps there (extra state) is no weight.
+    """The tensors of `module`, without extra state.
 
     Raises:
-        UnsafePickle: a tensor of a kind that only code could rebuild: it may be a weight.
+        UnsafePickle: a value may be a weight, but only code from the file can rebuild it.
     """
     tensors = {}
     for name, value in (model.content["module"] or {}).items():
@@ -211,6 +210,6 @@ def _tensors(model: ModelState) -> dict[str, TensorRef]:
                 f"it is not a plain tensor but a {value.global_name}",
                 path=model.path,
                 tensor=name,
-                hint="Nothing of it was run. If it is a weight, please report its layout.",
+                hint="No code from the file was run. If it is a weight, please report its layout.",
             )
     return tensors

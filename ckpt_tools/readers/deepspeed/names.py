@@ -1,9 +1,8 @@
-"""The file names of a DeepSpeed save: which rank wrote each file, and what kind of file it is.
+"""Owns the file names of a DeepSpeed save: the kind of each file, and the rank that wrote it.
 
-Owns the grammar of the names and the search of one folder. A name has a data-parallel rank
-(``zero_pp_rank_D``) and a model-parallel rank (``mp_rank_MM``), which counts tensor-parallel ranks within
-pipeline stages. Up to DeepSpeed 0.18.3, sequence-parallel runs (Ulysses) wrote the sequence rank there:
-then each data-parallel rank has one file in all.
+A name has a data-parallel rank (``zero_pp_rank_D``) and a model-parallel rank (``mp_rank_MM``), which
+counts tensor-parallel ranks within pipeline stages. Up to DeepSpeed 0.18.3, sequence-parallel runs
+(Ulysses) wrote the sequence rank there, so each data-parallel rank has one file in all.
 
 Sources: ``deepspeed/runtime/engine.py`` (``_get_ckpt_name``, ``_get_zero_ckpt_name``,
 ``_get_expert_ckpt_name``), ``runtime/pipe/module.py`` (``ckpt_layer_path``),
@@ -120,7 +119,7 @@ def _by_rank(directory: Path, names: Iterable[str], pattern: re.Pattern[str]) ->
         rank = int(match["dp"] or 0)
         if rank in of_rank:
             raise DamagedCheckpoint(
-                f"files of two saves lie in one directory: {of_rank[rank]} and {name} are both rank {rank}",
+                f"one directory has files of two saves: {of_rank[rank]} and {name} are both of rank {rank}",
                 path=directory,
                 hint=SAME_SAVE,
             )
@@ -142,7 +141,7 @@ def load_own(path: Path) -> Any:
     """The content of a file of one rank.
 
     Raises:
-        DamagedCheckpoint: it was saved as the file of another rank.
+        DamagedCheckpoint: it was saved under the name of another rank's file.
     """
     file = TorchFile(path)
     content = file.load()
@@ -151,7 +150,7 @@ def load_own(path: Path) -> Any:
 
 
 def _whose(name: str) -> tuple[int, ...] | None:
-    """What tells a file of a save from the others of its kind; None for other files."""
+    """The kind and the numbers in a file's name, which identify it in a save; None for other files."""
     for kind, pattern in enumerate(_OF_RANKS):
         if match := pattern.fullmatch(name):
             numbers = {key: value for key, value in match.groupdict().items() if key != "prefix"}

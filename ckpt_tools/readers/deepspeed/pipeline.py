@@ -1,12 +1,11 @@
-"""Pipelines: the layers of a model numbered, a file each, and divided among stages.
+"""Owns pipeline-parallel saves: numbered layers, with a file each, that are divided among stages.
 
-The weights of layer ``N`` lie in ``layer_NN-model_TT-model_states.pt``, one file for each tensor-parallel
-rank, under names that lack the number. Masters lie in the optimizer files of each stage and
-tensor-parallel rank (``mp_rank_MM``: stages count first), under the names of the pipeline module:
-``N.rest``. A module that several layers share is called ``tied_modules.KEY.rest`` there; its first use
-has a file, later ones may have none.
+The weights of layer ``N`` are in ``layer_NN-model_TT-model_states.pt``, one file for each tensor-parallel
+rank, with names without the number. Masters are in the optimizer files of each stage and tensor-parallel
+rank (``mp_rank_MM``: stages count first), with the names of the pipeline module: ``N.rest``. A module that
+several layers share is ``tied_modules.KEY.rest`` there; its first use has a file, later ones may have none.
 
-Here a tensor has the name that the pipeline module gives it. What it is on the hub is said by a key map.
+A tensor keeps its name in the pipeline module. A key map gives its name on the Hub.
 
 Sources: ``deepspeed/runtime/pipe/module.py`` (``save_state_dict``, ``ckpt_layer_path``),
 ``runtime/pipe/topology.py``.
@@ -45,7 +44,7 @@ def read_pipeline(names: SaveNames) -> tuple[Save, Part]:
     whole = next((one.first for one in shards if one.first.content["module"] is not None), None)
     if whole is not None:
         raise DamagedCheckpoint(
-            f"files of a pipeline's layers, such as {names.layers[0]}, lie beside a model file that has "
+            f"files of a pipeline's layers, such as {names.layers[0]}, are beside a model file that has "
             "all weights",
             path=whole.path,
             hint=SAME_SAVE,
@@ -55,7 +54,8 @@ def read_pipeline(names: SaveNames) -> tuple[Save, Part]:
     stages = len(shards) // width
     if stages * width != len(shards):
         raise DamagedCheckpoint(
-            f"files of {len(shards)} model-parallel ranks lie beside layers of {width} tensor-parallel ranks",
+            f"there are files of {len(shards)} model-parallel ranks, but layers of {width} "
+            "tensor-parallel ranks",
             path=names.directory,
             hint=NODE_LOCAL,
         )
@@ -74,7 +74,7 @@ def _layers(names: SaveNames) -> list[Layers]:
     """The tensors of each layer, for each tensor-parallel rank.
 
     Raises:
-        DamagedCheckpoint: a layer lacks the file of a rank.
+        DamagedCheckpoint: the file of a rank is missing for a layer.
     """
     found: dict[int, Layers] = {}
     for name in names.layers:
@@ -99,14 +99,14 @@ def _layers(names: SaveNames) -> list[Layers]:
 
 
 def _part(stages: Sequence[ShardSet], layers: Layers) -> Part:
-    """What all stages of one tensor-parallel rank hold."""
+    """The tensors of all stages of one tensor-parallel rank."""
     masters: dict[str, Stored] = {}
     doubts: list[str] = []
     flat: set[str] = set()
     for stage in stages:
         found, doubt = _masters(stage)
         flat |= set(found) if stage.param_shapes is None else set()
-        # A module that several stages share is the same on each.
+        # A module that several stages share is equal on all of them.
         masters = {**found, **masters}
         doubts += doubt
     models = {
@@ -155,10 +155,10 @@ def _part(stages: Sequence[ShardSet], layers: Layers) -> Part:
 def _tied_named(
     models: Mapping[str, TensorRef], masters: Mapping[str, Stored]
 ) -> dict[str, TensorRef]:
-    """The layers' tensors under the names that the module gives them: shared modules have no number.
+    """The layers' tensors by their names in the module; shared modules have no number.
 
-    A tensor of a layer that has no master under its numbered name is one of a shared module that has its rest
-    and its size. The first use stands for all.
+    If a layer's tensor has no master with its numbered name, it belongs to a shared module with the same rest
+    of the name and the same size. The first use is taken for all.
     """
     named = dict(models)
     free = [name for name in models if name not in masters]
@@ -179,7 +179,7 @@ def _tied_named(
 
 
 def _masters(shards: ShardSet) -> tuple[dict[str, Stored], list[str]]:
-    """The masters of one stage, by the names that its files record."""
+    """The masters of one stage, by the names in its files."""
     if shards.lost is not None or not shards.optims:
         return {}, []
     if shards.param_shapes is not None:

@@ -1,8 +1,8 @@
-"""Raw DeepSpeed checkpoints: ZeRO stages 0 to 3 and ``BF16_Optimizer``.
+"""Owns the search for DeepSpeed checkpoints, and the choice of the layout that reads one.
 
-Owns the search for such a checkpoint under a path, and the answer to which of its tensors is a trained
-parameter, a frozen one, a buffer or a second name. Reads metadata only, without DeepSpeed and without
-running code from the files. Bytes are located by :mod:`~ckpt_tools.readers.deepspeed.layout`.
+The layouts are ZeRO stages 0 to 3 and ``BF16_Optimizer``, each also with tensor parallelism, pipelines,
+experts or as a universal checkpoint. Only metadata is read, without DeepSpeed and without code from the
+files.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from ckpt_tools.storage.folders import by_number, entries_of
 from ckpt_tools.tensors.checkpoint import Checkpoint, Location
 
 NAME = "deepspeed"
-# What names a root's newest tag; the second is of ds_to_universal.py.
+# Files with the newest tag of a root; ds_to_universal.py writes the second.
 _POINTERS = ("latest", "latest_universal")
 
 
 def find(path: Path, tag: str | None = None) -> list[Location]:
-    """The checkpoints of this format that ``path`` means.
+    """The checkpoints of this format to which ``path`` leads.
 
     Args:
         path: a directory with ``latest``, a tag's directory, a directory with one or more tags, or
             one of a checkpoint's files.
-        tag: which of several, by name.
+        tag: the name of one of several checkpoints.
 
     Returns:
-        One location, or none where this is not a checkpoint of this format, or several to choose from.
+        One location, several to choose from, or none if there is no checkpoint of this format.
 
     Raises:
-        UsageError: ``tag`` is not there.
-        DamagedCheckpoint: ``latest`` names a directory that is missing, outside, or no checkpoint.
+        UsageError: ``tag`` does not exist.
+        DamagedCheckpoint: the directory in ``latest`` is missing, outside, or not a checkpoint.
     """
     if path.is_file():
         if not (path.name in _POINTERS or is_save_file(path.name)):
@@ -55,7 +55,7 @@ def find(path: Path, tag: str | None = None) -> list[Location]:
             raise UsageError(
                 f"this directory holds the shards of {path.name!r}, not of {tag!r}",
                 path=path,
-                hint="Leave out --tag, or name the directory above.",
+                hint="Omit --tag, or pass the directory above.",
             )
         return [_location(path, path.parent)]
     tags = [entry for entry in entries_of(path) if entry.is_dir() and _is_tag(entry)]
@@ -90,28 +90,32 @@ def _follow_latest(root: Path, latest: Path, names: list[str]) -> Location:
     hint = (
         f"Pass --tag with one of: {', '.join(names)}."
         if names
-        else "No checkpoint lies beside it; was the directory moved or cleaned up?"
+        else "There is no checkpoint beside it. The directory may have been moved or deleted."
     )
     if not tag or Path(tag).is_absolute() or ".." in Path(tag).parts:
         raise DamagedCheckpoint(
-            f"it names {tag!r}, which is not a directory beside it", path=latest, hint=hint
+            f"its content is {tag!r}, which is not a directory beside it", path=latest, hint=hint
         )
     if not _is_directory(root / tag):
-        raise DamagedCheckpoint(f"it names {tag!r}, which is not there", path=latest, hint=hint)
+        raise DamagedCheckpoint(
+            f"its content is {tag!r}, but this directory does not exist", path=latest, hint=hint
+        )
     if not _is_tag(root / tag) and not any(is_save_file(e.name) for e in entries_of(root / tag)):
         raise DamagedCheckpoint(
-            f"it names {tag!r}, which holds no DeepSpeed shards", path=latest, hint=hint
+            f"its content is {tag!r}, but this directory holds no DeepSpeed shards",
+            path=latest,
+            hint=hint,
         )
     others = [name for name in names if not is_universal(root / name)]
     newer = [name for name in others if by_number(root / name) > by_number(root / tag)]
-    remarks = (f"newer than the one that `latest` names: {', '.join(newer)}",) if newer else ()
+    remarks = (f"newer than the checkpoint in `latest`: {', '.join(newer)}",) if newer else ()
     return _location(root / tag, root, remarks)
 
 
 def _is_directory(path: Path) -> bool:
     try:
         return path.is_dir()
-    except OSError:  # a name that is too long: `latest` may hold anything
+    except OSError:  # the name is too long: `latest` may have any content
         return False
 
 
@@ -120,7 +124,7 @@ def read(location: Location) -> Checkpoint:
 
     Raises:
         DamagedCheckpoint: files are missing, truncated or of different saves.
-        UnsupportedLayout: a parallel layout that is not read.
+        UnsupportedLayout: the layout is not supported.
     """
     if is_universal(location.directory):
         return checkpoint(location, *read_universal(location.directory))

@@ -1,6 +1,6 @@
-"""One save of several model-parallel ranks: that all of them are here and agree, and what they hold together.
+"""Owns the step from the parts of model-parallel ranks to one checkpoint.
 
-Owns the step from the parts of the ranks to one checkpoint.
+All ranks of a save must be present and agree.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Save:
 
     Attributes:
         shards: in the order of the model-parallel ranks.
-        layout: what the layout is called beyond its ZeRO stage, such as ``pipeline-parallel``; may be empty.
+        layout: the name of the layout beside its ZeRO stage, such as ``pipeline-parallel``; may be empty.
         files: path to size in bytes of files that belong to no shard set.
     """
 
@@ -34,7 +34,7 @@ class Save:
 
     @property
     def title(self) -> str:
-        """What it is, for a person."""
+        """A title for users."""
         first = self.shards[0]
         name = f"ZeRO-{first.stage}" if first.stage else "without ZeRO"
         if first.is_bf16_optimizer:
@@ -55,7 +55,7 @@ def open_all(names: SaveNames) -> list[ShardSet]:
     stated = recorded if isinstance(recorded, int) else len(found)
     if stated < len(found):
         raise DamagedCheckpoint(
-            f"files of the model-parallel ranks {found} lie here, but the save had {stated}",
+            f"there are files of the model-parallel ranks {found}, but the save had {stated} of them",
             path=names.directory,
             hint=SAME_SAVE,
         )
@@ -70,7 +70,7 @@ def open_all(names: SaveNames) -> list[ShardSet]:
         )
     if found != list(range(len(found))):
         raise DamagedCheckpoint(
-            f"files of the model-parallel ranks {found} lie here, and none of the ranks between",
+            f"there are files of the model-parallel ranks {found}, but none of the ranks between",
             path=names.directory,
             hint=SAME_SAVE,
         )
@@ -81,7 +81,7 @@ def open_all(names: SaveNames) -> list[ShardSet]:
 
 
 def read_ranks(shards: Sequence[ShardSet]) -> tuple[Save, Part]:
-    """A save whose model-parallel ranks are tensor-parallel ones, usually one."""
+    """A save whose model-parallel ranks are tensor-parallel ranks; usually there is one."""
     bare = next((one.first for one in shards if one.first.content["module"] is None), None)
     if bare is not None:
         raise DamagedCheckpoint(
@@ -95,7 +95,7 @@ def read_ranks(shards: Sequence[ShardSet]) -> tuple[Save, Part]:
 
 
 def joined(shards: Sequence[ShardSet], parts: Sequence[Part]) -> Part:
-    """What tensor-parallel ranks hold together."""
+    """The joined parts of tensor-parallel ranks."""
     if len(parts) == 1:
         return parts[0]
     first = shards[0].first

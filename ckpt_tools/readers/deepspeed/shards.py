@@ -1,8 +1,7 @@
-"""The shard files of a raw DeepSpeed checkpoint: which there are, and whether they belong together.
+"""Owns the names of a DeepSpeed checkpoint's shard files, and the keys of their pickled content.
 
-Owns file names and the pickled keys. That the files are of one save is proven by
-:mod:`~ckpt_tools.readers.deepspeed.agreement`; what the flat groups mean is the business of
-:mod:`~ckpt_tools.readers.deepspeed.layout`.
+:mod:`~ckpt_tools.readers.deepspeed.agreement` proves that the files belong to one save, and
+:mod:`~ckpt_tools.readers.deepspeed.layout` locates the parameters in the flat groups.
 
 Sources: ``deepspeed/runtime/engine.py`` (``_get_ckpt_name``, ``_get_zero_ckpt_name``,
 ``_common_checkpoint_state``), ``runtime/zero/stage_1_and_2.py`` and ``stage3.py`` (``state_dict``),
@@ -11,8 +10,8 @@ Sources: ``deepspeed/runtime/engine.py`` (``_get_ckpt_name``, ``_get_zero_ckpt_n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,23 +33,24 @@ from ckpt_tools.readers.deepspeed.agreement import (
 )
 from ckpt_tools.readers.deepspeed.names import MODEL_FILE, OPTIM_FILE, SaveNames, load_own
 from ckpt_tools.storage.pool import read_at
+from ckpt_tools.tensors.threads import pool
 
 
 @dataclass(frozen=True)
 class ShardSet:
-    """All shards of one save, agreed with each other.
+    """All shards of one save, after the proof that they belong together.
 
     Attributes:
-        directory: where they lie.
+        directory: their directory.
         models: model files in rank order: one for stages 0 to 2, one a rank for stage 3.
         optims: optimizer files in rank order; none for stage 0.
         stage: ZeRO stage; BF16_Optimizer files count as stage 1.
         is_bf16_optimizer: written by ``BF16_Optimizer``, which records no stage.
         world_size: data-parallel world size.
         files: path to size in bytes of every shard.
-        lost: why the masters cannot be read though the run kept some: their files are not here.
-        remarks: what is odd about the set of files.
-        shared: second names, where another rank's file records them.
+        lost: the error if the run kept masters but their files are missing.
+        remarks: remarks about the files for the report.
+        shared: second names, if the file of another rank records them.
     """
 
     directory: Path
@@ -71,17 +71,17 @@ class ShardSet:
 
     @property
     def first(self) -> ModelState:
-        """Global rank 0's model file, which alone holds what is the same on all ranks."""
+        """Global rank 0's model file; the values that are equal on all ranks are read from it."""
         return self.models[0]
 
     @property
     def param_shapes(self) -> object:
-        """Names and shapes of the trained parameters; up to DeepSpeed 0.5 in the optimizer files."""
+        """Names and shapes of the trained parameters; up to DeepSpeed 0.5 from the optimizer files."""
         recorded = self.first.get("param_shapes")
         return recorded if recorded is not None or not self.optims else self.optims[0].param_shapes
 
 
-# Of model files other than rank 0's; with a thousand ranks the rest is hundreds of megabytes.
+# Keys of all model files but rank 0's. With a thousand ranks, the other keys take hundreds of megabytes.
 _KEPT_OF_EVERY_RANK = (
     "global_steps",
     "global_samples",
@@ -131,7 +131,7 @@ def open_shards(
     recorded = next(iter(stages), None)
     stage = recorded if recorded is not None else (1 if is_bf16_optimizer else 0)
     if stage == 2 and config_stage == 1:
-        stage = 1  # up to DeepSpeed 0.6 one class served both, and wrote the number of the second
+        stage = 1  # up to DeepSpeed 0.6 one class implemented both stages, and wrote 2 for both
     lost: CkptError | None = None
     if masters_elsewhere:
         stage = config_stage
@@ -156,11 +156,11 @@ T = TypeVar("T")
 
 
 def _in_parallel(read: Callable[[Path], T], paths: Sequence[Path]) -> list[T]:
-    """Read many small pickles; on a shared file system the wait for each is what takes time."""
+    """Read many small pickles in threads, because a shared file system is slow for each of them."""
     if len(paths) < 4:
         return [read(path) for path in paths]
-    with ThreadPoolExecutor(16) as pool:
-        return list(pool.map(read, paths))
+    with pool(16) as threads:
+        return list(threads.map(read, paths))
 
 
 def _read_model(path: Path, *, whole: bool = False) -> ModelState:
@@ -169,7 +169,7 @@ def _read_model(path: Path, *, whole: bool = False) -> ModelState:
     content = load_own(path)
     if not isinstance(content, dict) or "module" not in content:
         raise DamagedCheckpoint(
-            "not a model file of DeepSpeed: it has no `module`", path=path, hint=SAME_SAVE
+            "not a model file of DeepSpeed: `module` is missing", path=path, hint=SAME_SAVE
         )
     rank = int(match["dp"] or 0)
     if not whole:
@@ -185,7 +185,7 @@ def _read_optim(path: Path) -> OptimState:
     if not isinstance(state, dict):
         raise DamagedCheckpoint("not an optimizer file of DeepSpeed", path=path, hint=SAME_SAVE)
     groups = state.get("fp32_flat_groups", state.get("single_partition_of_fp32_groups"))
-    # Up to DeepSpeed 0.3, stage 1: a rank has a partition in each of several intervals of a group.
+    # In stage 1 of DeepSpeed up to 0.3, a rank has a partition in each of several intervals of a group.
     intervals = state.get("local_sub_partitions_of_fp32_groups")
     if groups is None and isinstance(intervals, list) and all(map(_is_tensors, intervals)):
         groups = [partitions[0] for partitions in intervals if partitions]
@@ -193,7 +193,7 @@ def _read_optim(path: Path) -> OptimState:
         raise DamagedCheckpoint(
             "its fp32 groups are missing or are not tensors",
             path=path,
-            hint="If the optimizer was swapped to NVMe, its masters are not in this file.",
+            hint="If the optimizer was offloaded to NVMe, its masters are not in this file.",
         )
     base = state.get("base_optimizer_state", state.get("optimizer_state_dict"))
     return OptimState(
@@ -216,16 +216,16 @@ def _is_tensors(values: Any) -> bool:
 
 
 def _enum_value(value: Any, path: Path) -> int | None:
-    """The stage: a number, or DeepSpeed's ``ZeroStageEnum`` kept as an inert name and argument."""
+    """The stage, from a number or from DeepSpeed's ``ZeroStageEnum`` (an inert name with an argument)."""
     if isinstance(value, Opaque) and len(value.args) == 1:
         value = value.args[0]
     if value is None or (isinstance(value, int) and 0 <= value <= 3):
         return value
-    raise DamagedCheckpoint(f"its zero_stage is {value!r}, which is none", path=path)
+    raise DamagedCheckpoint(f"its zero_stage is {value!r}, which is not a ZeRO stage", path=path)
 
 
 def _optimizer_step(state: dict[str, Any], base: Any) -> object:
-    """The optimizer's own step counter, wherever this optimizer keeps it; None if it counts none."""
+    """The optimizer's own step counter, in any of its places; None if it has no counter."""
     if "base_optimizer_state_step" in state:
         return state["base_optimizer_state_step"]
     groups = base if isinstance(base, list) else []
@@ -255,7 +255,7 @@ def _scalar(ref: TensorRef) -> float:
 
 
 def _hyperparameters(base: Any) -> object:
-    """Learning rates and the like of every group: the same on all ranks of one save."""
+    """Learning rates and other settings of every group, which are equal on all ranks of one save."""
     if not isinstance(base, dict):
         return None
     plain = (int, float, str, bool, tuple, type(None))

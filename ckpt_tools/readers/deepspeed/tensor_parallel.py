@@ -1,10 +1,10 @@
-"""How tensor-parallel slices are joined: what ``universal_checkpoint_info`` says of each parameter.
+"""Owns ``universal_checkpoint_info``: how the tensor-parallel slices of each parameter are joined.
 
-AutoTP records it since DeepSpeed 0.19; Megatron-DeepSpeed puts it into the client state. It names
+AutoTP records it since DeepSpeed 0.19; Megatron-DeepSpeed writes it to the client state. It lists
 parameters by regular expressions: replicated on all ranks, cut along the second axis (row parallelism),
-made of sub-parameters that are cut one by one (fused qkv or gate and up), padded to a rounder vocabulary;
-everything else is cut along the first axis. AutoTP also records the geometry of each parameter
-(``affine_map``), which comes first. Without a record nothing is guessed.
+made of sub-parameters that are cut one by one (fused qkv or gate and up), padded to a rounder vocabulary.
+All others are cut along the first axis. AutoTP also records the geometry of each parameter
+(``affine_map``), which has precedence. Without a record nothing is guessed.
 
 Sources: ``deepspeed/checkpoint/ds_to_universal.py`` (``merge_tp_slices``), ``checkpoint/affine.py``.
 """
@@ -37,15 +37,15 @@ _UNDESCRIBED = "autotp_unsupported_parameter_patterns"
 
 
 class SliceRecord:
-    """The record of one save of how its slices are joined.
+    """The record of one save that states how its slices are joined.
 
     Args:
         info: the value of ``universal_checkpoint_info``.
-        ranks: tensor-parallel ranks.
-        path: the file that holds it, for errors.
+        ranks: number of tensor-parallel ranks.
+        path: the file of the record, for errors.
 
     Raises:
-        UnsupportedLayout: there is no record, or one of a later kind.
+        UnsupportedLayout: there is no record, or its version is unknown.
     """
 
     def __init__(self, info: Any, ranks: int, path: Path) -> None:
@@ -60,9 +60,9 @@ class SliceRecord:
         affine = info.get("affine_map") or {}
         if affine and int(affine.get("version", 1)) > _AFFINE_VERSION:
             raise UnsupportedLayout(
-                f"its affine_map is of version {affine['version']}; version {_AFFINE_VERSION} is read",
+                f"its affine_map has version {affine['version']}; only version {_AFFINE_VERSION} is known",
                 path=path,
-                hint="Convert it with ds_to_universal.py of the DeepSpeed that wrote it; the result is read.",
+                hint="Convert it with ds_to_universal.py of the same DeepSpeed, and pass the result.",
             )
         self._affine: Mapping[str, Any] = affine.get("params") or {}
 
@@ -97,7 +97,7 @@ class SliceRecord:
         return Weight(parts[0].kind, held.shape, parts[0].dtype, *whole)
 
     def part(self, parts: Sequence[Part]) -> Part:
-        """What the tensor-parallel ranks hold together."""
+        """The joined parts of the tensor-parallel ranks."""
         first = parts[0]
         names = dict.fromkeys(name for part in parts for name in part.weights)
         weights = {
@@ -122,7 +122,7 @@ class SliceRecord:
         if reason is not None:
             raise self._unsupported(name, f"DeepSpeed could not describe how it is cut: {reason}")
         if self._says(_AVERAGED, name):
-            raise self._unsupported(name, "it is to be averaged over the tensor-parallel ranks")
+            raise self._unsupported(name, "it must be averaged over the tensor-parallel ranks")
         if self._says(_REPLICATED, name):
             if len(set(shapes)) > 1:
                 raise ValueError(f"replicated, but of shapes {shapes}")
@@ -147,7 +147,7 @@ class SliceRecord:
         widths = next((w for pattern, w in recorded.items() if re.match(pattern, name)), None)
         if widths is not None:
             return _cut(shapes, axis, [list(map(int, row)) for row in widths])
-        # Before this record all splits were even: of so many equal parts, or of parts of stated sizes.
+        # Before this record all splits were even: into equal parts, or into parts of stated sizes.
         total = sum(shape[axis] for shape in shapes)
         sizes = sub["shape"][axis]
         if isinstance(sizes, int):
@@ -162,7 +162,7 @@ class SliceRecord:
             why,
             path=self._path,
             tensor=name,
-            hint="Convert the checkpoint with DeepSpeed's ds_to_universal.py; the result is read.",
+            hint="Convert the checkpoint with DeepSpeed's ds_to_universal.py, and pass the result.",
         )
 
 
@@ -196,7 +196,7 @@ def _cut(
 
 
 def _first_rows(pieces: Sequence[Piece], shape: Shape, rows: int) -> tuple[list[Piece], Shape]:
-    """The pieces of the first rows: what follows is padding of the vocabulary."""
+    """The pieces of the first rows; the other rows are padding of the vocabulary."""
     if not 0 < rows <= shape[0]:
         raise ValueError(f"{rows} rows of {shape[0]}")
     kept = []
@@ -214,7 +214,7 @@ def _first_rows(pieces: Sequence[Piece], shape: Shape, rows: int) -> tuple[list[
 
 
 def _geometric(geometry: Mapping[str, Any], shapes: Sequence[Shape]) -> tuple[list[Piece], Shape]:
-    """The pieces that an affine map records; of replicated ones the first rank's."""
+    """The pieces in an affine map; of replicated pieces, those of the first rank."""
     full = tuple(map(int, geometry["logical_shape"]))
     pieces, seen = [], set()
     for rank, entry in sorted((int(r), e) for r, e in geometry["ranks"].items()):

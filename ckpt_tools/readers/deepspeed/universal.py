@@ -1,10 +1,10 @@
-"""Universal checkpoints: what DeepSpeed's ``ds_to_universal.py`` makes of a save.
+"""Owns universal checkpoints, which DeepSpeed's ``ds_to_universal.py`` makes of a save.
 
-A folder ``zero`` has a folder for each parameter, with ``fp32.pt`` in it: the whole master,
-tensor-parallel slices joined. From stages 1 and 2 that is a mapping with the tensor in its shape, from
-stage 3 the flat tensor alone; its shape is in the model files, which are copied beside ``zero``.
-Parameters without a master (frozen ones, second names, buffers) may have an ``fp32.pt`` too: their 16-bit
-weight, widened. For these the copied model file is read.
+A folder ``zero`` has a folder for each parameter, with ``fp32.pt`` in it: the whole master, with
+tensor-parallel slices joined. For stages 1 and 2 it is a mapping with the tensor in its shape, for stage 3
+the flat tensor; its shape is in the model files, which are copied beside ``zero``. Parameters without a
+master (frozen ones, second names, buffers) may have an ``fp32.pt`` too: their 16-bit weight, widened. For
+these the copied model file is read.
 
 Source: ``deepspeed/checkpoint/ds_to_universal.py`` (``merge_tp_slices``, ``merge_zero3_slices``,
 ``main``).
@@ -31,14 +31,14 @@ from ckpt_tools.tensors.checkpoint import Weight
 from ckpt_tools.tensors.regions import Shape
 
 MASTER = "fp32.pt"
-_CONVERT_AGAIN = "Run ds_to_universal.py again on the checkpoint that it was made of."
+_CONVERT_AGAIN = "Run ds_to_universal.py again on the original checkpoint."
 
 
 def read_universal(directory: Path) -> tuple[Save, Part]:
     """The universal checkpoint in a folder.
 
     Raises:
-        DamagedCheckpoint: files are missing, or fit each other not.
+        DamagedCheckpoint: files are missing, or do not fit each other.
     """
     names = names_in(directory)
     if not names.models:
@@ -73,7 +73,7 @@ def read_universal(directory: Path) -> tuple[Save, Part]:
     masters = {name: _shaped(held[name], shapes[name] if flat else None, name) for name in shapes}
     if len(shards) == 1:
         return save, sorted_part(shards[0], masters, [])
-    # The slices of the ranks' model copies are joined; the masters are joined already.
+    # The slices of the ranks' model copies are joined here; the masters are already whole.
     part = joined(shards, [sorted_part(one, {}, []) for one in shards])
     return save, replace(part, weights=_with_masters(part.weights, masters))
 
@@ -116,14 +116,16 @@ def _tensor(path: Path) -> TensorRef:
     content = TorchFile(path).load()
     value = content.get("param") if isinstance(content, Mapping) else content
     if not isinstance(value, TensorRef):
-        raise DamagedCheckpoint("it holds no tensor under `param`", path=path, hint=_CONVERT_AGAIN)
+        raise DamagedCheckpoint(
+            "`param` is missing or is not a tensor", path=path, hint=_CONVERT_AGAIN
+        )
     return value
 
 
 def _shaped(ref: TensorRef, shape: Shape | None, name: str) -> Stored:
     if shape is not None and len(ref.shape) == 1 and ref.numel != math.prod(shape):
         raise DamagedCheckpoint(
-            f"it has {ref.numel:,} elements where {shape} is recorded",
+            f"it has {ref.numel:,} elements, but {shape} is recorded",
             path=ref.storage.path,
             tensor=name,
             hint=_CONVERT_AGAIN,

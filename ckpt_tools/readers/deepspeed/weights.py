@@ -1,8 +1,7 @@
-"""What each tensor of one model-parallel rank is: trained parameter, frozen one, buffer or second name.
+"""Owns the kind of each tensor of a model-parallel rank: trained or frozen parameter, buffer, second name.
 
-Owns the sorting of the tensors of one :class:`~ckpt_tools.readers.deepspeed.shards.ShardSet`, whose bytes
-:mod:`~ckpt_tools.readers.deepspeed.layout` located. How the ranks' parts become one model is not decided
-here.
+The tensors are those of one :class:`~ckpt_tools.readers.deepspeed.shards.ShardSet`;
+:mod:`~ckpt_tools.readers.deepspeed.layout` located their bytes.
 """
 
 from __future__ import annotations
@@ -31,14 +30,14 @@ from ckpt_tools.tensors.regions import Shape
 
 @dataclass
 class Part:
-    """What one model-parallel rank holds, or what several hold together.
+    """The tensors of one model-parallel rank, or of several ranks together.
 
     Attributes:
-        weights: every tensor, in the order in which the module names them.
-        ties: for each second name, the name it is listed under.
-        remarks: what is odd but does not stop a reading.
-        doubts: reasons why masters must be compared with the model copy in full.
-        lost: why the masters cannot be read.
+        weights: every tensor, in the order of the module.
+        ties: for each second name, the name in ``weights``.
+        remarks: facts for the report that do not prevent reading.
+        doubts: reasons to compare the masters with the model copy in full.
+        lost: the reason why the masters cannot be read, if any.
     """
 
     weights: dict[str, Weight]
@@ -60,7 +59,7 @@ def masters_of(shards: ShardSet) -> tuple[dict[str, Stored], list[str]]:
 
 
 def read_part(shards: ShardSet) -> Part:
-    """Everything that one model-parallel rank holds."""
+    """The tensors of one model-parallel rank."""
     masters, doubts = masters_of(shards)
     return sorted_part(shards, masters, doubts)
 
@@ -72,14 +71,14 @@ def sorted_part(
     shapes: Mapping[str, Shape] | None = None,
     extra: Mapping[str, TensorRef] | None = None,
 ) -> Part:
-    """The tensors of one model-parallel rank, sorted by what they are.
+    """The tensors of one model-parallel rank, each with its kind.
 
     Args:
-        shards: its files.
+        shards: the files of the rank.
         masters: the optimizer's copies.
         doubts: reasons to compare the masters in full.
-        shapes: names and shapes of the trained parameters, where not all that are recorded are meant.
-        extra: tensors in training dtype that lie in files of their own.
+        shapes: names and shapes of the trained parameters; by default all recorded ones.
+        extra: tensors in training dtype from other files.
     """
     if shapes is None:
         shapes = trained_shapes(shards, masters)
@@ -99,7 +98,7 @@ def sorted_part(
 
 
 class _Reading:
-    """Sorts the tensors of one checkpoint by what they are."""
+    """Determines the kind of each tensor of one checkpoint."""
 
     def __init__(
         self,
@@ -128,7 +127,7 @@ class _Reading:
         self._unsaved = self._placeholders() if shards.stage == 3 else ()
         if self._unsaved:
             self.remarks.append(
-                f"frozen or tied parameters whose values are in no file: {', '.join(self._unsaved)}"
+                f"frozen or tied parameters without values in any file: {', '.join(self._unsaved)}"
             )
 
     def _buffer_names(self) -> set[str]:
@@ -138,8 +137,8 @@ class _Reading:
             raise DamagedCheckpoint("its buffer_names are malformed", path=self._shards.first.path)
         if recorded is not None:
             return {self._place(name) for name in names}
-        # DeepSpeed 0.3 recorded none. For stages 1 and 2 its param_shapes have every parameter, frozen ones
-        # too; for stage 3 its placeholders have one element.
+        # DeepSpeed 0.3 recorded none. In stages 1 and 2 its param_shapes list every parameter, frozen ones
+        # too. In stage 3 its placeholders have one element.
         if self._shards.stage < 3:
             shapes = self._shards.param_shapes
             return (
@@ -157,11 +156,11 @@ class _Reading:
         }
 
     def _tied_names(self) -> dict[str, str]:
-        """Second names: recorded ones, and those whose tensors share their bytes with a listed one."""
+        """Second names: recorded ones, and names of tensors that share their bytes with a listed one."""
         known = {**dict.fromkeys(self._trained), **self._masters, **self._frozen}
         shared = self._shards.shared_params
         recorded = {self._place(alias): self._place(kept) for alias, kept in shared.items()}
-        # Empty parameters all have the same address, which DeepSpeed records as sharing.
+        # All empty parameters have the same address, which DeepSpeed records as sharing.
         ties = {
             alias: kept
             for alias, kept in recorded.items()
@@ -179,7 +178,7 @@ class _Reading:
         return ties
 
     def _saved_ties(self) -> dict[str, str]:
-        """The tied names whose values are in the files: frozen parameters may have been left out."""
+        """The tied names whose values are in the files; frozen parameters may not have been saved."""
         ties = self._tied_names()
         saved = {*self._masters, *self._frozen, *self._buffers}
         if self._shards.stage < 3:
@@ -187,11 +186,13 @@ class _Reading:
         lost = [alias for alias, kept in ties.items() if kept not in saved or kept in ties]
         unheld = [alias for alias in lost if alias not in self._module]
         if unheld:
-            self.remarks.append(f"second names of parameters not saved: {', '.join(unheld)}")
+            self.remarks.append(
+                f"second names of parameters that were not saved: {', '.join(unheld)}"
+            )
         return {alias: kept for alias, kept in ties.items() if alias not in lost}
 
     def _placeholders(self) -> tuple[str, ...]:
-        """Names in the module of stage 3 whose values are in no file: old versions left them out."""
+        """Names in the module of stage 3 without values in any file: old versions did not save them."""
         explained = {*self._masters, *self._frozen, *self._buffers, *self.ties}
         return tuple(n for n, ref in self._module.items() if ref.numel <= 1 and n not in explained)
 
@@ -200,7 +201,7 @@ class _Reading:
         return None if ref is None else ref.shape
 
     def weights(self) -> dict[str, Weight]:
-        """Every tensor, in the order of the module where that is recorded."""
+        """Every tensor, in the order of the module as far as it is recorded."""
         order = dict.fromkeys((*self._module, *self._masters, *self._frozen))
         weights = {}
         for name in order:
@@ -213,13 +214,13 @@ class _Reading:
         master = self._masters.get(name)
         if master is not None and ref is None:
             raise DamagedCheckpoint(
-                "it has a master, but is not in `module`",
+                "it has a master, but is missing in `module`",
                 path=self._shards.first.path,
                 tensor=name,
-                hint="The model file is of another save than the optimizer files, or was changed.",
+                hint="The model file belongs to another save than the optimizer files, or was changed.",
             )
         if self._shards.stage == 3 and name not in self._buffers:
-            # The module holds empty placeholders, which still tell the training dtype.
+            # The module holds empty placeholders, which have the training dtype.
             held = master or self._frozen.get(name)
             if held is None:
                 raise self._unexplained(name)
@@ -245,14 +246,14 @@ class _Reading:
 
     def _unexplained(self, name: str) -> DamagedCheckpoint:
         return DamagedCheckpoint(
-            "it is in `module`, but neither trained, frozen nor a buffer",
+            "it is in `module`, but it is neither trained nor frozen nor a buffer",
             path=self._shards.first.path,
             tensor=name,
         )
 
 
 def default_dtype(shards: ShardSet, stored: Stored) -> DType:
-    """The training dtype that the run's settings state, for what has no copy in it."""
+    """The training dtype in the run's settings, for a tensor without a copy in it."""
     config = shards.first.get("ds_config") or {}
     for key, dtype in (("bf16", BFLOAT16), ("bfloat16", BFLOAT16), ("fp16", FLOAT16)):
         section = config.get(key)
@@ -270,7 +271,7 @@ def trained_shapes(shards: ShardSet, masters: Mapping[str, Stored]) -> dict[str,
 
 
 def _miscounted(shards: ShardSet) -> str | None:
-    """That the optimizer took other steps than the engine; it takes one of its own before DeepSpeed 0.10."""
+    """The doubt if optimizer and engine count different steps; before DeepSpeed 0.10 they differ by one."""
     taken, skipped = (integer(shards.first.get(key)) for key in ("global_steps", "skipped_steps"))
     counted = shards.optims[0].step if shards.optims else None
     if not isinstance(counted, int | float) or taken is None or counted < 0:

@@ -161,16 +161,22 @@ def test_extremes_are_answered_or_refused(
 @pytest.mark.parametrize(
     ("changes", "remark"),
     [
-        ({"save_time": "10h"}, "one save takes 10h, and a failure comes every 9h: the run hardly"),
-        ({"step_time": "9h", "steps": 5}, "one step takes 9h, and a failure comes every 9h"),
-        ({"restart_time": "12h"}, "a restart takes 12h, and a failure comes every 9h: most rest"),
+        (
+            {"save_time": "10h"},
+            "one save takes 10h, and there is a failure every 9h: the run hardly",
+        ),
+        ({"step_time": "9h", "steps": 5}, "one step takes 9h, and there is a failure every 9h"),
+        (
+            {"restart_time": "12h"},
+            "a restart takes 12h, and there is a failure every 9h: most rest",
+        ),
         ({"save_time": "4h"}, "% of the wall time is work"),
         (
             {"steps": 100, "step_time": "3m", "save_time": "6h", "mtbf": "3h"},
-            "Young's interval, 6h, is longer than the run: one save, at the end",
+            "Young's interval, 6h, is longer than the run: one save at the end",
         ),
-        ({"steps": 120}, "one save, at the end, costs least"),
-        ({"step_time": "4h", "save_time": "1s"}, "Young's interval, 4m15s, is far less than a"),
+        ({"steps": 120}, "a single save at the end costs least"),
+        ({"step_time": "4h", "save_time": "1s"}, "Young's interval, 4m15s, is much shorter than a"),
     ],
 )
 def test_what_is_odd_is_remarked(changes: dict[str, object], remark: str) -> None:

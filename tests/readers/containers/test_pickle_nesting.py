@@ -22,9 +22,9 @@ from ckpt_tools.errors import DamagedCheckpoint
 from ckpt_tools.readers.containers import pickle_nesting
 from ckpt_tools.readers.containers.pickle_nesting import refuse_deep_nesting
 from ckpt_tools.readers.containers.restricted_pickle import unpickle
-from tests import damage
 from tests.conftest import FIXTURES
-from tests.hostile import call, name, splice, value
+from tests.support import damage
+from tests.support.hostile import call, name, splice, value
 
 DEEP = 300_000
 FOUR_BYTES = [i.to_bytes(4, "little") for i in range(DEEP + 1)]
@@ -115,7 +115,6 @@ def in_a_child(program: str, fragment: bytes) -> subprocess.CompletedProcess[byt
         input=b"\x80\x04" + fragment + b".",
         capture_output=True,
         env=environment,
-        timeout=120,
         check=False,
     )
 

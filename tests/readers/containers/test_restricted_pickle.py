@@ -27,9 +27,9 @@ from ckpt_tools.errors import CkptError, DamagedCheckpoint, UnsafePickle, Unsupp
 from ckpt_tools.readers.containers.restricted_pickle import Opaque, TensorRef, unpickle
 from ckpt_tools.readers.containers.torch_file import TorchFile, stored
 from ckpt_tools.tensors.dtypes import ALL, BFLOAT16, BY_NAME, FLOAT32
-from tests import damage
-from tests.hostile import CALLS, call, name, splice, value
-from tests.readers.contract import Case, assert_same
+from tests.support import damage
+from tests.support.hostile import CALLS, call, name, splice, value
+from tests.support.readers.contract import Case, assert_same
 
 FIXTURE = "zero2-bf16-llama-3ranks"
 TRUTH = Case(damage.ZERO / FIXTURE).masters["lm_head.weight"]

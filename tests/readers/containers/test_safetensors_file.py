@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from ckpt_tools.errors import CkptError, DamagedCheckpoint, UnsupportedLayout
 from ckpt_tools.readers.containers.safetensors_file import read_safetensors
 from tests.readers.containers.test_torch_file import ZOO
-from tests.readers.contract import assert_same
+from tests.support.readers.contract import assert_same
 
 SAVED = {kind: tensor.detach().clone().contiguous() for kind, tensor in ZOO.items()}
 Header = dict[str, Any]

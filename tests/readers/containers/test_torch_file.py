@@ -17,8 +17,8 @@ import torch
 from ckpt_tools.errors import CkptError, DamagedCheckpoint, UnsupportedLayout
 from ckpt_tools.readers.containers.restricted_pickle import TensorRef
 from ckpt_tools.readers.containers.torch_file import TorchFile, stored
-from tests import damage
-from tests.readers.contract import assert_same
+from tests.support import damage
+from tests.support.readers.contract import assert_same
 
 
 def bit_pattern(dtype: torch.dtype, count: int) -> torch.Tensor:

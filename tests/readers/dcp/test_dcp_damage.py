@@ -16,8 +16,8 @@ import torch.distributed.checkpoint as dist_checkpoint
 from ckpt_tools import inspect, open_checkpoint
 from ckpt_tools.errors import CkptError, DamagedCheckpoint, UnsupportedLayout
 from ckpt_tools.tensors.deferred import settle
-from tests import damage, hostile
-from tests.readers.dcp.dcp_case import DCP, copy_of
+from tests.support import damage, hostile
+from tests.support.readers.dcp_case import DCP, copy_of
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata

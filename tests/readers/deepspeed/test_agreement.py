@@ -11,8 +11,8 @@ import pytest
 from ckpt_tools import open_checkpoint
 from ckpt_tools.conversion.masters import check_masters
 from ckpt_tools.errors import CkptError, DamagedCheckpoint, UnsafePickle
-from tests import damage
-from tests.readers.contract import Case, assert_same
+from tests.support import damage
+from tests.support.readers.contract import Case, assert_same
 
 STAGE_1 = "zero1-bf16-llama-2ranks"
 STAGE_2 = "zero2-bf16-llama-3ranks"
@@ -86,7 +86,7 @@ def test_a_missing_model_file_of_stage_3_is_remarked_where_nothing_is_frozen(
     checkpoint = open_checkpoint(directory)
     (remark,) = checkpoint.remarks
     assert remark == (
-        f"1 of 7 model files are missing (ranks {rank}); nothing is frozen, so that no weight lies in them"
+        f"1 of 7 model files are missing (ranks {rank}); no parameter is frozen, so they hold no weights"
     )
     case = Case(damage.ZERO / STAGE_3)
     assert set(checkpoint) == set(case.model)
@@ -229,12 +229,18 @@ def test_a_model_file_under_an_optimizer_files_name_is_refused(tmp_path: Path) -
     directory = damage.copy_of(STAGE_2, tmp_path)
     path = damage.take_over(directory / MODEL, directory, damage.optim_files(directory)[1].name)
     error = damaged(directory)
+    assert error.path == path
+    assert error.fact.startswith(f"its content was saved as {MODEL}: ")
+    damage.saved_anew(path)
+    error = damaged(directory)
     assert (error.path, error.fact) == (path, "not an optimizer file of DeepSpeed")
 
 
 def test_an_optimizer_file_under_a_model_files_name_is_refused(tmp_path: Path) -> None:
     directory = damage.copy_of(STAGE_2, tmp_path)
-    damage.take_over(damage.optim_files(directory)[0], directory, MODEL)
+    path = damage.take_over(damage.optim_files(directory)[0], directory, MODEL)
+    assert damaged(directory).fact.startswith("its content was saved as bf16_zero_pp_rank_0_")
+    damage.saved_anew(path)
     assert damaged(directory).fact == "not a model file of DeepSpeed: `module` is missing"
 
 
@@ -470,15 +476,18 @@ def test_saving_again_without_a_change_is_no_damage(tmp_path: Path) -> None:
         ("expert_0_mp_rank_00_model_states.pt", "not a file of an expert: "),
         ("layer_00-model_00-model_states.pt", "files of a pipeline's layers, such as "),
         ("layer_00-model_states.pt", "files of a pipeline's layers, such as "),
-        ("mp_rank_01_model_states.pt", "files of the model-parallel ranks [0, 1] lie here, "),
-        ("zero_pp_rank_0_mp_rank_01_optim_states.pt", "files of the model-parallel ranks [0, 1] "),
+        ("mp_rank_01_model_states.pt", "there are files of the model-parallel ranks [0, 1], "),
+        (
+            "zero_pp_rank_0_mp_rank_01_optim_states.pt",
+            "there are files of the model-parallel ranks [0, 1]",
+        ),
     ],
 )
 def test_files_of_another_layout_are_files_of_two_saves(
     name: str, fact: str, tmp_path: Path
 ) -> None:
     directory = damage.copy_of(STAGE_2, tmp_path)
-    damage.take_over(directory / MODEL, directory, name)
+    damage.saved_anew(damage.take_over(directory / MODEL, directory, name))
     error = damaged(directory)
     assert error.fact.startswith(fact)
     assert error.hint == APART

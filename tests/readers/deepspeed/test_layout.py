@@ -13,7 +13,7 @@ import torch
 from ckpt_tools import open_checkpoint
 from ckpt_tools.errors import DamagedCheckpoint
 from ckpt_tools.readers.deepspeed.layout import group_shapes
-from tests import damage
+from tests.support import damage
 
 STAGE_2 = "zero2-bf16-llama-3ranks"
 STAGE_3 = "zero3-bf16-llama-7ranks"

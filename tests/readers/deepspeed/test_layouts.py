@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.readers.contract import Case, ReaderContract, cases
+from tests.support.readers.contract import Case, ReaderContract, cases
 
 CASES = [case for case in cases("layouts") if not case.name.startswith("bin-")]
 

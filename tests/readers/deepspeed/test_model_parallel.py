@@ -14,8 +14,8 @@ import torch
 from ckpt_tools import open_checkpoint
 from ckpt_tools.conversion.masters import check_masters
 from ckpt_tools.errors import AmbiguousCheckpoint, CkptError, DamagedCheckpoint, UnsupportedLayout
-from tests import damage
-from tests.readers.contract import FIXTURES, Case, assert_same
+from tests.support import damage
+from tests.support.readers.contract import FIXTURES, Case, assert_same
 
 LAYOUTS = FIXTURES / "layouts"
 AUTOTP = "autotp-zero2-bf16-qwen2-4ranks"
@@ -127,9 +127,9 @@ def folded(tmp_path: Path) -> Path:
 SOUND = {
     unrecorded: "does not record how its slices are cut",
     undescribed: "could not describe how it is cut: interleaved",
-    averaged: "to be averaged over the tensor-parallel ranks",
+    averaged: "must be averaged over the tensor-parallel ranks",
     scaled: "the ranks hold it scaled",
-    later: "its affine_map is of version 2",
+    later: "its affine_map has version 2",
     folded: "experts and model parallelism together",
 }
 

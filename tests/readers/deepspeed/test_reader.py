@@ -12,9 +12,9 @@ from ckpt_tools import open_checkpoint
 from ckpt_tools.conversion.masters import check_masters
 from ckpt_tools.errors import DamagedCheckpoint
 from ckpt_tools.tensors.checkpoint import Checkpoint
-from tests import damage
-from tests.readers.contract import FIXTURES, Case, ReaderContract, assert_same, cases
-from tests.readers.contract import opened as opened_case
+from tests.support import damage
+from tests.support.readers.contract import FIXTURES, Case, ReaderContract, assert_same, cases
+from tests.support.readers.contract import opened as opened_case
 
 ZERO = FIXTURES / "zero"
 CASES = cases("zero")

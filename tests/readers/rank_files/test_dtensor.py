@@ -97,6 +97,19 @@ def test_a_span_of_whole_rows_is_one_run_and_a_broken_axis_is_cut_by_rows() -> N
     assert list(local_boxes(((), ((0, 5),)))) == []
 
 
+def test_where_two_axes_are_broken_a_run_is_one_index_of_the_first() -> None:
+    spans = (((0, 2), (3, 4)), ((1, 2), (4, 6)), ((0, 2),))
+    rows, columns, last = ([i for low, high in held for i in range(low, high)] for held in spans)
+    local = torch.arange(4 * 6 * 2).view(4, 6, 2)[rows][:, columns][:, :, last]
+    covered = 0
+    for box, start in local_boxes(spans):
+        inside = tuple(slice(o, o + n) for o, n in zip(box.offsets, box.sizes, strict=True))
+        whole = torch.arange(4 * 6 * 2).view(4, 6, 2)[inside]
+        assert local.flatten()[start : start + box.numel].tolist() == whole.flatten().tolist()
+        covered += box.numel
+    assert covered == local.numel()
+
+
 # The pickled form, with what older and newer versions of torch write.
 
 

@@ -16,8 +16,9 @@ import pytest
 
 from tests.support.waiting import LONGEST_SECONDS, wait_until
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 DRIVER = Path(__file__).with_name("driver.py")
+GATED = Path(__file__).with_name("gated.py")
 
 
 @dataclass(frozen=True)

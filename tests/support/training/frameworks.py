@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-FIXTURES = Path(__file__).resolve().parents[2] / "fixtures"
+FIXTURES = Path(__file__).resolve().parents[3] / "fixtures"
 # Of the processes: read when torch, deepspeed and transformers are imported.
 ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu",

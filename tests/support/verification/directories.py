@@ -88,6 +88,17 @@ def copy_adapter(directory: Path) -> Path:
     return Path(shutil.copytree(FIXTURES / "peft/zero3-olmo2-patterns/truth/adapter", directory))
 
 
+def copy_adapter_beside_its_base(directory: Path) -> Path:
+    """Its config names a directory with the base's layers."""
+    copy_adapter(directory)
+    base = FIXTURES / "peft/zero3-olmo2-patterns/truth/merged"
+    edit_json(
+        directory / "adapter_config.json",
+        lambda data: data.update(base_model_name_or_path=str(base)),
+    )
+    return directory
+
+
 def copy_adapter_with_head(directory: Path) -> Path:
     source = FIXTURES / "peft/zero3-olmo2-modules-to-save/truth/adapter"
     return Path(shutil.copytree(source, directory))

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ckpt_tools import training
-from tests.training.frameworks import quiet_deepspeed
+from tests.support.training.frameworks import quiet_deepspeed
 
 LAYERS = 12
 

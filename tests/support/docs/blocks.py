@@ -34,7 +34,7 @@ from click.testing import CliRunner
 
 from ckpt_tools.cli import cli
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 RUN = ("console", "python", "bash")

@@ -28,7 +28,7 @@ from ckpt_tools.hub.reference import process
 # How it is done outside the tests.
 cold_child = process.run_child
 
-_ROOT = Path(__file__).resolve().parent.parent
+_ROOT = Path(__file__).resolve().parents[2]
 _IMPORTED = {
     "ckpt_tools.hub.reference.child": ("torch", "transformers.modeling_utils"),
     "ckpt_tools.hub.reference.peft_child": ("torch", "peft"),

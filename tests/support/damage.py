@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-ZERO = Path(__file__).resolve().parent.parent / "fixtures" / "zero"
+ZERO = Path(__file__).resolve().parents[2] / "fixtures" / "zero"
 Content = dict[str, Any]
 
 
@@ -104,6 +104,12 @@ def edit(path: Path, change: Callable[[Content], Any]) -> None:
         content = torch.load(path, map_location="cpu", weights_only=False)
         change(content)
         torch.save(content, path, _use_new_zipfile_serialization=zipfile.is_zipfile(path))
+
+
+def saved_anew(path: Path) -> Path:
+    """Save a file again, so that its records have its own name, not that of the file it was copied from."""
+    edit(path, lambda content: None)
+    return path
 
 
 @contextlib.contextmanager

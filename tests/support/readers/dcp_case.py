@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from ckpt_tools import readers
 from ckpt_tools.tensors.checkpoint import Checkpoint
 from ckpt_tools.tensors.deferred import settle
-from tests.readers.contract import FIXTURES, Case, ReaderContract, Tensors
+from tests.support.readers.contract import FIXTURES, Case, ReaderContract, Tensors
 
 DCP = FIXTURES / "dcp"
 # Where there is a choice, what is opened; and whether a loop or Adam recorded its steps.

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests import damage
+from tests.support import damage
 
 Payload = Callable[[Path], bytes]
 PROTOCOL_4 = b"\x80\x04"  # from here on names may have dots

@@ -12,7 +12,7 @@ from torch._C._distributed_c10d import HashStore
 
 from ckpt_tools.ranks import Ranks, pulse, session
 from ckpt_tools.ranks.clock import Clock
-from tests.ranks.simulated import SimulatedClock
+from tests.support.ranks.simulated import SimulatedClock
 
 HANG_SECONDS = 300
 

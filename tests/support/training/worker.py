@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 
 from ckpt_tools import training
-from tests.training.frameworks import FRAMEWORKS, subject
-from tests.warm import warm_children
+from tests.support.training.frameworks import FRAMEWORKS, subject
+from tests.support.warm import warm_children
 
 
 def run(case: str, out: Path) -> None:
