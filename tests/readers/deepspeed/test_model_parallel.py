@@ -311,5 +311,5 @@ def test_a_mics_group_that_is_not_the_recorded_one_is_found_out(tmp_path: Path) 
     directory = copy_of("old-0.18.3-mics-zero3-bf16-llama-4ranks", tmp_path)
     for path in damage.model_files(directory):
         damage.edit(path, lambda c: c["ds_config"]["zero_optimization"].update(mics_shard_size=4))
-    with pytest.raises(DamagedCheckpoint, match="was written by 4 ranks, the optimizer files by 2"):
+    with pytest.raises(DamagedCheckpoint, match="states 4 ranks, the optimizer files state 2"):
         open_checkpoint(directory)
