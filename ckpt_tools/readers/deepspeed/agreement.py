@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckpt_tools.errors import CkptError, DamagedCheckpoint
+from ckpt_tools.errors import CkptError, DamagedCheckpoint, number_ranges
 from ckpt_tools.readers.containers.restricted_pickle import TensorRef
 
 NODE_LOCAL = (
@@ -130,7 +130,7 @@ def check_models(world_size: int, directory: Path, models: Sequence[ModelState])
     frozen = models[0].get("frozen_param_shapes")
     if frozen or (0 in lacking and models[0].get("buffer_names")):
         raise _missing("model", lacking, world_size, directory, models)
-    ranks = _ranges(lacking)
+    ranks = number_ranges(lacking)
     fact = f"{len(lacking)} of {world_size} model files are missing (ranks {ranks})"
     return (f"{fact}; no parameter is frozen, so they hold no weights",)
 
@@ -146,7 +146,7 @@ def _missing(
     names = [rank_text.sub(f"zero_pp_rank_{rank}_", example) for rank in lacking]
     stage = states[0].stage if isinstance(states[0], OptimState) else 3
     return _lost(
-        f"{len(lacking)} of {world_size} {kind}_states files are missing: ranks {_ranges(lacking)}",
+        f"{len(lacking)} of {world_size} {kind}_states files are missing: ranks {number_ranges(lacking)}",
         1 if stage is None else stage,
         directory,
         names,
@@ -178,7 +178,7 @@ def check_extra(
         extra = sorted({state.rank for state in states} - set(range(world_size)))
         if extra:
             raise DamagedCheckpoint(
-                f"there are {kind}_states files of ranks {_ranges(extra)}, but the save had "
+                f"there are {kind}_states files of ranks {number_ranges(extra)}, but the save had "
                 f"{world_size} ranks",
                 path=directory,
                 hint=SAME_SAVE,
@@ -251,14 +251,3 @@ def mixed(directory: Path, meaning: str, values: dict[str, Any]) -> DamagedCheck
         path=directory,
         hint=SAME_SAVE,
     )
-
-
-def _ranges(ranks: Sequence[int]) -> str:
-    """``[0, 1, 2, 5]`` as ``0-2, 5``."""
-    spans: list[list[int]] = []
-    for rank in ranks:
-        if spans and rank == spans[-1][1] + 1:
-            spans[-1][1] = rank
-        else:
-            spans.append([rank, rank])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
