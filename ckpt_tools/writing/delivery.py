@@ -27,7 +27,7 @@ from ckpt_tools.writing.finishing import Checks, finish
 from ckpt_tools.writing.manifest import Provenance
 from ckpt_tools.writing.output import Output, Writing
 from ckpt_tools.writing.publish import Partial, check_room, leftovers, partial_directory
-from ckpt_tools.writing.shares import Job, Share, together, write_shares
+from ckpt_tools.writing.shares import Job, Share, write_shares
 from ckpt_tools.writing.source import Checked, check_sources, runs_of
 from ckpt_tools.writing.units import Units
 
@@ -108,7 +108,10 @@ def deliver(
                 proven = found is not None or journal.has_proof(partial.home)
                 partial.keep = writing.resumable and proven
     return Delivered(
-        together([share.written for share in shares]), files, checked, _notes(job, shares, checked)
+        Written.side_by_side([share.written for share in shares]),
+        files,
+        checked,
+        _notes(job, shares, checked),
     )
 
 

@@ -18,9 +18,6 @@ from ckpt_tools.writing.bytes import Outputs, Written, write
 from ckpt_tools.writing.output import Writing
 from ckpt_tools.writing.units import Block, Units
 
-_COUNTS = ("bytes_read", "bytes_written")
-_SECONDS = ("move_seconds", "sync_seconds")
-
 
 @dataclass(frozen=True)
 class Job:
@@ -99,7 +96,7 @@ def write_shares(job: Job, writing: Writing, progress: Callable[[int], None] | N
             kept[number] = sorted(held)
         if ranks is not None:
             ranks.check()
-    done = Share(_summed(written), digests, kept, read)
+    done = Share(Written.one_after_another(written), digests, kept, read)
     if ranks is None:
         return [done]
     return ranks.gather("written", done) or []
@@ -163,19 +160,3 @@ def _blocks(units: Units, share: range, noted: Mapping[int, bytes]) -> Iterator[
     for gap in (*journal.gaps(share, noted), range(share.stop, share.stop)):
         yield from units.blocks(range(first, gap.start))
         first = gap.stop
-
-
-def _summed(parts: Sequence[Written]) -> Written:
-    """The sum over the outputs of one rank."""
-    return Written(
-        *(sum(getattr(part, name) for part in parts) for name in _COUNTS),
-        *(sum(getattr(part, name) for part in parts) for name in _SECONDS),
-    )
-
-
-def together(parts: Sequence[Written]) -> Written:
-    """The sum over ranks that work side by side."""
-    return Written(
-        *(sum(getattr(part, name) for part in parts) for name in _COUNTS),
-        *(max(getattr(part, name) for part in parts) for name in _SECONDS),
-    )

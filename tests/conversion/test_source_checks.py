@@ -263,7 +263,7 @@ def test_a_source_that_changes_while_it_is_read_stops_the_run(
 ) -> None:
     source, out = copied("zero/zero3-bf16-llama-7ranks", tmp_path), tmp_path / "out"
     victim = next(source.rglob("*rank_3_mp*optim_states.pt"))
-    shares = delivery._write_shares
+    shares = delivery.write_shares
 
     def then(*arguments: Any) -> Any:
         done = shares(*arguments)
@@ -279,7 +279,7 @@ def test_a_source_that_changes_while_it_is_read_stops_the_run(
             victim.unlink()
         return done
 
-    monkeypatch.setattr(delivery, "_write_shares", then)
+    monkeypatch.setattr(delivery, "write_shares", then)
     with pytest.raises(DamagedCheckpoint, match="changed while they were read") as caught:
         weights(source, out, check_source=False)
     assert victim.name in caught.value.fact
