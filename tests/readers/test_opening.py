@@ -79,7 +79,7 @@ def test_what_holds_no_weights_is_said(tmp_path: Path) -> None:
         open_weights(tmp_path / "notes.txt")
     with pytest.raises(NotACheckpoint, match="no such file or directory"):
         open_weights(tmp_path / "nowhere.safetensors")
-    with pytest.raises(NotACheckpoint, match="nothing here is a checkpoint"):
+    with pytest.raises(NotACheckpoint, match="no checkpoint of a known format"):
         open_weights(tmp_path / "optimizer.pt")
     (tmp_path / "cut.safetensors").write_bytes(b"\x10")
     with pytest.raises(DamagedCheckpoint, match="not a complete safetensors file"):
