@@ -93,8 +93,9 @@ def _mics_group(first: ModelState) -> object:
 
 def without_optimizer(directory: Path, stage: int) -> CkptError:
     """The error for a save without optimizer files."""
+    name = f"ZeRO-{stage}" if stage else "BF16_Optimizer"
     return _lost(
-        f"a ZeRO-{stage} checkpoint without its optimizer files, which hold "
+        f"a {name} checkpoint without its optimizer files, which hold "
         + ("the weights" if stage == 3 else "the masters"),
         stage,
         directory,

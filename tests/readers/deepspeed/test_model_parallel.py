@@ -200,7 +200,7 @@ def test_all_files_of_a_model_parallel_rank_may_be_elsewhere(tmp_path: Path) -> 
     assert caught.value.missing == ("mp_rank_01_model_states.pt",)
 
 
-@pytest.mark.parametrize("fixture", [AUTOTP, PIPELINE, MOE, AUTOEP])
+@pytest.mark.parametrize("fixture", [AUTOTP, PIPELINE, MEGATRON, MOE, AUTOEP])
 def test_the_16_bit_weights_are_read_without_optimizer_files(fixture: str, tmp_path: Path) -> None:
     directory = copy_of(fixture, tmp_path)
     for path in damage.optim_files(directory):
