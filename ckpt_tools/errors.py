@@ -20,7 +20,7 @@ file, and what to do next. A program can read the same from its fields.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -168,3 +168,14 @@ def listed(items: Collection[object], limit: int = 6, total: int | None = None) 
     shown = ", ".join(map(str, islice(items, limit)))
     more = (len(items) if total is None else total) - limit
     return f"{shown} and {more:,} more" if more > 0 else shown
+
+
+def number_ranges(numbers: Iterable[int]) -> str:
+    """Rising numbers as text: ``[0, 1, 2, 5]`` is ``0-2, 5``."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)

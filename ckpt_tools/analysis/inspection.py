@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_tools import readers
-from ckpt_tools.errors import CkptError
+from ckpt_tools.errors import CkptError, number_ranges
 from ckpt_tools.storage.folders import read_as_one
 from ckpt_tools.tensors.checkpoint import Checkpoint, Weight
 from ckpt_tools.tensors.dtypes import BY_SHORT_NAME, DType
@@ -56,6 +56,7 @@ class Inspection:
         attributes: the tensors of each top-level attribute.
         wrappers: prefixes that a conversion removes, with the number of names.
         output_bytes: bytes of the tensors of an output, for each dtype.
+        numbered: names of a pipeline, whose layers are numbered; ``1-4.mlp.up.weight`` is four names.
         remarks: unusual facts.
         problems: errors.
     """
@@ -82,6 +83,7 @@ class Inspection:
     attributes: Mapping[str, Group] | None = None
     wrappers: Mapping[str, int] | None = None
     output_bytes: Mapping[str, int] | None = None
+    numbered: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
 
@@ -147,7 +149,7 @@ def _facts(checkpoint: Checkpoint) -> Inspection:
         parameters=sum(math.prod(w.shape) for w in parameters.values()),
         files=len(checkpoint.files),
         bytes_on_disk=checkpoint.bytes_on_disk,
-        weight_bytes=checkpoint.catalogue().nbytes,
+        weight_bytes=checkpoint.catalogue("master" if checkpoint.lost is None else "model").nbytes,
         training_dtype=str(checkpoint.training_dtype) if checkpoint.training_dtype else None,
         dtypes=_by_dtype(named.values()),
         trained=_group(w for w in named.values() if w.kind == "parameter"),
@@ -158,8 +160,25 @@ def _facts(checkpoint: Checkpoint) -> Inspection:
         attributes=_grouped(named, lambda name: name.split(".")[0]),
         wrappers=stripped.removed,
         output_bytes=_output_bytes(named),
+        numbered=_numbered(named),
         remarks=checkpoint.remarks,
+        problems=() if checkpoint.lost is None else (str(checkpoint.lost),),
     )
+
+
+def _numbered(names: Iterable[str]) -> tuple[str, ...]:
+    """The names of a pipeline's layers, those that differ in the number alone as one."""
+    layers: dict[str, list[int]] = {}
+    others: list[str] = []
+    for name in names:
+        number, _, rest = name.partition(".")
+        if number.isdigit():
+            layers.setdefault(rest, []).append(int(number))
+        else:
+            others.append(name)
+    if not layers:
+        return ()
+    return (*others, *(f"{number_ranges(found)}.{rest}" for rest, found in layers.items()))
 
 
 def _group(weights: Iterable[Weight]) -> Group:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -231,3 +232,30 @@ def test_reading_a_tensor_imports_torch_and_no_training_framework() -> None:
     )
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert ran.stdout.strip() == "[]", ran.stderr
+
+
+def test_the_numbered_names_of_a_pipeline_are_listed_for_a_key_map(fixtures: Path) -> None:
+    found = inspect(fixtures / "layouts" / "pipeline-bf16-llama-tied-2ranks" / "checkpoint")
+    assert found.numbered[:3] == (
+        "tied_modules.embed.weight",
+        "1-2.self_attn.q_proj.weight",
+        "1-2.self_attn.k_proj.weight",
+    )
+    assert found.numbered[-1] == "3.weight"
+    assert inspect(fixtures / "zero" / "zero2-bf16-llama-3ranks" / "checkpoint").numbered == ()
+
+
+def test_lost_masters_are_a_problem_and_the_rest_is_described(
+    fixtures: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(fixtures / "zero" / "zero2-bf16-llama-3ranks" / "checkpoint", tmp_path / "run")
+    for path in (tmp_path / "run").glob("*/*optim_states.pt"):
+        path.unlink()
+    found = inspect(tmp_path / "run")
+    (problem,) = found.problems
+    assert "--weights model takes them" in problem
+    assert (found.title, found.parameters, found.training_dtype) == (
+        "DeepSpeed ZeRO-2",
+        3910,
+        "bfloat16",
+    )

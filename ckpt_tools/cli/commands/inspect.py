@@ -101,6 +101,8 @@ def _rows(found: Inspection) -> Iterator[tuple[str, str]]:
         yield "adapter", f"{name}: {_group(group)}"
     for name, group in (found.attributes or {}).items():
         yield "attribute", f"{name}: {_group(group)}"
+    for name in found.numbered:
+        yield "name", name
     for prefix, count in (found.wrappers or {}).items():
         yield "wrapper", f"{prefix} in {counted(count, 'name')}, stripped by a conversion"
     if found.output_bytes:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckpt_tools.errors import CkptError, DamagedCheckpoint
+from ckpt_tools.errors import CkptError, DamagedCheckpoint, number_ranges
 from ckpt_tools.readers.containers.restricted_pickle import TensorRef
 
 NODE_LOCAL = (
@@ -73,6 +73,9 @@ def stated_world_size(
     dp = first.get("dp_world_size")
     if not stated:
         return int(dp or max(len(optims), 1))
+    # MiCS saves one of the groups of ranks among which it partitions; the others hold the same.
+    if stage == 3 and stated == _mics_group(first):
+        return stated
     if stage and isinstance(dp, int) and dp != stated:
         raise DamagedCheckpoint(
             f"{first.path.name} states {dp} ranks, the optimizer files state {stated}",
@@ -82,10 +85,17 @@ def stated_world_size(
     return stated
 
 
+def _mics_group(first: ModelState) -> object:
+    config = first.get("ds_config")
+    zero = config.get("zero_optimization") if isinstance(config, dict) else None
+    return zero.get("mics_shard_size") if isinstance(zero, dict) else None
+
+
 def without_optimizer(directory: Path, stage: int) -> CkptError:
     """The error for a save without optimizer files."""
+    name = f"ZeRO-{stage}" if stage else "BF16_Optimizer"
     return _lost(
-        f"a ZeRO-{stage} checkpoint without its optimizer files, which hold "
+        f"a {name} checkpoint without its optimizer files, which hold "
         + ("the weights" if stage == 3 else "the masters"),
         stage,
         directory,
@@ -121,7 +131,7 @@ def check_models(world_size: int, directory: Path, models: Sequence[ModelState])
     frozen = models[0].get("frozen_param_shapes")
     if frozen or (0 in lacking and models[0].get("buffer_names")):
         raise _missing("model", lacking, world_size, directory, models)
-    ranks = _ranges(lacking)
+    ranks = number_ranges(lacking)
     fact = f"{len(lacking)} of {world_size} model files are missing (ranks {ranks})"
     return (f"{fact}; no parameter is frozen, so they hold no weights",)
 
@@ -137,7 +147,7 @@ def _missing(
     names = [rank_text.sub(f"zero_pp_rank_{rank}_", example) for rank in lacking]
     stage = states[0].stage if isinstance(states[0], OptimState) else 3
     return _lost(
-        f"{len(lacking)} of {world_size} {kind}_states files are missing: ranks {_ranges(lacking)}",
+        f"{len(lacking)} of {world_size} {kind}_states files are missing: ranks {number_ranges(lacking)}",
         1 if stage is None else stage,
         directory,
         names,
@@ -169,7 +179,7 @@ def check_extra(
         extra = sorted({state.rank for state in states} - set(range(world_size)))
         if extra:
             raise DamagedCheckpoint(
-                f"there are {kind}_states files of ranks {_ranges(extra)}, but the save had "
+                f"there are {kind}_states files of ranks {number_ranges(extra)}, but the save had "
                 f"{world_size} ranks",
                 path=directory,
                 hint=SAME_SAVE,
@@ -242,14 +252,3 @@ def mixed(directory: Path, meaning: str, values: dict[str, Any]) -> DamagedCheck
         path=directory,
         hint=SAME_SAVE,
     )
-
-
-def _ranges(ranks: Sequence[int]) -> str:
-    """``[0, 1, 2, 5]`` as ``0-2, 5``."""
-    spans: list[list[int]] = []
-    for rank in ranks:
-        if spans and rank == spans[-1][1] + 1:
-            spans[-1][1] = rank
-        else:
-            spans.append([rank, rank])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)

@@ -13,6 +13,7 @@ Sources: ``deepspeed/runtime/pipe/module.py`` (``save_state_dict``, ``ckpt_layer
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -20,7 +21,12 @@ from ckpt_tools.errors import DamagedCheckpoint
 from ckpt_tools.readers.containers.restricted_pickle import TensorRef
 from ckpt_tools.readers.containers.torch_file import stored
 from ckpt_tools.readers.deepspeed.agreement import NODE_LOCAL, SAME_SAVE
-from ckpt_tools.readers.deepspeed.layout import BY_MAPPING, mapped_masters, partitioned_masters
+from ckpt_tools.readers.deepspeed.layout import (
+    BY_MAPPING,
+    group_shapes,
+    mapped_masters,
+    partitioned_masters,
+)
 from ckpt_tools.readers.deepspeed.names import LAYER_FILE, SaveNames, load_own
 from ckpt_tools.readers.deepspeed.saves import Save, joined, open_all
 from ckpt_tools.readers.deepspeed.shards import ShardSet
@@ -103,8 +109,10 @@ def _part(stages: Sequence[ShardSet], layers: Layers) -> Part:
     masters: dict[str, Stored] = {}
     doubts: list[str] = []
     flat: set[str] = set()
+    trained: dict[str, int | None] = {}
     for stage in stages:
         found, doubt = _masters(stage)
+        trained |= _trained(stage, found)
         flat |= set(found) if stage.param_shapes is None else set()
         # A module that several stages share is equal on all of them.
         masters = {**found, **masters}
@@ -112,10 +120,11 @@ def _part(stages: Sequence[ShardSet], layers: Layers) -> Part:
     models = {
         f"{layer}.{key}": ref for layer, tensors in layers.items() for key, ref in tensors.items()
     }
-    models = _tied_named(models, masters)
+    models = _tied_named(models, trained)
     lost = next((stage.lost for stage in stages if stage.lost is not None), None)
     buffers = {name for stage in stages for name in stage.first.get("buffer_names") or ()}
-    trained = bool(masters)
+    if lost is not None:
+        masters = {}
     weights = {}
     for name in dict.fromkeys((*models, *masters)):
         master = masters.get(name)
@@ -136,7 +145,11 @@ def _part(stages: Sequence[ShardSet], layers: Layers) -> Part:
         held = master or model
         assert held is not None
         kind = (
-            "buffer" if name in buffers else "frozen" if trained and master is None else "parameter"
+            "buffer"
+            if name in buffers
+            else "frozen"
+            if trained and name not in trained
+            else "parameter"
         )
         dtype = model.dtype if model is not None else default_dtype(stages[0], held)
         weights[name] = Weight(kind, held.shape, dtype, master, model)  # type: ignore[arg-type]
@@ -153,29 +166,46 @@ def _part(stages: Sequence[ShardSet], layers: Layers) -> Part:
 
 
 def _tied_named(
-    models: Mapping[str, TensorRef], masters: Mapping[str, Stored]
+    models: Mapping[str, TensorRef], trained: Mapping[str, int | None]
 ) -> dict[str, TensorRef]:
     """The layers' tensors by their names in the module; shared modules have no number.
 
-    If a layer's tensor has no master with its numbered name, it belongs to a shared module with the same rest
+    If a layer's tensor is not trained by its numbered name, it belongs to a shared module with the same rest
     of the name and the same size. The first use is taken for all.
+
+    Args:
+        models: the tensors by number and name in the layer.
+        trained: the names of the trained parameters in the module, with their sizes where those are known.
     """
     named = dict(models)
-    free = [name for name in models if name not in masters]
-    for tied in masters:
+    free = [name for name in models if name not in trained]
+    for tied, numel in trained.items():
         if not tied.startswith(_TIED):
             continue
         rest = tied.removeprefix(_TIED).partition(".")[2]
         uses = [
             name
             for name in free
-            if name.partition(".")[2] == rest and models[name].numel == masters[tied].numel
+            if name.partition(".")[2] == rest and numel in (None, models[name].numel)
         ]
         for name in uses:
             named.pop(name, None)
         if uses:
             named = {tied: models[uses[0]], **named}
     return named
+
+
+def _trained(stage: ShardSet, masters: Mapping[str, Stored]) -> dict[str, int | None]:
+    """The names of a stage's trained parameters, with their sizes where those are known."""
+    if masters:
+        return {name: master.numel for name, master in masters.items()}
+    if stage.param_shapes is not None:
+        groups = group_shapes(stage.param_shapes, stage.first.path)
+        return {name: math.prod(shape) for group in groups for name, shape in group.items()}
+    # Without ZeRO the model file has the optimizer's state of its own rank.
+    optimizer = stage.first.get("optimizer")
+    mappings = optimizer.get("param_slice_mappings") if isinstance(optimizer, dict) else None
+    return {name: None for group in mappings or () for name in group}
 
 
 def _masters(shards: ShardSet) -> tuple[dict[str, Stored], list[str]]:

@@ -134,8 +134,8 @@ def open_shards(
     lost: CkptError | None = None
     if masters_elsewhere:
         stage = config_stage
-    elif not optims and config_stage and first.get("optimizer") is None:
-        stage, lost = config_stage, without_optimizer(directory, config_stage)
+    elif not optims and _kept_masters(first, config_stage):
+        stage, lost = max(config_stage, 1), without_optimizer(directory, config_stage)
     world_size = stated_world_size(directory, first, optims, stage)
     paths = [*(model.path for model in models), *(optim.path for optim in optims)]
     sizes = {path: path.stat().st_size for path in paths}
@@ -149,6 +149,14 @@ def open_shards(
     return ShardSet(
         directory, models, optims, stage, is_bf16_optimizer, world_size, sizes, lost, remarks
     )
+
+
+def _kept_masters(first: ModelState, config_stage: int) -> bool:
+    """Whether the run wrote optimizer files, which hold the masters; so does ``BF16_Optimizer``."""
+    optimizer = first.get("optimizer")
+    if isinstance(optimizer, dict):
+        return "single_partition_of_fp32_groups" in optimizer
+    return bool(config_stage) or first.get("param_shapes") is not None
 
 
 T = TypeVar("T")

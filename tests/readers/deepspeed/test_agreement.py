@@ -172,6 +172,18 @@ def test_the_16_bit_weights_are_read_without_optimizer_files(
                 ask()
 
 
+def test_masters_of_a_run_without_zero_are_lost_with_their_files_too(tmp_path: Path) -> None:
+    """`BF16_Optimizer` writes optimizer files at stage 0; the model file shows that there were some."""
+    fixture = "old-0.9.5-zero0-bf16-fp32-grad-accum"
+    directory = damage.copy_of(fixture, tmp_path)
+    for path in damage.optim_files(directory):
+        path.unlink()
+    error = damaged(directory)
+    assert error.fact.startswith("a BF16_Optimizer checkpoint without its optimizer files")
+    for tensor, truth in Case(damage.ZERO / fixture).model.items():
+        assert_same(open_checkpoint(directory).catalogue("model")[tensor].load(), truth, tensor)
+
+
 # Broken files.
 
 

@@ -200,7 +200,7 @@ def test_all_files_of_a_model_parallel_rank_may_be_elsewhere(tmp_path: Path) -> 
     assert caught.value.missing == ("mp_rank_01_model_states.pt",)
 
 
-@pytest.mark.parametrize("fixture", [AUTOTP, PIPELINE, MOE, AUTOEP])
+@pytest.mark.parametrize("fixture", [AUTOTP, PIPELINE, MEGATRON, MOE, AUTOEP])
 def test_the_16_bit_weights_are_read_without_optimizer_files(fixture: str, tmp_path: Path) -> None:
     directory = copy_of(fixture, tmp_path)
     for path in damage.optim_files(directory):
@@ -296,3 +296,20 @@ def test_tensor_parallel_files_of_which_some_are_lost_are_not_taken_for_sequence
     drop(directory, "*pp_rank_0_mp_rank_01_optim*")
     with pytest.raises(CkptError):
         open_checkpoint(directory).catalogue()
+
+
+def test_the_file_of_save_16bit_model_is_a_hugging_face_one() -> None:
+    case = Case(LAYOUTS / "bin-zero3-bf16-qwen3-tied-2ranks")
+    checkpoint = open_checkpoint(case.path)
+    assert checkpoint.title == "Hugging Face torch"
+    assert dict(checkpoint.ties) == case.ties
+    for name, truth in case.model.items():
+        assert_same(checkpoint[name].load(), truth, name)
+
+
+def test_a_mics_group_that_is_not_the_recorded_one_is_found_out(tmp_path: Path) -> None:
+    directory = copy_of("old-0.18.3-mics-zero3-bf16-llama-4ranks", tmp_path)
+    for path in damage.model_files(directory):
+        damage.edit(path, lambda c: c["ds_config"]["zero_optimization"].update(mics_shard_size=4))
+    with pytest.raises(DamagedCheckpoint, match="states 4 ranks, the optimizer files state 2"):
+        open_checkpoint(directory)
