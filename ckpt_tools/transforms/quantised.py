@@ -5,8 +5,8 @@ codes, and scales or states beside them. Which settings a scheme needs is read f
 have them, and from ``quantization_config`` where only that has them. What is not on the list is refused.
 
 Sources: ``bitsandbytes/functional.py`` (``QuantState.as_dict``), ``nn/modules.py`` (``SCB``,
-``weight_format``), ``compressed_tensors/compressors``, ``auto_gptq/nn_modules/qlinear``, ``awq/modules/linear``,
-``transformers/integrations/finegrained_fp8.py`` and ``mxfp4.py``.
+``weight_format``), ``compressed_tensors/compressors``, ``auto_gptq/nn_modules/qlinear``,
+``awq/modules/linear``, ``transformers/integrations/finegrained_fp8.py`` and ``mxfp4.py``.
 """
 
 from __future__ import annotations
