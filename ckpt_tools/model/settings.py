@@ -37,7 +37,10 @@ _KEEPS_BASE = frozenset({"gaussian", "eva", "orthogonal", "mica"})
 _PEFT_REBUILDS = re.compile(r"pissa|olora")
 _CHANGES_BASE = re.compile(r"pissa(_niter_\d+)?|olora|corda|loftq|lora_ga")
 
-_EXTRACT = "Write it as an adapter with extract-lora; PEFT's from_pretrained and merge_and_unload may merge that."
+_EXTRACT = (
+    "Write it as an adapter with extract-lora; PEFT's from_pretrained and merge_and_unload may merge "
+    "that."
+)
 
 
 def refuse_unknown_settings(config: AdapterConfig) -> None:

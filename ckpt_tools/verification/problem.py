@@ -67,6 +67,9 @@ KINDS: dict[str, Kind] = {
     "config-dtype": Kind("error", "the dtype in the config is not that of the tensors"),
     "config-vocabulary": Kind("error", "vocab_size in the config is not that of the embedding"),
     "dtype-mixed": Kind("warning", "floating tensors are of several dtypes"),
+    # quantised.py: weights that a quantiser stores
+    "quantizer-leftover": Kind("error", "tensors of a quantizer beside a weight that is plain"),
+    "quantizer-unused": Kind("warning", "a quantization_config, and no quantized weight"),
     # names.py: names that a finished model does not have
     "name-wrapped": Kind("error", "names with the prefix of a wrapper of training"),
     "name-peft": Kind("error", "names of a model that PEFT wraps"),
