@@ -17,6 +17,7 @@ from typing import Any
 from ckpt_tools.errors import MissingAsset
 from ckpt_tools.hub import architectures, olmo_core
 from ckpt_tools.hub.files import read_object
+from ckpt_tools.hub.links import refuse_leaving
 from ckpt_tools.hub.sources import AssetOptions, nearby
 from ckpt_tools.tensors.dtypes import DType
 
@@ -78,9 +79,12 @@ def find_config(options: AssetOptions) -> ConfigSource:
 
     Raises:
         MissingAsset: there is none; every place looked at is named.
+        UsageError: it is a link that leads out of its directory.
         DamagedCheckpoint: the file is not a JSON object.
     """
     if options.config is not None:
+        if options.config.is_dir() and not options.follow_links:
+            refuse_leaving(options.config / CONFIG_NAME, options.config)
         return _named_config(options.config)
     places = []
     for directory in nearby(options):
@@ -88,6 +92,8 @@ def find_config(options: AssetOptions) -> ConfigSource:
         if not path.is_file():
             places.append(str(directory))
             continue
+        if not options.follow_links:
+            refuse_leaving(path, directory)
         data = _model_config(read_object(path), path)
         if data is not None:
             return ConfigSource(path, data)

@@ -20,7 +20,7 @@ _MAX_NUMEL = (1 << 64) - 1
 def is_possible(shape: Shape) -> bool:
     """Whether torch and safetensors can hold a shape.
 
-    torch keeps a size in 63 bits. safetensors multiplies the sizes in 64 bits, from the left. So (2^40, 2^40, 0)
+    torch keeps a size in 63 bits. safetensors multiplies sizes in 64 bits, from the left. So (2^40, 2^40, 0)
     is no shape of a tensor, although it has no elements.
     """
     numel = 1
