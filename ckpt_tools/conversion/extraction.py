@@ -56,7 +56,7 @@ from ckpt_tools.writing.output import Output
 
 _ALL = "all"
 _DEFAULT = "default"
-# What PEFT makes from other tensors is made in memory.
+# The output of a prompt encoder is computed in memory.
 _MOST_BYTES = 2**30
 _NOT_LORA = (
     "Pass the --config and --adapter-config that the adapter was trained with. If that does not help, load "
@@ -246,11 +246,12 @@ def _asked(
             # This transformers names every module differently than the one that trained.
             failure = "none of the names is in the model of the base's config"
         if failure is not None:
-            _need_peft([one], failure, _NOT_LORA)
+            _need_peft([one], failure, answer.hint or _NOT_LORA)
             doubts.append(f"names are by rule, because PEFT failed: {failure}")
             agreed.append(one)
         else:
-            agreed.append(_as_peft(one, answer, question_of_one(config, question), request))
+            whole = question_of_one(config, question, answer.inputs)
+            agreed.append(_as_peft(one, answer, whole, request))
     return agreed, doubts
 
 
@@ -364,13 +365,13 @@ def _made(
     cast = _cast(state, {live: held[live] for live in answer.inputs}, request)
     if cast.nbytes > _MOST_BYTES:
         raise UnsupportedLayout(
-            f"PEFT makes {next(iter(answer.made))} of a {one.config.data.get('peft_type')} adapter from "
-            f"{cast.nbytes:,} bytes, and ckpt-tools does so from at most {_MOST_BYTES:,}",
+            f"the prompt encoder of the {one.config.data.get('peft_type')} adapter has {cast.nbytes:,} "
+            f"bytes, and its output is computed from at most {_MOST_BYTES:,}",
             hint="Load the training state into the model with PEFT, and call its save_pretrained.",
         )
-    wanted, inputs = tuple(answer.made), tuple(cast.items())
+    inputs = tuple(cast.items())
     return {
-        saved: MadeByPeft(BY_NAME[dtype], answer.shapes[saved], saved, question, wanted, inputs)
+        saved: MadeByPeft(BY_NAME[dtype], answer.shapes[saved], saved, question, inputs)
         for saved, dtype in answer.made.items()
     }
 

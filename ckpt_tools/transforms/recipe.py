@@ -13,18 +13,22 @@ first source, or an object whose ``op`` names an operation:
      "magnitude": R or null, "expert": 0, "experts": 1}
     {"op": "column_norms", "of": R}
     {"op": "merged_bias", "base": R, "update": R, "scale": 2.0}
+    {"op": "prompt", "of": [R, ...], "names": ["prompt_encoder.default.embedding.weight", ...],
+     "dtype": "float32", "shape": [8, 64], "saved": "prompt_embeddings", "question": {...}}
 
 ``copy`` is present only if it differs from the copy that ``Checkpoint.catalogue`` gives. The operations are
-the classes of :mod:`ckpt_tools.tensors.derived`, :mod:`ckpt_tools.transforms.average` and
-:mod:`ckpt_tools.transforms.merge`, and the keys are their fields.
+the classes of :mod:`ckpt_tools.tensors.derived`, :mod:`ckpt_tools.transforms.average`,
+:mod:`ckpt_tools.transforms.merge` and :mod:`ckpt_tools.hub.reference.adapters`, and the keys are their fields.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 from ckpt_tools.errors import DamagedCheckpoint, UsageError
+from ckpt_tools.hub.reference.adapters import MadeByPeft
 from ckpt_tools.tensors.catalogue import Tensor
 from ckpt_tools.tensors.checkpoint import Checkpoint, Copy
 from ckpt_tools.tensors.derived import Cast, Concat, View
@@ -134,6 +138,16 @@ def described(tensor: Tensor, names: Mapping[int, Leaf]) -> Json:
         case MergedBias():
             base, update = of(tensor.base), of(tensor.update)
             return {"op": "merged_bias", "base": base, "update": update, "scale": tensor.scale}
+        case MadeByPeft():
+            return {
+                "op": "prompt",
+                "of": [of(part) for _, part in tensor.inputs],
+                "names": [name for name, _ in tensor.inputs],
+                "dtype": str(tensor.dtype),
+                "shape": list(tensor.shape),
+                "saved": tensor.saved,
+                "question": json.loads(tensor.question),
+            }
     raise UsageError(f"the origin of a {type(tensor).__name__} is not known")
 
 
@@ -215,6 +229,15 @@ def _made(op: str, fields: Mapping[str, Any], leaves: Mapping[Leaf, Tensor]) -> 
             if not isinstance(merged, Merged):
                 raise TypeError("of is not a merge")
             return ColumnNorms(merged)
+        case "prompt":
+            names = [str(name) for name in _listed(fields["names"])]
+            return MadeByPeft(
+                BY_NAME[fields["dtype"]],
+                numbers("shape", int),
+                str(fields["saved"]),
+                json.dumps(fields["question"]),
+                tuple(zip(names, each(), strict=True)),
+            )
         case _:
             return MergedBias(of("base"), of("update"), number("scale", float))
 
@@ -292,6 +315,7 @@ _PARTS = {
     "merge": ("base", "a", "b", "magnitude"),
     "column_norms": ("of",),
     "merged_bias": ("base", "update"),
+    "prompt": ("of",),
 }
 
 

@@ -5,8 +5,7 @@
 
 from __future__ import annotations
 
-import json
-import os
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftType, get_peft_model
+from peft import LoraConfig, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -55,18 +54,18 @@ ROWS = [
     Row("LORA", "dora", {"r": 2, "target_modules": TWO, "use_dora": True}),
     Row("LORA", "bias", {"r": 2, "target_modules": TWO, "bias": "all"}),
     Row("LORA", "bdlora", {"r": 2, "target_modules": TWO, "lora_bias": True}),
-    Row("LORA", "parameter", {"r": 2, "target_parameters": ["q_proj.weight"]}),
+    Row("LORA", "parameter", {"r": 2, "target_parameters": ["q_proj.weight"], "target_modules": []}),
     Row("LORA", "tokens", {"r": 2, "target_modules": TWO, "trainable_token_indices": [1, 2]}),
     Row("LORA", "saved", {"r": 2, "target_modules": TWO, "modules_to_save": ["lm_head"]}),
     Row("LORA", "embedding", {"r": 2, "target_modules": ["embed_tokens"]}),
     Row("LORA", "pissa", {"r": 2, "target_modules": TWO, "init_lora_weights": "pissa"}),
     Row("LORA", "olora", {"r": 2, "target_modules": TWO, "init_lora_weights": "olora"}),
     Row("ADALORA", "default", {"init_r": 4, "target_r": 2, "total_step": 10, "tinit": 1, "tfinal": 1, "target_modules": TWO}),
-    Row("ADAMSS", "default", {"r": 4, "num_subspaces": 2, "subspace_rank": 1, "target_modules": TWO}),
+    Row("ADAMSS", "default", {"r": 4, "num_subspaces": 2, "subspace_rank": 1, "target_modules": TWO}, needs="sklearn"),
     Row("ADAPTION_PROMPT", "prompt", {"adapter_len": 3, "adapter_layers": 1}),
     Row("BEFT", "default", {"target_modules": TWO}),
     Row("BOFT", "default", {"boft_block_size": 4, "target_modules": TWO}),
-    Row("BOFT", "num", {"boft_block_num": 2, "boft_n_butterfly_factor": 1, "target_modules": TWO}),
+    Row("BOFT", "num", {"boft_block_size": 0, "boft_block_num": 2, "boft_n_butterfly_factor": 1, "target_modules": TWO}),
     Row("C3A", "default", {"block_size": 4, "target_modules": TWO}),
     Row("CARTRIDGE", "default", {"num_virtual_tokens": 3}),
     Row("CARTRIDGE", "frozen", {"num_virtual_tokens": 3, "num_frozen_tokens": 0}),
@@ -75,9 +74,9 @@ ROWS = [
     Row("DEFT", "qr", {"r": 2, "target_modules": TWO, "decomposition_method": "qr", "para": True}),
     Row("DELORA", "default", {"r": 2, "target_modules": TWO}),
     Row("FOURIERFT", "default", {"n_frequency": 8, "target_modules": TWO}),
-    Row("FROD", "default", {"target_modules": TWO}),
-    Row("FROD", "projection", {"target_modules": TWO, "save_projection": True}),
-    Row("FROD", "no-projection", {"target_modules": TWO, "save_projection": False}),
+    Row("FROD", "default", {"target_modules": TWO}, "decomposes the values"),
+    Row("FROD", "projection", {"target_modules": TWO, "save_projection": True}, "decomposes the values"),
+    Row("FROD", "no-projection", {"target_modules": TWO, "save_projection": False}, "decomposes the values"),
     Row("GLORA", "default", {"r": 2, "target_modules": TWO}),
     Row("GRALORA", "default", {"r": 4, "gralora_k": 2, "target_modules": TWO}),
     Row("GRALORA", "hybrid", {"r": 4, "hybrid_r": 2, "gralora_k": 2, "target_modules": TWO}),
@@ -94,7 +93,7 @@ ROWS = [
     Row("MISS", "mini", {"r": 4, "mini_r": 2, "target_modules": TWO, "init_weights": "mini"}),
     Row("OFT", "default", {"oft_block_size": 4, "target_modules": TWO}),
     Row("OFT", "share", {"oft_block_size": 4, "target_modules": TWO, "block_share": True}),
-    Row("SHIRA", "default", {"r": 2, "target_modules": TWO}),
+    Row("SHIRA", "default", {"r": 2, "target_modules": TWO}, "outside the state dict"),
     Row("PROMPT_TUNING", "default", {"num_virtual_tokens": 3}),
     Row("MULTITASK_PROMPT_TUNING", "prompt", {"num_virtual_tokens": 3, "num_tasks": 2, "num_ranks": 1}),
     Row("OSF", "default", {"effective_rank": 2, "target_modules": TWO}),
@@ -121,14 +120,15 @@ ROWS = [
     Row("UNILORA", "default", {"r": 2, "theta_d_length": 16, "target_modules": SQUARE}),
     Row("UNILORA", "indices", {"r": 2, "theta_d_length": 16, "target_modules": SQUARE, "save_indices": True}),
     Row("VBLORA", "default", {"r": 2, "num_vectors": 8, "vector_length": 4, "topk": 2, "target_modules": SQUARE}),
-    Row("VBLORA", "topk", {"r": 2, "num_vectors": 8, "vector_length": 4, "topk": 2, "target_modules": SQUARE, "save_only_topk_weights": True}),
+    Row("VBLORA", "topk", {"r": 2, "num_vectors": 8, "vector_length": 4, "topk": 2, "target_modules": SQUARE, "save_only_topk_weights": True}, "computes .*_topk_indices"),
     Row("VERA", "default", {"r": 2, "target_modules": SQUARE}),
     Row("VERA", "no-projection", {"r": 2, "target_modules": SQUARE, "save_projection": False}),
+    Row("XLORA", "default", {"hidden_size": 16}, "from their own directories"),
     Row("WAVEFT", "default", {"n_frequency": 8, "target_modules": TWO}),
 ]
 
 
-def adapted(row: Row) -> Any:
+def adapted(row: Row, scratch: Path) -> Any:
     """A tiny adapted model in which every trained value is random."""
     torch.manual_seed(0)
     base = LlamaForCausalLM(
@@ -143,7 +143,12 @@ def adapted(row: Row) -> Any:
     )
     base.name_or_path = "base"
     config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(row.tuner)]
-    model = get_peft_model(base, config(task_type="CAUSAL_LM", **row.options))
+    if row.tuner == "XLORA":
+        mixed = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=TWO))
+        mixed.save_pretrained(scratch / "mixed")
+        base.config.use_cache = False
+    adapters = {"adapters": {"one": str(scratch / "mixed")}} if row.tuner == "XLORA" else {}
+    model = get_peft_model(base, config(task_type="CAUSAL_LM", **row.options, **adapters))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -154,7 +159,7 @@ def adapted(row: Row) -> Any:
 @contextmanager
 def saved(row: Row, scratch: Path) -> Iterator[Any]:
     """The model, with its state, the base's config and PEFT's own directory in ``scratch``."""
-    model = adapted(row)
+    model = adapted(row, scratch)
     (scratch / "state").mkdir()
     torch.save(model.state_dict(), scratch / "state/pytorch_model.bin")
     base = model.get_base_model()
@@ -162,18 +167,20 @@ def saved(row: Row, scratch: Path) -> Iterator[Any]:
     (scratch / "config").mkdir()
     base.config.to_json_file(scratch / "config/config.json", use_diff=True)
     model.save_pretrained(scratch / "peft")
-    (scratch / "peft/README.md").unlink()
+    for readme in (scratch / "peft").rglob("README.md"):
+        readme.unlink()
     yield model
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)
 def test_row(row: Row, tmp_path: Path) -> None:
     if row.needs:
-        pytest.importorskip(row.needs)
+        pytest.importorskip(row.needs, exc_type=ImportError)
     with saved(row, tmp_path):
         options: dict[str, Any] = {
             "config": tmp_path / "config",
             "adapter_config": tmp_path / "peft/adapter_config.json",
+            "adapter": "default",
         }
         if row.outcome == IDENTICAL:
             extract_lora(tmp_path / "state", tmp_path / "out", **options)

@@ -1,15 +1,15 @@
 """Owns the question what PEFT writes of an adapted model, and its answer: PEFT's own names, for every tuner.
 
 A child process (``peft_child.py``) builds the base without weights, adds the adapter, and lets
-``get_peft_model_state_dict`` filter tensors without values. Tensors that PEFT makes from the values of others
-are made by the same child while the directory is written.
+``get_peft_model_state_dict`` filter tensors without values. The output of a prompt encoder is made by the same
+child from the encoder's values, while the directory is written.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -63,9 +63,10 @@ class AdapterAnswer:
         names: for each tensor of the file that the state holds, its names in the live model.
         shapes: for each tensor of the file, its shape.
         odd: names of the state that PEFT would write, and that the config's model lacks.
-        made: for each tensor of the file that PEFT makes from others, the name of its dtype.
-        inputs: the tensors that PEFT makes those from, by their names in the live model, with their shapes.
+        made: for each tensor of the file that PEFT makes with a prompt encoder, the name of its dtype.
+        inputs: the tensors of that encoder, by their names in the live model, with their shapes.
         failure: why there is no answer; None if there is one.
+        hint: what to do then, if the child knows.
     """
 
     names: Mapping[str, Sequence[str]]
@@ -74,26 +75,25 @@ class AdapterAnswer:
     made: Mapping[str, str]
     inputs: Mapping[str, Shape]
     failure: str | None
+    hint: str | None
 
 
 @dataclass(frozen=True)
 class MadeByPeft(Computed):
-    """A tensor that PEFT makes from other tensors of the adapter when it saves.
+    """The output of a prompt encoder, which PEFT writes in place of the encoder's tensors.
 
     Attributes:
         dtype: element type.
         shape: sizes.
         saved: its name in the adapter's file.
-        question: the base's config and the adapter, as the child reads them.
-        wanted: all tensors that are made together with this one.
-        inputs: the tensors that it is made from, by their names in the live model.
+        question: the base's config and the adapter, as the child reads them; a JSON object.
+        inputs: the tensors of the encoder, by their names in the live model.
     """
 
     dtype: DType
     shape: Shape
     saved: str
     question: str
-    wanted: tuple[str, ...]
     inputs: tuple[tuple[str, Tensor], ...]
 
     @property
@@ -105,14 +105,19 @@ class MadeByPeft(Computed):
         """The window of what PEFT makes.
 
         Raises:
-            CkptError: the child process failed.
+            CkptError: the child process failed, or made something else.
         """
         from safetensors.torch import save
 
         held = save({name: values.whole(tensor).contiguous() for name, tensor in self.inputs})
         with _ONE_AT_A_TIME:
-            made = _values_made(self.question, self.wanted, held)
-        return made[self.saved].reshape(-1)[start:stop]
+            made = _value_made(self.question, self.saved, held)
+        if (made.dtype, tuple(made.shape)) != (self.dtype.torch, self.shape):
+            raise CkptError(
+                f"PEFT made {self.saved} of {made.dtype} and shape {tuple(made.shape)}, and not of "
+                f"{self.dtype} and {self.shape}"
+            )
+        return made.reshape(-1)[start:stop]
 
 
 def describe_adapters(
@@ -132,14 +137,19 @@ def describe_adapters(
             found.get("made", {}),
             _shapes(found.get("inputs", {})),
             found.get("failure"),
+            found.get("hint"),
         )
         for found in _answers(json.dumps(question))
     ]
 
 
-def question_of_one(base: Mapping[str, Any], question: AdapterQuestion) -> str:
-    """The question of a :class:`MadeByPeft`."""
-    return json.dumps({"config": dict(base), "adapters": [question.to_json()]})
+def question_of_one(
+    base: Mapping[str, Any], question: AdapterQuestion, names: Collection[str]
+) -> str:
+    """The question of a :class:`MadeByPeft` that is made from the tensors with these names."""
+    adapter = question.to_json()
+    adapter["names"] = {name: adapter["names"][name] for name in names}
+    return json.dumps({"config": dict(base), "adapters": [adapter]})
 
 
 def _shapes(found: Mapping[str, Sequence[int]]) -> dict[str, Shape]:
@@ -153,20 +163,20 @@ def _answers(question: str) -> list[dict[str, Any]]:
     return answers
 
 
-# The windows of an adapter are written by several threads, and the child makes all of its tensors at once.
+# The windows of a tensor are written by several threads, and the child makes all of it at once.
 _ONE_AT_A_TIME = Lock()
 
 
 @lru_cache(maxsize=1)
-def _values_made(question: str, wanted: tuple[str, ...], held: bytes) -> dict[str, torch.Tensor]:
+def _value_made(question: str, saved: str, held: bytes) -> torch.Tensor:
     from safetensors.torch import load_file
 
     with tempfile.TemporaryDirectory() as scratch:
         values, into = Path(scratch, "values"), Path(scratch, "made")
         values.write_bytes(held)
         data = json.loads(question)
-        data["adapters"][0] |= {"values": str(values), "into": str(into), "wanted": list(wanted)}
+        data["adapters"][0] |= {"values": str(values), "into": str(into), "saved": saved}
         (answer,) = ask(_CHILD, json.dumps(data), "peft")["adapters"]
         if "failure" in answer:
-            raise CkptError(f"PEFT failed to make {wanted[0]}: {answer['failure']}")
-        return load_file(into)
+            raise CkptError(f"PEFT failed to make {saved}: {answer['failure']}")
+        return load_file(into)[saved]

@@ -1,10 +1,9 @@
 """Owns every use of PEFT's saving code: the child process that finds out what PEFT writes of an adapter.
 
 ``get_peft_model_state_dict`` filters and renames a state, mostly without reading its values. The child passes
-tensors without values, and finds each tensor of the result again by its identity. A tensor that PEFT makes
-from others, such as the output of a prompt encoder, is made here from their values, when the parent passes
-them. Base and adapter are built on the meta device. The child reads one JSON object on standard input and
-prints one on standard output.
+tensors without values, and finds each tensor of the result again by its identity. Of a prompt encoder, PEFT
+writes the output; the child makes it when the parent passes the encoder's values. The base is built on the
+meta device. The child reads one JSON object on standard input and prints one on standard output.
 """
 
 from __future__ import annotations
@@ -23,11 +22,19 @@ _STARTS = (
 )
 # These may set shapes too. They are left out only where PEFT cannot build the adapter with them.
 _SHAPING_STARTS = ("init_weights", "init_ia3_weights")
-# Tuners whose adapter is not built without the base's values or files.
+# Tuners whose adapter is not built without the base's values or other files, and what to do instead.
+_WITH_PEFT = "Load the training state into the model with PEFT, and call its save_pretrained."
 _REASONS = {
-    "SHIRA": "PEFT keeps shira_indices outside the state dict, so the checkpoint does not hold them",
-    "FROD": "PEFT decomposes the values of the base's weights when it builds the adapter",
-    "XLORA": "PEFT reads the adapters that it mixes from their own directories",
+    "SHIRA": (
+        "PEFT keeps shira_indices outside the state dict, so the checkpoint does not hold them",
+        "Call save_pretrained in the training process. If random_seed is set in the config, the model with "
+        "the training state loaded by PEFT has the same indices.",
+    ),
+    "FROD": (
+        "PEFT decomposes the values of the base's weights when it builds the adapter",
+        _WITH_PEFT,
+    ),
+    "XLORA": ("PEFT reads the adapters that it mixes from their own directories", _WITH_PEFT),
 }
 
 
@@ -43,7 +50,7 @@ def main() -> None:
 def _answer(config: Mapping[str, Any], adapter: Mapping[str, Any]) -> dict[str, Any]:
     reason = _REASONS.get(adapter["config"]["peft_type"])
     if reason is not None:
-        return {"failure": reason}
+        return {"failure": reason[0], "hint": reason[1]}
     try:
         model = _adapted(dict(config), adapter)
         return _made(model, adapter) if "values" in adapter else _described(model, adapter)
@@ -144,7 +151,10 @@ def _described(model: Any, adapter: Mapping[str, Any]) -> dict[str, Any]:
             found[key] = [name, *(other for other in others.get(name, ()) if other != name)]
     shapes = {key: list(value.shape) for key, value in saved.items()}
     odd = [name for names in found.values() for name in names[:1] if name not in own]
-    inputs = {name: list(own[name].shape) for name in _inputs(model, adapter, own)} if made else {}
+    if made and not encoder:
+        failure = f"PEFT computes {next(iter(made))} from other tensors when it saves"
+        return {"failure": failure, "hint": _WITH_PEFT}
+    inputs = {name: list(value.shape) for name, value in encoder.items()} if made else {}
     return {"names": found, "shapes": shapes, "odd": odd, "made": made, "inputs": inputs}
 
 
@@ -199,13 +209,6 @@ def _other_names(model: Any) -> dict[str, list[str]]:
     return {name: group for group in names.values() if len(group) > 1 for name in group}
 
 
-def _inputs(model: Any, adapter: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
-    """The tensors from which PEFT makes others: the prompt encoder, or all of the adapter."""
-    if model.peft_config[adapter["name"]].is_prompt_learning:
-        return sorted(_encoder_names(model, _encoder_prefix(adapter)))
-    return [name for name in own if f".{adapter['name']}." in f"{name}."]
-
-
 def _saved(model: Any, adapter: Mapping[str, Any], state: dict[str, Any]) -> dict[str, Any]:
     from peft import get_peft_model_state_dict
 
@@ -219,17 +222,15 @@ def _saved(model: Any, adapter: Mapping[str, Any], state: dict[str, Any]) -> dic
 
 
 def _made(model: Any, adapter: Mapping[str, Any]) -> dict[str, Any]:
-    """Write the tensors that PEFT makes from the values that the parent passes."""
+    """Write the output of a prompt encoder that has the values that the parent passes."""
     from safetensors.torch import load_file, save_file
 
+    prefix = _encoder_prefix(adapter)
     values = load_file(adapter["values"])
-    if model.peft_config[adapter["name"]].is_prompt_learning:
-        prefix = _encoder_prefix(adapter)
-        encoder = model.prompt_encoder[adapter["name"]]
-        _load(encoder, {name.removeprefix(prefix): value for name, value in values.items()})
-    saved = _saved(model, adapter, {**model.state_dict(), **values})
-    wanted = {name: saved[name].detach().contiguous() for name in adapter["wanted"]}
-    save_file(wanted, adapter["into"])
+    encoder = model.prompt_encoder[adapter["name"]]
+    _load(encoder, {name.removeprefix(prefix): value for name, value in values.items()})
+    made = _saved(model, adapter, model.state_dict())[adapter["saved"]]
+    save_file({adapter["saved"]: made.detach().contiguous()}, adapter["into"])
     return {}
 
 
