@@ -302,7 +302,9 @@ def _as_peft(one: _Found, answer: AdapterAnswer, question: str, request: Request
     """
     adapter = one.adapter
     held = {live: name for name, live in adapter.names.live.items()}
-    own = {saved: next((n for n in names if n in held), "") for saved, names in answer.names.items()}
+    own = {
+        saved: next((n for n in names if n in held), "") for saved, names in answer.names.items()
+    }
     wanted = {saved: (live, answer.shapes[saved]) for saved, live in own.items()}
     wanted |= {live: (live if live in held else "", shape) for live, shape in answer.inputs.items()}
     hint = "Pass the --adapter-config and --config that the adapter was trained with."
@@ -350,7 +352,10 @@ def _as_peft(one: _Found, answer: AdapterAnswer, question: str, request: Request
             )
     made = _made(one, answer, question, request)
     if made:
-        notes = (*notes, f"computed by PEFT on this processor from the adapter: {listed(list(made))}")
+        notes = (
+            *notes,
+            f"computed by PEFT on this processor from the adapter: {listed(list(made))}",
+        )
     return _Found(adapter, one.config, names, notes, made)
 
 

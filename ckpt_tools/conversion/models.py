@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ckpt_tools import readers
 from ckpt_tools._version import __version__
 from ckpt_tools.conversion.pipeline import Planned, dtype_counts
 from ckpt_tools.conversion.request import Request
-from ckpt_tools.errors import DamagedCheckpoint, listed
+from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout, UsageError, listed
 from ckpt_tools.hub import AssetFile, Assets, ConfigSource, collect, find_config
 from ckpt_tools.hub.adapter_config import AdapterConfig, with_given
 from ckpt_tools.hub.card import CardFacts, model_card
@@ -29,6 +29,7 @@ from ckpt_tools.model.state import State, cast_state, main_dtype, mean_state, mo
 from ckpt_tools.tensors.catalogue import Catalogue, Tensor
 from ckpt_tools.tensors.checkpoint import Checkpoint
 from ckpt_tools.tensors.threads import load_torch
+from ckpt_tools.transforms.key_map import KeyMap, key_map
 from ckpt_tools.writing.layout import Plan, plan
 from ckpt_tools.writing.manifest import NAME as MANIFEST
 from ckpt_tools.writing.manifest import Provenance
@@ -76,7 +77,11 @@ class _Model:
         request, state = self.request, self.combined.state
         fitted, assets = Fitted.unchecked(self.catalogue), Assets((), {}, (), ())
         if self.config is not None:
-            fitted = self._fitted(self.config)
+            if self.combined.as_stored:
+                # Names and shapes are the quantiser's; the model of the config has others.
+                fitted = replace(fitted, warnings=(_NOT_COMPARED,))
+            else:
+                fitted = self._fitted(self.config)
             assets = collect(
                 request,
                 self.config,

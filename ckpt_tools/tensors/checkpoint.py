@@ -91,7 +91,8 @@ class Checkpoint(Mapping[str, Tensor]):
         details: further facts of the format, such as ``stage``.
         remarks: oddities that do not prevent reading.
         doubts: reasons to compare all masters with the model copy in full.
-        unlisted: tensors that lie beside it in files that its index does not name, each with its file.
+        lost: why the masters cannot be read, although the run kept some.
+        unlisted: tensors in files beside it that its index does not name, each with its file.
     """
 
     location: Location
@@ -105,6 +106,7 @@ class Checkpoint(Mapping[str, Tensor]):
     details: Mapping[str, object] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
     doubts: tuple[str, ...] = ()
+    lost: CkptError | None = None
     unlisted: Mapping[str, Path] = field(default_factory=dict)
 
     def catalogue(self, copy: Copy = "master") -> Catalogue:

@@ -27,8 +27,10 @@ _WITH_PEFT = "Load the training state into the model with PEFT, and call its sav
 _REASONS = {
     "SHIRA": (
         "PEFT keeps shira_indices outside the state dict, so the checkpoint does not hold them",
-        "Call save_pretrained in the training process. If random_seed is set in the config, the model with "
-        "the training state loaded by PEFT has the same indices.",
+        (
+            "Call save_pretrained in the training process. If random_seed is set in the config, the "
+            "model with the training state loaded by PEFT has the same indices."
+        ),
     ),
     "FROD": (
         "PEFT decomposes the values of the base's weights when it builds the adapter",
@@ -87,7 +89,9 @@ def _built(config: dict[str, Any], adapter: Mapping[str, Any], *, inference: boo
     failures = []
     for device, settings in _ways(adapter["config"]):
         try:
-            return _build(config, adapter["name"], device, {**settings, "inference_mode": inference})
+            return _build(
+                config, adapter["name"], device, {**settings, "inference_mode": inference}
+            )
         except LookupError:
             raise
         except Exception as error:
@@ -131,8 +135,6 @@ def _build(config: dict[str, Any], name: str, device: str, settings: dict[str, A
 
 def _described(model: Any, adapter: Mapping[str, Any]) -> dict[str, Any]:
     """What is written: tensors of the state by their names, and tensors that PEFT makes."""
-    import torch
-
     own = model.state_dict()
     tokens = {name: _token(own.get(name), dtype) for name, dtype in adapter["names"].items()}
     tokens = {**own, **tokens}
@@ -194,9 +196,9 @@ def _equal(value: Any, encoder: Mapping[str, Any]) -> str | None:
     import torch
 
     for name, candidate in encoder.items():
-        if (value.shape, value.dtype) == (candidate.shape, candidate.dtype):
-            if torch.equal(value, candidate):
-                return name
+        alike = (value.shape, value.dtype) == (candidate.shape, candidate.dtype)
+        if alike and torch.equal(value, candidate):
+            return name
     return None
 
 
