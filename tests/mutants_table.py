@@ -840,8 +840,8 @@ _MODEL = (
     _mutant(
         "recipe-wrong-sizes",
         "transforms/recipe.py",
-        "    if not fits:\n",
-        "    if fits is None:\n",
+        "    if not fitting:\n",
+        "    if fitting is None:\n",
         "a recipe whose parts do not fit each other is followed",
         "transforms/test_recipe.py",
         "verification/test_replay.py",
@@ -1608,8 +1608,7 @@ _CLI = (
         "check_all_masters=request.check_all_masters,",
         "check_all_masters=False,",
         "--check-masters has no effect",
-        "cli/test_consolidate.py",
-        "conversion/test_choices.py",
+        "conversion/test_masters.py",
     ),
     _mutant(
         "cli-junit-strict",
@@ -1641,7 +1640,7 @@ _CLI = (
         "rate = (done - before) / (now - started)",
         "rate = done / (now - started)",
         "the rate of a resumed run counts what was there",
-        "cli/test_consolidate.py",
+        "cli/test_progress.py",
     ),
     _mutant(
         "cli-sigterm-status",

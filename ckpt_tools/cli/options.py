@@ -128,6 +128,12 @@ _ADAPTERS: dict[str, Decorator[Any]] = {
         metavar="DIR",
         help="Tokenizer to copy. Default: the same places as the config.",
     ),
+    "follow_links": option(
+        "--follow-links",
+        group=READ,
+        is_flag=True,
+        help="Follow links that lead out of the directory that was named.",
+    ),
     "check_all_masters": option(
         "--check-masters",
         "check_all_masters",

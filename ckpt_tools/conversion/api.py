@@ -5,10 +5,12 @@ Owns their arguments; :mod:`ckpt_tools.conversion.pipeline` carries the requests
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckpt_tools import readers
@@ -26,6 +28,7 @@ from ckpt_tools.conversion.request import (
     requested,
 )
 from ckpt_tools.errors import UsageError
+from ckpt_tools.hub.links import refuse_leaving
 from ckpt_tools.hub.sources import AssetOptions, nearby
 from ckpt_tools.hub.tokenizer import find_tokenizer
 from ckpt_tools.ranks import pooled_machines
@@ -270,10 +273,14 @@ def _carried_out(
 def _opened(checkpoint: PathLike | Checkpoint, request: Request) -> Checkpoint:
     if isinstance(checkpoint, Checkpoint):
         return checkpoint
-    return open_checkpoint(
+    opened = open_checkpoint(
         checkpoint,
         tag=request.tag,
         model=request.model,
         format=request.format,
         also=request.also,
     )
+    root, found = (Path(os.fspath(path)) for path in (checkpoint, opened.location.directory))
+    if not request.follow_links and found != root and found.is_relative_to(root):
+        refuse_leaving(found, root)
+    return opened

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from importlib import import_module
+from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt_tools import readers
 from ckpt_tools._version import __version__
 from ckpt_tools.conversion.pipeline import Planned, dtype_counts
 from ckpt_tools.conversion.request import Request
-from ckpt_tools.errors import UnsupportedLayout, UsageError, listed
+from ckpt_tools.errors import DamagedCheckpoint, listed
 from ckpt_tools.hub import AssetFile, Assets, ConfigSource, collect, find_config
 from ckpt_tools.hub.adapter_config import AdapterConfig, with_given
 from ckpt_tools.hub.card import CardFacts, model_card
@@ -29,7 +28,7 @@ from ckpt_tools.model.quantised import KEY, plain_state, quantised_names, quanti
 from ckpt_tools.model.state import State, cast_state, main_dtype, mean_state, model_state
 from ckpt_tools.tensors.catalogue import Catalogue, Tensor
 from ckpt_tools.tensors.checkpoint import Checkpoint
-from ckpt_tools.transforms.key_map import KeyMap, key_map
+from ckpt_tools.tensors.threads import load_torch
 from ckpt_tools.writing.layout import Plan, plan
 from ckpt_tools.writing.manifest import NAME as MANIFEST
 from ckpt_tools.writing.manifest import Provenance
@@ -77,18 +76,7 @@ class _Model:
         request, state = self.request, self.combined.state
         fitted, assets = Fitted.unchecked(self.catalogue), Assets((), {}, (), ())
         if self.config is not None:
-            if self.combined.as_stored:
-                # Names and shapes are the quantiser's; the model of the config has others.
-                fitted = replace(fitted, warnings=(_NOT_COMPARED,))
-            else:
-                fitted = fit_to_model(
-                    self.catalogue,
-                    self.config,
-                    self.extra,
-                    main_dtype(self.catalogue),
-                    trust=request.trust_remote_code,
-                    answer=self.answer,
-                )
+            fitted = self._fitted(self.config)
             assets = collect(
                 request,
                 self.config,
@@ -113,6 +101,20 @@ class _Model:
                 *assets.warnings,
             ),
         )
+
+    def _fitted(self, config: ConfigSource) -> Fitted:
+        try:
+            return fit_to_model(
+                self.catalogue,
+                config,
+                self.extra,
+                main_dtype(self.catalogue),
+                trust=self.request.trust_remote_code,
+                answer=self.answer,
+            )
+        except DamagedCheckpoint as error:
+            _refuse_unlisted(error, self.sources)
+            raise
 
     def _provenance(self) -> Provenance:
         request = self.request
@@ -166,7 +168,7 @@ def prepare_model(sources: Sequence[Checkpoint], request: Request) -> _Model:
             catalogue, config, extra, main_dtype(catalogue), trust=request.trust_remote_code
         )
         # The import takes seconds and is needed later; the answer takes seconds too.
-        import_module("torch")
+        load_torch()
     tensors = [tensor for each in states for tensor in each.catalogue.values()]
     return _Model(sources, request, tensors, combined, catalogue, like, extra, config, answer)
 
@@ -288,6 +290,24 @@ def _extra(like: Checkpoint, request: Request) -> Catalogue:
     """The tensors of ``--like``, in the dtypes of the output."""
     dtype = "keep" if request.dtype == "auto" else request.dtype
     return cast_state(model_state(like, "model"), dtype)
+
+
+def _refuse_unlisted(error: DamagedCheckpoint, sources: Sequence[Checkpoint]) -> None:
+    """Raise the true reason if tensors that the model lacks lie in a shard that the index does not name.
+
+    Raises:
+        DamagedCheckpoint: the index leaves out a shard that the model needs.
+    """
+    for source in sources:
+        needed = [name for name in error.missing if name in source.unlisted]
+        if needed:
+            raise DamagedCheckpoint(
+                f"the index does not name it, and the model needs tensors that it holds: {listed(needed)}",
+                path=source.unlisted[needed[0]],
+                missing=error.missing,
+                hint="Restore the index from where the model came from, or add these tensors to its "
+                "weight_map.",
+            ) from error
 
 
 def _unused(request: Request) -> Iterator[str]:

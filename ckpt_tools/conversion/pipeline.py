@@ -9,6 +9,7 @@ partial directory is made.
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +21,7 @@ from ckpt_tools.conversion.masters import check_masters
 from ckpt_tools.conversion.report import Report
 from ckpt_tools.conversion.request import Request
 from ckpt_tools.errors import VerificationFailed
+from ckpt_tools.hub.links import home_of, refuse_leaving
 from ckpt_tools.storage.folders import folders_of
 from ckpt_tools.tensors.catalogue import Tensor
 from ckpt_tools.tensors.checkpoint import Checkpoint
@@ -84,6 +86,15 @@ class Clock:
         self._last = now
 
 
+def _refuse_links(outputs: Sequence[Output], request: Request) -> None:
+    """Refuse files that would be copied from outside of their directory; a file that was named is no such."""
+    for output in outputs:
+        for asset in output.files:
+            if asset.source is not None and str(asset.source) != request.generation_config:
+                source = Path(os.fspath(asset.source))  # of several places the one that has it
+                refuse_leaving(source, home_of(source, asset.name))
+
+
 def run(sources: Sequence[Checkpoint], request: Request, prepare: Prepare, clock: Clock) -> Report:
     """Carry out a request.
 
@@ -118,6 +129,8 @@ def run(sources: Sequence[Checkpoint], request: Request, prepare: Prepare, clock
         )
     clock.lap("check")
     planned = pending.plan()
+    if not request.follow_links:
+        _refuse_links(planned.outputs, request)
     clock.lap("plan")
     checks.add(planned.provenance.files())
     delivered = deliver(request.output, planned.outputs, request, planned.provenance, checks)

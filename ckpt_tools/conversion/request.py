@@ -123,6 +123,7 @@ class AdapterOptions(TypedDict, total=False):
     check_source: bool
     ranks: Ranks | None
     node_local: bool
+    follow_links: bool
 
 
 class ModelOptions(AdapterOptions, total=False):

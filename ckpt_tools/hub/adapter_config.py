@@ -314,7 +314,9 @@ def check(config: AdapterConfig, ranks: Mapping[str, int]) -> None:
                 path=config.path,
                 hint=hint,
             )
-        if not _is_targeted(module, targets) and not _is_targeted(module, parameters):
+        # The weight of a linear layer can be named as a parameter.
+        named = any(_is_targeted(key, parameters) for key in (module, f"{module}.weight"))
+        if not named and not _is_targeted(module, targets):
             raise UsageError(
                 f"the checkpoint adapts {module}, which the config does not target",
                 path=config.path,

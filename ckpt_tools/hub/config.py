@@ -15,6 +15,7 @@ from typing import Any
 from ckpt_tools.errors import MissingAsset
 from ckpt_tools.hub import architectures, olmo_core
 from ckpt_tools.hub.files import read_object
+from ckpt_tools.hub.links import refuse_leaving
 from ckpt_tools.hub.sources import AssetOptions, nearby
 from ckpt_tools.tensors.dtypes import DType
 
@@ -74,10 +75,13 @@ def find_config(options: AssetOptions) -> ConfigSource:
     config. The search skips it, and ``--config`` with it is refused. A config of OLMo-core is translated.
 
     Raises:
-        MissingAsset: there is none; the error lists every place that was searched.
+        MissingAsset: there is none; every place looked at is named.
+        UsageError: it is a link that leads out of its directory.
         DamagedCheckpoint: the file is not a JSON object.
     """
     if options.config is not None:
+        if options.config.is_dir() and not options.follow_links:
+            refuse_leaving(options.config / CONFIG_NAME, options.config)
         return _named_config(options.config)
     places = []
     for directory in nearby(options):
@@ -85,6 +89,8 @@ def find_config(options: AssetOptions) -> ConfigSource:
         if not path.is_file():
             places.append(str(directory))
             continue
+        if not options.follow_links:
+            refuse_leaving(path, directory)
         data = _model_config(read_object(path), path)
         if data is not None:
             return ConfigSource(path, data)

@@ -26,6 +26,7 @@ class AssetOptions:
         like: ``--like``, a Hugging Face directory from which every asset is taken.
         generation_config: ``--generation-config``: ``auto``, ``olmo``, ``none``, or a path.
         search: directories near the checkpoint, nearest first.
+        follow_links: copy files and follow tags whose links lead out of the directory that was named.
     """
 
     config: Path | None = None
@@ -33,6 +34,7 @@ class AssetOptions:
     like: Path | None = None
     generation_config: str = "auto"
     search: tuple[Path, ...] = ()
+    follow_links: bool = False
 
 
 def unique(directories: Iterable[Path]) -> tuple[Path, ...]:

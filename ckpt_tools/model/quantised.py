@@ -59,7 +59,7 @@ def plain_state(state: State, quantizer: Mapping[str, Any], instead: Collection[
     tensors = {name: tensor for name, tensor in catalogue.items() if name not in storage}
     dtypes = {name: state.dtypes[name] for name in tensors}
     kinds = {name: state.kinds[name] for name in tensors}
-    plain = dict(adapted_names([*packed, *tensors]).plain)
+    plain = adapted_names([*packed, *tensors]).plain
     taken = [name for name in packed if plain.get(name, name) in instead]
     made = [name for name in packed if name not in taken]
     for name in made:

@@ -38,8 +38,8 @@ _PEFT_REBUILDS = re.compile(r"pissa|olora")
 _CHANGES_BASE = re.compile(r"pissa(_niter_\d+)?|olora|corda|loftq|lora_ga")
 
 _EXTRACT = (
-    "Write it as an adapter with extract-lora. PEFT's from_pretrained and merge_and_unload may "
-    "merge that."
+    "Write it as an adapter with extract-lora; PEFT's from_pretrained and merge_and_unload may merge "
+    "that."
 )
 
 

@@ -143,5 +143,6 @@ def read(location: Location) -> Checkpoint:
             "model": location.part,
             "left_alone": dict(Counter(kind for path in files if (kind := _left_alone(path)))),
         },
-        remarks=location.remarks,
+        remarks=(*location.remarks, *held.remarks),
+        unlisted=held.unlisted,
     )

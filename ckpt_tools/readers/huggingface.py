@@ -56,7 +56,8 @@ def read(location: Location) -> Checkpoint:
         world_size=trainer_world_size(location.directory),
         framework=_framework(location.directory),
         details={"shards": len(held.files)},
-        remarks=location.remarks,
+        remarks=(*location.remarks, *held.remarks),
+        unlisted=held.unlisted,
     )
 
 

@@ -23,7 +23,7 @@ from ckpt_tools.tensors.dtypes import DType
 from ckpt_tools.tensors.regions import Box as Box
 from ckpt_tools.tensors.regions import FlatRange as FlatRange
 from ckpt_tools.tensors.regions import Shape as Shape
-from ckpt_tools.tensors.regions import collapsed, intersection
+from ckpt_tools.tensors.regions import collapsed, intersection, is_possible
 from ckpt_tools.tensors.regions import row_major_strides as row_major_strides
 from ckpt_tools.tensors.regions import window_slabs as window_slabs
 
@@ -145,7 +145,7 @@ class Stored(Tensor):
             sequence may make its fragments on demand.
 
     Raises:
-        DamagedCheckpoint: an element is in no fragment, or in more than one.
+        DamagedCheckpoint: no tensor can have the shape, or an element is in no fragment, or in several.
     """
 
     dtype: DType
@@ -153,6 +153,8 @@ class Stored(Tensor):
     fragments: Sequence[Fragment]
 
     def __post_init__(self) -> None:
+        if not is_possible(self.shape):
+            raise DamagedCheckpoint(f"no tensor can have the shape {list(self.shape)}")
         if self._is_flat:
             _prove_ranges_tile(self.fragments, self.numel)
         else:

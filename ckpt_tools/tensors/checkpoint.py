@@ -91,7 +91,7 @@ class Checkpoint(Mapping[str, Tensor]):
         details: further facts of the format, such as ``stage``.
         remarks: oddities that do not prevent reading.
         doubts: reasons to compare all masters with the model copy in full.
-        lost: why the masters cannot be read, although the run kept some.
+        unlisted: tensors that lie beside it in files that its index does not name, each with its file.
     """
 
     location: Location
@@ -105,7 +105,7 @@ class Checkpoint(Mapping[str, Tensor]):
     details: Mapping[str, object] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
     doubts: tuple[str, ...] = ()
-    lost: CkptError | None = None
+    unlisted: Mapping[str, Path] = field(default_factory=dict)
 
     def catalogue(self, copy: Copy = "master") -> Catalogue:
         """The tensors, from one of the copies.

@@ -229,10 +229,12 @@ class _Request:
     moves: list[tuple[Move, Slice]] = field(default_factory=list)
 
     def takes(self, move: Move, requests: Requests) -> bool:
-        """Whether ``move``, which begins no earlier, can be read in this request too."""
+        """Whether ``move`` can be read in this request too."""
         return (
             self.into is None
             and move.file == self.file
+            # The last part of a long move may begin after the next move, where tensors share bytes.
+            and move.offset >= self.offset
             and move.offset - (self.offset + self.nbytes) <= requests.gap_bytes
             and move.offset + move.nbytes - self.offset <= requests.nbytes
             # torch views a buffer as elements only where they are aligned.

@@ -13,6 +13,24 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 Shape = tuple[int, ...]
+_MAX_SIZE = (1 << 63) - 1
+_MAX_NUMEL = (1 << 64) - 1
+
+
+def is_possible(shape: Shape) -> bool:
+    """Whether torch and safetensors can hold a shape.
+
+    torch keeps a size in 63 bits. safetensors multiplies sizes in 64 bits, from the left. So (2^40, 2^40, 0)
+    is no shape of a tensor, although it has no elements.
+    """
+    numel = 1
+    for size in shape:
+        if type(size) is not int or not 0 <= size <= _MAX_SIZE:
+            return False
+        numel *= size
+        if numel > _MAX_NUMEL:
+            return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)

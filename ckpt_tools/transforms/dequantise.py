@@ -11,7 +11,8 @@ takes the same steps in the same dtypes as the library that wrote the tensors, s
 
 Sources: ``bitsandbytes/backends/default/ops.py`` and ``functional.py`` 0.50,
 ``compressed_tensors/quantization/lifecycle/forward_helpers.py`` 0.20,
-``transformers/integrations/finegrained_fp8.py`` and ``mxfp4.py`` 5.x.
+``transformers/integrations/finegrained_fp8.py`` and ``mxfp4.py`` 5. (The kernel of bitsandbytes 0.50 for
+processors with AVX-512 differs from its other implementations where a row is no multiple of a block.)
 """
 
 from __future__ import annotations
@@ -95,8 +96,8 @@ def fits(tensor: Dequantised) -> bool:
             )
         case "mxfp4":
             blocks = count // _MXFP4_BLOCK
-            codes, scales = parts["blocks"].numel, parts["scales"].numel
-            return not tensor.shape[-1] % _MXFP4_BLOCK and (codes, scales) == (count // 2, blocks)
+            sizes = parts["blocks"].numel, parts["scales"].numel
+            return not tensor.shape[-1] % _MXFP4_BLOCK and sizes == (count // 2, blocks)
     return False
 
 

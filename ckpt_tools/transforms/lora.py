@@ -33,6 +33,11 @@ _CONTAINERS = (
 )
 _SAVED_MODULES = "modules_to_save"
 _PROMPTS = "prompt_encoder"
+# They have no adapter's name. The state holds adaption prompts of the active adapter alone, and one classifier
+# mixes the adapters of X-LoRA.
+_UNNAMED = ("adaption_gate", "adaption_prompt", "internal_xlora_classifier")
+# FRoD keeps the projections that layers share by kind of module, and the adapter's name comes last.
+_SHARED_BY_KIND = ("frod_V", "frod_s_indices", "frod_s_size")
 # Modules that get_input_embeddings and get_output_embeddings of a language model name.
 _EMBEDDINGS = frozenset({"embed_tokens", "lm_head", "wte", "embed_in", "embed_out"})
 
@@ -249,7 +254,8 @@ def _is_embedding(inner: str) -> bool:
 
 
 def _container(name: str) -> bool:
-    return any(_is_container(segment) for segment in name.split(".")[:-1])
+    *outer, last = name.split(".")
+    return last in _UNNAMED or any(s in _UNNAMED or _is_container(s) for s in outer)
 
 
 def _is_container(segment: str) -> bool:
@@ -277,8 +283,12 @@ def _inner(name: str, root: str | None) -> str | None:
 
 def _part(name: str, inner: str) -> Part | None:
     segments = inner.split(".")
-    for index, segment in enumerate(segments[:-1]):
-        if _is_container(segment):
-            module, tail = ".".join(segments[:index]), ".".join(segments[index + 2 :])
-            return Part(name, module, segment, segments[index + 1], tail)
+    for index, segment in enumerate(segments):
+        head, rest = ".".join(segments[:index]), segments[index + 1 :]
+        if segment in _UNNAMED:
+            return Part(name, head, segment, "default", ".".join(rest))
+        if rest and _is_container(segment):
+            if segment in _SHARED_BY_KIND:
+                return Part(name, head, segment, rest[-1], ".".join(rest[:-1]))
+            return Part(name, head, segment, rest[0], ".".join(rest[1:]))
     return None

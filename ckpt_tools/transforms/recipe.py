@@ -13,20 +13,22 @@ first source, or an object whose ``op`` names an operation:
      "magnitude": R or null, "expert": 0, "experts": 1}
     {"op": "column_norms", "of": R}
     {"op": "merged_bias", "base": R, "update": R, "scale": 2.0}
-    {"op": "dequantise", "scheme": "mxfp4", "of": [R, R], "roles": ["blocks", "scales"], "settings": {},
-     "shape": [2, 4, 32], "dtype": "bfloat16"}
+    {"op": "prompt", "of": [R, ...], "names": ["prompt_encoder.default.embedding.weight", ...],
+     "dtype": "float32", "shape": [8, 64], "saved": "prompt_embeddings", "question": {...}}
 
 ``copy`` is present only if it differs from the copy that ``Checkpoint.catalogue`` gives. The operations are
 the classes of :mod:`ckpt_tools.tensors.derived`, :mod:`ckpt_tools.transforms.average`,
-:mod:`ckpt_tools.transforms.merge` and :mod:`ckpt_tools.transforms.dequantise`, and the keys are their fields.
+:mod:`ckpt_tools.transforms.merge` and :mod:`ckpt_tools.hub.reference.adapters`, and the keys are their fields.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 from ckpt_tools.errors import DamagedCheckpoint, UsageError
+from ckpt_tools.hub.reference.adapters import MadeByPeft
 from ckpt_tools.tensors.catalogue import Tensor
 from ckpt_tools.tensors.checkpoint import Checkpoint, Copy
 from ckpt_tools.tensors.derived import Cast, Concat, View
@@ -137,15 +139,15 @@ def described(tensor: Tensor, names: Mapping[int, Leaf]) -> Json:
         case MergedBias():
             base, update = of(tensor.base), of(tensor.update)
             return {"op": "merged_bias", "base": base, "update": update, "scale": tensor.scale}
-        case Dequantised():
+        case MadeByPeft():
             return {
-                "op": "dequantise",
-                "scheme": tensor.scheme,
-                "of": [of(part) for part in tensor.parts.values()],
-                "roles": list(tensor.parts),
-                "settings": dict(tensor.settings),
-                "shape": list(tensor.shape),
+                "op": "prompt",
+                "of": [of(part) for _, part in tensor.inputs],
+                "names": [name for name, _ in tensor.inputs],
                 "dtype": str(tensor.dtype),
+                "shape": list(tensor.shape),
+                "saved": tensor.saved,
+                "question": json.loads(tensor.question),
             }
     raise UsageError(f"the origin of a {type(tensor).__name__} is not known")
 
@@ -228,15 +230,14 @@ def _made(op: str, fields: Mapping[str, Any], leaves: Mapping[Leaf, Tensor]) -> 
             if not isinstance(merged, Merged):
                 raise TypeError("of is not a merge")
             return ColumnNorms(merged)
-        case "dequantise":
-            if fields["scheme"] not in SCHEMES:
-                raise ValueError("its scheme is not known")
-            return Dequantised(
-                fields["scheme"],
-                dict(zip(_listed(fields["roles"]), each(), strict=True)),
-                dict(fields["settings"]),
-                numbers("shape", int),
+        case "prompt":
+            names = [str(name) for name in _listed(fields["names"])]
+            return MadeByPeft(
                 BY_NAME[fields["dtype"]],
+                numbers("shape", int),
+                str(fields["saved"]),
+                json.dumps(fields["question"]),
+                tuple(zip(names, each(), strict=True)),
             )
         case _:
             return MergedBias(of("base"), of("update"), number("scale", float))
@@ -317,7 +318,7 @@ _PARTS = {
     "merge": ("base", "a", "b", "magnitude"),
     "column_norms": ("of",),
     "merged_bias": ("base", "update"),
-    "dequantise": ("of",),
+    "prompt": ("of",),
 }
 
 

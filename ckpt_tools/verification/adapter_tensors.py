@@ -18,7 +18,7 @@ from typing import Any
 from ckpt_tools.errors import listed
 from ckpt_tools.hub.adapter_config import NAME as ADAPTER_CONFIG
 from ckpt_tools.readers.containers.weight_files import ADAPTER_FILES
-from ckpt_tools.verification.base import Base, find_base, read_base
+from ckpt_tools.verification.adapter_base import Base, find_base, read_base
 from ckpt_tools.verification.container import Entry
 from ckpt_tools.verification.directory import Directory, read_object
 from ckpt_tools.verification.problem import Findings

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_tools.hub.adapter_config import NAME as ADAPTER_CONFIG
-from ckpt_tools.hub.reference.process import failure_of, run_child
-from ckpt_tools.verification.base import find_base
+from ckpt_tools.hub.reference.process import run_child
+from ckpt_tools.verification.adapter_base import find_base
 from ckpt_tools.verification.container import Entry
 from ckpt_tools.verification.directory import CONFIG, Directory
 from ckpt_tools.verification.problem import Findings

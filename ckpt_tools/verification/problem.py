@@ -64,12 +64,13 @@ KINDS: dict[str, Kind] = {
     # config.py: config.json
     "config-missing": Kind("error", "there is no config.json"),
     "config-invalid": Kind("error", "config.json is not the config of a model"),
-    "config-architecture": Kind("error", "the class in the config does not fit the tensors"),
-    "config-dtype": Kind("error", "the dtype in the config differs from that of the tensors"),
-    "config-vocabulary": Kind(
-        "error", "vocab_size in the config differs from the rows of the embedding"
-    ),
-    "dtype-mixed": Kind("warning", "floating tensors have several dtypes"),
+    "config-architecture": Kind("error", "the class in the config is not that of the tensors"),
+    "config-dtype": Kind("error", "the dtype in the config is not that of the tensors"),
+    "config-vocabulary": Kind("error", "vocab_size in the config is not that of the embedding"),
+    "dtype-mixed": Kind("warning", "floating tensors are of several dtypes"),
+    # quantised.py: weights that a quantiser stores
+    "quantizer-leftover": Kind("error", "tensors of a quantizer beside a weight that is plain"),
+    "quantizer-unused": Kind("warning", "a quantization_config, and no quantized weight"),
     # names.py: names that a finished model does not have
     "name-wrapped": Kind("error", "names with the prefix of a training wrapper"),
     "name-peft": Kind("error", "names of a model that PEFT wraps"),

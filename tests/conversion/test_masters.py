@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 from ckpt_tools import consolidate, open_checkpoint
+from ckpt_tools.cli import cli
+from ckpt_tools.conversion import api
 from ckpt_tools.conversion.masters import check_masters
 from ckpt_tools.errors import DamagedCheckpoint
 from ckpt_tools.tensors.checkpoint import Checkpoint, Location, Weight
@@ -204,6 +207,21 @@ def test_every_element_is_compared_when_asked(tmp_path: Path) -> None:
         check_masters(checkpoint, check_all_masters=True, workers=2)
 
     assert caught.value.path == tmp_path / "master"
+
+
+@pytest.mark.parametrize("option", [None, "--check-masters"])
+def test_the_command_line_asks_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str | None
+) -> None:
+    checkpoint = large(tmp_path, wrong=UNSAMPLED)
+    monkeypatch.setattr(api, "open_checkpoint", lambda *_, **__: checkpoint)
+    words = ["consolidate", str(tmp_path), str(tmp_path / "out"), "--weights-only"]
+
+    done = CliRunner().invoke(cli, [*words, *([option] if option else [])])
+
+    assert done.exit_code == (4 if option else 0), done.output
+    assert ("element 654,321" in done.output) is bool(option)
+    assert (tmp_path / "out").exists() is not bool(option)
 
 
 def test_a_reading_in_doubt_is_compared_in_full_and_the_doubt_is_told(tmp_path: Path) -> None:

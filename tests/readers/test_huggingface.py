@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ckpt_tools import open_checkpoint, readers
+from ckpt_tools import consolidate, open_checkpoint, readers
 from ckpt_tools.errors import CkptError, DamagedCheckpoint, UnsupportedLayout
 from tests.support.readers.contract import assert_same
 
@@ -211,6 +211,40 @@ def refusal(path: Path) -> CkptError:
     with pytest.raises(CkptError) as caught:
         open_checkpoint(path)
     return caught.value
+
+
+def test_a_shard_that_the_index_does_not_name_is_reported(tmp_path: Path) -> None:
+    path = sharded(tmp_path)
+    save_file({"c": torch.ones(1), "a": torch.ones(1)}, path / "model-00003-of-00003.safetensors")
+
+    found = open_checkpoint(path)
+
+    assert set(found) == {"a", "b"}
+    (remark,) = found.remarks
+    assert "model-00003-of-00003.safetensors" in remark
+    assert remark.endswith("tensors that only they hold: c")
+    assert found.unlisted == {"c": path / "model-00003-of-00003.safetensors"}
+
+
+def test_an_index_that_leaves_out_a_shard_that_the_model_needs_is_refused(
+    tmp_path: Path, fixtures: Path
+) -> None:
+    """With the shard's name: the tensors are there, so they are not frozen ones that were left out."""
+    model = fixtures / "peft" / "zero3-olmo2-patterns" / "truth" / "merged"
+    source = tmp_path / "source"
+    consolidate(model, source, card=False, max_shard_size=2_000)
+    index = source / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    last = max(weight_map.values())
+    kept = {name: file for name, file in weight_map.items() if file != last}
+    index.write_text(json.dumps({"weight_map": kept}))
+
+    with pytest.raises(DamagedCheckpoint, match="the model needs tensors that it holds") as caught:
+        consolidate(source, tmp_path / "out", card=False)
+
+    assert caught.value.path == source / last
+    assert set(caught.value.missing) == set(weight_map) - set(kept)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:

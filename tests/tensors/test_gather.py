@@ -56,6 +56,20 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
     return Reads(monkeypatch)
 
 
+def test_bytes_that_two_tensors_share_are_read_for_both(tmp_path: Path) -> None:
+    """Tied tensors that are both written: the second begins before the end of what the first reads."""
+    truth = torch.arange(600_000, dtype=torch.float32) / 7
+    tensor = cast(in_file(tmp_path / "f", truth), BFLOAT16)
+    buffer = bytearray(2 * tensor.nbytes)
+
+    with Gatherer() as gatherer:
+        gatherer.fill(buffer, [Slice(tensor, 0, tensor.numel, tensor.nbytes * i) for i in (0, 1)])
+
+    found = torch.frombuffer(buffer, dtype=torch.bfloat16).view(2, -1)
+    assert torch.equal(found[0], truth.bfloat16())
+    assert torch.equal(found[1], truth.bfloat16())
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64", "int64", "uint8", "bool"])
 def test_bits_are_moved_as_they_are(dtype: str, tmp_path: Path) -> None:
     size = torch.empty(0, dtype=getattr(torch, dtype)).element_size()

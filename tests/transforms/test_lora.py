@@ -180,6 +180,33 @@ def test_nested_wrappers_find_their_parameters_by_shape() -> None:
     }
 
 
+def test_nested_wrappers_of_parameters_of_one_shape_are_those_that_peft_makes() -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    class Experts(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = torch.nn.Parameter(torch.zeros(4, 6, 6))
+            self.down = torch.nn.Parameter(torch.zeros(4, 6, 6))
+
+    config = LoraConfig(r=2, target_parameters=["experts.down", "experts.gate"])
+    model = get_peft_model(torch.nn.ModuleDict({"experts": Experts()}), config)  # type: ignore[arg-type]
+    wrapped = {
+        name.removeprefix(P): f"experts.{module.parameter_name}"
+        for name, module in model.named_modules()
+        if hasattr(module, "parameter_name")
+    }
+    state = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    names = adapted_names(state)
+    base = {plain: state[name] for name, plain in names.plain.items()}
+
+    found = find_targets(factors(names.adapters["default"]), state, base)
+
+    assert {module: target.weight for module, target in found.items()} == wrapped
+    assert len(wrapped) == 2
+
+
 def test_factors_that_fit_nothing_are_refused() -> None:
     a, b = _parts("q_proj")
     with pytest.raises(DamagedCheckpoint, match=r"fits no tensor of the base \(q_proj.weight"):

@@ -1,21 +1,41 @@
-"""Owns every use of PEFT's saving code: the child process that finds out how PEFT names an adapter's tensors.
+"""Owns every use of PEFT's saving code: the child process that finds out what PEFT writes of an adapter.
 
-``get_peft_model_state_dict`` filters and renames a state without reading its values. The child passes names
-as values, so the result maps new names to old names. Model and adapter are built on the meta device. The
-child reads one JSON object on standard input and prints one on standard output.
+``get_peft_model_state_dict`` filters and renames a state, mostly without reading its values. The child passes
+tensors without values, and finds each tensor of the result again by its identity. Of a prompt encoder, PEFT
+writes the output; the child makes it when the parent passes the encoder's values. The base is built on the
+meta device. The child reads one JSON object on standard input and prints one on standard output.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ckpt_tools.hub.reference.child import build_on_meta, find_classes
 from ckpt_tools.hub.reference.process import question_and_answers
 
-# Initial values do not matter here, and some initializations need the values of the base.
-_STARTS = ("init_lora_weights", "init_weights", "init_ia3_weights")
+# They set values that do not matter here, and may read the base's values or files.
+_STARTS = (
+    *("init_lora_weights", "prompt_tuning_init", "prompt_tuning_init_text"),
+    "prompt_tuning_init_state_dict_path",
+)
+# These may set shapes too. They are left out only where PEFT cannot build the adapter with them.
+_SHAPING_STARTS = ("init_weights", "init_ia3_weights")
+# Tuners whose adapter is not built without the base's values or other files, and what to do instead.
+_WITH_PEFT = "Load the training state into the model with PEFT, and call its save_pretrained."
+_REASONS = {
+    "SHIRA": (
+        "PEFT keeps shira_indices outside the state dict, so the checkpoint does not hold them",
+        "Call save_pretrained in the training process. If random_seed is set in the config, the model with "
+        "the training state loaded by PEFT has the same indices.",
+    ),
+    "FROD": (
+        "PEFT decomposes the values of the base's weights when it builds the adapter",
+        _WITH_PEFT,
+    ),
+    "XLORA": ("PEFT reads the adapters that it mixes from their own directories", _WITH_PEFT),
+}
 
 
 def main() -> None:
@@ -28,49 +48,190 @@ def main() -> None:
 
 
 def _answer(config: Mapping[str, Any], adapter: Mapping[str, Any]) -> dict[str, Any]:
+    reason = _REASONS.get(adapter["config"]["peft_type"])
+    if reason is not None:
+        return {"failure": reason[0], "hint": reason[1]}
     try:
-        return _described(_adapted(dict(config), adapter), adapter)
+        model = _adapted(dict(config), adapter)
+        return _made(model, adapter) if "values" in adapter else _described(model, adapter)
     except Exception as error:
         return {"failure": f"{type(error).__name__}: {error}"}
 
 
 def _adapted(config: dict[str, Any], adapter: Mapping[str, Any]) -> Any:
+    """The adapted model, as it is while it trains.
+
+    A prompt encoder that was loaded for inference is its table alone. The names of the state show it.
+    """
+    config.pop("quantization_config", None)
+    model = _built(config, adapter, inference=False)
+    if model.peft_config[adapter["name"]].is_prompt_learning:
+        prefix = _encoder_prefix(adapter)
+        held = {name for name in adapter["names"] if name.startswith(prefix)}
+        if held != _encoder_names(model, prefix):
+            loaded = _built(config, adapter, inference=True)
+            if held == _encoder_names(loaded, prefix):
+                return loaded
+    return model
+
+
+def _encoder_prefix(adapter: Mapping[str, Any]) -> str:
+    return f"prompt_encoder.{adapter['name']}."
+
+
+def _encoder_names(model: Any, prefix: str) -> set[str]:
+    return {name for name in model.state_dict() if name.startswith(prefix)}
+
+
+def _built(config: dict[str, Any], adapter: Mapping[str, Any], *, inference: bool) -> Any:
+    failures = []
+    for device, settings in _ways(adapter["config"]):
+        try:
+            return _build(config, adapter["name"], device, {**settings, "inference_mode": inference})
+        except LookupError:
+            raise
+        except Exception as error:
+            failures.append(error)
+    # The last way reads the least, so its error is about the config and not about absent values.
+    raise failures[-1]
+
+
+def _ways(settings: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Ways to build an adapter, cheapest first.
+
+    Some tuners need values of their own, such as permutations, so the adapter is built on the processor.
+    """
+    from peft import PeftType, PromptLearningConfig
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    kind = PEFT_TYPE_TO_CONFIG_MAPPING.get(PeftType(settings["peft_type"]))
+    is_prompt = kind is not None and issubclass(kind, PromptLearningConfig)
+    whole = {key: value for key, value in settings.items() if key not in _STARTS}
+    least = {key: value for key, value in whole.items() if key not in _SHAPING_STARTS}
+    for device in ("cpu",) if is_prompt else ("meta", "cpu"):
+        yield device, whole
+        if least != whole:
+            yield device, least
+
+
+def _build(config: dict[str, Any], name: str, device: str, settings: dict[str, Any]) -> Any:
     import torch
     from peft import PeftConfig, get_peft_model
 
-    config.pop("quantization_config", None)
     architecture = next(iter(config.get("architectures") or ()), "")
-    found = find_classes(config, {"architecture": architecture, "trust_remote_code": False})
+    found = find_classes(dict(config), {"architecture": architecture, "trust_remote_code": False})
     if found is None:
         raise LookupError(f"transformers has no {architecture}")
-    settings = {key: value for key, value in adapter["config"].items() if key not in _STARTS}
-    # In inference mode PEFT saves prompts from their table, as after training.
-    settings |= {"base_model_name_or_path": None, "inference_mode": True}
     base = build_on_meta(*found)
-    with torch.device("meta"):
+    with torch.device(device):
         configs: Any = PeftConfig
-        peft_config = configs.from_peft_type(**settings)
-        return get_peft_model(base, peft_config, adapter_name=adapter["name"])
+        peft_config = configs.from_peft_type(**{**settings, "base_model_name_or_path": None})
+        return get_peft_model(base, peft_config, adapter_name=name)
 
 
 def _described(model: Any, adapter: Mapping[str, Any]) -> dict[str, Any]:
+    """What is written: tensors of the state by their names, and tensors that PEFT makes."""
+    import torch
+
+    own = model.state_dict()
+    tokens = {name: _token(own.get(name), dtype) for name, dtype in adapter["names"].items()}
+    tokens = {**own, **tokens}
+    encoder = _encoder_values(model, adapter)
+    saved = _saved(model, adapter, tokens)
+    parameters = model.named_parameters(remove_duplicate=False)
+    names = {id(value): name for name, value in (*tokens.items(), *parameters)}
+    others = _other_names(model)
+    found: dict[str, list[str]] = {}
+    made: dict[str, str] = {}
+    for key, value in saved.items():
+        name = names.get(id(value)) or _equal(value, encoder)
+        if name is None:
+            made[key] = str(value.dtype).removeprefix("torch.")
+        else:
+            found[key] = [name, *(other for other in others.get(name, ()) if other != name)]
+    shapes = {key: list(value.shape) for key, value in saved.items()}
+    odd = [name for names in found.values() for name in names[:1] if name not in own]
+    if made and not encoder:
+        failure = f"PEFT computes {next(iter(made))} from other tensors when it saves"
+        return {"failure": failure, "hint": _WITH_PEFT}
+    inputs = {name: list(value.shape) for name, value in encoder.items()} if made else {}
+    return {"names": found, "shapes": shapes, "odd": odd, "made": made, "inputs": inputs}
+
+
+def _token(own: Any, dtype: str) -> Any:
+    """A tensor without values that stands for one of the state."""
+    import torch
+
+    shape = (0,) if own is None else own.shape
+    return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+
+
+def _encoder_values(model: Any, adapter: Mapping[str, Any]) -> dict[str, Any]:
+    """Random values for each tensor of a prompt encoder, so that an unchanged table is recognised."""
+    import torch
+
+    prefix = _encoder_prefix(adapter)
+    if not model.peft_config[adapter["name"]].is_prompt_learning:
+        return {}
+    encoder = model.prompt_encoder[adapter["name"]]
+    values = {
+        name: torch.rand(value.shape).to(
+            getattr(torch, adapter["names"].get(prefix + name, "float32"))
+        )
+        for name, value in encoder.state_dict().items()
+    }
+    _load(encoder, values)
+    return {prefix + name: value for name, value in values.items()}
+
+
+def _load(encoder: Any, values: dict[str, Any]) -> None:
+    encoder.load_state_dict(values, assign=True)
+    # Dropout is for training steps; the file holds what inference reads.
+    encoder.eval()
+
+
+def _equal(value: Any, encoder: Mapping[str, Any]) -> str | None:
+    import torch
+
+    for name, candidate in encoder.items():
+        if (value.shape, value.dtype) == (candidate.shape, candidate.dtype):
+            if torch.equal(value, candidate):
+                return name
+    return None
+
+
+def _other_names(model: Any) -> dict[str, list[str]]:
+    """For each name of a tensor that has several, all of them: a checkpoint may hold only one."""
+    names: dict[int, list[str]] = {}
+    for tensors in (model.named_parameters, model.named_buffers):
+        for name, tensor in tensors(remove_duplicate=False):
+            names.setdefault(id(tensor), []).append(name)
+    return {name: group for group in names.values() if len(group) > 1 for name in group}
+
+
+def _saved(model: Any, adapter: Mapping[str, Any], state: dict[str, Any]) -> dict[str, Any]:
     from peft import get_peft_model_state_dict
 
-    options = {
-        "adapter_name": adapter["name"],
-        "save_embedding_layers": True if adapter["save_embeddings"] else "auto",
-    }
-    whole = get_peft_model_state_dict(model, state_dict=model.state_dict(), **options)
-    tokens: Any = {name: name for name in adapter["names"]}
-    saved = get_peft_model_state_dict(model, state_dict=tokens, **options)
-    parameters = {id(parameter): name for name, parameter in model.named_parameters()}
-    return {
-        "names": {
-            key: value if isinstance(value, str) else parameters[id(value)]
-            for key, value in saved.items()
-        },
-        "shapes": {key: list(tensor.shape) for key, tensor in whole.items()},
-    }
+    found: dict[str, Any] = get_peft_model_state_dict(
+        model,
+        state_dict=state,
+        adapter_name=adapter["name"],
+        save_embedding_layers=True if adapter["save_embeddings"] else "auto",
+    )
+    return found
+
+
+def _made(model: Any, adapter: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the output of a prompt encoder that has the values that the parent passes."""
+    from safetensors.torch import load_file, save_file
+
+    prefix = _encoder_prefix(adapter)
+    values = load_file(adapter["values"])
+    encoder = model.prompt_encoder[adapter["name"]]
+    _load(encoder, {name.removeprefix(prefix): value for name, value in values.items()})
+    made = _saved(model, adapter, model.state_dict())[adapter["saved"]]
+    save_file({adapter["saved"]: made.detach().contiguous()}, adapter["into"])
+    return {}
 
 
 if __name__ == "__main__":

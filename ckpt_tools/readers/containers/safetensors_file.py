@@ -1,25 +1,29 @@
 """Owns the header of a safetensors file: dtype, shape and byte range of each tensor.
 
-As the format requires, the byte ranges must tile the file, without a hole, an overlap or bytes at the end.
+Judges a header as the format's own library does: the byte ranges tile the file, with no hole, overlap or
+bytes left over, and the JSON is what serde reads. Which files make a model, the format readers know.
 
-Source: https://github.com/huggingface/safetensors#format
+Source: https://github.com/huggingface/safetensors#format, ``safetensors/src/tensor.rs``
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout
 from ckpt_tools.tensors.catalogue import FlatRange, Fragment, Stored
 from ckpt_tools.tensors.dtypes import BY_SAFETENSORS_NAME
+from ckpt_tools.tensors.regions import is_possible
 
 _MAX_HEADER = 100_000_000
-_COPY_ANEW = "The file is truncated or damaged. Copy or download it anew."
+_METADATA = "__metadata__"
+_FIELDS = ("dtype", "shape", "data_offsets")
+_COPY_ANEW = "The file is truncated or damaged; copy or download it anew."
 
 
 @dataclass(frozen=True)
@@ -52,18 +56,16 @@ def read_safetensors(path: Path, begin: int = 0) -> SafetensorsFile:
     except OSError as error:
         raise DamagedCheckpoint(f"cannot be read ({error.strerror})", path=path) from error
     try:
-        header = json.loads(text)
-        if not isinstance(header, dict):
-            raise ValueError("it is not a mapping")
+        header = _parsed(text)
     except (ValueError, RecursionError) as error:
         raise DamagedCheckpoint(
             f"not a complete safetensors file (header: {error})", path=path, hint=_COPY_ANEW
         ) from error
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop(_METADATA, None) or {}
     start, end, tensors = begin + 8 + length, begin + 8 + length, {}
     try:
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            tensor = _entry(path, name, entry, start, end)
+        for name, entry in sorted(_entries(header), key=lambda item: item[1].offsets):
+            tensor = _tensor(path, name, entry, start, end)
             tensors[name] = tensor
             end += tensor.nbytes
     except (TypeError, ValueError, KeyError, AttributeError) as error:
@@ -75,15 +77,88 @@ def read_safetensors(path: Path, begin: int = 0) -> SafetensorsFile:
     return SafetensorsFile(path, size, tensors, metadata)
 
 
-def _entry(path: Path, name: str, entry: dict[str, Any], start: int, end: int) -> Stored:
-    dtype = BY_SAFETENSORS_NAME.get(entry.get("dtype", ""))
+class _Entry(NamedTuple):
+    """What a header says of a tensor."""
+
+    dtype: object
+    shape: tuple[int, ...]
+    offsets: tuple[int, int]
+
+
+class _Object(dict[str, Any]):
+    """A JSON object that knows which of its keys are written twice."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        self.repeated: set[str] = set()
+        if len(self) < len(pairs):
+            names = [name for name, _ in pairs]
+            self.repeated = {name for name in self if names.count(name) > 1}
+
+
+def _parsed(text: bytes) -> dict[str, Any]:
+    """The header as a mapping.
+
+    Raises:
+        ValueError: the library does not take it for a header.
+    """
+    header = json.loads(
+        text.decode(), object_pairs_hook=_Object, parse_int=_integer, parse_constant=_no_number
+    )
+    if not isinstance(header, _Object):
+        raise ValueError("it is not a mapping")
+    for name in header:
+        name.encode()  # half of a surrogate pair is no text
+    metadata = header.get(_METADATA)
+    if metadata is not None and not (
+        isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+    ):
+        raise ValueError(f"its {_METADATA} is not a map of strings")
+    if _METADATA in header.repeated:
+        raise ValueError(f"it has {_METADATA} twice")
+    return dict(header)
+
+
+def _integer(text: str) -> int | float:
+    return float(text) if text == "-0" else int(text)
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no JSON")
+
+
+def _entries(header: Mapping[str, Any]) -> Iterator[tuple[str, _Entry]]:
+    """What the header says of each tensor.
+
+    Raises:
+        ValueError, TypeError, KeyError: an entry is malformed.
+    """
+    for name, value in header.items():
+        if isinstance(value, list):  # serde takes the fields of an entry in their order, too
+            dtype, shape, offsets = value
+        else:
+            if not value.repeated.isdisjoint(_FIELDS):
+                raise ValueError("a field that is written twice")
+            dtype, shape, offsets = (value[field] for field in _FIELDS)
+        low, high = offsets
+        if not all(type(number) is int and number >= 0 for number in (*shape, low, high)):
+            raise ValueError("a size or an offset that is no whole number")
+        if not isinstance(shape, list) or not isinstance(offsets, list):
+            raise TypeError("sizes or offsets that are no list")
+        yield name, _Entry(dtype, tuple(shape), (low, high))
+
+
+def _tensor(path: Path, name: str, entry: _Entry, start: int, end: int) -> Stored:
+    code, shape = entry.dtype, entry.shape
+    dtype = BY_SAFETENSORS_NAME.get(code) if isinstance(code, str) else None
     if dtype is None:
-        raise UnsupportedLayout(f"unknown dtype {entry.get('dtype')!r}", path=path, tensor=name)
-    shape = tuple(entry["shape"])
-    if not all(isinstance(size, int) and size >= 0 for size in shape):
-        raise ValueError("a malformed shape")
+        raise UnsupportedLayout(f"unknown dtype {code!r}", path=path, tensor=name)
+    if not is_possible(shape):
+        raise DamagedCheckpoint(
+            f"no tensor can have its shape {list(shape)}", path=path, tensor=name, hint=_COPY_ANEW
+        )
     numel = math.prod(shape)
-    low, high = entry["data_offsets"]
+    low, high = entry.offsets
     if start + low != end or high - low != numel * dtype.itemsize:
         raise DamagedCheckpoint(
             "its byte range leaves a hole, overlaps, or does not fit its shape",

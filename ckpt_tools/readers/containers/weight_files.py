@@ -8,12 +8,13 @@ Source: ``transformers/utils/hub.py`` (``get_checkpoint_shard_files``), ``transf
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ckpt_tools.errors import DamagedCheckpoint
+from ckpt_tools.errors import CkptError, DamagedCheckpoint, listed
 from ckpt_tools.readers.containers.restricted_pickle import TensorRef
 from ckpt_tools.readers.containers.safetensors_file import read_safetensors
 from ckpt_tools.readers.containers.torch_file import TorchFile, stored
@@ -31,11 +32,16 @@ class WeightFiles:
         tensors: the tensors by name, in the order of the index or of the file.
         ties: for each second name of a tensor, the name in ``tensors``.
         files: the files with weights, and their sizes in bytes.
+        unlisted: tensors of shards that lie beside the index and that it does not name, each with its file.
+            They are not read.
+        remarks: what to say of them.
     """
 
     tensors: Mapping[str, Stored]
     ties: Mapping[str, str]
     files: Mapping[Path, int]
+    unlisted: Mapping[str, Path] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
 
 
 def entry_names(names: Iterable[str]) -> list[str]:
@@ -75,7 +81,40 @@ def read_weight_files(entry: Path) -> WeightFiles:
         _agree(entry, weight_map, (*tensors, *ties))
         tensors = {key: tensors[key] for key in weight_map if key in tensors}
     files = {entry.parent / name: (entry.parent / name).stat().st_size for name in names}
-    return WeightFiles(tensors, ties, files)
+    if weight_map is None:
+        return WeightFiles(tensors, ties, files)
+    unlisted, remarks = _left_out(entry, files, {*tensors, *ties})
+    return WeightFiles(tensors, ties, files, unlisted, remarks)
+
+
+def _left_out(
+    index: Path, files: Mapping[Path, int], names: Set[str]
+) -> tuple[dict[str, Path], tuple[str, ...]]:
+    """The tensors of shards that an index does not name and no other shard holds, and what to say of them."""
+    stem, suffix = index.name.removesuffix(".index.json").rsplit(".", 1)
+    pattern = re.compile(rf"{re.escape(stem)}-\d+-of-\d+\.{suffix}")
+    strays = [
+        path
+        for path in sorted(index.parent.iterdir())
+        if pattern.fullmatch(path.name) and path not in files
+    ]
+    unlisted: dict[str, Path] = {}
+    for path in strays:
+        try:
+            held, shared = _read_file(path)
+        except CkptError:
+            continue  # it is not part of the model, so it need not be readable
+        unlisted |= dict.fromkeys({*held, *shared} - names, path)
+    if not strays:
+        return {}, ()
+    remark = f"shards that the index does not name, and that were not read: {_called(strays)}"
+    if unlisted:
+        remark += f"; tensors that only they hold: {listed(sorted(unlisted))}"
+    return unlisted, (remark,)
+
+
+def _called(paths: Iterable[Path]) -> str:
+    return listed([path.name for path in paths])
 
 
 def _read_index(path: Path) -> dict[str, str]:
