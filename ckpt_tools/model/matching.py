@@ -17,7 +17,7 @@ from ckpt_tools.hub import AssetOptions, find_config
 from ckpt_tools.model.fit import fit_to_model
 from ckpt_tools.model.state import main_dtype, model_state
 from ckpt_tools.tensors.catalogue import Catalogue, Tensor
-from ckpt_tools.tensors.checkpoint import ADAPTER, FINISHED, Checkpoint
+from ckpt_tools.tensors.checkpoint import ADAPTER, FINISHED, Checkpoint, Copy
 from ckpt_tools.tensors.derived import cast
 from ckpt_tools.transforms.lora import PREFIX, adapted_names
 
@@ -110,8 +110,10 @@ def side_of(checkpoint: Checkpoint, label: str, weights: Weights = "auto") -> Si
         weights: ``master`` for the optimizer's copy where there is one, ``model`` for the weights that it
             trains with, ``auto`` for both to choose from.
     """
-    state = model_state(checkpoint, "master")
-    held = checkpoint.catalogue("master")
+    # Where the masters are lost, the weights are what is left to choose from.
+    copy: Copy = "master" if checkpoint.lost is None or weights == "master" else "model"
+    state = model_state(checkpoint, copy)
+    held = checkpoint.catalogue(copy)
     weight_of = {id(held[name]): weight for name, weight in checkpoint.weights.items()}
     trained: dict[str, Tensor] = {}
     for name, tensor in state.catalogue.items():

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -424,3 +425,17 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
         )
         peaks[megabytes] = int(done.stdout.split()[1]) // 1024
     assert peaks[192] < peaks[32] + 48, peaks
+
+
+@pytest.mark.parametrize("weights", ["auto", "model"])
+def test_where_masters_are_lost_the_weights_are_compared(
+    fixtures: Path, tmp_path: Path, weights: Literal["auto", "model"]
+) -> None:
+    whole = fixtures / "zero" / "zero2-bf16-llama-3ranks" / "checkpoint"
+    shutil.copytree(whole, tmp_path / "run")
+    for path in (tmp_path / "run").glob("*/*optim_states.pt"):
+        path.unlink()
+    found = diff(tmp_path / "run", whole, weights=weights)
+    assert found.same
+    with pytest.raises(DamagedCheckpoint, match="--weights model takes them"):
+        diff(tmp_path / "run", whole, weights="master")
