@@ -3,8 +3,9 @@
 Owns the arithmetic, window by window; :mod:`ckpt_tools.transforms.quantised` finds the tensors. Every scheme
 takes the same steps in the same dtypes as the library that wrote the tensors, so the bits are the same:
 
-- ``bitsandbytes-4bit``: ``map[code] * absmax[block]`` in fp32, rounded to the dtype of the quant state. With
-  double quantisation, ``absmax = nested_map[code] * nested_absmax[block] + offset`` in fp32.
+- ``bitsandbytes-4bit``: ``table[code] * absmax[block]`` in fp32, rounded to the dtype of the quant state.
+  With double quantisation, ``absmax`` is ``nested_map[code] * nested_absmax[block]`` in fp32, rounded to the
+  nested dtype, plus the offset in that dtype.
 - ``bitsandbytes-8bit``: ``(code * SCB[row]) * 0.007874015718698502`` in fp32.
 - ``scaled``: ``(code - zero point) * scale`` in the dtype ``within``; one scale a block of rows and columns.
 - ``mxfp4``: ``value[code] * 2 ** (exponent - 127)`` in fp32, rounded to bf16.
@@ -32,6 +33,23 @@ Setting = int | float | str
 # The values of the sixteen codes of a four-bit float with two bits of exponent (E2M1).
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _MXFP4_BLOCK = 32
+_SIZES = ("block", "nested_block", "rows", "columns")
+_DTYPES = ("within", "nested_dtype")
+# The values of the sixteen codes of bitsandbytes, as fp32 has them (``_get_4bit_code``).
+_4BIT_TABLES = {
+    "nf4": (
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ),
+    "fp4": (
+        *(0.0, 0.0052083334885537624, 0.6666666865348816, 1.0),
+        *(0.3333333432674408, 0.5, 0.1666666716337204, 0.25),
+        *(-0.0, -0.0052083334885537624, -0.6666666865348816, -1.0),
+        *(-0.3333333432674408, -0.5, -0.1666666716337204, -0.25),
+    ),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,16 +87,22 @@ class Dequantised(Computed):
 def fits(tensor: Dequantised) -> bool:
     """Whether the sizes of the parts allow the computation."""
     parts, count = tensor.parts, math.prod(tensor.shape)
+    sizes = [tensor.number(key) for key in _SIZES if key in tensor.settings]
+    names = [str(tensor.settings[key]) for key in _DTYPES if key in tensor.settings]
+    if any(size < 1 for size in sizes) or any(name not in BY_NAME for name in names):
+        return False
     match tensor.scheme:
         case "bitsandbytes-4bit":
             blocks = -(-count // max(tensor.number("block"), 1))
-            held = parts["absmax"].numel, parts["map"].numel, 2 * parts["codes"].nbytes
+            if tensor.settings["kind"] not in _4BIT_TABLES:
+                return False
+            held = parts["absmax"].numel, 2 * parts["codes"].nbytes
             nested = "nested_absmax" not in parts or (
                 parts["nested_map"].numel == 256
                 and parts["nested_absmax"].numel
                 == -(-blocks // max(tensor.number("nested_block"), 1))
             )
-            return nested and held == (blocks, 16, count + count % 2)
+            return nested and held == (blocks, count + count % 2)
         case "bitsandbytes-8bit":
             return (
                 len(tensor.shape) == 2
@@ -96,12 +120,14 @@ def fits(tensor: Dequantised) -> bool:
             )
         case "mxfp4":
             blocks = count // _MXFP4_BLOCK
-            sizes = parts["blocks"].numel, parts["scales"].numel
-            return not tensor.shape[-1] % _MXFP4_BLOCK and sizes == (count // 2, blocks)
+            pair = parts["blocks"].numel, parts["scales"].numel
+            return not tensor.shape[-1] % _MXFP4_BLOCK and pair == (count // 2, blocks)
     return False
 
 
 def _bitsandbytes_4bit(tensor: Dequantised, start: int, stop: int, values: Values) -> torch.Tensor:
+    import torch
+
     block, parts = tensor.number("block"), tensor.parts
     # The first element of a pair is in the high half of the byte.
     codes = _nibbles(parts["codes"], start, stop, values, high_first=True)
@@ -109,7 +135,8 @@ def _bitsandbytes_4bit(tensor: Dequantised, start: int, stop: int, values: Value
     absmax = values.window(parts["absmax"], first, last)
     if "nested_absmax" in parts:
         absmax = _nested(tensor, absmax, first, last, values)
-    return values.whole(parts["map"])[codes] * absmax.float()[_blocks(start, stop, block) - first]
+    table = torch.tensor(_4BIT_TABLES[str(tensor.settings["kind"])])
+    return table[codes] * absmax.float()[_blocks(start, stop, block) - first]
 
 
 def _nested(
@@ -121,7 +148,8 @@ def _nested(
     scales = values.window(tensor.parts["nested_absmax"], low, (last - 1) // block + 1)
     found = values.whole(tensor.parts["nested_map"])[codes.int()]
     found *= scales[_blocks(first, last, block) - low]
-    return found.add_(float(tensor.settings["offset"]))
+    within = BY_NAME[str(tensor.settings["nested_dtype"])].torch
+    return found.to(within).add_(float(tensor.settings["offset"]))
 
 
 def _bitsandbytes_8bit(tensor: Dequantised, start: int, stop: int, values: Values) -> torch.Tensor:

@@ -28,7 +28,8 @@ _QUANT_STATE = re.compile(r"(.+)\.quant_state\.bitsandbytes__(nf4|fp4)")
 # bitsandbytes keeps these beside a four-bit weight, under the name of the weight.
 _4BIT = {
     "absmax": "absmax",
-    "quant_map": "map",
+    # The table of the codes, which is always the same.
+    "quant_map": "table",
     "nested_absmax": "nested_absmax",
     "nested_quant_map": "nested_map",
 }
@@ -187,13 +188,22 @@ def _of_4bit(packed: Packed, parts: Mapping[str, Tensor]) -> Dequantised:
     if parts["codes"].shape[0] == 1 and parts["codes"].numel > 1:
         raise _refused(packed, "it is stored transposed, which is not dequantised here")
     state = json.loads(bytes(load(parts["state"]).tolist()))
-    settings: dict[str, Setting] = {"block": int(state["blocksize"])}
-    used = {role: parts[role] for role in ("codes", "absmax", "map")}
+    settings: dict[str, Setting] = {
+        "block": int(state["blocksize"]),
+        "kind": state["quant_type"],
+    }
+    used = {role: parts[role] for role in ("codes", "absmax")}
     if "nested_absmax" in parts:
         used |= {role: parts[role] for role in ("nested_absmax", "nested_map")}
         # bitsandbytes keeps the offset in fp32.
         offset = load_float(state["nested_offset"])
-        settings |= {"nested_block": int(state["nested_blocksize"]), "offset": offset}
+        if any(used[role].dtype != FLOAT32 for role in ("nested_absmax", "nested_map")):
+            raise _refused(packed, "its nested scales are not of fp32")
+        settings |= {
+            "nested_block": int(state["nested_blocksize"]),
+            "nested_dtype": state["nested_dtype"],
+            "offset": offset,
+        }
     shape = tuple(int(size) for size in state["shape"])
     return Dequantised("bitsandbytes-4bit", used, settings, shape, BY_NAME[state["dtype"]])
 

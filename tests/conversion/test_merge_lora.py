@@ -252,6 +252,94 @@ def test_alpha_can_be_given(tmp_path: Path) -> None:
     assert files_but_manifests(tmp_path / "out") == files_but_manifests(tmp_path / "same")
 
 
+# -- settings ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"kasa_config": {"beta": 0.1}}, "kasa_config"),
+        ({"velora_config": {"num_groups": 2}}, "velora_config"),
+        ({"use_qalora": True}, "use_qalora"),
+        ({"use_bdlora": {"nblocks": 2}}, "use_bdlora"),
+        ({"layer_replication": [[0, 1], [0, 1]]}, "layer_replication"),
+        ({"ensure_weight_tying": True}, "ensure_weight_tying"),
+        ({"a_setting_of_next_year": 1}, "a_setting_of_next_year"),
+        ({"peft_type": "NEXT_YEAR"}, "of type 'NEXT_YEAR'"),
+        ({"init_lora_weights": "next_year"}, "init_lora_weights 'next_year' is not known"),
+    ],
+)
+def test_a_setting_whose_effect_is_not_known_is_refused(
+    changes: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    run = write_checkpoint(tmp_path / "run", lora_state(), adapter_config(**changes))
+    with pytest.raises(UnsupportedLayout, match=named):
+        merge_lora(run, tmp_path / "out", weights_only=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_default_of_peft_is_merged(tmp_path: Path) -> None:
+    """A new PEFT that writes a setting by default that is not on the list fails here."""
+    from peft import LoraConfig
+
+    written = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"]).to_dict()
+    config = {key: sorted(v) if isinstance(v, set) else v for key, v in written.items()}
+    run = write_checkpoint(tmp_path / "run", lora_state(), config)
+
+    merge_lora(run, tmp_path / "out", weights_only=True)
+
+    assert load_file(tmp_path / "out/model.safetensors").keys() == {NAME, "norm.weight"}
+
+
+CHANGES_BASE = ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"]
+KEEPS_BASE = ["gaussian", "eva", "orthogonal", "mica", True, False]
+
+
+def _parts(tmp_path: Path, start: object) -> tuple[Path, Path, Path]:
+    """A whole run, its adapter as PEFT saves it, and a plain base."""
+    state = lora_state()
+    config = adapter_config(init_lora_weights=start)
+    whole = write_checkpoint(tmp_path / "whole", state, config)
+    factors = {n.replace(".default", ""): v for n, v in state.items() if "lora_" in n}
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    save_file(factors, adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    plain = {
+        name.removeprefix(PREFIX).replace(".base_layer", ""): value
+        for name, value in state.items()
+        if "lora_" not in name
+    }
+    return whole, adapter, write_checkpoint(tmp_path / "base", plain)
+
+
+@pytest.mark.parametrize("start", [*CHANGES_BASE, *KEEPS_BASE])
+def test_a_start_that_changed_the_base_needs_that_base(start: object, tmp_path: Path) -> None:
+    """The whole run holds the base that it trained on; a plain base is another."""
+    whole, adapter, base = _parts(tmp_path, start)
+    state = {n: v for n, v in lora_state().items() if ".base_layer." not in n}
+    slim = write_checkpoint(tmp_path / "slim", state, adapter_config(init_lora_weights=start))
+    merge_lora(whole, tmp_path / "out", weights_only=True)
+    onto_plain: list[tuple[Path, dict[str, Any]]] = [
+        (base, {"adapter_dir": adapter}),
+        (slim, {"base": base}),
+    ]
+    for number, (source, options) in enumerate(onto_plain):
+        out = tmp_path / f"out{number}"
+        if start in KEEPS_BASE:
+            merge_lora(source, out, weights_only=True, **options)
+            assert files_but_manifests(out) == files_but_manifests(tmp_path / "out")
+            continue
+        with pytest.raises(UnsupportedLayout, match=f"init_lora_weights '{start}'") as caught:
+            merge_lora(source, out, weights_only=True, **options)
+        assert "whole checkpoint" in (caught.value.hint or "")
+        (tmp_path / "plain.json").write_text(json.dumps(adapter_config(init_lora_weights=True)))
+        merge_lora(
+            source, out, weights_only=True, adapter_config=tmp_path / "plain.json", **options
+        )
+        assert files_but_manifests(out) == files_but_manifests(tmp_path / "out")
+
+
 # -- the account -------------------------------------------------------------------------------
 
 

@@ -7,12 +7,20 @@ from pathlib import Path
 
 from ckpt_tools.verification import KINDS
 from ckpt_tools.verification import problem as listing
-from tests.verification import test_adapter, test_data, test_manifest, test_model, test_structure
+from tests.verification import (
+    test_adapter,
+    test_data,
+    test_manifest,
+    test_model,
+    test_quantised,
+    test_structure,
+)
 
 HOME = Path(listing.__file__).parent
 DAMAGES = [
     *test_structure.DAMAGES,
     *test_model.DAMAGES,
+    *test_quantised.DAMAGES,
     *test_adapter.DAMAGES,
     *test_manifest.STRUCTURE,
     *test_manifest.CHECKSUMS,
