@@ -33,8 +33,8 @@ _CONTAINERS = (
 )
 _SAVED_MODULES = "modules_to_save"
 _PROMPTS = "prompt_encoder"
-# They have no adapter's name. The state holds adaption prompts of the active adapter alone, and one classifier
-# mixes the adapters of X-LoRA.
+# They have no adapter's name. The state holds adaption prompts of the active adapter alone, and one
+# classifier mixes the adapters of X-LoRA.
 _UNNAMED = ("adaption_gate", "adaption_prompt", "internal_xlora_classifier")
 # FRoD keeps the projections that layers share by kind of module, and the adapter's name comes last.
 _SHARED_BY_KIND = ("frod_V", "frod_s_indices", "frod_s_size")
