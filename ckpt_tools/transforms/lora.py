@@ -33,7 +33,7 @@ _CONTAINERS = (
 )
 _SAVED_MODULES = "modules_to_save"
 _PROMPTS = "prompt_encoder"
-# Without the name of an adapter: the state holds adaption prompts of the active adapter alone, and one
+# They have no adapter's name. The state holds adaption prompts of the active adapter alone, and one
 # classifier mixes the adapters of X-LoRA.
 _UNNAMED = ("adaption_gate", "adaption_prompt", "internal_xlora_classifier")
 # FRoD keeps the projections that layers share by kind of module, and the adapter's name comes last.

@@ -20,8 +20,8 @@ first source, or an object whose ``op`` names an operation:
 
 ``copy`` is present only if it differs from the copy that ``Checkpoint.catalogue`` gives. The operations are
 the classes of :mod:`ckpt_tools.tensors.derived`, :mod:`ckpt_tools.transforms.average`,
-:mod:`ckpt_tools.transforms.merge`, :mod:`ckpt_tools.transforms.dequantise` and
-:mod:`ckpt_tools.hub.reference.adapters`, and the keys are their fields.
+:mod:`ckpt_tools.transforms.merge` and :mod:`ckpt_tools.hub.reference.adapters`, and the keys are their
+fields.
 """
 
 from __future__ import annotations

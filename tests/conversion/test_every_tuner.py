@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,17 @@ import pytest
 import torch
 from peft import LoraConfig, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from tests.adapted import files, files_but_manifests
+from safetensors.torch import save_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ckpt_tools import extract_lora
 from ckpt_tools.errors import UnsupportedLayout
+from ckpt_tools.training import save
+from tests.adapted import files, files_but_manifests
 
 DOCS = Path(__file__).parents[2] / "docs"
 IDENTICAL = "identical"
+BEFORE, AFTER = "<!-- tuners -->\n", "<!-- end of tuners -->"
 TWO = ["q_proj", "v_proj"]
 SQUARE = ["q_proj", "o_proj"]
 
@@ -53,7 +55,7 @@ ROWS = [
     Row("LORA", "default", {"r": 2, "target_modules": TWO, "init_lora_weights": False}),
     Row("LORA", "dora", {"r": 2, "target_modules": TWO, "use_dora": True}),
     Row("LORA", "bias", {"r": 2, "target_modules": TWO, "bias": "all"}),
-    Row("LORA", "bdlora", {"r": 2, "target_modules": TWO, "lora_bias": True}),
+    Row("LORA", "lora_bias", {"r": 2, "target_modules": TWO, "lora_bias": True}),
     Row(
         "LORA", "parameter", {"r": 2, "target_parameters": ["q_proj.weight"], "target_modules": []}
     ),
@@ -78,9 +80,10 @@ ROWS = [
         "ADAMSS",
         "default",
         {"r": 4, "num_subspaces": 2, "subspace_rank": 1, "target_modules": TWO},
-        needs="sklearn",
+        "PEFT clusters the values of the base's weights",
+        "sklearn",
     ),
-    Row("ADAPTION_PROMPT", "prompt", {"adapter_len": 3, "adapter_layers": 1}),
+    Row("ADAPTION_PROMPT", "default", {"adapter_len": 3, "adapter_layers": 1}),
     Row("BEFT", "default", {"target_modules": TWO}),
     Row("BOFT", "default", {"boft_block_size": 4, "target_modules": TWO}),
     Row(
@@ -105,18 +108,23 @@ ROWS = [
     Row("DEFT", "qr", {"r": 2, "target_modules": TWO, "decomposition_method": "qr", "para": True}),
     Row("DELORA", "default", {"r": 2, "target_modules": TWO}),
     Row("FOURIERFT", "default", {"n_frequency": 8, "target_modules": TWO}),
-    Row("FROD", "default", {"target_modules": TWO}, "decomposes the values"),
+    Row(
+        "FROD",
+        "default",
+        {"target_modules": TWO},
+        "PEFT decomposes the values of the base's weights",
+    ),
     Row(
         "FROD",
         "projection",
         {"target_modules": TWO, "save_projection": True},
-        "decomposes the values",
+        "PEFT decomposes the values of the base's weights",
     ),
     Row(
         "FROD",
         "no-projection",
         {"target_modules": TWO, "save_projection": False},
-        "decomposes the values",
+        "PEFT decomposes the values of the base's weights",
     ),
     Row("GLORA", "default", {"r": 2, "target_modules": TWO}),
     Row("GRALORA", "default", {"r": 4, "gralora_k": 2, "target_modules": TWO}),
@@ -129,7 +137,7 @@ ROWS = [
         {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
     ),
     Row("LILY", "default", {"r": 2, "target_modules": SQUARE}),
-    Row("LN_TUNING", "tuning", {"target_modules": ["input_layernorm"]}),
+    Row("LN_TUNING", "default", {"target_modules": ["input_layernorm"]}),
     Row("LOHA", "default", {"r": 2, "target_modules": TWO}),
     Row("LOKR", "default", {"r": 2, "target_modules": TWO}),
     Row(
@@ -142,7 +150,18 @@ ROWS = [
     Row("MISS", "mini", {"r": 4, "mini_r": 2, "target_modules": TWO, "init_weights": "mini"}),
     Row("OFT", "default", {"oft_block_size": 4, "target_modules": TWO}),
     Row("OFT", "share", {"oft_block_size": 4, "target_modules": TWO, "block_share": True}),
-    Row("SHIRA", "default", {"r": 2, "target_modules": TWO}, "outside the state dict"),
+    Row(
+        "SHIRA",
+        "seed",
+        {"r": 2, "random_seed": 1, "target_modules": TWO},
+        "PEFT keeps shira_indices outside the state dict",
+    ),
+    Row(
+        "SHIRA",
+        "default",
+        {"r": 2, "target_modules": TWO},
+        "PEFT keeps shira_indices outside the state dict",
+    ),
     Row("PROMPT_TUNING", "default", {"num_virtual_tokens": 3}),
     Row(
         "MULTITASK_PROMPT_TUNING",
@@ -150,7 +169,7 @@ ROWS = [
         {"num_virtual_tokens": 3, "num_tasks": 2, "num_ranks": 1},
     ),
     Row("OSF", "default", {"effective_rank": 2, "target_modules": TWO}),
-    Row("P_TUNING", "tuning-mlp", {"num_virtual_tokens": 3, "encoder_hidden_size": 6}),
+    Row("P_TUNING", "mlp", {"num_virtual_tokens": 3, "encoder_hidden_size": 6}),
     Row(
         "P_TUNING",
         "tuning-lstm",
@@ -185,7 +204,7 @@ ROWS = [
         "TINYLORA", "projection", {"r": 2, "u": 4, "target_modules": TWO, "save_projection": False}
     ),
     Row(
-        "TRAINABLE_TOKENS", "tokens", {"token_indices": [1, 2], "target_modules": ["embed_tokens"]}
+        "TRAINABLE_TOKENS", "default", {"token_indices": [1, 2], "target_modules": ["embed_tokens"]}
     ),
     Row("UNILORA", "default", {"r": 2, "theta_d_length": 16, "target_modules": SQUARE}),
     Row(
@@ -209,17 +228,22 @@ ROWS = [
             "target_modules": SQUARE,
             "save_only_topk_weights": True,
         },
-        "computes .*_topk_indices",
+        "PEFT computes tensors when it saves",
     ),
     Row("VERA", "default", {"r": 2, "target_modules": SQUARE}),
     Row("VERA", "no-projection", {"r": 2, "target_modules": SQUARE, "save_projection": False}),
-    Row("XLORA", "default", {"hidden_size": 16}, "from their own directories"),
+    Row(
+        "XLORA",
+        "default",
+        {"hidden_size": 16},
+        "PEFT reads the adapters that it mixes from their own directories",
+    ),
     Row("WAVEFT", "default", {"n_frequency": 8, "target_modules": TWO}),
 ]
 
 
 def adapted(row: Row, scratch: Path) -> Any:
-    """A tiny adapted model in which every trained value is random."""
+    """A tiny adapted model."""
     torch.manual_seed(0)
     base = LlamaForCausalLM(
         LlamaConfig(
@@ -238,49 +262,96 @@ def adapted(row: Row, scratch: Path) -> Any:
         mixed.save_pretrained(scratch / "mixed")
         base.config.use_cache = False
     adapters = {"adapters": {"one": str(scratch / "mixed")}} if row.tuner == "XLORA" else {}
-    model = get_peft_model(base, config(task_type="CAUSAL_LM", **row.options, **adapters))
+    return get_peft_model(base, config(task_type="CAUSAL_LM", **row.options, **adapters)).eval()
+
+
+def trained(row: Row, scratch: Path) -> Any:
+    """The model after training: every trained value is random."""
+    model = adapted(row, scratch)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model.eval()
+    return model
 
 
-@contextmanager
-def saved(row: Row, scratch: Path) -> Iterator[Any]:
-    """The model, with its state, the base's config and PEFT's own directory in ``scratch``."""
-    model = adapted(row, scratch)
-    (scratch / "state").mkdir()
-    torch.save(model.state_dict(), scratch / "state/pytorch_model.bin")
-    base = model.get_base_model()
-    base.config.architectures = ["LlamaForCausalLM"]
-    (scratch / "config").mkdir()
-    base.config.to_json_file(scratch / "config/config.json", use_diff=True)
-    model.save_pretrained(scratch / "peft")
-    for readme in (scratch / "peft").rglob("README.md"):
+def save_as_peft(model: Any, directory: Path) -> dict[str, bytes]:
+    model.save_pretrained(directory)
+    for readme in directory.rglob("README.md"):
         readme.unlink()
-    yield model
+    return files(directory)
+
+
+def save_states(model: Any, scratch: Path) -> list[Path]:
+    """The state as torch writes it, and as safetensors does, which holds shared tensors once."""
+    whole, once = scratch / "whole", scratch / "once"
+    whole.mkdir()
+    once.mkdir()
+    torch.save(model.state_dict(), whole / "pytorch_model.bin")
+    save_model(model, str(once / "model.safetensors"))
+    return [whole, once]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)
 def test_row(row: Row, tmp_path: Path) -> None:
     if row.needs:
         pytest.importorskip(row.needs, exc_type=ImportError)
-    with saved(row, tmp_path):
-        options: dict[str, Any] = {
-            "config": tmp_path / "config",
-            "adapter_config": tmp_path / "peft/adapter_config.json",
-            "adapter": "default",
-        }
-        if row.outcome == IDENTICAL:
-            extract_lora(tmp_path / "state", tmp_path / "out", **options)
-            assert files_but_manifests(tmp_path / "out") == files(tmp_path / "peft")
-            return
-        with pytest.raises(UnsupportedLayout, match=row.outcome) as refused:
-            extract_lora(tmp_path / "state", tmp_path / "out", **options)
-        assert row.tuner in refused.value.fact
+    model = trained(row, tmp_path)
+    states = save_states(model, tmp_path)
+    config = model.get_base_model().config
+    config.architectures = ["LlamaForCausalLM"]
+    (tmp_path / "base").mkdir()
+    config.to_json_file(tmp_path / "base/config.json")
+    truth = save_as_peft(model, tmp_path / "peft")
+    options: dict[str, Any] = {
+        "config": tmp_path / "base",
+        "adapter_config": tmp_path / "peft/adapter_config.json",
+        "adapter": "default",
+    }
+
+    if row.outcome == IDENTICAL:
+        for state in states:
+            out = tmp_path / f"{state.name}-out"
+            extract_lora(state, out, verify=True, **options)
+            assert files_but_manifests(out) == truth
+        save(model, tmp_path / "live", adapter="default", verify=True)
+        assert files_but_manifests(tmp_path / "live") == truth
+    else:
+        for state in states:
+            with pytest.raises(UnsupportedLayout, match=re.escape(row.outcome)) as refused:
+                extract_lora(state, tmp_path / "out", **options)
+            assert row.tuner in refused.value.fact
         assert "save_pretrained" in str(refused.value.hint)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.outcome != IDENTICAL], ids=str)
+def test_the_next_step_of_a_refusal_gives_the_directory(row: Row, tmp_path: Path) -> None:
+    if row.needs:
+        pytest.importorskip(row.needs, exc_type=ImportError)
+    if row.tuner == "SHIRA" and "random_seed" not in row.options:
+        pytest.skip("the hint names the training process")
+    model = trained(row, tmp_path)
+    truth = save_as_peft(model, tmp_path / "peft")
+    again = adapted(row, tmp_path)
+    again.load_state_dict(model.state_dict())
+
+    assert save_as_peft(again, tmp_path / "again") == truth
 
 
 def test_every_tuner_has_a_row() -> None:
     assert {row.tuner for row in ROWS} == {kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
+
+
+def table() -> str:
+    """The table of the page."""
+    lines = ["| tuner | configuration | result |", "|---|---|---|"]
+    for row in ROWS:
+        options = [f"`{k}={v!r}`" for k, v in row.options.items() if k != "target_modules" or not v]
+        result = row.outcome if row.outcome == IDENTICAL else f"refused: {row.outcome}"
+        lines.append(f"| {row.tuner} | {', '.join(options) or 'default'} | {result} |")
+    return "\n".join(lines) + "\n"
+
+
+def test_the_page_has_the_table() -> None:
+    page = (DOCS / "adapters.md").read_text()
+    assert page.partition(BEFORE)[2].partition(AFTER)[0].strip() == table().strip()

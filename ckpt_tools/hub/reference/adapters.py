@@ -1,8 +1,8 @@
 """Owns the question what PEFT writes of an adapted model, and its answer: PEFT's own names, for every tuner.
 
 A child process (``peft_child.py``) builds the base without weights, adds the adapter, and lets
-``get_peft_model_state_dict`` filter tensors without values. The same child makes the
-output of a prompt encoder from its values, while the directory is written.
+``get_peft_model_state_dict`` filter tensors without values. The output of a prompt encoder is made by the
+same child from the encoder's values, while the directory is written.
 """
 
 from __future__ import annotations

@@ -22,20 +22,16 @@ _STARTS = (
 )
 # These may set shapes too. They are left out only where PEFT cannot build the adapter with them.
 _SHAPING_STARTS = ("init_weights", "init_ia3_weights")
-# Tuners whose adapter is not built without the base's values or other files, and what to do instead.
 _WITH_PEFT = "Load the training state into the model with PEFT, and call its save_pretrained."
+_WHILE_TRAINING = (
+    "Call save_pretrained in the training process. If random_seed is set in the config, load the training "
+    "state into the model with PEFT: it makes the same indices again."
+)
+# Tuners whose adapter is not built without the base's values or other files, and what to do instead.
 _REASONS = {
-    "SHIRA": (
-        "PEFT keeps shira_indices outside the state dict, so the checkpoint does not hold them",
-        (
-            "Call save_pretrained in the training process. If random_seed is set in the config, the "
-            "model with the training state loaded by PEFT has the same indices."
-        ),
-    ),
-    "FROD": (
-        "PEFT decomposes the values of the base's weights when it builds the adapter",
-        _WITH_PEFT,
-    ),
+    "ADAMSS": ("PEFT clusters the values of the base's weights", _WITH_PEFT),
+    "FROD": ("PEFT decomposes the values of the base's weights", _WITH_PEFT),
+    "SHIRA": ("PEFT keeps shira_indices outside the state dict", _WHILE_TRAINING),
     "XLORA": ("PEFT reads the adapters that it mixes from their own directories", _WITH_PEFT),
 }
 
@@ -56,6 +52,10 @@ def _answer(config: Mapping[str, Any], adapter: Mapping[str, Any]) -> dict[str, 
     try:
         model = _adapted(dict(config), adapter)
         return _made(model, adapter) if "values" in adapter else _described(model, adapter)
+    except NotImplementedError as error:
+        # PyTorch raises it for what the meta device cannot do.
+        failure = f"PEFT reads the base's values when it builds the adapter ({error})"
+        return {"failure": failure.splitlines()[0], "hint": _WITH_PEFT}
     except Exception as error:
         return {"failure": f"{type(error).__name__}: {error}"}
 
@@ -154,7 +154,7 @@ def _described(model: Any, adapter: Mapping[str, Any]) -> dict[str, Any]:
     shapes = {key: list(value.shape) for key, value in saved.items()}
     odd = [name for names in found.values() for name in names[:1] if name not in own]
     if made and not encoder:
-        failure = f"PEFT computes {next(iter(made))} from other tensors when it saves"
+        failure = f"PEFT computes tensors when it saves, such as {next(iter(made))}"
         return {"failure": failure, "hint": _WITH_PEFT}
     inputs = {name: list(value.shape) for name, value in encoder.items()} if made else {}
     return {"names": found, "shapes": shapes, "odd": odd, "made": made, "inputs": inputs}
@@ -195,11 +195,12 @@ def _load(encoder: Any, values: dict[str, Any]) -> None:
 def _equal(value: Any, encoder: Mapping[str, Any]) -> str | None:
     import torch
 
-    for name, candidate in encoder.items():
-        alike = (value.shape, value.dtype) == (candidate.shape, candidate.dtype)
-        if alike and torch.equal(value, candidate):
-            return name
-    return None
+    equal = (
+        name
+        for name, other in encoder.items()
+        if value.dtype == other.dtype and torch.equal(value, other)
+    )
+    return next(equal, None)
 
 
 def _other_names(model: Any) -> dict[str, list[str]]:
