@@ -16,12 +16,12 @@ import torch
 from peft import LoraConfig, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import save_model
+from tests.adapted import files, files_but_manifests
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ckpt_tools import extract_lora
 from ckpt_tools.errors import UnsupportedLayout
 from ckpt_tools.training import save
-from tests.adapted import files, files_but_manifests
 
 DOCS = Path(__file__).parents[2] / "docs"
 IDENTICAL = "identical"
