@@ -352,7 +352,7 @@ def table() -> str:
     """The table of the page."""
     lines = ["| tuner | configuration | result |", "|---|---|---|"]
     for row in ROWS:
-        options = [f"`{k}={v!r}`" for k, v in row.options.items() if k != "target_modules" or not v]
+        options = [f"`{k}={v!r}`" for k, v in row.options.items() if v not in (TWO, SQUARE)]
         result = row.outcome if row.outcome == IDENTICAL else f"refused: {row.outcome}"
         lines.append(f"| {row.tuner} | {', '.join(options) or 'default'} | {result} |")
     return "\n".join(lines) + "\n"
