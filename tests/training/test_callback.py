@@ -129,7 +129,7 @@ def test_removes_nothing_where_the_new_one_fails(
     def full(*_: object, **__: object) -> None:
         raise OutputFailed("no space left on the output's disk")
 
-    monkeypatch.setattr("ckpt_tools.writing.delivery.write", full)
+    monkeypatch.setattr("ckpt_tools.writing.shares.write", full)
     with pytest.raises(OutputFailed):
         train(model, tmp_path, later(clean, keep_last=1), 1)
 
