@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ckpt_tools import extract_lora
 from ckpt_tools.errors import UnsupportedLayout
 from ckpt_tools.training import save
+from tests.support.adapted import files, files_but_manifests
 
 DOCS = Path(__file__).parents[2] / "docs"
 IDENTICAL = "identical"
