@@ -129,12 +129,21 @@ _READERS = (
         "readers/deepspeed/test_reader.py",
     ),
     _mutant(
-        "zero-model-ranks-unchecked",
+        "zero-model-ranks-surplus",
         "readers/deepspeed/agreement.py",
         "    if stage == 3:\n",
         "    if stage == 4:\n",
-        "a rank's model file may be missing under stage 3",
+        "a model file may be of a rank that did not exist",
         "readers/deepspeed/test_agreement.py",
+    ),
+    _mutant(
+        "zero-model-ranks-unchecked",
+        "readers/deepspeed/agreement.py",
+        "    if frozen or (0 in lacking",
+        "    if not lacking or (0 in lacking",
+        "a rank's model file may be missing although it holds slices of frozen parameters",
+        "readers/deepspeed/test_agreement.py",
+        "readers/deepspeed/test_reader.py",
     ),
     _mutant(
         "zero-optimizer-steps-unchecked",
