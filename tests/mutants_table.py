@@ -972,6 +972,7 @@ _ASSETS = (
         'math.sqrt(rank) if self.data.get("use_rslora") else rank',
         "rank",
         "rsLoRA is scaled like LoRA",
+        "hub/test_adapter_config.py",
         "conversion/test_merge_lora.py",
     ),
     _mutant(
@@ -980,8 +981,7 @@ _ASSETS = (
         '({key})$", module)',
         '({key})", module)',
         "a pattern of another module's rank or alpha fits",
-        "conversion/test_merge_lora.py",
-        "conversion/test_extract_lora.py",
+        "hub/test_adapter_config.py",
     ),
     _mutant(
         "reference-asked-of-wrong-class",
