@@ -173,6 +173,7 @@ _SECTIONS: Mapping[int, tuple[tuple[str, str], ...]] = {
             r"tokenizer|token id|embedding|generation.config|vocabulary",
             "tokenizer-and-generation-config",
         ),
+        (r"quantiser", "quantised-weights"),
         (r"16-bit", "16-bit-weights"),
         (
             r"--also|another save|nor of a directory in it|further folder",
@@ -194,6 +195,7 @@ _SECTIONS: Mapping[int, tuple[tuple[str, str], ...]] = {
         (r"run its code|running its code|Nothing of it was run", "code-in-a-pickle"),
         (r"exclude_frozen", "frozen-weights-that-are-not-there"),
         (r"it names …,", "the-file-latest"),
+        (r"of its … storage", "quantised-weights-that-are-damaged"),
         (r"adapter|LoRA|base", "adapters-that-are-damaged"),
         (r"JSON|auto_map|Python|token", "files-of-the-base-model"),
         (r"missing|--also|gone|no .*_states", "missing-files"),

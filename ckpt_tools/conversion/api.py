@@ -280,7 +280,9 @@ def _opened(checkpoint: PathLike | Checkpoint, request: Request) -> Checkpoint:
         format=request.format,
         also=request.also,
     )
-    root, found = (Path(os.fspath(path)) for path in (checkpoint, opened.location.directory))
+    # By their names: a directory on another machine has no path on this one.
+    root = Path(str(checkpoint) if isinstance(checkpoint, Path) else os.fspath(checkpoint))
+    found = Path(str(opened.location.directory))
     if not request.follow_links and found != root and found.is_relative_to(root):
         refuse_leaving(found, root)
     return opened

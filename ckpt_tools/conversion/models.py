@@ -156,7 +156,8 @@ class _Model:
 
 def prepare_model(sources: Sequence[Checkpoint], request: Request) -> _Model:
     """Combine the states of the sources, and ask which model the config describes."""
-    states = [model_state(source, request.weights, request.attribute) for source in sources]
+    names = read_key_map(request.key_map)
+    states = [model_state(source, request.weights, request.attribute, names) for source in sources]
     if request.dequantize:
         states = [
             plain_state(state, quantizer_of(_near(source, request)))

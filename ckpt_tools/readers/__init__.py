@@ -205,7 +205,8 @@ def _read(reader: Reader, location: Location) -> Checkpoint:
         raise DamagedCheckpoint(
             f"its metadata does not have the form of {location.format} ({type(error).__name__}: {error})",
             path=location.directory,
-            hint="The files were changed or damaged after they were saved. Copy them anew.",
+            hint="If the files were changed after they were saved, copy them anew. If not, their layout is "
+            "not known: please report it with what --debug shows.",
         ) from error
 
 

@@ -195,11 +195,11 @@ def _compare_generation(ours: Path, theirs: Path, findings: Findings) -> None:
         )
     except CkptError:
         return  # the check of generation configs says so
-    if first is None or second is None:
-        if second is not None:
-            findings.add(
-                "generation-differs", "it is not there, and --like has one", file=_GENERATION
-            )
+    if second is None:
+        findings.skipped.append(f"generation config against {theirs}: it has none")
+        return
+    if first is None:
+        findings.add("generation-differs", "it is not there, and --like has one", file=_GENERATION)
         return
     for key, a, b in sorted(_differences(first, second)):
         findings.add(

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.adapted import PREFIX, adapter_config
 
 from ckpt_tools import average, consolidate, extract_lora, merge_lora
 from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout, UsageError
 from ckpt_tools.verification import verify
+from tests.support.adapted import PREFIX, adapter_config
 from tests.support.merges import assert_rounded
 
 FIXTURES = Path(__file__).parents[2] / "fixtures/quantised"

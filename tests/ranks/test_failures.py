@@ -178,7 +178,7 @@ def test_what_one_rank_meets_every_rank_raises_and_the_next_command_works(tmp_pa
         {"arguments": [zstd]},
         {
             "arguments": [good],
-            "changed": changed(2, "ckpt_tools.writing.delivery", "write", "no function"),
+            "changed": changed(2, "ckpt_tools.writing.shares", "write", "no function"),
         },
         {
             "arguments": [good],

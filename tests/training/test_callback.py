@@ -129,7 +129,7 @@ def test_removes_nothing_where_the_new_one_fails(
     def full(*_: object, **__: object) -> None:
         raise OutputFailed("no space left on the output's disk")
 
-    monkeypatch.setattr("ckpt_tools.writing.delivery.write", full)
+    monkeypatch.setattr("ckpt_tools.writing.shares.write", full)
     with pytest.raises(OutputFailed):
         train(model, tmp_path, later(clean, keep_last=1), 1)
 
@@ -160,5 +160,5 @@ def test_a_directory_of_somebody_else_is_not_replaced(model: Any, tmp_path: Path
 
 def test_numbers_that_make_no_sense_are_refused(tmp_path: Path) -> None:
     for every, keep_last in ((0, None), (1, 0)):
-        with pytest.raises(UsageError, match="can be less than 1"):
+        with pytest.raises(UsageError, match="both must be 1 or more"):
             callback(tmp_path, every=every, keep_last=keep_last)

@@ -19,6 +19,7 @@ from ckpt_tools.errors import (
     UnsupportedLayout,
 )
 from ckpt_tools.ranks import Ranks
+from ckpt_tools.ranks.clock import Clock
 from ckpt_tools.tensors.catalogue import Box, FlatRange, Stored
 from ckpt_tools.tensors.checkpoint import Checkpoint, Kind
 from ckpt_tools.tensors.fragments import EvenSlices
@@ -64,7 +65,7 @@ def look(
             ranks.all_gather("looked", None)
             return answer
 
-    return together(made(world), body)
+    return together(made(Clock(), world), body)
 
 
 def loaded(checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -178,7 +179,7 @@ def test_every_rank_reads_the_same_values_under_the_same_names() -> None:
             ranks.all_gather("read", None)
             return read
 
-    read = together(made(WORLD), body)
+    read = together(made(Clock(), WORLD), body)
 
     assert read == [{"a": [0.0] * 4 + [1.0] * 4 + [2.0] * 4, "b": [1.0, 1.0]}] * WORLD
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.verification.directories import answer_here, copy_of, edit_json
 
 from ckpt_tools import consolidate
 from ckpt_tools.errors import UsageError
 from ckpt_tools.verification import Problem, like, like_child, verify
 from tests.conftest import FIXTURES
+from tests.support.verification.directories import answer_here, copy_of, edit_json
 
 SOURCE = FIXTURES / "zero" / "zero3-bf16-olmo2-chat-2ranks"
 LIKE = SOURCE / "hf"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from ckpt_tools.tensors.checkpoint import Checkpoint
 from tests.support.readers.contract import Case, ReaderContract, cases
 
 CASES = [case for case in cases("layouts") if not case.name.startswith("bin-")]
@@ -29,3 +30,7 @@ class TestEveryLayoutFixture(ReaderContract):
         sizes = {path: path.stat().st_size for path in directory.rglob("*.pt")}
         moments = {"exp_avg.pt", "exp_avg_sq.pt", "step.pt", "optimizer_state.pt"}
         assert dict(checkpoint.files) == {p: n for p, n in sizes.items() if p.name not in moments}
+
+    def test_nothing_is_remarked_of_a_sound_save(self, checkpoint: Checkpoint) -> None:
+        assert checkpoint.remarks == ()
+        assert checkpoint.lost is None

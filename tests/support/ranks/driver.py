@@ -21,7 +21,7 @@ from unittest import mock
 import ckpt_tools
 from ckpt_tools.errors import RankFailed
 from ckpt_tools.ranks import from_environment
-from ckpt_tools.writing import delivery
+from ckpt_tools.writing import shares
 
 RANK = int(os.environ["RANK"])
 
@@ -46,8 +46,8 @@ def counted() -> Iterator[list[int]]:
         counts.append(written.bytes_written)
         return written
 
-    original = delivery.write  # type: ignore[attr-defined]
-    with mock.patch.object(delivery, "write", write):
+    original = shares.write  # type: ignore[attr-defined]
+    with mock.patch.object(shares, "write", write):
         yield counts
 
 
