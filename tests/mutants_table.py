@@ -129,12 +129,21 @@ _READERS = (
         "readers/deepspeed/test_reader.py",
     ),
     _mutant(
-        "zero-model-ranks-unchecked",
+        "zero-model-ranks-surplus",
         "readers/deepspeed/agreement.py",
         "    if stage == 3:\n",
         "    if stage == 4:\n",
-        "a rank's model file may be missing under stage 3",
+        "a model file may be of a rank that did not exist",
         "readers/deepspeed/test_agreement.py",
+    ),
+    _mutant(
+        "zero-model-ranks-unchecked",
+        "readers/deepspeed/agreement.py",
+        "    if frozen or (0 in lacking",
+        "    if not lacking or (0 in lacking",
+        "a rank's model file may be missing although it holds slices of frozen parameters",
+        "readers/deepspeed/test_agreement.py",
+        "readers/deepspeed/test_reader.py",
     ),
     _mutant(
         "zero-optimizer-steps-unchecked",
@@ -963,6 +972,7 @@ _ASSETS = (
         'math.sqrt(rank) if self.data.get("use_rslora") else rank',
         "rank",
         "rsLoRA is scaled like LoRA",
+        "hub/test_adapter_config.py",
         "conversion/test_merge_lora.py",
     ),
     _mutant(
@@ -971,8 +981,7 @@ _ASSETS = (
         '({key})$", module)',
         '({key})", module)',
         "a pattern of another module's rank or alpha fits",
-        "conversion/test_merge_lora.py",
-        "conversion/test_extract_lora.py",
+        "hub/test_adapter_config.py",
     ),
     _mutant(
         "reference-asked-of-wrong-class",

@@ -333,6 +333,16 @@ def test_a_rank_of_a_smaller_world_is_found_out(tmp_path: Path) -> None:
     assert path.name in error.fact
 
 
+def test_a_surplus_model_file_of_stage_3_is_named(tmp_path: Path) -> None:
+    directory = damage.copy_of(STAGE_3, tmp_path)
+    last = damage.model_files(directory)[-1]
+    surplus = last.name.replace("rank_6_", "rank_7_")
+    damage.take_over(last, directory, surplus)
+    damage.as_saved_here(directory / surplus)
+    error = damaged(directory)
+    assert error.fact == "there are model_states files of ranks 7, but the save had 7 ranks"
+
+
 def test_a_surplus_rank_is_named(tmp_path: Path) -> None:
     directory = damage.copy_of(STAGE_2, tmp_path)
     last = damage.optim_files(directory)[2]
