@@ -222,10 +222,19 @@ def _is_tensors(values: Any) -> bool:
     return isinstance(values, list) and all(isinstance(value, TensorRef) for value in values)
 
 
+# Members of ``ZeroStageEnum`` (``deepspeed/runtime/zero/config.py``).
+_STAGES = {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3}
+
+
 def _enum_value(value: Any, path: Path) -> int | None:
-    """The stage, from a number or from DeepSpeed's ``ZeroStageEnum`` (an inert name with an argument)."""
+    """The stage, from a number or from DeepSpeed's ``ZeroStageEnum``.
+
+    Python pickles a member of an enum as a call with its value; up to 3.11.3, 3.11 pickled its name.
+    """
     if isinstance(value, Opaque) and len(value.args) == 1:
         value = value.args[0]
+    elif isinstance(value, type) and issubclass(value, Opaque):
+        value = _STAGES.get(value.global_name.rpartition(".")[2], value)
     if value is None or (isinstance(value, int) and 0 <= value <= 3):
         return value
     raise DamagedCheckpoint(f"its zero_stage is {value!r}, which is not a ZeRO stage", path=path)
