@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     import torch
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+# Without slots: up to Python 3.11.3 a frozen dataclass with slots replaces its __setstate__ by one that sets
+# attributes.
+@dataclass(frozen=True, eq=False)
 class DType:
     """An element type.
 

@@ -120,7 +120,9 @@ class StorageRef(Sealed, ABC):
         """First byte of the data in that file."""
 
 
-@dataclass(frozen=True, slots=True)
+# Without slots: up to Python 3.11.3 a frozen dataclass with slots replaces its __setstate__ by one that sets
+# attributes.
+@dataclass(frozen=True)
 class TensorRef(Sealed):
     """A tensor in a pickle: elements of a storage, without data.
 
@@ -137,9 +139,6 @@ class TensorRef(Sealed):
     storage_offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
-
-    # Needed because a frozen dataclass with slots gets a __setstate__ that sets attributes.
-    __setstate__ = Sealed.__setstate__
 
     @property
     def numel(self) -> int:
