@@ -194,7 +194,7 @@ def test_no_tensor_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("a tensor was read")
 
-    monkeypatch.setattr(Gatherer, "_read", refuse)
+    monkeypatch.setattr(Gatherer, "fill", refuse)
     path = case_of("zero2-bf16-llama-3ranks").path
     assert inspect(path).parameters
     with pytest.raises(AssertionError, match="a tensor was read"):

@@ -537,6 +537,8 @@ def test_options_reach_the_library(three: dict[str, Answer]) -> None:
             "--load",
             "--base",
             "base",
+            "--like",
+            "like",
         ),
         *("--trust-remote-code", "--workers", "3", "--quiet"),
     )
@@ -546,6 +548,7 @@ def test_options_reach_the_library(three: dict[str, Answer]) -> None:
         "read_data": True,
         "load": True,
         "base": Path("base"),
+        "like": Path("like"),
         "trust_remote_code": True,
         "workers": 3,
         "progress": None,
@@ -582,7 +585,8 @@ class TestOnRealDirectories:
 
         done = run("verify", adapter, "--load", "--base", held.parent)
         assert done.exit_code == 0, done.stdout
-        assert "loading, a forward pass, a short generation with peft" in done.stdout
+        shown = " ".join(done.stdout.split())
+        assert "loading, a forward pass, a short generation with peft" in shown
 
     def test_a_model_that_would_not_stop_is_told_what_to_write(
         self, consolidated: Path, tmp_path: Path

@@ -183,7 +183,11 @@ def refusals(case: Path, tmp_path: Path) -> dict[str, tuple[type[CkptError], str
     shutil.copytree(two, tmp_path / "two", ignore=shutil.ignore_patterns("latest"))
     return {
         "no such path": (NotACheckpoint, "no such file", ok | {"checkpoint": tmp_path / "gone"}),
-        "nothing there": (NotACheckpoint, "nothing here", ok | {"checkpoint": tmp_path / "empty"}),
+        "nothing there": (
+            NotACheckpoint,
+            "no checkpoint of a known format",
+            ok | {"checkpoint": tmp_path / "empty"},
+        ),
         "several": (AmbiguousCheckpoint, "global_step4", ok | {"checkpoint": tmp_path / "two"}),
         "no such tag": (UsageError, "global_step77", ok | {"tag": "global_step77"}),
         "no config": (MissingAsset, "config", {"checkpoint": case / "checkpoint"}),

@@ -18,7 +18,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ckpt_tools import extract_lora
+from ckpt_tools import extract_lora, verify
 from ckpt_tools.errors import UnsupportedLayout
 from ckpt_tools.training import save
 from tests.support.adapted import files, files_but_manifests
@@ -361,3 +361,23 @@ def table() -> str:
 def test_the_page_has_the_table() -> None:
     page = (DOCS / "adapters.md").read_text()
     assert page.partition(BEFORE)[2].partition(AFTER)[0].strip() == table().strip()
+
+
+def test_verify_computes_a_prompt_again(tmp_path: Path) -> None:
+    (row,) = (row for row in ROWS if str(row) == "P_TUNING-mlp")
+    model = trained(row, tmp_path)
+    (state, _) = save_states(model, tmp_path)
+    config = model.get_base_model().config
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(tmp_path / "base")
+    save_as_peft(model, tmp_path / "peft")
+    extract_lora(
+        state, tmp_path / "out", config=tmp_path / "base", adapter_config=tmp_path / "peft"
+    )
+
+    assert not verify(tmp_path / "out", against=state).errors
+    with torch.no_grad():
+        model.prompt_encoder["default"].mlp_head[0].weight.mul_(2)
+    torch.save(model.state_dict(), state / "pytorch_model.bin")
+    errors = verify(tmp_path / "out", against=state).errors
+    assert "prompt_embeddings" in {error.tensor for error in errors}

@@ -40,7 +40,7 @@ LIGHTNING = {"epoch": 1, "global_step": 7, "pytorch-lightning_version": "2.5.1",
         ("last.ckpt", {"state_dict": state(), "optimizer_states": [OPTIMIZER], **LIGHTNING}, "state_dict"),
         ("best.tar", {"model_state_dict": state(), "optimizer_state_dict": OPTIMIZER}, "model_state_dict"),
         ("ema.bin", {"ema": {"model": state(), "decay": 0.99}}, "ema.model"),
-        ("fsdp.pt", {"model": state(), "optim": {"state": {"w": {"exp_avg": torch.ones(2)}}}}, "model"),
+        ("fsdp.pt", {"model": state(), "optim": {"state": {"momentum": torch.ones(2)}}}, "model"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("named", [True, False], ids=["by name", "only file of a folder"])

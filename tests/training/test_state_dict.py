@@ -117,7 +117,7 @@ def test_slices_that_are_elsewhere_are_refused(attributes: dict[str, Any], fact:
 @pytest.mark.parametrize(
     ("engine", "fact"),
     [
-        (SimpleNamespace(has_moe_layers=True), "experts that lie on different ranks"),
+        (SimpleNamespace(has_moe_layers=True), "experts on different ranks"),
         (SimpleNamespace(mp_world_size=2), "tensor parallelism"),
         (SimpleNamespace(autotp_size=lambda: 2), "tensor parallelism"),
     ],
@@ -166,7 +166,9 @@ def test_masters_that_are_not_known_are_not_made_up() -> None:
     module = Model().to(torch.bfloat16)
     engine = SimpleNamespace(optimizer=SimpleNamespace())
 
-    with pytest.raises(UnsupportedLayout, match="masters of SimpleNamespace are not known"):
+    with pytest.raises(
+        UnsupportedLayout, match="masters of SimpleNamespace have an unknown layout"
+    ):
         holding_of(unwrapped(module, engine), masters=True)
     assert holding_of(unwrapped(Model(), engine), masters=True)
 

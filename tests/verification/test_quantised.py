@@ -8,10 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.verification.directories import SINGLE, Damage, edit_json, edit_state, kinds, save_llama
 
 from ckpt_tools.verification import verify
 from tests.conftest import FIXTURES
+from tests.support.verification.directories import (
+    SINGLE,
+    Damage,
+    edit_json,
+    edit_state,
+    kinds,
+    save_llama,
+)
 
 NAME = "model.layers.0.mlp.up_proj"
 STORED = sorted((FIXTURES / "quantised").glob("[!q]*/model.safetensors"))

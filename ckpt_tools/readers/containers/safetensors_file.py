@@ -23,7 +23,7 @@ from ckpt_tools.tensors.regions import is_possible
 _MAX_HEADER = 100_000_000
 _METADATA = "__metadata__"
 _FIELDS = ("dtype", "shape", "data_offsets")
-_COPY_ANEW = "The file is truncated or damaged; copy or download it anew."
+_COPY_ANEW = "The file is truncated or damaged. Copy or download it anew."
 
 
 @dataclass(frozen=True)

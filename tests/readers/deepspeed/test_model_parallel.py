@@ -313,3 +313,15 @@ def test_a_mics_group_that_is_not_the_recorded_one_is_found_out(tmp_path: Path) 
         damage.edit(path, lambda c: c["ds_config"]["zero_optimization"].update(mics_shard_size=4))
     with pytest.raises(DamagedCheckpoint, match="states 4 ranks, the optimizer files state 2"):
         open_checkpoint(directory)
+
+
+def test_slice_mappings_with_a_gap_are_not_taken_for_a_tensor(tmp_path: Path) -> None:
+    directory = copy_of("old-0.18.3-moe-zero1-bf16-native-2ranks", tmp_path)
+
+    def shift(content: dict[str, Any]) -> None:
+        dense = content["optimizer_state_dict"]["param_slice_mappings"][0]
+        dense["layers.1.deepspeed_moe.gate.wg.weight"].start = 1
+
+    damage.edit(damage.optim_files(directory)[1], shift)
+    with pytest.raises(DamagedCheckpoint, match="slices"):
+        open_checkpoint(directory)

@@ -114,3 +114,11 @@ def test_a_weight_that_module_lacks_is_not_made_up(tmp_path: Path) -> None:
     damage.edit(directory / MODEL, lambda content: content["module"].pop("model.norm.weight"))
     with pytest.raises(DamagedCheckpoint, match="it has a master, but is missing in `module`"):
         open_checkpoint(directory)
+
+
+def test_a_match_by_shapes_that_is_not_the_only_one_is_refused(tmp_path: Path) -> None:
+    """The frozen layer has the shapes of the trained one."""
+    fixture = "zero1-bf16-llama-frozen-2ranks"
+    names = {name: f"transformer.{at}" for at, name in enumerate(Case(damage.ZERO / fixture).model)}
+    with pytest.raises(UnsupportedLayout, match="have no single match"):
+        open_checkpoint(renamed(fixture, tmp_path, names))
