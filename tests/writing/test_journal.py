@@ -514,12 +514,14 @@ def test_a_block_is_noted_after_its_file_is_on_disk_and_not_before(
     monkeypatch.setattr(disk.outputs, "sync", sync)
     with Log(home, 0, disk.outputs, disk.names) as written:
         written.record(disk.blocks[1], disk.digests(disk.blocks[1]))
-        assert syncing.wait(LONGEST_SECONDS)
-        # Written while the other is synced: the next round's.
-        written.record(disk.blocks[0], disk.digests(disk.blocks[0]))
-        assert written.noted == 0
-        assert not has_proof(home)
-        go_on.set()
+        try:
+            assert syncing.wait(LONGEST_SECONDS)
+            # Written while the other is synced: the next round's.
+            written.record(disk.blocks[0], disk.digests(disk.blocks[0]))
+            assert written.noted == 0
+            assert not has_proof(home)
+        finally:
+            go_on.set()  # the log waits for it, whatever was found
         wait_until(lambda: written.noted == 2)
 
     assert synced == [{1}, {0}]
