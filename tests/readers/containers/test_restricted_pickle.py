@@ -335,7 +335,7 @@ LIES: dict[str, dict[str, bytes]] = {
     "a tensor with another state": {
         "after_tensor": value(["/etc/passwd", "float32", 0, [4], [1]]) + b"b"
     },
-    "a tensor with another dictionary": {"after_tensor": value({"storage_offset": 2}) + b"b"},
+    "a tensor with another dictionary": {"after_tensor": value({"note": 1}) + b"b"},
     "a tensor with other slots": {"after_tensor": b"N" + value({"storage_offset": -9}) + b"\x86b"},
 }
 
