@@ -264,7 +264,13 @@ def test_no_signal_is_lost_while_torch_is_imported(
         run.send_signal(number)
 
         assert shell_status(run) == status, (tmp_path / "log").read_text()
-        assert [path.name for path in tmp_path.iterdir()] == ["log"]
+        left = sorted(path.name for path in tmp_path.iterdir())
+        if left == ["log", "out"]:
+            # The run had published its output before the signal came; later moments come later still.
+            assert (tmp_path / "out" / "ckpt_tools_manifest.json").exists()
+            assert moment >= 2
+            break
+        assert left == ["log"]
 
 
 def has_used(run: subprocess.Popen[bytes], seconds: float) -> bool:
