@@ -250,6 +250,7 @@ def test_a_short_run_shows_no_progress_line(tmp_path: Path) -> None:
     assert "%" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quiet", [False, True])
 def test_a_bar_shows_progress_on_a_terminal(tmp_path: Path, quiet: bool) -> None:
     terminal, ours = pty.openpty()

@@ -111,6 +111,7 @@ def test_weights_choose_the_copy() -> None:
     assert run("diff", PLAIN / "checkpoint", export, "--weights", "model").exit_code == 0
 
 
+@pytest.mark.slow
 def test_json_has_every_tensor_and_nothing_else_is_on_stdout(edited: Path) -> None:
     done = run_program(
         "diff", PLAIN / "truth" / "model.safetensors", edited, "--format", "json", "--top", "1"

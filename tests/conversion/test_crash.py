@@ -168,6 +168,7 @@ def test_the_next_run_succeeds_and_mentions_what_a_killed_one_left(
 SIGNALS = [(signal.SIGHUP, 129), (signal.SIGINT, 130), (signal.SIGTERM, 143)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), SIGNALS)
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_an_interrupted_run_leaves_nothing_behind_but_what_is_proven(
@@ -234,6 +235,7 @@ def start_small(fixtures: Path, directory: Path) -> subprocess.Popen[bytes]:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), SIGNALS)
 def test_a_run_is_interrupted_while_transformers_describes_the_model(
     tmp_path: Path, fixtures: Path, number: signal.Signals, status: int

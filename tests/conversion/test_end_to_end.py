@@ -150,6 +150,7 @@ def test_the_fixtures_cover_what_the_readme_promises() -> None:
 KINDS = one_of_each_kind()
 
 
+@pytest.mark.slow
 @every(KINDS)
 def test_fp32_output_is_the_live_masters(tmp_path: Path, case: Case) -> None:
     """Trained parameters from the optimizer, frozen ones and buffers from the model, all as fp32."""

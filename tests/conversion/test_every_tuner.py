@@ -296,6 +296,7 @@ def save_states(model: Any, scratch: Path) -> list[Path]:
     return [whole, once]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", ROWS, ids=str)
 def test_row(row: Row, tmp_path: Path) -> None:
     if row.needs:

@@ -201,6 +201,7 @@ def kind_of(path: Path) -> str:
     return "".join(c for c in path.name if not c.isdigit())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", several_ranks())
 def test_files_of_two_ranks_exchanged_are_found_or_change_nothing(
     case: str, tmp_path: Path

@@ -281,6 +281,7 @@ def test_who_loses_a_connection_hears_first_why(monkeypatch: pytest.MonkeyPatch)
     assert leader.fact == "rank 1: no space left"
 
 
+@pytest.mark.slow
 def test_an_answer_may_take_longer_than_to_connect(monkeypatch: pytest.MonkeyPatch) -> None:
     """The one wait of this file for time: gloo has no clock but the system's."""
     monkeypatch.setattr(exchange, "_CONNECT_SECONDS", 4.0)

@@ -197,6 +197,7 @@ def test_the_formats_to_choose_from_include_it(cabinet: Path) -> None:
         open_checkpoint(cabinet, format="wardrobe")
 
 
+@pytest.mark.slow
 def test_the_command_line_needs_the_one_file_and_no_edit(cabinet: Path, tmp_path: Path) -> None:
     """A copy of the package with one file more."""
     package = Path(readers.__file__).parents[1]

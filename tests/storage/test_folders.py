@@ -156,6 +156,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str,
 # Wherever the files lie, the output is the same.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", WAYS, ids=lambda where: where.__name__)
 @pytest.mark.parametrize("source", SOURCES)
 def test_split_files_give_the_output_of_the_whole(

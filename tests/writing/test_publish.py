@@ -393,6 +393,7 @@ def test_the_old_output_is_there_until_the_new_one_is(disk: Path) -> None:
     assert tree(disk / "out") == {"model": "new"}
 
 
+@pytest.mark.slow
 def test_there_is_no_moment_without_an_output_while_it_is_replaced(disk: Path) -> None:
     """A process that looks all the time finds one every time."""
     publish(disk / "out", text="old")

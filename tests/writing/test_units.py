@@ -228,6 +228,7 @@ def test_shares_are_every_unit_once_whatever_ranks_and_machines_there_are(
         assert one.start <= one.stop == two.start <= two.stop
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=150)
 @given(plans, runs)
 @example(([40_000_000, 3_000_000, 5], 10**7), [(0, 1), (1, 1), (2, 1), (3, 1)])
@@ -259,6 +260,7 @@ def sizes_of_3000_tensors() -> list[int]:
     return [chance.choice([1, 64, 2_500, 5_001]) for _ in range(3_000)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sizes", "shard"),
     [
