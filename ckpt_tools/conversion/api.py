@@ -126,7 +126,7 @@ def average(
         raise UsageError("a mean takes two checkpoints or more", hint="Name more checkpoints.")
     if options.get("also"):
         raise UsageError(
-            "of several checkpoints it cannot be told which one the further folders belong to",
+            "also= does not say to which of several checkpoints its folders belong",
             hint="Open each with open_checkpoint(path, also=...) and pass the opened ones.",
         )
     request = requested("average", output, ModelOptions, options, coefficients=coefficients)

@@ -1,11 +1,11 @@
 """A weighted mean of states of one architecture, streamed.
 
-Each term is multiplied with its coefficient and added in the order of the terms, in fp64; the sum is rounded
-once to fp32. Product and sum are two operations, since a processor may fuse them where they are one: so the
+Each term is multiplied with its coefficient and added in the order of the terms, in fp64. The sum is rounded
+once to fp32. Product and sum are separate operations, because a processor may fuse a combined one. So the
 bits of a mean are the same on every processor (NaNs excepted), for any windows, threads and ranks. With the
 default coefficients the mean of equal fp32 states is that state.
 
-Knows tensors; knows no format. Sources: Wortsman et al. 2022, "Model soups" (uniform means of
+Sources: Wortsman et al. 2022, "Model soups" (uniform means of
 fine-tuned models); the annealed OLMo models are such means.
 """
 

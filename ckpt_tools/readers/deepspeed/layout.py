@@ -33,7 +33,7 @@ from ckpt_tools.readers.deepspeed.shards import ShardSet
 from ckpt_tools.tensors.catalogue import FlatRange, Fragment, Shape, Stored
 from ckpt_tools.tensors.fragments import EvenSlices
 
-BY_MAPPING = "which masters are whose is told by the recorded slice mappings alone"
+BY_MAPPING = "only the recorded slice mappings say which masters belong to which parameter"
 
 
 def group_shapes(shapes: Any, path: Path) -> list[dict[str, Shape]]:
