@@ -5,8 +5,8 @@ each rank writes metadata (``__R.metadata``), which is merged here. :mod:`~ckpt_
 reads the bytes of a chunk, :mod:`~ckpt_tools.readers.dcp.names` interprets the names.
 
 Source: ``torch/distributed/checkpoint/metadata.py`` and ``filesystem.py`` (``_StorageInfo``, ``finish``),
-read at torch 2.13. The state of these classes has been the same since torch 2.0, but for fields that were
-added and are optional here.
+``_nested_dict.py`` (flat names), read at torch 2.13. The state of these classes has been the same since
+torch 2.0, but for fields that were added and are optional here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import contextlib
 import gc
 import io
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -232,10 +232,22 @@ def _parse(saved: Any, path: Path) -> Metadata:
     return Metadata(
         tensors=tensors,
         objects=objects,
-        paths={n: tuple(p) for n, p in known.items() if isinstance(p, tuple | list)},
+        paths={n: _keys(n, p, path) for n, p in known.items() if isinstance(p, tuple | list)},
         version=state.get("version"),
         writer=writer,
     )
+
+
+def _keys(name: str, keys: Sequence[Any], path: Path) -> KeyPath:
+    """The keys of a flat name. The file has no checksum, but it has most names twice."""
+    if ".".join(map(str, keys)) != name:
+        raise DamagedCheckpoint(
+            f"the keys of the tensor in planner_data, {list(keys)}, do not make up its name",
+            path=path,
+            tensor=name,
+            hint="The metadata is damaged or was edited. Copy it anew from where it was written.",
+        )
+    return tuple(keys)
 
 
 def _class(value: Any) -> str:
