@@ -25,8 +25,6 @@ _REST_SHARE = 16
 _READ_BYTES = 4 << 20
 # Parts of one tensor with less data than this may be equal by chance, as those of a norm's weights in bf16.
 CHANCE_BYTES = 1 << 10
-# Less data than this is not worth a note.
-_NOTED_BYTES = 1 << 6
 _SAMPLE_BYTES = 1 << 20
 _DAMAGED = (
     "The file was damaged after it was saved. Copy it again from where it was written. "
@@ -59,11 +57,11 @@ class Checked:
 
 
 class Equal(NamedTuple):
-    """Two files of which the same bytes were read.
+    """Two files whose records are the same.
 
     Attributes:
         file, other: the files.
-        nbytes: the number of bytes.
+        nbytes: the number of bytes in those records that were read.
     """
 
     file: Path
@@ -81,7 +79,7 @@ def check_sources(
         resumed: file, start and stop of runs that an earlier run read; they are read again.
 
     Returns:
-        What was compared, and the files of one folder that hold the same bytes.
+        What was compared, and the files of one folder that have the same records.
 
     Raises:
         DamagedCheckpoint: a record is not what was saved.
@@ -91,22 +89,22 @@ def check_sources(
         again.setdefault(file, []).append((start, stop))
     total = Checked()
     equal: list[Equal] = []
-    seen: dict[tuple[Path, tuple[tuple[int, int], ...]], Path] = {}
+    seen: dict[tuple[Path, tuple[tuple[int, int, int], ...]], Path] = {}
     for file in dict.fromkeys((*log.files, *again)):
         with Records(file, _DAMAGED) as records:
             found, held = _check_file(records, list(log.runs(file)), again.get(file, ()))
             total += found
-            content = tuple((record.stop - record.start, record.crc) for record in held)
-            other = seen.setdefault((file.parent, content), file)
-            if content and other is not file and not _is_constant(records, held):
-                equal.append(Equal(file, other, sum(size for size, _ in content)))
+            if not held:
+                continue
+            other = seen.setdefault((file.parent, records.signature), file)
+            if other is not file and not _is_constant(records, held):
+                nbytes = sum(record.stop - record.start for record in held)
+                equal.append(Equal(file, other, nbytes))
     return total, equal
 
 
 def _is_constant(records: Records, held: Sequence[Record]) -> bool:
-    """Whether the records may be equal by nature: small, or one value over and over."""
-    if sum(record.stop - record.start for record in held) < _NOTED_BYTES:
-        return True
+    """Whether the records may be equal by nature: one number, or one value over and over."""
     for record in held:
         data = records.read(record.start, min(record.stop, record.start + _SAMPLE_BYTES))
         if data[8:] != data[:-8]:
