@@ -34,6 +34,11 @@ from ckpt_tools.transforms.lora import (
 from ckpt_tools.transforms.lora_targets import Factors, Target, factors, find_targets
 from ckpt_tools.transforms.quantised import storage_names
 
+_NOT_GATHERED = (
+    "A run under ZeRO-3 or FSDP saved it without gathering it from the ranks. Use the training checkpoint "
+    "itself, which holds the adapter whole."
+)
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -76,8 +81,7 @@ class Adapter:
         if empty:
             raise DamagedCheckpoint(
                 f"{len(empty)} tensors of adapter {self.name!r} are empty: {listed(empty)}",
-                hint="They were saved without being gathered from their ranks. Use the ZeRO checkpoint "
-                "itself, which holds them whole.",
+                hint=_NOT_GATHERED,
             )
 
     def configured(
@@ -206,6 +210,13 @@ def read_adapter_directory(directory: Path, adapter: str) -> tuple[State, Adapte
     }
     dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
     state = State(Catalogue(tensors), dtypes, dict.fromkeys(tensors, "parameter"))
+    empty = [name for name, tensor in held.tensors.items() if not tensor.numel]
+    if empty:
+        raise DamagedCheckpoint(
+            f"{len(empty)} tensors of the adapter are empty: {listed(empty)}",
+            path=entry,
+            hint=_NOT_GATHERED,
+        )
     if adapter not in state_names(state).adapters:
-        raise UsageError("it holds no tensor of an adapter", path=entry)
+        raise UsageError("it holds no tensor of an adapter", path=entry, hint=_NOT_GATHERED)
     return state, config
