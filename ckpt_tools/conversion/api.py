@@ -28,7 +28,7 @@ from ckpt_tools.conversion.request import (
     requested,
 )
 from ckpt_tools.errors import UsageError
-from ckpt_tools.hub.links import refuse_leaving
+from ckpt_tools.hub.links import refuse_any_leaving, refuse_leaving
 from ckpt_tools.hub.sources import AssetOptions, nearby
 from ckpt_tools.hub.tokenizer import find_tokenizer
 from ckpt_tools.ranks import pooled_machines
@@ -266,7 +266,11 @@ def _carried_out(
         own = find_tokenizer(None, nearby(AssetOptions(search=near)))
         tokenizer = request.tokenizer or (None if own is None else own.directory)
         request = replace(request, search=(*near, request.base), tokenizer=tokenizer)
-        sources.append(open_checkpoint(request.search[-1]))
+        sources.append(
+            _opened(
+                request.search[-1], replace(request, tag=None, model=None, format=None, also=())
+            )
+        )
     return run(sources, request, prepare, clock)
 
 
@@ -285,4 +289,6 @@ def _opened(checkpoint: PathLike | Checkpoint, request: Request) -> Checkpoint:
     found = Path(str(opened.location.directory))
     if not request.follow_links and found != root and found.is_relative_to(root):
         refuse_leaving(found, root)
+    if not request.follow_links:
+        refuse_any_leaving(opened.files, [root, *map(Path, request.also)])
     return opened

@@ -35,11 +35,14 @@ def check(run: Run) -> None:
             file=file,
             hint="Delete the file if the model does not need it.",
         )
+    if not directory.tensors and not directory.adapters:
+        return
     looked_at = {entry.file for entry in directory.every_tensor}
     folders: dict[str, list[str]] = {}
     for file in visible:
         folder, _, name = file.rpartition("/")
-        if folder and file.endswith(_WEIGHTS) and file not in looked_at:
+        own = not folder or folder in directory.adapters
+        if not own and file.endswith(_WEIGHTS) and file not in looked_at:
             folders.setdefault(folder, []).append(name)
     for folder, names in folders.items():
         run.findings.add(

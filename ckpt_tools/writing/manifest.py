@@ -79,8 +79,12 @@ class Provenance:
 
     def files(self) -> list[Path]:
         """The files that are read."""
-        beside = [file for catalogue in self.beside.values() for file in _files_of(catalogue)]
+        beside = [file for files in self.files_beside().values() for file in files]
         return [*(path for source in self.sources for path in sorted(source.files)), *beside]
+
+    def files_beside(self) -> dict[Path, list[Path]]:
+        """The files that are read of each directory of further tensors."""
+        return {directory: _files_of(catalogue) for directory, catalogue in self.beside.items()}
 
     def identity(self) -> str:
         """Digest of the names, sizes and times of the files that are read."""
