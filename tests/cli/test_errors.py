@@ -220,6 +220,7 @@ def test_a_disk_without_room_is_status_6(fixtures: Path, small_disk: Path) -> No
     assert [path.name for path in small_disk.iterdir()] == ["somebody's"]
 
 
+@pytest.mark.slow
 def test_an_output_that_cannot_be_written_is_status_6(fixtures: Path, tmp_path: Path) -> None:
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, 2_000))

@@ -115,6 +115,7 @@ def test_a_damaged_checkpoint_is_status_4(fixtures: Path, tmp_path: Path) -> Non
     assert done.stdout == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".svg", ".png"])
 def test_a_plot_is_written(tmp_path: Path, suffix: str) -> None:
     picture = tmp_path / f"interval{suffix}"

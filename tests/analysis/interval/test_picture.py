@@ -44,6 +44,7 @@ def test_an_svg_tells_the_costs(tmp_path: Path) -> None:
     assert "disk, GB" not in found
 
 
+@pytest.mark.slow
 def test_disk_is_drawn_where_it_is_known(tmp_path: Path) -> None:
     draw(advised(checkpoint_size="140GB"), tmp_path / "all.svg")
     draw(advised(checkpoint_size="140GB", keep=3), tmp_path / "kept.svg")
@@ -53,6 +54,7 @@ def test_disk_is_drawn_where_it_is_known(tmp_path: Path) -> None:
     assert "the last 3, and the one being written" in texts(tmp_path / "kept.svg")
 
 
+@pytest.mark.slow
 def test_a_png_is_a_picture(tmp_path: Path) -> None:
     draw(advised(), tmp_path / "a.PNG")
 
@@ -74,6 +76,7 @@ def test_the_same_numbers_give_the_same_bytes(tmp_path: Path, name: str) -> None
     assert first == second
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

@@ -55,6 +55,7 @@ def shardings(draw: st.DrawFn) -> tuple[Shape, Shape, list[Placement]]:
     return shape, mesh, [draw(placement) for _ in mesh]
 
 
+@pytest.mark.slow
 @given(shardings())
 def test_every_rank_holds_what_torch_gives_it(case: tuple[Shape, Shape, list[Placement]]) -> None:
     shape, mesh, placements = case
