@@ -27,6 +27,7 @@ from ckpt_tools.conversion.request import (
     paths_of,
     requested,
 )
+from ckpt_tools.conversion.signature import states_options
 from ckpt_tools.errors import UsageError
 from ckpt_tools.hub.links import refuse_leaving
 from ckpt_tools.hub.sources import AssetOptions, nearby
@@ -45,7 +46,7 @@ def open_checkpoint(
     *,
     tag: str | None = None,
     model: int | str | None = None,
-    format: str | None = None,
+    source_format: str | None = None,
     also: Sequence[PathLike] = (),
 ) -> Checkpoint:
     """Open a training checkpoint; reads metadata only.
@@ -55,7 +56,7 @@ def open_checkpoint(
             directory, a Transformers ``checkpoint-N`` directory.
         tag: which of several checkpoints, by name.
         model: which of several models of one state, by number or name.
-        format: name of the format, where the directory fits several.
+        source_format: name of the format, where the directory fits several.
         also: further directories with files of the same checkpoint: copies of what other machines hold.
 
     Returns:
@@ -66,9 +67,10 @@ def open_checkpoint(
         CkptError: see :mod:`ckpt_tools.errors`.
     """
     place = read_as_one(as_path(path), also)
-    return readers.read(readers.locate(place, tag, model=model, format=format))
+    return readers.read(readers.locate(place, tag, model=model, format=source_format))
 
 
+@states_options(ModelOptions)
 def consolidate(
     checkpoint: PathLike | Checkpoint,
     output: PathLike,
@@ -96,6 +98,7 @@ def consolidate(
     return _together([checkpoint], request, prepare_model)
 
 
+@states_options(ModelOptions)
 def average(
     checkpoints: Sequence[PathLike | Checkpoint],
     output: PathLike,
@@ -133,6 +136,7 @@ def average(
     return _together(checkpoints, request, prepare_model)
 
 
+@states_options(AdapterOptions)
 def extract_lora(
     checkpoint: PathLike | Checkpoint,
     output: PathLike,
@@ -179,6 +183,7 @@ def extract_lora(
     return _together([checkpoint], request, prepare_adapters)
 
 
+@states_options(ModelOptions)
 def merge_lora(
     checkpoint: PathLike | Checkpoint,
     output: PathLike,
@@ -277,7 +282,7 @@ def _opened(checkpoint: PathLike | Checkpoint, request: Request) -> Checkpoint:
         checkpoint,
         tag=request.tag,
         model=request.model,
-        format=request.format,
+        source_format=request.source_format,
         also=request.also,
     )
     # By their names: a directory on another machine has no path on this one.

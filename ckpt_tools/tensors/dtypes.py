@@ -113,3 +113,18 @@ BY_STORAGE_CLASS = {
 
 # Names on the command line.
 BY_SHORT_NAME = {"fp32": FLOAT32, "bf16": BFLOAT16, "fp16": FLOAT16}
+
+
+def short_name(value: object) -> str:
+    """The short name of a dtype: ``bf16`` of ``bfloat16``, ``torch.bfloat16`` or the ``torch.dtype``.
+
+    The text of any other value is returned as it is.
+    """
+    name = str(value).removeprefix("torch.")
+    return _SHORT_NAMES.get(name, name)
+
+
+_SHORT_NAMES = {dtype.name: short for short, dtype in BY_SHORT_NAME.items()} | {
+    "float": "fp32",
+    "half": "fp16",
+}

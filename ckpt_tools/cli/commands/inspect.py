@@ -33,7 +33,7 @@ def command(
     ckpt: Path,
     tag: str | None,
     model: int | str | None,
-    format: str | None,
+    source_format: str | None,
     also: tuple[Path, ...],
     as_json: bool,
 ) -> None:
@@ -48,7 +48,7 @@ def command(
     """
     from ckpt_tools.analysis.inspection import inspect
 
-    found = inspect(ckpt, tag=tag, model=model, format=format, also=also)
+    found = inspect(ckpt, tag=tag, model=model, source_format=source_format, also=also)
     if as_json:
         print_json(found.to_json())
     else:
