@@ -108,7 +108,7 @@ def _module(name: str) -> ModuleType:
     return importlib.import_module(f"{commands.__name__}.{name.replace('-', '_')}")
 
 
-@click.command(cls=_Lazy, epilog=_EPILOG, context_settings=_CONTEXT)
+@click.command("ckpt-tools", cls=_Lazy, epilog=_EPILOG, context_settings=_CONTEXT)
 @click.version_option(__version__, prog_name="ckpt-tools")
 def cli() -> None:
     """What training leaves on disk becomes what people load.

@@ -69,11 +69,14 @@ def _held(
 
 def _checkpoint(context: click.Context, parameter: click.Parameter) -> Path | None:
     """The checkpoint that is typed already; ``--tag-b`` is of the second."""
-    held = [context.params.get(key) for key in _ARGUMENTS]
-    typed = [path for path in held if path is not None]
-    second = any(flag.endswith("-b") for flag in parameter.opts)
-    return typed[second] if len(typed) > second else None
+    # Click leaves the arguments as they are typed, because the option has no value yet.
+    arguments = [each for each in context.command.params if isinstance(each, click.Argument)]
+    typed = list(context.args)
+    if arguments and "ATTR" in str(arguments[0].metavar) and len(typed) > _WITHOUT_ATTRIBUTE:
+        del typed[0]
+    at = int(any(flag.endswith("-b") for flag in parameter.opts))
+    return Path(typed[at]) if len(typed) > at else None
 
 
-# Names of the arguments that are checkpoints.
-_ARGUMENTS = ("ckpt", "checkpoint", "a", "b")
+# Arguments of a command whose first one, the attribute, is given as an option.
+_WITHOUT_ATTRIBUTE = 2

@@ -29,9 +29,7 @@ class LocalPath(click.Path):
     def __init__(self) -> None:
         super().__init__(path_type=Path)
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> Any:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The path; the address of an object store is refused, because a path would change it."""
         scheme = _SCHEME.match(value) if isinstance(value, str) else None
         if scheme is not None:
@@ -45,9 +43,7 @@ class LocalPath(click.Path):
 class DTypeName(click.Choice):  # type: ignore[type-arg]
     """The dtype of an output: short names, and those of torch."""
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> Any:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The short name."""
         return super().convert(short_name(value), param, ctx)
 
@@ -135,14 +131,18 @@ model = option(
 
 
 class SourceFormat(Option):
-    """``--source-format``; its help lists the readers."""
+    """``--source-format``; its help lists the readers, which are imported for it alone."""
 
-    def get_help_record(self, ctx: click.Context) -> tuple[str, str]:
-        """The flag, and its help with the names of the formats."""
+    @property
+    def help(self) -> str:
+        """The help, with the names of the formats."""
         from ckpt_tools.readers import readers
 
-        names = ", ".join(readers())
-        return "--source-format F", f"Which format, where the directory fits several: {names}."
+        return f"Which format, where the directory fits several: {', '.join(readers())}."
+
+    @help.setter
+    def help(self, value: str | None) -> None:
+        """Nothing is kept."""
 
 
 def source_format(function: F) -> F:
@@ -151,12 +151,11 @@ def source_format(function: F) -> F:
         "--source-format",
         cls=SourceFormat,
         group=READ,
+        metavar="F",
         shell_complete=completing.formats,
         callback=lambda context, _, value: value or context.meta.get(_FORMAT),
     )
-    add_old = option(
-        "--format", hidden=True, is_eager=True, expose_value=False, callback=_renamed
-    )
+    add_old = option("--format", hidden=True, is_eager=True, expose_value=False, callback=_renamed)
     return add(add_old(function))
 
 

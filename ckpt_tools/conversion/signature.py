@@ -43,6 +43,9 @@ def states_options(accepted: type) -> Callable[[F], F]:
             for name, annotation in names.items()
         ]
         function.__signature__ = signature.replace(parameters=[*kept, *more])  # type: ignore[attr-defined]
+        function.__annotations__ = {p.name: p.annotation for p in [*kept, *more]} | {
+            "return": signature.return_annotation
+        }
         function.__doc__ = _documented(function.__doc__ or "", names)
         return function
 

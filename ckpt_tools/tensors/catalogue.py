@@ -30,6 +30,8 @@ from ckpt_tools.tensors.regions import window_slabs as window_slabs
 if TYPE_CHECKING:
     import torch
 
+    from ckpt_tools.tensors.rows import Rows
+
 
 @dataclass(frozen=True, slots=True)
 class Fragment:
@@ -133,8 +135,17 @@ class Tensor(ABC):
 
         return load(self)
 
+    def __getitem__(self, index: Rows | tuple[object, ...]) -> torch.Tensor:
+        """Read some rows alone: ``tensor[10:20]``; see :func:`ckpt_tools.tensors.rows.read_rows`."""
+        from ckpt_tools.tensors.rows import read_rows
 
-@dataclass(frozen=True)
+        return read_rows(self, index)
+
+    def __repr__(self) -> str:
+        return f"<{self.dtype.name} tensor of shape {list(self.shape)}, {self.nbytes:,} bytes>"
+
+
+@dataclass(frozen=True, repr=False)
 class Stored(Tensor):
     """A tensor that lies in files.
 

@@ -16,7 +16,7 @@ from ckpt_tools.tensors.catalogue import Move, Shape, Tensor, row_major_strides,
 from ckpt_tools.tensors.dtypes import DType
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Cast(Tensor):
     """A tensor in another dtype, rounded to nearest even as torch rounds.
 
@@ -51,7 +51,7 @@ def cast(tensor: Tensor, dtype: DType) -> Tensor:
     return Cast(tensor, dtype)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class View(Tensor):
     """The elements of another tensor in other places, as ``torch.as_strided`` picks them.
 
@@ -140,7 +140,7 @@ class View(Tensor):
         return _joined(runs)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Concat(Tensor):
     """Tensors joined along an axis, as ``torch.cat`` joins them.
 

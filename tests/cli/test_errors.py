@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import shutil
 from collections.abc import Callable
@@ -204,7 +205,9 @@ def test_a_command_that_is_typed_wrongly_says_how_it_goes(arguments: list[str]) 
     done = run(*arguments)
 
     assert done.exit_code == 2
-    assert "Usage: " in done.stderr
+    first, *_, last = done.stderr.splitlines()
+    assert first.startswith("error: ")
+    assert re.fullmatch(r"  next: .*Run ckpt-tools.* --help\.", last)
     assert done.stdout == ""
 
 

@@ -189,7 +189,7 @@ def test_what_must_be_given_is_named(option: str) -> None:
     done = run("interval", *RUN[:at], *RUN[at + 2 :])
 
     assert done.exit_code == 2
-    assert f"Missing option '{option}'" in done.stderr
+    assert f"missing option '{option}'" in done.stderr
 
 
 def test_a_save_longer_than_the_time_between_failures_is_answered_with_a_remark() -> None:

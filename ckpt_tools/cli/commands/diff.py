@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckpt_tools.cli import options
+from ckpt_tools.cli import completing, options
 from ckpt_tools.cli.outcome import reports_errors
 from ckpt_tools.cli.progress import shown_progress
 from ckpt_tools.cli.text import counted, print_json, say
@@ -29,10 +29,18 @@ SUMMARY = "What is different between two checkpoints."
 @click.argument("a", type=options.PATH)
 @click.argument("b", type=options.PATH)
 @options.option(
-    "--tag-a", group=options.READ, metavar="T", help="Which checkpoint, where A holds several."
+    "--tag-a",
+    group=options.READ,
+    metavar="T",
+    shell_complete=completing.names,
+    help="Which checkpoint, where A holds several.",
 )
 @options.option(
-    "--tag-b", group=options.READ, metavar="T", help="Which checkpoint, where B holds several."
+    "--tag-b",
+    group=options.READ,
+    metavar="T",
+    shell_complete=completing.names,
+    help="Which checkpoint, where B holds several.",
 )
 @options.option(
     "--weights",
