@@ -29,7 +29,7 @@ from ckpt_tools.conversion.request import (
 )
 from ckpt_tools.conversion.signature import states_options
 from ckpt_tools.errors import UsageError
-from ckpt_tools.hub.links import refuse_leaving
+from ckpt_tools.hub.links import refuse_any_leaving, refuse_leaving
 from ckpt_tools.hub.sources import AssetOptions, nearby
 from ckpt_tools.hub.tokenizer import find_tokenizer
 from ckpt_tools.ranks import pooled_machines
@@ -271,7 +271,11 @@ def _carried_out(
         own = find_tokenizer(None, nearby(AssetOptions(search=near)))
         tokenizer = request.tokenizer or (None if own is None else own.directory)
         request = replace(request, search=(*near, request.base), tokenizer=tokenizer)
-        sources.append(open_checkpoint(request.search[-1]))
+        sources.append(
+            _opened(
+                request.search[-1], replace(request, tag=None, model=None, format=None, also=())
+            )
+        )
     return run(sources, request, prepare, clock)
 
 
@@ -290,4 +294,6 @@ def _opened(checkpoint: PathLike | Checkpoint, request: Request) -> Checkpoint:
     found = Path(str(opened.location.directory))
     if not request.follow_links and found != root and found.is_relative_to(root):
         refuse_leaving(found, root)
+    if not request.follow_links:
+        refuse_any_leaving(opened.files, [root, *map(Path, request.also)])
     return opened
