@@ -19,10 +19,12 @@ from typing import Any
 
 from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout
 from ckpt_tools.readers.containers.restricted_pickle import Opaque, TensorRef
-from ckpt_tools.readers.containers.torch_file import contiguous
-from ckpt_tools.tensors.catalogue import Box, Shape
+from ckpt_tools.readers.containers.torch_file import layout_of
+from ckpt_tools.tensors.catalogue import Box, Shape, Strided
+from ckpt_tools.tensors.deferred import Place
 from ckpt_tools.tensors.dtypes import DType
 from ckpt_tools.tensors.placements import Sharding, local_boxes, local_spans
+from ckpt_tools.tensors.regions import digits, dot
 
 # A strided placement makes a span of each chunk; there are as many as ranks of a tensor-parallel group.
 _MOST_CHUNKS = 1 << 16
@@ -35,12 +37,20 @@ class Run:
     Attributes:
         box: the elements.
         ref: the tensor in the file.
-        start: element of ``ref`` at which the box starts; it is stored row-major from there.
+        start: flat element of ``ref`` at which the box starts; its elements follow each other from there.
     """
 
     box: Box
     ref: TensorRef
     start: int = 0
+
+    @property
+    def place(self) -> Place:
+        """The bytes of the box."""
+        ref = self.ref
+        first = dot(digits(self.start, ref.shape), ref.stride)
+        layout = None if layout_of(ref) is None else Strided(self.box.sizes, ref.stride)
+        return Place(ref.storage.path, ref.byte_offset + first * ref.dtype.itemsize, layout)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +96,7 @@ def part_of(value: object, path: Path, name: str) -> Part | None:
         DamagedCheckpoint: the local tensor does not have the size in the spec.
     """
     if isinstance(value, TensorRef):
-        return whole(contiguous(value, name))
+        return whole(value)
     if (
         not isinstance(value, Opaque)
         or value.global_name != "torch._utils._rebuild_wrapper_subclass"
@@ -134,7 +144,6 @@ def _of_dtensor(value: Opaque, path: Path, name: str) -> Part:
             tensor=name,
             hint="The file was changed after it was saved, or torch shards it in an unknown way.",
         )
-    contiguous(local, name)
     runs = tuple(Run(box, local, start) for box, start in local_boxes(spans))
     return Part(dtype, shape, runs, "DTensor", rank, world_size)
 
@@ -195,7 +204,7 @@ def _of_sharded_tensor(value: Opaque, path: Path, name: str) -> Part:
                 tensor=name,
             )
         if box.numel:
-            runs.append(Run(box, contiguous(local, name)))
+            runs.append(Run(box, local))
     ranks = group.state
     rank, world_size = ranks["global_rank"], ranks["global_world_size"]
     return Part(dtype, shape, tuple(runs), "ShardedTensor", rank, world_size)

@@ -27,7 +27,7 @@ from ckpt_tools.readers.rank_files.dtensor import Part, Run, part_of
 from ckpt_tools.readers.trainer_state import trainer_step
 from ckpt_tools.tensors.catalogue import Box, FlatRange, Stored
 from ckpt_tools.tensors.checkpoint import Checkpoint, Location, Weight
-from ckpt_tools.tensors.deferred import DeferredFragment
+from ckpt_tools.tensors.deferred import DeferredFragment, Place
 from ckpt_tools.tensors.fragments import assembled
 
 NAME = "rank-files"
@@ -258,10 +258,9 @@ class _PartFragment(DeferredFragment):
         super().__init__(region)
         object.__setattr__(self, "_run", run)
 
-    def find_place(self) -> tuple[Path, int]:
+    def find_place(self) -> Place:
         """See the base class."""
-        ref = self._run.ref
-        return ref.storage.path, ref.byte_offset + self._run.start * ref.dtype.itemsize
+        return self._run.place
 
 
 class _Joined:

@@ -242,12 +242,6 @@ def test_a_spec_that_does_not_fit_is_damage(value: Opaque) -> None:
     assert isinstance(refused(value), DamagedCheckpoint)
 
 
-def test_a_local_part_that_is_not_one_run_is_refused() -> None:
-    turned = TensorRef(Storage(6), FLOAT32, 0, (2, 3), (1, 2))
-    with pytest.raises(UnsupportedLayout, match="w is not contiguous"):
-        part_of(dtensor((4, 3), turned, MESH, SHARD_0), HERE, "w")
-
-
 @pytest.mark.parametrize("value", [3, "text", opaque("os.system"), [ref(2)]])
 def test_what_is_no_tensor_is_none(value: object) -> None:
     assert part_of(value, HERE, "w") is None
