@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO
 
 from ckpt_tools.errors import DamagedCheckpoint, OutputFailed, UnsafePickle, UnsupportedLayout
-from ckpt_tools.readers.containers.restricted_pickle import TensorRef
+from ckpt_tools.readers.containers.subclasses import plain
 from ckpt_tools.readers.containers.torch_file import TorchFile, layout_of
 from ckpt_tools.readers.dcp.metadata import Chunk
 from ckpt_tools.storage.places import Region
@@ -103,28 +103,37 @@ class ChunkFragment(DeferredFragment):
         source: the rank's file.
         chunk: its place in that file.
         dtype: element type in the metadata.
+        name: the name of the tensor, for errors.
         store: shared by the chunks of the checkpoint.
     """
 
-    __slots__ = ("_chunk", "_dtype", "_source", "_store")
+    __slots__ = ("_chunk", "_dtype", "_name", "_source", "_store")
     _chunk: Chunk
     _dtype: DType
+    _name: str
     _source: Path
     _store: ChunkStore
 
     def __init__(
-        self, region: FlatRange | Box, source: Path, chunk: Chunk, dtype: DType, store: ChunkStore
+        self,
+        region: FlatRange | Box,
+        source: Path,
+        chunk: Chunk,
+        dtype: DType,
+        name: str,
+        store: ChunkStore,
     ) -> None:
         super().__init__(region)
         object.__setattr__(self, "_source", source)
         object.__setattr__(self, "_chunk", chunk)
         object.__setattr__(self, "_dtype", dtype)
+        object.__setattr__(self, "_name", name)
         object.__setattr__(self, "_store", store)
 
     def __reduce__(self) -> tuple[Callable[..., Fragment], tuple[object, ...]]:
         """Pickle the source of an unpacked chunk, so that another machine unpacks it anew."""
         if self._chunk.extent.transforms:
-            parts = (self.region, self._source, self._chunk, self._dtype, self._store)
+            parts = (self.region, self._source, self._chunk, self._dtype, self._name, self._store)
             return ChunkFragment, parts
         return super().__reduce__()
 
@@ -153,14 +162,15 @@ class ChunkFragment(DeferredFragment):
         """The place of the elements, after the pickle was compared with the metadata."""
         path, start = self._source, self._chunk.extent.start
         try:
-            ref = file.load()
+            value = file.load()
         except UnsafePickle:
             raise
         except DamagedCheckpoint as error:
             raise self._wrong(
                 path, f"there is no tensor at byte {start:,} ({error.fact})"
             ) from error
-        if not isinstance(ref, TensorRef):
+        ref = plain(value, path, self._name)
+        if ref is None:
             raise self._wrong(path, f"the value at byte {start:,} is not a tensor")
         if (ref.dtype, ref.shape) != (self._dtype, self._chunk.sizes):
             raise self._wrong(

@@ -6,8 +6,8 @@ storages that differ are read window by window.
 
 from __future__ import annotations
 
+from ckpt_tools.readers.containers.dtensor import Run
 from ckpt_tools.readers.containers.torch_file import ZipStorage
-from ckpt_tools.readers.rank_files.dtensor import Run
 from ckpt_tools.tensors.catalogue import FlatRange, Fragment, Stored
 from ckpt_tools.tensors.gather import Gatherer
 from ckpt_tools.tensors.windows import first_difference
