@@ -12,7 +12,7 @@ import torch
 from ckpt_tools.errors import DamagedCheckpoint
 from ckpt_tools.readers.deepspeed.joining import Piece, joined, whole
 from ckpt_tools.readers.deepspeed.tensor_parallel import SliceRecord
-from ckpt_tools.tensors.catalogue import FlatRange, Fragment, Stored
+from ckpt_tools.tensors.catalogue import Box, FlatRange, Fragment, Stored, Strided
 from ckpt_tools.tensors.dtypes import FLOAT32
 from tests.support.readers.contract import bits, in_pieces
 
@@ -29,6 +29,17 @@ def stored(tensor: torch.Tensor, parts: int, directory: Path, name: str) -> Stor
     return Stored(FLOAT32, tuple(tensor.shape), fragments)
 
 
+def turned(tensor: torch.Tensor, directory: Path, name: str) -> Stored:
+    """A slice that lies in one file with its axes in the reverse order."""
+    lying = tensor.permute(*reversed(range(tensor.dim()))).contiguous()
+    path = directory / f"{name}-turned"
+    path.write_bytes(b"\xff" * 12 + bits(lying))
+    shape = tuple(tensor.shape)
+    layout = Strided(shape, tuple(reversed(lying.stride())))
+    region = Box((0,) * len(shape), shape)
+    return Stored(FLOAT32, shape, [Fragment(path, 12, region, layout)] if tensor.numel() else [])
+
+
 def cut(full: torch.Tensor, axis: int, widths: Sequence[Sequence[int]]) -> list[torch.Tensor]:
     """Each rank's slice: its part of each sub-parameter, one after the other along the axis."""
     subs = full.split([sum(row) for row in widths], dim=axis)
@@ -40,12 +51,14 @@ def cut(full: torch.Tensor, axis: int, widths: Sequence[Sequence[int]]) -> list[
 def assert_joined(
     info: Mapping[str, Any], full: torch.Tensor, slices: Sequence[torch.Tensor], directory: Path
 ) -> None:
-    held = [stored(s, 3, directory, f"rank{rank}") for rank, s in enumerate(slices)]
-    tensor = SliceRecord(info, len(slices), directory / "model").tensor("w", held)
-    assert tensor.shape == tuple(full.shape)
-    assert bits(tensor.load()) == bits(full)
-    for step in (1, 7, 64):
-        assert in_pieces(tensor, step) == bits(full)
+    dense = [stored(s, 3, directory, f"rank{rank}") for rank, s in enumerate(slices)]
+    strided = [turned(s, directory, f"rank{rank}") for rank, s in enumerate(slices)]
+    for held in (dense, strided):
+        tensor = SliceRecord(info, len(slices), directory / "model").tensor("w", held)
+        assert tensor.shape == tuple(full.shape)
+        assert bits(tensor.load()) == bits(full)
+        for step in (1, 7, 64):
+            assert in_pieces(tensor, step) == bits(full)
 
 
 FULL = torch.arange(12 * 10, dtype=torch.float32).reshape(12, 10)
