@@ -13,6 +13,7 @@ from ckpt_tools.errors import DamagedCheckpoint
 from ckpt_tools.readers.deepspeed.agreement import NODE_LOCAL, SAME_SAVE, check_agreement
 from ckpt_tools.readers.deepspeed.names import SaveNames
 from ckpt_tools.readers.deepspeed.shards import ShardSet, open_shards
+from ckpt_tools.readers.deepspeed.sub_groups import swap_files
 from ckpt_tools.readers.deepspeed.tensor_parallel import INFO, SliceRecord
 from ckpt_tools.readers.deepspeed.weights import Part, integer, read_part, round_robin
 from ckpt_tools.tensors.checkpoint import Checkpoint, Location
@@ -111,7 +112,9 @@ def checkpoint(location: Location, save: Save, part: Part) -> Checkpoint:
         title=save.title,
         weights=part.weights,
         ties=part.ties,
-        files={path: n for one in save.shards for path, n in one.files.items()} | {**save.files},
+        files={path: n for one in save.shards for path, n in one.files.items()}
+        | {path: n for one in save.shards for path, n in swap_files(one).items()}
+        | {**save.files},
         step=integer(first.first.get("global_steps")),
         world_size=first.world_size * len(save.shards),
         framework=f"deepspeed {version}" if version else "deepspeed",

@@ -27,7 +27,8 @@ class TestEveryLayoutFixture(ReaderContract):
 
     def test_every_file_is_accounted_for(self, checkpoint, case) -> None:  # type: ignore[no-untyped-def]
         directory = checkpoint.location.directory
-        sizes = {path: path.stat().st_size for path in directory.rglob("*.pt")}
+        files = [*directory.rglob("*.pt"), *directory.rglob("*.swp")]
+        sizes = {path: path.stat().st_size for path in files}
         moments = {"exp_avg.pt", "exp_avg_sq.pt", "step.pt", "optimizer_state.pt"}
         assert dict(checkpoint.files) == {p: n for p, n in sizes.items() if p.name not in moments}
 
