@@ -2,8 +2,8 @@
 
 With ``offload_optimizer`` on NVMe (ZeRO-Infinity) a swapped sub-group is empty in the optimizer file. Its
 masters are in ``offloaded_tensors/rankNN/FIRST_LAST.tensor.swp``: the flat partition of the rank, padded
-to whole blocks of 1 KiB for each I/O thread. ``FIRST`` and ``LAST`` are the numbers that DeepSpeed gave the first
-and the last parameter of the sub-group. It numbers all parameters in the order of the module, from an unknown
+to whole blocks of 1 KiB for each I/O thread. ``FIRST`` and ``LAST`` are the numbers of the first and the last
+parameter of the sub-group. DeepSpeed numbers all parameters in the order of the module, from an unknown
 start. Small sub-groups stay in the optimizer file.
 
 Sources: ``runtime/zero/stage3.py`` (``_create_fp32_partitions``), ``runtime/swap_tensor/optimizer_utils.py``
