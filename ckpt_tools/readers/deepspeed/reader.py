@@ -127,11 +127,11 @@ def read(location: Location) -> Checkpoint:
         UnsupportedLayout: the layout is not supported.
     """
     if is_universal(location.directory):
-        return checkpoint(location, *read_universal(location.directory))
+        return checkpoint(location, *read_universal(location))
     names = names_in(location.directory)
     if names.layers:
-        return checkpoint(location, *read_pipeline(names))
+        return checkpoint(location, *read_pipeline(names, location))
     shards = open_all(names)
     if names.experts or holds_experts(shards[0]):
         return checkpoint(location, *read_experts(names, shards))
-    return checkpoint(location, *read_ranks(shards))
+    return checkpoint(location, *read_ranks(shards, location))

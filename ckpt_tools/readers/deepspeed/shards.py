@@ -245,10 +245,10 @@ def _optimizer_step(state: dict[str, Any], base: Any) -> object:
     if "base_optimizer_state_step" in state:
         return state["base_optimizer_state_step"]
     groups = base if isinstance(base, list) else []
+    counters: list[object] = []
     if isinstance(base, dict):
-        for group in base.get("param_groups") or []:
-            if isinstance(group, dict) and isinstance(group.get("step"), int):
-                return group["step"]
+        # Of a group last: Muon's group for Adam has a counter that it never advances.
+        counters = [g.get("step") for g in base.get("param_groups") or [] if isinstance(g, dict)]
         groups = list((base.get("state") or {}).values())
     for entry in groups:
         step = entry.get("step") if isinstance(entry, dict) else None
@@ -256,7 +256,7 @@ def _optimizer_step(state: dict[str, Any], base: Any) -> object:
             return _scalar(step)
         if isinstance(step, int | float):
             return step
-    return None
+    return next((step for step in counters if isinstance(step, int) and step), None)
 
 
 def _scalar(ref: TensorRef) -> float:
