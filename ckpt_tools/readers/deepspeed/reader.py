@@ -7,9 +7,10 @@ files.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
-from ckpt_tools.errors import DamagedCheckpoint, UsageError
+from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout, UsageError
 from ckpt_tools.readers.deepspeed.experts import holds_experts, read_experts
 from ckpt_tools.readers.deepspeed.names import (
     UNIVERSAL,
@@ -108,8 +109,19 @@ def _follow_latest(root: Path, latest: Path, names: list[str]) -> Location:
         )
     others = [name for name in names if not is_universal(root / name)]
     newer = [name for name in others if by_number(root / name) > by_number(root / tag)]
-    remarks = (f"newer than the checkpoint in `latest`: {', '.join(newer)}",) if newer else ()
+    remarks: tuple[str, ...] = ()
+    if newer:
+        remarks += (f"newer than the checkpoint in `latest`: {', '.join(newer)}",)
+    # Several engines may save into one folder, each under tags of its own; `latest` names the last save.
+    strangers = [name for name in others if _stem(name) != _stem(tag)]
+    if strangers:
+        remarks += (f"`latest` names {tag}; --tag chooses others: {', '.join(strangers)}",)
     return _location(root / tag, root, remarks)
+
+
+def _stem(tag: str) -> str:
+    """A tag without its numbers: tags of one run differ in these alone."""
+    return re.sub(r"\d+", "", tag)
 
 
 def _is_directory(path: Path) -> bool:
@@ -129,6 +141,12 @@ def read(location: Location) -> Checkpoint:
     if is_universal(location.directory):
         return checkpoint(location, *read_universal(location))
     names = names_in(location.directory)
+    if names.layers and names.experts:
+        raise UnsupportedLayout(
+            "a DeepSpeed pipeline with native MoE layers, whose experts are in files without stages",
+            path=location.directory,
+            hint="Gather model.state_dict() in the training script, and save that with torch.save.",
+        )
     if names.layers:
         return checkpoint(location, *read_pipeline(names, location))
     shards = open_all(names)

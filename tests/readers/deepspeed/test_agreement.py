@@ -124,7 +124,10 @@ def test_a_missing_model_file_is_said_to_be_missing(fixture: str, tmp_path: Path
     directory = damage.copy_of(fixture, tmp_path)
     (directory / MODEL).unlink()
     error = damaged(directory)
-    assert (error.fact, error.hint) == ("no *_model_states.pt file", ELSEWHERE)
+    assert (error.fact, error.hint) == (
+        "a DeepSpeed checkpoint with no *_model_states.pt file, which has the names and shapes",
+        ELSEWHERE,
+    )
 
 
 @pytest.mark.parametrize(("fixture", "stage"), [(STAGE_1, 1), (STAGE_2, 2), (STAGE_3, 3)])
