@@ -70,7 +70,8 @@ def commands() -> str:
     for name in cli.list_commands(context):
         command = cli.get_command(context, name)
         assert command is not None
-        known[name] = [p for p in command.params if isinstance(p, click.Option)]
+        options = (p for p in command.params if isinstance(p, click.Option))
+        known[name] = [option for option in options if not option.hidden]
         usage = command.collect_usage_pieces(click.Context(command, parent=context))
         parts += [f"## {name}\n", f"`ckpt-tools {name} {' '.join(usage)}`\n"]
         parts.append(_command(name, command, known[name], known.get("consolidate", [])))

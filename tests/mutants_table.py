@@ -428,7 +428,7 @@ _READERS = (
         "start, stop = min(step * index, length), min(step * (index + 1), length)",
         "start, stop = length * index // parts, length * (index + 1) // parts",
         "a sharded axis is divided evenly, which torch.chunk does not do",
-        "readers/rank_files/test_dtensor.py",
+        "readers/containers/test_dtensor.py",
         "readers/rank_files/test_reader.py",
     ),
     _mutant(
@@ -437,15 +437,15 @@ _READERS = (
         "last = broken[-1] if broken else 0",
         "last = broken[0] if broken else 0",
         "two axes in several spans are cut along the first alone",
-        "readers/rank_files/test_dtensor.py",
+        "readers/containers/test_dtensor.py",
     ),
     _mutant(
         "dtensor-partial-read",
-        "readers/rank_files/dtensor.py",
+        "readers/containers/dtensor.py",
         '    if kind == "Replicate":\n',
         '    if kind in ("Replicate", "Partial"):\n',
         "a sum that was not carried out is read as the tensor",
-        "readers/rank_files/test_dtensor.py",
+        "readers/containers/test_dtensor.py",
     ),
     _mutant(
         "accelerate-ranks-counted-from-0",

@@ -265,13 +265,17 @@ def _merged(states: Sequence[State], sources: Sequence[Checkpoint], request: Req
     found: AdapterConfig | None = None
     if request.adapter_dir is not None:
         adapter_state, found = read_adapter_directory(
-            request.adapter_dir, request.adapter or "default"
+            request.adapter_dir,
+            request.adapter or "default",
+            follow_links=request.follow_links,
         )
         beside[request.adapter_dir] = adapter_state.catalogue
 
     def configure(chosen: Adapter) -> AdapterConfig:
         config = found if request.adapter_config is None else None
-        config = config or chosen.configured(request.adapter_config, near, None, None)
+        config = config or chosen.configured(
+            request.adapter_config, near, None, None, follow_links=request.follow_links
+        )
         return with_given(config, lora_alpha=request.lora_alpha, base_model=None, for_file=False)
 
     state = merged_state(

@@ -182,6 +182,12 @@ class Checkpoint(Mapping[str, Tensor]):
     def __repr__(self) -> str:
         return f"<{self.title} checkpoint {str(self.location.directory)!r}, {len(self)} tensors>"
 
+    def _repr_html_(self) -> str:
+        """A table, for notebooks."""
+        from ckpt_tools.tensors.listing import html_table
+
+        return html_table(self)
+
     @cached_property
     def training_dtype(self) -> DType | None:
         """The dtype of most floating elements in the model; None if there are none."""

@@ -186,7 +186,7 @@ def test_what_an_adapter_directory_holds_of_the_base_replaces_it(
 
 def test_without_a_base_the_hint_is_the_base(fixtures: Path, tmp_path: Path) -> None:
     source = fixtures / "peft/zero3-olmo2-lora-frozen-excluded"
-    with pytest.raises(DamagedCheckpoint, match="the base has no weight of ") as caught:
+    with pytest.raises(UsageError, match="the base has no weight of ") as caught:
         _merge(source, "default", tmp_path / "out", base=None)
     assert "--base DIR" in (caught.value.hint or "")
     assert not (tmp_path / "out").exists()
@@ -358,7 +358,7 @@ def test_a_pair_without_a_target_is_refused(tmp_path: Path) -> None:
     state = lora_state()
     del state[PREFIX + "layers.0.q_proj.base_layer.weight"]
     run = write_checkpoint(tmp_path / "run", state, adapter_config())
-    with pytest.raises(DamagedCheckpoint, match=r"the base has no weight of layers.0.q_proj"):
+    with pytest.raises(UsageError, match=r"the base has no weight of layers.0.q_proj"):
         merge_lora(run, tmp_path / "out", weights_only=True)
 
 

@@ -1,7 +1,7 @@
 """Owns checkpoints of one torch file a rank, each with a part of every tensor: verl, Accelerate, plain loops.
 
 The files of a set are found by their names, must be complete, and must agree with each other.
-:mod:`~ckpt_tools.readers.rank_files.dtensor` finds the elements that a rank holds. A tensor that every rank
+:mod:`~ckpt_tools.readers.containers.dtensor` finds the elements that a rank holds. A tensor that every rank
 holds whole is taken from one rank. Files of optimizer and extra state have other names and are not opened.
 
 Sources: verl ``utils/checkpoint/fsdp_checkpoint_manager.py``; ``accelerate/utils/fsdp_utils.py``
@@ -19,15 +19,15 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from ckpt_tools.errors import DamagedCheckpoint, UnsafePickle, UnsupportedLayout, listed
-from ckpt_tools.readers.containers.restricted_pickle import Opaque
+from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout, listed
+from ckpt_tools.readers.containers.dtensor import Part, Run, part_of
+from ckpt_tools.readers.containers.restricted_pickle import TensorRef
 from ckpt_tools.readers.containers.torch_file import TorchFile, refuse_exchanged
 from ckpt_tools.readers.rank_files.copies import differ
-from ckpt_tools.readers.rank_files.dtensor import Part, Run, part_of
 from ckpt_tools.readers.trainer_state import trainer_step
 from ckpt_tools.tensors.catalogue import Box, FlatRange, Stored
 from ckpt_tools.tensors.checkpoint import Checkpoint, Location, Weight
-from ckpt_tools.tensors.deferred import DeferredFragment
+from ckpt_tools.tensors.deferred import DeferredFragment, Place
 from ckpt_tools.tensors.fragments import assembled
 
 NAME = "rank-files"
@@ -198,25 +198,16 @@ def _read_rank(rank: int, path: Path) -> _RankFile:
         )
     parts: dict[str, Part] = {}
     for name, value in content.items():
-        part = part_of(value, path, str(name))
-        if part is not None:
-            parts[str(name)] = part
-        elif not str(name).endswith("_extra_state"):  # extra state of a module is not a weight
-            raise _not_a_tensor(value, path, str(name))
+        name = str(name)
+        if name.endswith("_extra_state") and not isinstance(value, TensorRef):
+            continue  # extra state of a module is not a weight
+        part = part_of(value, path, name)
+        if part is None:
+            raise DamagedCheckpoint("it is not a tensor", path=path, tensor=name)
+        parts[name] = part
     _own_file(rank, path, parts.values())
     sizes = {part.world_size for part in parts.values() if part.world_size is not None}
     return _RankFile(rank, path, parts, max(sizes, default=None))
-
-
-def _not_a_tensor(value: object, path: Path, name: str) -> DamagedCheckpoint:
-    if isinstance(value, Opaque):
-        return UnsafePickle(
-            f"it is not a plain tensor but a {value.global_name}",
-            path=path,
-            tensor=name,
-            hint="No code from the file was run. If it is a weight, please report its layout.",
-        )
-    return DamagedCheckpoint("it is not a tensor", path=path, tensor=name)
 
 
 def _own_file(rank: int, path: Path, parts: Iterable[Part]) -> None:
@@ -258,10 +249,9 @@ class _PartFragment(DeferredFragment):
         super().__init__(region)
         object.__setattr__(self, "_run", run)
 
-    def find_place(self) -> tuple[Path, int]:
+    def find_place(self) -> Place:
         """See the base class."""
-        ref = self._run.ref
-        return ref.storage.path, ref.byte_offset + self._run.start * ref.dtype.itemsize
+        return self._run.place
 
 
 class _Joined:

@@ -13,7 +13,7 @@ from ckpt_tools.errors import DamagedCheckpoint
 from ckpt_tools.readers.deepspeed.joining import Piece, joined, whole
 from ckpt_tools.readers.deepspeed.tensor_parallel import SliceRecord
 from ckpt_tools.readers.deepspeed.tensor_ranks import TensorRanks
-from ckpt_tools.tensors.catalogue import FlatRange, Fragment, Stored
+from ckpt_tools.tensors.catalogue import Box, FlatRange, Fragment, Stored, Strided
 from ckpt_tools.tensors.dtypes import FLOAT32
 from tests.support.readers.contract import bits, in_pieces
 
@@ -28,6 +28,17 @@ def stored(tensor: torch.Tensor, parts: int, directory: Path, name: str) -> Stor
             fragments.append(Fragment(path, 12, FlatRange(start, start + part.numel())))
         start += part.numel()
     return Stored(FLOAT32, tuple(tensor.shape), fragments)
+
+
+def turned(tensor: torch.Tensor, directory: Path, name: str) -> Stored:
+    """A slice that lies in one file with its axes in the reverse order."""
+    lying = tensor.permute(*reversed(range(tensor.dim()))).contiguous()
+    path = directory / f"{name}-turned"
+    path.write_bytes(b"\xff" * 12 + bits(lying))
+    shape = tuple(tensor.shape)
+    layout = Strided(shape, tuple(reversed(lying.stride())))
+    region = Box((0,) * len(shape), shape)
+    return Stored(FLOAT32, shape, [Fragment(path, 12, region, layout)] if tensor.numel() else [])
 
 
 def cut(full: torch.Tensor, axis: int, widths: Sequence[Sequence[int]]) -> list[torch.Tensor]:
@@ -45,13 +56,15 @@ def record(info: Mapping[str, Any], ranks: int, directory: Path) -> TensorRanks:
 def assert_joined(
     info: Mapping[str, Any], full: torch.Tensor, slices: Sequence[torch.Tensor], directory: Path
 ) -> None:
-    held = [stored(s, 3, directory, f"rank{rank}") for rank, s in enumerate(slices)]
-    tensor = record(info, len(slices), directory).tensor("w", "master", held)
-    assert tensor is not None
-    assert tensor.shape == tuple(full.shape)
-    assert bits(tensor.load()) == bits(full)
-    for step in (1, 7, 64):
-        assert in_pieces(tensor, step) == bits(full)
+    dense = [stored(s, 3, directory, f"rank{rank}") for rank, s in enumerate(slices)]
+    strided = [turned(s, directory, f"rank{rank}") for rank, s in enumerate(slices)]
+    for held in (dense, strided):
+        tensor = record(info, len(slices), directory).tensor("w", "master", held)
+        assert tensor is not None
+        assert tensor.shape == tuple(full.shape)
+        assert bits(tensor.load()) == bits(full)
+        for step in (1, 7, 64):
+            assert in_pieces(tensor, step) == bits(full)
 
 
 FULL = torch.arange(12 * 10, dtype=torch.float32).reshape(12, 10)

@@ -141,7 +141,10 @@ def test_the_config_beside_the_files_is_near() -> None:
 
 
 def save_ranks(
-    directory: Path, mesh: tuple[int, ...], state: dict[str, tuple[torch.Tensor, list[Placement]]]
+    directory: Path,
+    mesh: tuple[int, ...],
+    state: dict[str, tuple[torch.Tensor, list[Placement]]],
+    turned: bool = False,
 ) -> Path:
     """Save each rank's part of the tensors; a list of placements may be empty for a plain tensor."""
     directory.mkdir()
@@ -151,7 +154,7 @@ def save_ranks(
         try:
             on = init_device_mesh("cpu", mesh)
             saved = {
-                name: shard(value, on, at, placements) if placements else value
+                name: shard(value, on, at, placements, turned) if placements else value
                 for name, (value, placements) in state.items()
             }
             torch.save(saved, directory / f"model_world_size_{world}_rank_{rank}.pt")
@@ -160,13 +163,18 @@ def save_ranks(
     return directory
 
 
-def shard(value: torch.Tensor, mesh: Any, at: Any, placements: list[Placement]) -> DTensor:
+def shard(
+    value: torch.Tensor, mesh: Any, at: Any, placements: list[Placement], turned: bool
+) -> DTensor:
     local = value
     for parts, index, placement in zip(mesh.shape, at, placements, strict=True):
         if isinstance(placement, Shard | _StridedShard):
             local = placement._split_tensor(local, parts, with_padding=False)[0][index]
+    local = local.detach().clone(memory_format=torch.contiguous_format)
+    if turned:
+        local = local.mT.contiguous().mT
     return DTensor.from_local(
-        local.detach().clone(memory_format=torch.contiguous_format),
+        local,
         mesh,
         placements,
         run_check=False,
@@ -189,9 +197,11 @@ def shard(value: torch.Tensor, mesh: Any, at: Any, placements: list[Placement]) 
     ],
     ids=str,
 )
+@pytest.mark.parametrize("turned", [False, True], ids=["", "turned"])
 def test_every_way_to_shard(
-    tmp_path: Path, mesh: tuple[int, ...], placements: list[Placement]
+    tmp_path: Path, mesh: tuple[int, ...], placements: list[Placement], turned: bool
 ) -> None:
+    """A turned part lies with its last two axes exchanged."""
     generator = torch.Generator().manual_seed(0)
     zoo = {
         "cube": torch.randn(5, 7, 3, generator=generator),
@@ -202,7 +212,7 @@ def test_every_way_to_shard(
     state = {name: (value, placements) for name, value in zoo.items()}
     scale = torch.tensor(-0.0)
     checkpoint = open_checkpoint(
-        save_ranks(tmp_path / "saved", mesh, {**state, "scale": (scale, [])})
+        save_ranks(tmp_path / "saved", mesh, {**state, "scale": (scale, [])}, turned)
     )
     assert list(checkpoint) == [*zoo, "scale"]
     for name, value in (*zoo.items(), ("scale", scale)):
@@ -399,6 +409,24 @@ def test_a_replica_in_another_place_of_its_file_is_the_same(tmp_path: Path) -> N
         RankCase(FILES / "verl-hsdp-fsdp2-4ranks").model["lm_head.weight"],
         "lm_head.weight",
     )
+
+
+@pytest.mark.parametrize("change", [0, 1])
+def test_a_replica_that_lies_otherwise_is_compared_by_its_elements(
+    tmp_path: Path, change: int
+) -> None:
+    def turn(state: dict[str, Any]) -> None:
+        part = state["lm_head.weight"]
+        part._local_tensor = part._local_tensor.T.contiguous().T
+        part._local_tensor[-1, -1] += change
+
+    directory = copy_of("rank_files/verl-hsdp-fsdp2-4ranks", tmp_path)
+    edit(directory / "model_world_size_4_rank_3.pt", turn)
+    if change:
+        assert "same elements with different values" in damaged(directory).fact
+    else:
+        truth = RankCase(FILES / "verl-hsdp-fsdp2-4ranks").model["lm_head.weight"]
+        assert_same(open_checkpoint(directory)["lm_head.weight"].load(), truth, "lm_head.weight")
 
 
 @pytest.fixture
