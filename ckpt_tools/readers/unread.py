@@ -65,7 +65,5 @@ def unread(path: Path) -> UnsupportedLayout | None:
     for known in _FORMATS:
         name = next((name for name in found if known.files.fullmatch(name)), None)
         if name is not None:
-            return UnsupportedLayout(
-                f"{known.title} is not read", path=path, hint=f"Not read here. {known.advice}"
-            )
+            return UnsupportedLayout(f"{known.title} is not read", path=path, hint=known.advice)
     return None

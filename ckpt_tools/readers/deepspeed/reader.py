@@ -108,12 +108,13 @@ def _follow_latest(root: Path, latest: Path, names: list[str]) -> Location:
             hint=hint,
         )
     others = [name for name in names if not is_universal(root / name)]
-    newer = [name for name in others if by_number(root / name) > by_number(root / tag)]
+    # Several engines may save into one folder, each under tags of its own; `latest` names the last save.
+    strangers = [name for name in others if _stem(name) != _stem(tag)]
+    own = [name for name in others if name not in strangers]
+    newer = [name for name in own if by_number(root / name) > by_number(root / tag)]
     remarks: tuple[str, ...] = ()
     if newer:
         remarks += (f"newer than the checkpoint in `latest`: {', '.join(newer)}",)
-    # Several engines may save into one folder, each under tags of its own; `latest` names the last save.
-    strangers = [name for name in others if _stem(name) != _stem(tag)]
     if strangers:
         remarks += (f"`latest` names {tag}; --tag chooses others: {', '.join(strangers)}",)
     return _location(root / tag, root, remarks)
