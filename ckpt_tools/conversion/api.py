@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from ckpt_tools import readers
 from ckpt_tools.conversion.extraction import prepare_adapters
+from ckpt_tools.conversion.model_shapes import ModelShapes
 from ckpt_tools.conversion.models import prepare_model
 from ckpt_tools.conversion.pipeline import Clock, Prepare, run
 from ckpt_tools.conversion.report import Report
@@ -273,7 +274,8 @@ def _carried_out(
         request = replace(request, search=(*near, request.base), tokenizer=tokenizer)
         sources.append(
             _opened(
-                request.search[-1], replace(request, tag=None, model=None, format=None, also=())
+                request.search[-1],
+                replace(request, tag=None, model=None, source_format=None, also=()),
             )
         )
     return run(sources, request, prepare, clock)
@@ -282,13 +284,10 @@ def _carried_out(
 def _opened(checkpoint: PathLike | Checkpoint, request: Request) -> Checkpoint:
     if isinstance(checkpoint, Checkpoint):
         return checkpoint
-    opened = open_checkpoint(
-        checkpoint,
-        tag=request.tag,
-        model=request.model,
-        source_format=request.source_format,
-        also=request.also,
-    )
+    place = read_as_one(as_path(checkpoint), request.also)
+    location = readers.locate(place, request.tag, model=request.model, format=request.source_format)
+    shapes = ModelShapes(request, location.near)
+    opened = readers.read(replace(location, model_shapes=shapes))
     # By their names: a directory on another machine has no path on this one.
     root = Path(str(checkpoint) if isinstance(checkpoint, Path) else os.fspath(checkpoint))
     found = Path(str(opened.location.directory))

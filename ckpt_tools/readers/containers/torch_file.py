@@ -27,6 +27,9 @@ from ckpt_tools.tensors.dtypes import DType
 from ckpt_tools.tensors.runs import span_of
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_LOAD_AND_SAVE = (
+    "Load it with torch where it was written, and save plain contiguous tensors with torch.save."
+)
 # A few bytes of an expanded tensor can stand for any number of elements.
 _MOST_REPEATED = 1 << 30
 _COPY_ANEW = "The file is truncated or was overwritten. Copy it anew from where it was written."
@@ -155,13 +158,17 @@ class TorchFile:
                 self.root = root.removesuffix("/")
                 if f"{root}constants.pkl" in records:
                     raise UnsupportedLayout(
-                        "a TorchScript archive, not a checkpoint", path=self.path
+                        "a TorchScript archive, not a checkpoint",
+                        path=self.path,
+                        hint="Load it with torch.jit.load, and save its state_dict() with torch.save.",
                     )
                 if records[pickles[0]].compress_type != zipfile.ZIP_STORED:
                     raise self._compressed()
                 order = f"{root}byteorder"
                 if order in records and archive.read(order) != b"little":
-                    raise UnsupportedLayout("written on a big-endian machine", path=self.path)
+                    raise UnsupportedLayout(
+                        "written on a big-endian machine", path=self.path, hint=_LOAD_AND_SAVE
+                    )
                 data = archive.read(pickles[0])
         except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, ValueError) as error:
             raise DamagedCheckpoint(
@@ -204,7 +211,9 @@ class TorchFile:
             dtype, key, numel = self._storage_id(pid)
             if dtype is None:
                 raise UnsupportedLayout(
-                    "a storage has an unknown type, so its length is unknown", path=path
+                    "a storage has an unknown type, so its length is unknown",
+                    path=path,
+                    hint=_LOAD_AND_SAVE,
                 )
             return storages.setdefault(key, StreamStorage(self, dtype, numel))
 
@@ -218,7 +227,9 @@ class TorchFile:
             unpickle(stream, path)
             system = unpickle(stream, path)
             if isinstance(system, dict) and not system.get("little_endian", True):
-                raise UnsupportedLayout("written on a big-endian machine", path=path)
+                raise UnsupportedLayout(
+                    "written on a big-endian machine", path=path, hint=_LOAD_AND_SAVE
+                )
             saved = unpickle(stream, path, resolve)
             keys = unpickle(stream, path)
             if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
@@ -285,7 +296,9 @@ def refuse_exchanged(file: TorchFile, rank_of: Callable[[str], object]) -> None:
 def contiguous(ref: TensorRef, what: str) -> TensorRef:
     """``ref``, after a check that it is one contiguous run."""
     if not ref.is_contiguous:
-        raise UnsupportedLayout(f"{what} is not contiguous", path=ref.storage.path)
+        raise UnsupportedLayout(
+            f"{what} is not contiguous", path=ref.storage.path, hint=_LOAD_AND_SAVE
+        )
     return ref
 
 

@@ -48,6 +48,17 @@ def shifted(shape: Shape, axis: int, start: int) -> Shape:
     return tuple(start if index == axis else 0 for index in range(len(shape)))
 
 
+def copies(shapes: Sequence[Shape]) -> list[Piece]:
+    """The pieces of a tensor of which every rank has all."""
+    return [Piece(rank, whole(shape), (0,) * len(shape)) for rank, shape in enumerate(shapes)]
+
+
+def taken(slices: Sequence[Stored], piece: Piece) -> Stored:
+    """A piece of a slice as a tensor of its own."""
+    origin = (0,) * len(piece.offsets)
+    return joined(slices, [Piece(piece.rank, piece.box, origin)], piece.box.sizes)
+
+
 def joined(slices: Sequence[Stored], pieces: Sequence[Piece], shape: Shape) -> Stored:
     """The tensor of this shape that the pieces make up.
 

@@ -12,6 +12,7 @@ import torch
 from ckpt_tools.errors import DamagedCheckpoint
 from ckpt_tools.readers.deepspeed.joining import Piece, joined, whole
 from ckpt_tools.readers.deepspeed.tensor_parallel import SliceRecord
+from ckpt_tools.readers.deepspeed.tensor_ranks import TensorRanks
 from ckpt_tools.tensors.catalogue import Box, FlatRange, Fragment, Stored, Strided
 from ckpt_tools.tensors.dtypes import FLOAT32
 from tests.support.readers.contract import bits, in_pieces
@@ -48,13 +49,18 @@ def cut(full: torch.Tensor, axis: int, widths: Sequence[Sequence[int]]) -> list[
     return [torch.cat([part[rank] for part in parts], dim=axis) for rank in ranks]
 
 
+def record(info: Mapping[str, Any], ranks: int, directory: Path) -> TensorRanks:
+    return TensorRanks(SliceRecord(info, directory / "model").pieces, ranks, directory)
+
+
 def assert_joined(
     info: Mapping[str, Any], full: torch.Tensor, slices: Sequence[torch.Tensor], directory: Path
 ) -> None:
     dense = [stored(s, 3, directory, f"rank{rank}") for rank, s in enumerate(slices)]
     strided = [turned(s, directory, f"rank{rank}") for rank, s in enumerate(slices)]
     for held in (dense, strided):
-        tensor = SliceRecord(info, len(slices), directory / "model").tensor("w", held)
+        tensor = record(info, len(slices), directory).tensor("w", "master", held)
+        assert tensor is not None
         assert tensor.shape == tuple(full.shape)
         assert bits(tensor.load()) == bits(full)
         for step in (1, 7, 64):
@@ -140,7 +146,7 @@ def test_a_record_that_does_not_fit_its_slices_is_refused(
 ) -> None:
     held = [stored(part, 1, tmp_path, str(at)) for at, part in enumerate(cut(FULL, 0, [[5, 7]]))]
     with pytest.raises(DamagedCheckpoint, match="its slices are not cut as"):
-        SliceRecord(info, 2, tmp_path / "model").tensor("w", held)
+        record(info, 2, tmp_path).tensor("w", "master", held)
 
 
 def test_pieces_that_leave_a_hole_are_no_tensor(tmp_path: Path) -> None:
