@@ -300,8 +300,8 @@ _READERS = (
     _mutant(
         "shards-views-tied",
         "readers/containers/weight_files.py",
-        "place = (ref.byte_offset, ref.shape, ref.stride, ref.dtype) if ref.numel else key",
-        "place = ref.byte_offset if ref.numel else key",
+        "place = (tensor.dtype, tensor.shape, *tensor.fragments) if tensor.numel else key",
+        "place = tensor.fragments[0].offset if tensor.numel else key",
         "views of one storage are taken for one tensor",
         "readers/test_huggingface.py",
     ),
@@ -344,8 +344,8 @@ _READERS = (
     _mutant(
         "dcp-strides-of-permuted",
         "readers/dcp/chunks.py",
-        "held, ref.shape, tuple(stride * itemsize for stride in ref.stride), writeable=False",
-        "held, ref.shape, tuple(stride * itemsize for stride in ref.stride[::-1]), writeable=False",
+        "return Place(file.path, ref.byte_offset, layout_of(ref))",
+        "return Place(file.path, ref.byte_offset)",
         "a transposed tensor is read in the order in which it lies",
         "readers/dcp/test_dcp.py",
     ),

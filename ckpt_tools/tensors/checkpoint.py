@@ -114,6 +114,7 @@ class Checkpoint(Mapping[str, Tensor]):
         remarks: oddities that do not prevent reading.
         doubts: reasons to compare all masters with the model copy in full.
         lost: why the masters cannot be read, although the run kept some.
+        shapeless: tensors of which the files record the number of elements alone; their shape here is flat.
         unlisted: tensors in files beside it that its index does not name, each with its file.
         replicas: pairs of tensors that must be equal.
     """
@@ -130,6 +131,7 @@ class Checkpoint(Mapping[str, Tensor]):
     remarks: tuple[str, ...] = ()
     doubts: tuple[str, ...] = ()
     lost: CkptError | None = None
+    shapeless: frozenset[str] = frozenset()
     unlisted: Mapping[str, Path] = field(default_factory=dict)
     replicas: Sequence[Replica] = ()
 

@@ -252,6 +252,21 @@ def test_metadata_that_contradicts_itself(
     assert fact in damaged(directory).fact
 
 
+def test_a_tensor_that_is_lost_everywhere_leaves_a_remark(directory: Path) -> None:
+    """One string is all names of a tensor in a save of one process: a flipped bit makes it another's."""
+
+    def lose(metadata: Metadata) -> None:
+        forget_a_tensor(metadata)
+        forget_the_keys(metadata)
+        held = metadata.storage_data
+        metadata.storage_data = {i: v for i, v in held.items() if i.fqn != HEAD}
+
+    assert not open_checkpoint(directory).remarks
+    edit(directory, lose)
+    (remark,) = open_checkpoint(directory).remarks
+    assert "bytes of no entry of the metadata: __0_0.distcp (" in remark
+
+
 def test_a_chunk_that_no_file_holds(directory: Path) -> None:
     def forget(metadata: Metadata) -> None:
         held = metadata.storage_data

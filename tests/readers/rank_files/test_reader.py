@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement, Replicate, Shard, _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from ckpt_tools import inspect, open_checkpoint, readers
+from ckpt_tools import consolidate, extract_lora, inspect, open_checkpoint, readers
 from ckpt_tools.errors import (
     AmbiguousCheckpoint,
     CkptError,
@@ -29,7 +29,9 @@ from ckpt_tools.errors import (
     UnsupportedLayout,
     UsageError,
 )
-from ckpt_tools.tensors.catalogue import FlatRange
+from ckpt_tools.readers.containers.torch_file import TorchFile
+from ckpt_tools.readers.rank_files.local_state import local_parts
+from ckpt_tools.tensors.catalogue import Box, FlatRange
 from ckpt_tools.tensors.checkpoint import Checkpoint
 from ckpt_tools.tensors.deferred import settle
 from tests.support import damage
@@ -70,7 +72,7 @@ CASES = [
         *FILES.glob("*/facts.json"),
         *FIXTURES.glob("accelerate/*-rank-files-*/facts.json"),
     ]
-    if path.parent.name != "flat-param-2ranks"
+    if not path.parent.name.startswith("flat-param")
 ]
 
 
@@ -469,11 +471,48 @@ def test_legacy_files_are_read(awkward: Path) -> None:
 
 
 @pytest.mark.parametrize("fixture", LOCAL)
-def test_a_local_state_of_fsdp1_is_told_by_its_content_and_refused(fixture: str) -> None:
-    error = refusal(FIXTURES / fixture / "checkpoint")
+def test_a_local_state_of_fsdp1_has_every_element_and_no_shape(fixture: str) -> None:
+    checkpoint = open_checkpoint(FIXTURES / fixture / "checkpoint")
+    truth = RankCase(FIXTURES / fixture).model
+    assert set(checkpoint) == set(truth)
+    assert checkpoint.shapeless == truth.keys()
+    for name, value in truth.items():
+        assert_same(checkpoint[name].load(), value.flatten(), name)
+    assert "the shapes of 21 parameters are not recorded" in checkpoint.remarks[0]
+
+
+def test_a_local_state_needs_the_config_of_its_model(tmp_path: Path) -> None:
+    source, config = FILES / "flat-param-2ranks" / "checkpoint", FILES / "flat-param-2ranks" / "hf"
+    with pytest.raises(UsageError, match="do not record the shapes of 21 parameters"):
+        consolidate(source, tmp_path / "bare", weights_only=True)
+    with pytest.raises(UnsupportedLayout, match="do not record the shapes of 21 parameters"):
+        extract_lora(source, tmp_path / "part")
+    wider = json.loads((config / "config.json").read_text()) | {"intermediate_size": 27}
+    (tmp_path / "config.json").write_text(json.dumps(wider))
+    with pytest.raises(UsageError, match=r"260 elements, but the config describes \(27, 10\)"):
+        consolidate(source, tmp_path / "other", config=tmp_path / "config.json")
+
+
+def test_a_range_that_two_ranks_hold_or_none_is_refused(tmp_path: Path) -> None:
+    directory = copy_of("rank_files/flat-param-2ranks", tmp_path)
+    files = [directory / f"model_rank{rank}.pt" for rank in (0, 1)]
+    name = "model.layers.0.mlp.gate_proj.weight"
+    contents = [TorchFile(path).load() for path in files]
+    assert [content[name].shape for content in contents] == [(161,), (99,)]
+    states = [*zip(files, contents, strict=True)]
+    assert [part[name].shape for part in local_parts(states)] == [(260,), (260,)]
+    contents[1][name] = contents[1]["model.layers.0.mlp.up_proj.weight"]
+    starts = [part[name].runs[0].box for part in local_parts(states)]
+    assert starts == [Box((0,), (161,)), Box((260,), (260,))], (
+        "the hole between them is refused later"
+    )
+
+
+def test_a_local_state_without_names_is_refused_with_the_way_out() -> None:
+    error = refusal(FILES / "flat-param-nameless-2ranks" / "checkpoint")
     assert isinstance(error, UnsupportedLayout)
-    assert "FSDP1 LOCAL" in error.fact
-    assert "shapes" in error.fact
+    assert "an FSDP1 LOCAL state with 3 flat parameters" in error.fact
+    assert "use_orig_params=False" in error.fact
     assert "SHARDED_STATE_DICT or FULL_STATE_DICT" in str(error.hint)
 
 
