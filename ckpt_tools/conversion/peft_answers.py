@@ -66,7 +66,7 @@ def ask_peft(
     try:
         answers = describe_adapters(config, questions)
     except CkptError as error:
-        _need_peft(found, error.fact, error.hint or "")
+        _need_peft(found, error.fact, error.hint or _NOT_LORA)
         return found, [f"names are by rule, because PEFT was not asked: {error.fact}"]
     agreed, doubts = [], []
     for one, question, answer in zip(found, questions, answers, strict=True):

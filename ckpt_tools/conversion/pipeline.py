@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
-from ckpt_tools.conversion.masters import check_masters
+from ckpt_tools.conversion.masters import check_masters, check_replicas
 from ckpt_tools.conversion.report import Report
 from ckpt_tools.conversion.request import Request
 from ckpt_tools.errors import VerificationFailed
@@ -126,6 +126,13 @@ def run(sources: Sequence[Checkpoint], request: Request, prepare: Prepare, clock
                 progress=request.active,
             )
             for source in sources
+        )
+    for source in sources:
+        check_replicas(
+            source,
+            copy=request.weights,
+            check_all_masters=request.check_all_masters,
+            workers=request.workers,
         )
     clock.lap("check")
     planned = pending.plan()

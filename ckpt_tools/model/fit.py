@@ -234,9 +234,12 @@ def _refuse_another_model(
         )
     if len(lacking) == len(reference.saved) or len(surplus) > len(tensors) // 2:
         tops = sorted({name.split(".")[0] for name in tensors})
+        numbered = (
+            "numbered by the layers of a pipeline, such as" if tops[0].isdigit() else "called"
+        )
         raise UsageError(
             f"the config describes {reference.architecture}, whose tensors are called "
-            f"{listed(lacking[:2])}; those of the checkpoint are called {listed(surplus[:2])}",
+            f"{listed(lacking[:2])}; those of the checkpoint are {numbered} {listed(surplus[:2])}",
             path=config.path,
             hint=f"Top-level attributes of the checkpoint: {', '.join(tops)}. Pass the config of the "
             "model that was trained, write one attribute with extract-attr, name the tensors with "

@@ -69,14 +69,16 @@ class SavedTensor:
     """A tensor of the checkpoint.
 
     Attributes:
-        dtype: element type; None if unknown.
+        dtype: element type; None if it is not one that is read.
         shape: sizes of the whole.
         chunks: its boxes, in no order, without proof that they tile it.
+        unknown_dtype: the name of an element type that is not read.
     """
 
     dtype: DType | None
     shape: Shape
     chunks: tuple[Chunk, ...]
+    unknown_dtype: str = ""
 
 
 @dataclass(frozen=True)
@@ -319,7 +321,10 @@ def _tensor(name: str, state: Mapping[str, Any], extents: _Extents, path: Path) 
         if len(offsets) != len(shape) or len(sizes) != len(shape):
             raise ValueError(f"a chunk of another rank in {name}")
         chunks.append(Chunk(offsets, sizes, _lookup(extents, name, offsets, path)))
-    return SavedTensor(dtype if isinstance(dtype, DType) else None, shape, tuple(chunks))
+    if isinstance(dtype, DType):
+        return SavedTensor(dtype, shape, tuple(chunks))
+    unknown = str(getattr(dtype, "global_name", dtype))
+    return SavedTensor(None, shape, tuple(chunks), unknown)
 
 
 def _lookup(extents: _Extents, name: str, offsets: Shape | None, path: Path) -> Extent:

@@ -280,7 +280,12 @@ class Saving:
         """
         saved = self._metadata.tensors[flat]
         if saved.dtype is None:
-            raise UnsupportedLayout("its dtype is unknown", path=self._directory, tensor=flat)
+            raise UnsupportedLayout(
+                f"its dtype is {saved.unknown_dtype}, which ckpt-tools does not read",
+                path=self._directory,
+                tensor=flat,
+                hint="Cast it to another dtype in the training script, and save again.",
+            )
         stored = self._stored(flat, saved, saved.dtype)
         # The files do not state which tensors were trained, but only floating ones can be.
         kind: Kind = "parameter" if saved.dtype.is_floating else "buffer"
@@ -310,7 +315,7 @@ class Saving:
             return box, lambda region: held_whole(tensor, path, region)
 
         def deferred(region: Region) -> Fragment:
-            return ChunkFragment(region, path, chunk, dtype, self._store)
+            return ChunkFragment(region, path, chunk, dtype, flat, self._store)
 
         return box, deferred
 
