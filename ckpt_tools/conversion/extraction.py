@@ -28,7 +28,7 @@ from ckpt_tools.hub.adapter_config import (
 from ckpt_tools.hub.config import text_value
 from ckpt_tools.hub.files import AssetFile, read_object
 from ckpt_tools.hub.sources import nearby
-from ckpt_tools.hub.tokenizer import find_tokenizer
+from ckpt_tools.hub.tokenizer import find_tokenizer, with_template
 from ckpt_tools.model.adapter import Adapter, base_shapes, state_names
 from ckpt_tools.model.state import State, model_state
 from ckpt_tools.tensors.catalogue import Catalogue, Tensor
@@ -195,5 +195,5 @@ def _output(one: Found, request: Request) -> Output:
 
 
 def _tokenizer(options: AssetOptions) -> tuple[AssetFile, ...]:
-    found = find_tokenizer(options.tokenizer, nearby(options))
+    found = with_template(find_tokenizer(options.tokenizer, nearby(options)), options.chat_template)
     return () if found is None else found.files

@@ -318,7 +318,12 @@ def _refuse_unlisted(error: DamagedCheckpoint, sources: Sequence[Checkpoint]) ->
 
 def _unused(request: Request) -> Iterator[str]:
     """What was named and is not used, because weights alone are written."""
-    named = {"--config": request.config, "--tokenizer": request.tokenizer, "--like": request.like}
+    named = {
+        "--config": request.config,
+        "--tokenizer": request.tokenizer,
+        "--chat-template": request.chat_template,
+        "--like": request.like,
+    }
     unused = [option for option, path in named.items() if path is not None]
     if request.weights_only and unused:
         yield (

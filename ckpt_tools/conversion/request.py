@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 PathLike = str | os.PathLike[str]
 
-_PATHS = ("config", "key_map", "tokenizer", "like", "adapter_dir", "adapter_config", "base")
+_PATHS = (
+    *("config", "key_map", "tokenizer", "chat_template", "like"),
+    *("adapter_dir", "adapter_config", "base"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +97,7 @@ class Request(AssetOptions, Writing):
             self.config,
             self.key_map,
             self.tokenizer,
+            self.chat_template,
             self.like,
             self.adapter_dir,
             self.adapter_config,
@@ -113,6 +117,7 @@ class AdapterOptions(TypedDict, total=False):
     dtype: DTypeChoice
     config: PathLike | None
     tokenizer: PathLike | None
+    chat_template: PathLike | None
     workers: int | None
     dry_run: bool
     overwrite: bool

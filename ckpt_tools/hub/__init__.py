@@ -29,7 +29,7 @@ from ckpt_tools.hub.custom_code import code_files, hub_repositories
 from ckpt_tools.hub.files import AssetFile, json_bytes
 from ckpt_tools.hub.generation import Model, choose
 from ckpt_tools.hub.sources import AssetOptions, with_config_directory
-from ckpt_tools.hub.tokenizer import Tokenizer, find_tokenizer, processor_files
+from ckpt_tools.hub.tokenizer import Tokenizer, find_tokenizer, processor_files, with_template
 from ckpt_tools.tensors.dtypes import DType
 
 __all__ = ["AssetFile", "AssetOptions", "Assets", "ConfigSource", "collect", "find_config"]
@@ -76,7 +76,7 @@ def collect(
     places = with_config_directory(options, home)
     rows = embedding_rows(tensors)
 
-    tokenizer = find_tokenizer(options.tokenizer, places)
+    tokenizer = with_template(find_tokenizer(options.tokenizer, places), options.chat_template)
     beside = tokenizer.files if tokenizer is not None else processor_files(places)
     _report_tokenizer(tokenizer, rows, notes, warnings)
 
@@ -107,6 +107,10 @@ def _report_tokenizer(
         warnings.append("no tokenizer was found, so none was written; pass --tokenizer DIR")
         return
     notes.append(f"tokenizer copied from {tokenizer.directory}")
+    if tokenizer.template is not None:
+        notes.append(
+            f"chat template copied from {tokenizer.template}; the tokenizer's own is left out"
+        )
     count = tokenizer.id_count
     if rows is not None and count is not None and count > rows:
         warnings.append(
