@@ -23,6 +23,7 @@ from ckpt_tools.hub.config import of_attribute
 from ckpt_tools.hub.reference import Answer
 from ckpt_tools.model.adapter import Adapter, read_adapter_directory
 from ckpt_tools.model.fit import Fitted, ask_model, fit_to_model
+from ckpt_tools.model.live_names import Layouts, in_one_layout
 from ckpt_tools.model.merging import merged_state
 from ckpt_tools.model.quantised import KEY, plain_state, quantised_names, quantizer_of
 from ckpt_tools.model.state import State, cast_state, main_dtype, mean_state, model_state
@@ -268,6 +269,9 @@ def _merged(states: Sequence[State], sources: Sequence[Checkpoint], request: Req
             request.adapter_dir, request.adapter or "default"
         )
         beside[request.adapter_dir] = adapter_state.catalogue
+    layouts = in_one_layout(
+        Layouts(states, adapter_state), _config(request), trust=request.trust_remote_code
+    )
 
     def configure(chosen: Adapter) -> AdapterConfig:
         config = found if request.adapter_config is None else None
@@ -275,8 +279,8 @@ def _merged(states: Sequence[State], sources: Sequence[Checkpoint], request: Req
         return with_given(config, lora_alpha=request.lora_alpha, base_model=None, for_file=False)
 
     state = merged_state(
-        states,
-        adapter_state=adapter_state,
+        layouts.states,
+        adapter_state=layouts.adapter,
         adapter=request.adapter,
         configure=configure,
         dtype=request.dtype,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ckpt_tools.errors import DamagedCheckpoint, MissingAsset, UnsupportedLayout, UsageError, listed
+from ckpt_tools.errors import MissingAsset, UnsupportedLayout, UsageError, listed
 from ckpt_tools.hub.adapter_config import AdapterConfig
 from ckpt_tools.model.adapter import Adapter, state_names, trained_dtype
 from ckpt_tools.model.settings import refuse_another_base, refuse_unknown_settings
@@ -66,8 +66,9 @@ def merged_state(
         dtype: the dtype of the output.
 
     Raises:
-        DamagedCheckpoint: a pair is incomplete, or the base lacks its target.
-        UsageError: a target would stay as it is, or the adapter is not LoRA.
+        DamagedCheckpoint: a pair is incomplete.
+        UsageError: the base lacks a target, or a target would stay as it is.
+        UnsupportedLayout: the adapter is not LoRA.
     """
     state, *others = states
     base, ties = _base(state, others, from_directory=adapter_state is not None)
@@ -99,7 +100,7 @@ def merged_state(
     for pair in chosen.pairs.values():
         target = chosen.targets[pair.module]
         if target.weight is None:
-            raise _no_target(target, bool(others))
+            raise _no_target(target, base)
         held = changed.get(target.weight) or original(target.weight)
         _refuse_codes(target.weight, held.tensor)
         merged = _merge(held.tensor, pair, target, config, taken)
@@ -263,13 +264,25 @@ def _refuse_unchanged(adapter: Adapter, taken: Callable[[str], Tensor]) -> None:
         )
 
 
-def _no_target(target: Target, has_other: bool) -> DamagedCheckpoint:
-    hint = (
-        "--base is another model, or it stores experts one by one and the adapter has them fused."
-        if has_other
-        else "The base was left out of the checkpoint. --base DIR takes it from a Hugging Face directory."
+def _no_target(target: Target, base: Mapping[str, _Held]) -> UsageError:
+    fact = f"the base has no weight of {target.key}"
+    weights = [name for name, held in base.items() if len(held.tensor.shape) > 1]
+    if not weights:
+        return MissingAsset(
+            f"{fact}: the checkpoint holds no weight of the base",
+            hint="The base was left out of it. --base DIR takes the base from a Hugging Face directory.",
+        )
+    inside = [name for name in weights if name.startswith(f"{target.key}.")]
+    if inside:
+        return UsageError(
+            f"{fact}: the adapter was trained on one tensor, and the base has parts of it: {listed(inside)}",
+            hint="Pass --config with the config of the base, which says how the parts are joined.",
+        )
+    return UsageError(
+        f"{fact}; its weights are called {listed(weights)}",
+        hint="The base is another model, or a part of it was left out. Pass --base DIR with the directory "
+        "that the adapter was trained on.",
     )
-    return DamagedCheckpoint(f"the base has no weight of {target.key}", hint=hint)
 
 
 def _assembled(

@@ -224,7 +224,7 @@ class Concat(Tensor):
 def view(tensor: Tensor, offset: int, shape: Shape, strides: Shape) -> Tensor:
     """A :class:`View`. A view of a view becomes one view of the inner tensor, if that is possible."""
     if isinstance(tensor, View):
-        seen = _strided(
+        seen = strided(
             offset, tuple(zip(shape, strides, strict=True)), tensor.shape, tensor.strides
         )
         if seen is not None:
@@ -306,7 +306,7 @@ def _parts(
         and the place of its first element. A part is a run of the set.
     """
     axes = tuple(axis for axis in axes if axis[0] > 1) or ((1, 1),)
-    seen = _strided(start, axes, shape, strides)
+    seen = strided(start, axes, shape, strides)
     if seen is not None:
         at, steps = seen
         yield 0, tuple(size for size, _ in axes), steps, at
@@ -328,13 +328,13 @@ def _parts(
     while position < count:
         first = start + position * step
         length = min(_steps_without_carry(first, step, shape), count - position)
-        seen = _strided(first, ((length, step),), shape, strides)
+        seen = strided(first, ((length, step),), shape, strides)
         assert seen is not None
         yield position, (length,), seen[1], seen[0]
         position += length
 
 
-def _strided(start: int, axes: _Axes, shape: Shape, strides: Shape) -> tuple[int, Shape] | None:
+def strided(start: int, axes: _Axes, shape: Shape, strides: Shape) -> tuple[int, Shape] | None:
     """The places of the elements of a strided set, if these are again a strided set.
 
     A step along an axis of the set adds its stride to the index. In the digits of ``shape``, this is one
