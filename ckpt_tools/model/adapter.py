@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from ckpt_tools.errors import DamagedCheckpoint, MissingAsset, UsageError, listed
+from ckpt_tools.errors import DamagedCheckpoint, MissingAsset, UnsupportedLayout, UsageError, listed
 from ckpt_tools.hub.adapter_config import (
     NAME,
     AdapterConfig,
@@ -29,6 +29,7 @@ from ckpt_tools.transforms.lora import (
     Part,
     adapted_names,
     plain_name,
+    read_by_peft,
     with_adapter_name,
 )
 from ckpt_tools.transforms.lora_targets import Factors, Target, factors, find_targets
@@ -115,11 +116,18 @@ class Adapter:
         return infer(self._evidence(), architecture, base_model)
 
     def _ranks(self, config: AdapterConfig) -> dict[str, int]:
-        """``r`` by key. Without the base, shapes do not tell the rank of stacked experts."""
+        """``r`` by key. Without the base, shapes do not tell the rank of stacked experts.
+
+        Factors of a kind of layer that is not known here have none.
+        """
         parameters = config.data.get("target_parameters")
+        try:
+            targets = self.targets
+        except UnsupportedLayout:
+            return {}
         return {
             target.key: target.rank
-            for target in self.targets.values()
+            for target in targets.values()
             if target.weight is not None or not parameters
         }
 
@@ -202,7 +210,7 @@ def read_adapter_directory(directory: Path, adapter: str) -> tuple[State, Adapte
         )
     held = read_weight_files(entry)
     tensors: dict[str, Tensor] = {
-        with_adapter_name(name, adapter): tensor for name, tensor in held.tensors.items()
+        with_adapter_name(name, adapter): held.tensors[name] for name in read_by_peft(held.tensors)
     }
     dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
     state = State(Catalogue(tensors), dtypes, dict.fromkeys(tensors, "parameter"))
