@@ -61,15 +61,17 @@ def in_one_layout(given: Layouts, config: ConfigSource | None, *, trust: bool) -
 
 def _undone(state: State, model: ReferenceModel) -> State:
     """A state in the live layout, if it is in that of the hub."""
-    if layout_of(state.catalogue, model) != "hub":
+    layout = layout_of(state.catalogue, model)
+    if layout == "live":
         return state
     catalogue, origin = live_layout(state.catalogue, model)
     note = "the base was brought into the layout of the model in memory, which the adapter has"
+    notes = [note] if layout == "hub" else []
     return State(
         catalogue,
         {name: state.dtypes[origin.get(name, name)] for name in catalogue},
         {name: state.kinds[origin.get(name, name)] for name in catalogue},
-        (*state.notes, note),
+        (*state.notes, *notes),
         state.warnings,
     )
 

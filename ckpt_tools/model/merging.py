@@ -290,7 +290,8 @@ def _no_target(target: Target, base: Mapping[str, _Held]) -> UsageError:
     if inside:
         return UsageError(
             f"{fact}: the adapter was trained on one tensor, and the base has parts of it: {listed(inside)}",
-            hint="Pass --config with the config of the base, which says how the parts are joined.",
+            hint="Pass --config with the config of the base, which says how the parts are joined. If it was "
+            "found, let PEFT merge it: PeftModel.from_pretrained, merge_and_unload.",
         )
     return UsageError(
         f"{fact}; its weights are called {listed(weights)}",

@@ -53,10 +53,11 @@ def live_layout(hub: Catalogue, model: ReferenceModel) -> tuple[Catalogue, dict[
             made[live], origin[live] = whole, found[0][0]
             used.update(name for name, _ in found)
     rest = {name: tensor for name, tensor in hub.items() if name not in used and name not in made}
-    names = {hub_name: live for live, hub_name in origin.items()}
-    ties = {names.get(alias, alias): names.get(kept, kept) for alias, kept in hub.ties.items()}
     tensors = {**made, **rest}
-    ties = {a: k for a, k in ties.items() if a not in tensors and k in tensors}
+    names = {hub_name: live for live, hub_name in origin.items()}
+    held = {names.get(alias, alias): names.get(kept, kept) for alias, kept in hub.ties.items()}
+    # A directory lacks the second name of a tied tensor, and an adapter may have it.
+    ties = {a: k for a, k in {**model.ties, **held}.items() if a not in tensors and k in tensors}
     return Catalogue(tensors, ties), origin
 
 
