@@ -14,6 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckpt_tools import readers
+from ckpt_tools.conversion.bases import (
+    is_adapter,
+    lacks_base,
+    named_base,
+    with_adapter_as_checkpoint,
+)
 from ckpt_tools.conversion.extraction import prepare_adapters
 from ckpt_tools.conversion.models import prepare_model
 from ckpt_tools.conversion.pipeline import Clock, Prepare, run
@@ -32,6 +38,7 @@ from ckpt_tools.hub.links import refuse_leaving
 from ckpt_tools.hub.sources import AssetOptions, nearby
 from ckpt_tools.hub.tokenizer import find_tokenizer
 from ckpt_tools.ranks import pooled_machines
+from ckpt_tools.readers.opening import open_weights
 from ckpt_tools.storage.folders import places_of, read_as_one
 from ckpt_tools.tensors.checkpoint import Checkpoint
 from ckpt_tools.writing.delivery import follow
@@ -257,8 +264,19 @@ def _carried_out(
     checkpoints: Sequence[PathLike | Checkpoint], request: Request, prepare: Prepare
 ) -> Report:
     clock = Clock()
+    merges = request.command == "merge-lora"
+    if merges:
+        checkpoints, request = with_adapter_as_checkpoint(checkpoints, request)
     sources = [_opened(checkpoint, request) for checkpoint in checkpoints]
     near = sources[0].location.near
+    if merges and request.adapter_dir is not None:
+        # The adapter's own tokenizer, which may know more tokens, before that of the base.
+        own = find_tokenizer(None, (request.adapter_dir,))
+        tokenizer = request.tokenizer or (None if own is None else own.directory)
+        request = replace(request, tokenizer=tokenizer)
+    elif merges and request.base is None and lacks_base(sources[0], request.weights):
+        base = named_base(request.adapter_config, near, request.adapter)
+        request = replace(request, base=base)
     if request.base is None:
         request = replace(request, search=near)
     else:
@@ -273,6 +291,8 @@ def _carried_out(
 def _opened(checkpoint: PathLike | Checkpoint, request: Request) -> Checkpoint:
     if isinstance(checkpoint, Checkpoint):
         return checkpoint
+    if request.command == "extract-lora" and is_adapter(checkpoint):
+        return open_weights(as_path(checkpoint))
     opened = open_checkpoint(
         checkpoint,
         tag=request.tag,

@@ -249,7 +249,7 @@ def _with_quantizer(
     plain = {key: value for key, value in config.data.items() if key != KEY}
     note = f"{KEY} was left out of config.json, because no weight is quantised"
     state = replace(combined.state, notes=(*combined.state.notes, note))
-    return ConfigSource(config.path, plain), replace(combined, state=state)
+    return replace(config, data=plain), replace(combined, state=state)
 
 
 def _merged(states: Sequence[State], sources: Sequence[Checkpoint], request: Request) -> _Combined:

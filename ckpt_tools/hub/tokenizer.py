@@ -278,6 +278,11 @@ def with_template(tokenizer: Tokenizer | None, template: Path | None) -> Tokeniz
     return replace(tokenizer, template=template)
 
 
+def is_processor(name: str) -> bool:
+    """Whether a file is of a processor: of images, video or sound."""
+    return name in _PROCESSORS
+
+
 def processor_files(places: tuple[Path, ...]) -> tuple[AssetFile, ...]:
     """Processor files of the first place that has any; a pure image model has no tokenizer.
 

@@ -7,7 +7,7 @@ wrote is read into the form of a training checkpoint: a state whose names contai
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from ckpt_tools.hub.adapter_config import (
 )
 from ckpt_tools.model.state import State
 from ckpt_tools.readers.containers.weight_files import ADAPTER_FILES, entry_in, read_weight_files
-from ckpt_tools.tensors.catalogue import Catalogue, Shape, Tensor
+from ckpt_tools.tensors.catalogue import Catalogue, Shape
 from ckpt_tools.tensors.dtypes import DType
 from ckpt_tools.transforms.lora import (
     AdaptedNames,
@@ -189,6 +189,22 @@ def trained_dtype(state: State, name: str) -> DType:
     return state.dtypes[state.catalogue.ties.get(name, name)]
 
 
+def as_live(saved: State, adapter: str) -> tuple[State, dict[str, str]]:
+    """The state of an adapter's file under the names of a model in training.
+
+    Returns:
+        The state, and for each saved name that PEFT reads the name in it.
+    """
+    names = {name: with_adapter_name(name, adapter) for name in read_by_peft(saved.catalogue)}
+    live = replace(
+        saved,
+        catalogue=Catalogue({new: saved.catalogue[old] for old, new in names.items()}),
+        dtypes={new: saved.dtypes[old] for old, new in names.items()},
+        kinds={new: saved.kinds[old] for old, new in names.items()},
+    )
+    return live, names
+
+
 def read_adapter_directory(directory: Path, adapter: str) -> tuple[State, AdapterConfig]:
     """The state and config of a directory that PEFT wrote.
 
@@ -208,12 +224,9 @@ def read_adapter_directory(directory: Path, adapter: str) -> tuple[State, Adapte
             path=directory,
             hint="Pass --adapter-dir a directory that PEFT's save_pretrained wrote.",
         )
-    held = read_weight_files(entry)
-    tensors: dict[str, Tensor] = {
-        with_adapter_name(name, adapter): held.tensors[name] for name in read_by_peft(held.tensors)
-    }
-    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
-    state = State(Catalogue(tensors), dtypes, dict.fromkeys(tensors, "parameter"))
+    held = Catalogue(dict(read_weight_files(entry).tensors))
+    dtypes = {name: tensor.dtype for name, tensor in held.items()}
+    state, _ = as_live(State(held, dtypes, dict.fromkeys(held, "parameter")), adapter)
     if adapter not in state_names(state).adapters:
         raise UsageError("it holds no tensor of an adapter", path=entry)
     return state, config

@@ -33,9 +33,11 @@ def in_one_layout(given: Layouts, config: ConfigSource | None, *, trust: bool) -
 
     Nothing changes where every target is found as it is, or where the model of the config is not known.
     """
-    source = given.states[0] if given.adapter is None else given.adapter
-    wrapped = _wrapped(source)
-    if config is None or not wrapped or not _lacking(given, wrapped):
+    wrapped = _wrapped(given.adapter or given.states[0])
+    if not wrapped or not _lacking(given, wrapped):
+        return given
+    given = _with_same_head(given, wrapped)
+    if config is None or not _lacking(given, _wrapped(given.adapter or given.states[0])):
         return given
     # What a directory holds has hub names; what the run saved has those of the model in memory.
     first = 0 if given.adapter is not None else 1
@@ -54,9 +56,36 @@ def in_one_layout(given: Layouts, config: ConfigSource | None, *, trust: bool) -
     if adapter is not None:
         adapter = _renamed(adapter, live_modules(model))
     found = Layouts(states, adapter)
-    source = states[0] if adapter is None else adapter
-    fewer = len(_lacking(found, _wrapped(source))) < len(_lacking(given, wrapped))
-    return found if fewer else given
+    wrapped = _wrapped(given.adapter or given.states[0])
+    after = _wrapped(adapter or states[0])
+    return found if len(_lacking(found, after)) < len(_lacking(given, wrapped)) else given
+
+
+def _with_same_head(given: Layouts, wrapped: Sequence[str]) -> Layouts:
+    """The adapter with the prefix of the base: one of the two may be of the model without its head.
+
+    ``AutoModel`` loads a model without head from the directory of a model with one, and the reverse, so
+    names with and without ``model.`` belong together.
+    """
+    if given.adapter is None:
+        return given
+    names = _names(given)
+    first, _, below = wrapped[0].partition(".")
+    heads = {name.partition(".")[0] for name in names if f".{wrapped[0]}." in f".{name}"}
+    if len(heads) == 1:
+        (head,) = heads
+        modules = {module: f"{head}.{module}" for module in wrapped}
+    elif f"{below}.weight" in names:
+        modules = {module: module.removeprefix(f"{first}.") for module in wrapped}
+    else:
+        return given
+    if lacking_modules(list(modules.values()), names):
+        return given
+    note = f"the adapter's targets got the names of the base, such as {modules[wrapped[0]]} ({wrapped[0]})"
+    renamed = _renamed(given.adapter, modules)
+    first_state = given.states[0]
+    first_state = replace(first_state, notes=(*first_state.notes, note))
+    return Layouts([first_state, *given.states[1:]], renamed)
 
 
 def _undone(state: State, model: ReferenceModel) -> State:
@@ -85,10 +114,15 @@ def _wrapped(state: State) -> list[str]:
 
 
 def _lacking(given: Layouts, wrapped: Sequence[str]) -> list[str]:
+    return lacking_modules(wrapped, _names(given))
+
+
+def _names(given: Layouts) -> set[str]:
+    """The names of the base, under plain names."""
     names = {*state_names(given.states[0]).plain.values()}
     for other in given.states[1:]:
         names |= {*other.catalogue, *other.catalogue.ties}
-    return lacking_modules(wrapped, names)
+    return names
 
 
 def _renamed(adapter: State, modules: dict[str, str]) -> State:

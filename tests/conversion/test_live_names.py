@@ -64,6 +64,33 @@ def test_the_layout_is_undone_before_targets_are_looked_for(title: str, tmp_path
     assert not all(torch.equal(before[name], value) for name, value in ours.items())
 
 
+@pytest.mark.parametrize("loaded", ["LlamaModel", "LlamaForCausalLM"])
+def test_an_adapter_of_a_model_without_head_fits_one_with_it(loaded: str, tmp_path: Path) -> None:
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    config = transformers.LlamaConfig(**ARCHITECTURES["LlamaForCausalLM"])
+    whole = transformers.LlamaForCausalLM(config)
+    (whole if loaded == "LlamaModel" else whole.model).save_pretrained(tmp_path / "base")
+    model = getattr(transformers, loaded).from_pretrained(tmp_path / "base")
+    adapted: Any = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    for name, value in adapted.named_parameters():
+        if "lora_" in name:
+            value.data = torch.rand_like(value)
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    theirs = adapted.merge_and_unload().state_dict()
+
+    report = merge_lora(tmp_path / "base", tmp_path / "out", adapter_dir=tmp_path / "adapter")
+
+    ours = load_file(tmp_path / "out/model.safetensors")
+    assert any("got the names of the base" in note for note in report.notes)
+    for name, value in ours.items():
+        other = name.removeprefix("model.") if loaded == "LlamaModel" else f"model.{name}"
+        if other in theirs:
+            torch.testing.assert_close(value, theirs[other], rtol=1e-6, atol=1e-6)
+    assert ours.keys() == load_file(tmp_path / "base/model.safetensors").keys()
+
+
 def test_without_the_model_the_hint_names_the_parts(tmp_path: Path) -> None:
     _trained("Qwen3MoeForCausalLM", tmp_path)
     config = json.loads((tmp_path / "base/config.json").read_bytes())
