@@ -28,6 +28,7 @@ from ckpt_tools.errors import (
 from ckpt_tools.writing import single_file
 from tests.conftest import FIXTURES
 from tests.conversion.test_end_to_end import CASES, Case, cast, different, every
+from tests.support.ranks.launching import ended, start
 
 # Read when deepspeed is imported, which otherwise looks for a GPU.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -447,3 +448,13 @@ def test_a_merge_that_fails_keeps_the_older_file(tmp_path: Path, save: Path) -> 
         merge_fsdp_weights(save, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.safetensors"]
     assert (tmp_path / "out/model.safetensors").read_bytes() == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("function", ["theirs", "ours"])
+def test_every_rank_calls_it_at_once_and_again(function: str, tmp_path: Path) -> None:
+    command = ["-m", "tests.support.training.merging", function, str(tmp_path)]
+    run = ended(start(command, ranks=2, environment={"ACCELERATE_USE_CPU": "true"}))
+    assert run.status == 0, run.stdout + run.stderr
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"model.safetensors", "pytorch_model.bin", "pytorch_model_fsdp_0"}
