@@ -37,6 +37,7 @@ from ckpt_tools.errors import UsageError
 from ckpt_tools.hub.links import refuse_leaving
 from ckpt_tools.hub.sources import AssetOptions, nearby
 from ckpt_tools.hub.tokenizer import find_tokenizer
+from ckpt_tools.model.combining import Combination
 from ckpt_tools.ranks import pooled_machines
 from ckpt_tools.readers.opening import open_weights
 from ckpt_tools.storage.folders import places_of, read_as_one
@@ -191,6 +192,7 @@ def merge_lora(
     output: PathLike,
     *,
     adapter: str | None = None,
+    combination: Combination = "cat",
     adapter_dir: PathLike | None = None,
     adapter_config: PathLike | None = None,
     lora_alpha: float | None = None,
@@ -202,7 +204,9 @@ def merge_lora(
     Args:
         checkpoint: a path, or an opened checkpoint.
         output: the directory to make.
-        adapter: which adapter, where there are several.
+        adapter: which adapter, where there are several; or several with their weights, ``a=0.7,b=0.3``.
+        combination: how several become one, as in PEFT's ``add_weighted_adapter``: ``cat`` adds their
+            updates, ``linear`` their factors.
         adapter_dir: a directory that PEFT wrote, to take the adapter from.
         adapter_config: the adapter's config, or a directory with it; by default looked for near the
             checkpoint.
@@ -225,6 +229,7 @@ def merge_lora(
         ModelOptions,
         options,
         adapter=adapter,
+        combination=combination,
         adapter_dir=adapter_dir,
         adapter_config=adapter_config,
         lora_alpha=lora_alpha,

@@ -165,3 +165,15 @@ def test_an_adapter_of_another_model_is_not_called_damaged(tmp_path: Path) -> No
         merge_lora(
             tmp_path / "base", tmp_path / "out", adapter_dir=tmp_path / "adapter", weights_only=True
         )
+
+
+def test_replicated_layers_are_refused_by_name(tmp_path: Path) -> None:
+    """PEFT adds the updates of all copies of a layer to the one weight that they share."""
+    _adapted(nn.Linear(4, 6), tmp_path)
+    path = tmp_path / "adapter/adapter_config.json"
+    config = json.loads(path.read_bytes())
+    path.write_text(json.dumps({**config, "layer_replication": [[0, 2], [1, 2]]}))
+    with pytest.raises(UnsupportedLayout, match="these settings of the adapter: layer_replication"):
+        merge_lora(
+            tmp_path / "base", tmp_path / "out", adapter_dir=tmp_path / "adapter", weights_only=True
+        )
