@@ -37,6 +37,7 @@ from ckpt_tools.model.fit import Fitted, ask_model, fit_to_model
 from ckpt_tools.model.live_names import Layouts, in_one_layout
 from ckpt_tools.model.merging import merged_state
 from ckpt_tools.model.quantised import KEY, plain_state, quantised_names, quantizer_of
+from ckpt_tools.model.shapes import with_shapes
 from ckpt_tools.model.state import State, cast_state, main_dtype, mean_state, model_state
 from ckpt_tools.tensors.catalogue import Catalogue, Tensor
 from ckpt_tools.tensors.checkpoint import Checkpoint
@@ -171,7 +172,12 @@ class _Model:
 def prepare_model(sources: Sequence[Checkpoint], request: Request) -> _Model:
     """Combine the states of the sources, and ask which model the config describes."""
     names = read_key_map(request.key_map)
-    states = [model_state(source, request.weights, request.attribute, names) for source in sources]
+    states = [
+        model_state(source, request.weights, request.attribute, names, flat=True)
+        for source in sources
+    ]
+    found = _config(request)
+    states = [with_shapes(state, found, trust=request.trust_remote_code) for state in states]
     if request.dequantize:
         states = [
             plain_state(state, quantizer_of(_near(source, request)))
@@ -179,7 +185,7 @@ def prepare_model(sources: Sequence[Checkpoint], request: Request) -> _Model:
         ]
     combined = _combined(states, sources, request)
     catalogue = cast_state(combined.state, request.dtype, combined.as_stored)
-    config, combined = _with_quantizer(_config(request), combined, request)
+    config, combined = _with_quantizer(found, combined, request)
     like = None if request.like is None else readers.read(readers.locate(request.like))
     extra = None if like is None else _extra(like, request)
     answer = None
@@ -283,7 +289,9 @@ def _merged(states: Sequence[State], sources: Sequence[Checkpoint], request: Req
         adapter_state, found = _combined_adapters(states, request, near, weights, beside)
         name = None
     elif request.adapter_dir is not None:
-        adapter_state, found = read_adapter_directory(request.adapter_dir, name or "default")
+        adapter_state, found = read_adapter_directory(
+            request.adapter_dir, name or "default", follow_links=request.follow_links
+        )
         beside[request.adapter_dir] = adapter_state.catalogue
     layouts = in_one_layout(
         Layouts(states, adapter_state), _config(request), trust=request.trust_remote_code
@@ -291,7 +299,9 @@ def _merged(states: Sequence[State], sources: Sequence[Checkpoint], request: Req
 
     def configure(chosen: Adapter) -> AdapterConfig:
         config = found if request.adapter_config is None or weights is not None else None
-        config = config or chosen.configured(request.adapter_config, near, None, None)
+        config = config or chosen.configured(
+            request.adapter_config, near, None, None, follow_links=request.follow_links
+        )
         alpha = request.lora_alpha if weights is None else None
         return with_given(config, lora_alpha=alpha, base_model=None, for_file=False)
 
@@ -315,13 +325,17 @@ def _combined_adapters(
     """The weighted adapters of the checkpoint, or of ``adapter_dir``, as one."""
     source, configs = states[0], dict[str, AdapterConfig]()
     if request.adapter_dir is not None:
-        source, configs = read_adapter_directories(request.adapter_dir, [*weights])
+        source, configs = read_adapter_directories(
+            request.adapter_dir, [*weights], follow_links=request.follow_links
+        )
         beside[request.adapter_dir] = source.catalogue
     names = state_names(source)
     several = []
     for name, weight in weights.items():
         adapter = Adapter(choose_adapter(names, name), source, names, {})
-        config = configs.get(name) or adapter.configured(request.adapter_config, near, None, None)
+        config = configs.get(name) or adapter.configured(
+            request.adapter_config, near, None, None, follow_links=request.follow_links
+        )
         given = with_given(config, lora_alpha=request.lora_alpha, base_model=None, for_file=False)
         several.append(Weighted(adapter, given, weight))
     as_stored = request.dtype in ("fp32", "keep")

@@ -68,7 +68,7 @@ def weights_of(text: str | None) -> dict[str, float] | None:
 
 
 def read_adapter_directories(
-    directory: Path, names: Sequence[str]
+    directory: Path, names: Sequence[str], *, follow_links: bool
 ) -> tuple[State, dict[str, AdapterConfig]]:
     """The adapters of a directory as PEFT writes several: ``default`` in it, others in folders.
 
@@ -86,7 +86,7 @@ def read_adapter_directories(
                 path=directory,
                 hint=f"It holds: {listed(['default', *held])}.",
             )
-        state, config = read_adapter_directory(folder, name)
+        state, config = read_adapter_directory(folder, name, follow_links=follow_links)
         tensors |= dict(state.catalogue.items())
         configs[name] = config
     dtypes = {name: tensor.dtype for name, tensor in tensors.items()}

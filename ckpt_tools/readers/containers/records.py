@@ -104,7 +104,7 @@ class Records:
     """
 
     def __init__(self, path: Path, hint: str) -> None:
-        self.path, self._hint = path, hint
+        self.path, self.hint = path, hint
         self._infos: list[zipfile.ZipInfo] = []
         try:
             self._size = path.stat().st_size
@@ -124,6 +124,11 @@ class Records:
 
     def __bool__(self) -> bool:
         return bool(self._infos)
+
+    @property
+    def signature(self) -> tuple[tuple[int, int, int], ...]:
+        """Place, size and CRC-32 of every record: files that have the same hold the same bytes."""
+        return tuple((info.header_offset, info.file_size, info.CRC) for info in self._infos)
 
     def _archives(self) -> Iterator[list[zipfile.ZipInfo]]:
         """The archives of the file, the last one first; none where they do not fill it."""
@@ -156,7 +161,7 @@ class Records:
             for info in self._infos[first:]:
                 if info.header_offset >= stop:
                     break
-                begin = data_start(stream, info, self.path, self._hint)
+                begin = data_start(stream, info, self.path, self.hint)
                 if begin < stop and start < begin + info.file_size:
                     yield Record(info.filename, begin, begin + info.file_size, info.CRC)
 

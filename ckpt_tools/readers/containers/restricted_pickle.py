@@ -92,6 +92,14 @@ class UnknownTensor(Opaque):
     global_name = "tensor of an unknown element type"
 
 
+class LazyTensor(Opaque):
+    """A tensor whose elements torch computes from the stored ones."""
+
+    global_name = (
+        "tensor with a conjugate or negative bit (torch.Tensor.resolve_conj makes it plain)"
+    )
+
+
 class Sealed:
     """One of our values that a pickle receives and cannot change."""
 
@@ -190,6 +198,11 @@ def _rebuild_tensor(
     return TensorRef(storage, dtype, storage_offset, shape, strides)
 
 
+def _plain(tensor: TensorRef | Opaque, metadata: tuple[Any, ...]) -> TensorRef | Opaque:
+    """The tensor, if its elements are the stored ones: torch marks a lazy conjugate or negative by a bit."""
+    return LazyTensor(tensor, *metadata) if any(metadata) else tensor
+
+
 def _size(items: Any = ()) -> tuple[int, ...]:
     """``torch.Size``. Only numbers are allowed, because nested tuples in it would not be counted."""
     sizes = tuple(items)
@@ -246,9 +259,9 @@ def _allowed() -> dict[tuple[str, str], Any]:
         ("torch", "Size"): lambda *a: _size(*a),
         ("torch", "device"): lambda *a: ":".join(map(str, a)),
         ("torch._utils", "_rebuild_tensor"): lambda *a: _rebuild_tensor(*a[:4]),
-        ("torch._utils", "_rebuild_tensor_v2"): lambda *a: _rebuild_tensor(*a[:4]),
-        ("torch._utils", "_rebuild_tensor_v3"): lambda *a: _rebuild_tensor(
-            a[0], a[1], a[2], a[3], a[6]
+        ("torch._utils", "_rebuild_tensor_v2"): lambda *a: _plain(_rebuild_tensor(*a[:4]), a[6:7]),
+        ("torch._utils", "_rebuild_tensor_v3"): lambda *a: _plain(
+            _rebuild_tensor(a[0], a[1], a[2], a[3], a[6]), a[7:8]
         ),
         ("torch._utils", "_rebuild_parameter"): lambda *a: _rebuild_parameter(*a),
         ("torch._utils", "_rebuild_parameter_with_state"): lambda *a: _rebuild_parameter(*a),
@@ -319,7 +332,7 @@ def unpickle(
         raise
     except (EOFError, pickle.UnpicklingError, UnicodeDecodeError) as error:
         raise DamagedCheckpoint(
-            f"the pickle in it cannot be read ({error or 'it is truncated'})",
+            f"the pickle in it cannot be read ({str(error) or 'it is truncated'})",
             path=path,
             hint="The file is truncated, or torch.save did not write it. Copy it anew.",
         ) from error
