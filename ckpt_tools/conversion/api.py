@@ -286,8 +286,7 @@ def _carried_out(
         tokenizer = request.tokenizer or (None if own is None else own.directory)
         request = replace(request, tokenizer=tokenizer)
     elif merges and request.base is None and lacks_base(sources[0], request.weights):
-        base = named_base(request.adapter_config, near, request.adapter)
-        request = replace(request, base=base)
+        request = replace(request, base=named_base(request, near))
     if request.base is None:
         request = replace(request, search=near)
     else:
@@ -308,7 +307,10 @@ def _opened(checkpoint: PathLike | Checkpoint, request: Request) -> Checkpoint:
     if isinstance(checkpoint, Checkpoint):
         return checkpoint
     if request.command == "extract-lora" and is_adapter(checkpoint):
-        return open_weights(as_path(checkpoint))
+        adapter = open_weights(as_path(checkpoint))
+        if not request.follow_links:
+            refuse_any_leaving(adapter.files, [as_path(checkpoint)])
+        return adapter
     place = read_as_one(as_path(checkpoint), request.also)
     location = readers.locate(place, request.tag, model=request.model, format=request.source_format)
     shapes = ModelShapes(request, location.near)

@@ -35,7 +35,7 @@ def with_adapter_as_checkpoint(
     if isinstance(given, Checkpoint) or request.adapter_dir is not None or not is_adapter(given):
         return [given], request
     directory = as_path(given)
-    base = request.base or named_base(request.adapter_config, [directory], request.adapter)
+    base = request.base or named_base(request, [directory])
     if base is None:
         raise MissingAsset(
             "it holds an adapter without its base",
@@ -57,9 +57,15 @@ def is_adapter(path: PathLike) -> bool:
     )
 
 
-def named_base(named: Path | None, search: Sequence[Path], adapter: str | None) -> Path | None:
+def named_base(request: Request, search: Sequence[Path]) -> Path | None:
     """The base that the adapter's config names, if that is a directory; PEFT looks from where it runs."""
-    config = find_adapter_config(named, search, adapter or _DEFAULT, alone=True)
+    config = find_adapter_config(
+        request.adapter_config,
+        search,
+        request.adapter or _DEFAULT,
+        alone=True,
+        follow_links=request.follow_links,
+    )
     text = None if config is None else config.data.get("base_model_name_or_path")
     if config is None or config.path is None or not isinstance(text, str) or not text:
         return None
