@@ -142,7 +142,10 @@ class Records:
             if not infos:
                 return
             found.append(infos if any(info.CRC for info in infos) else [])
-            end = min(info.header_offset for info in infos)
+            start = min(info.header_offset for info in infos)
+            if not 0 <= start < end:
+                return
+            end = start
         yield from found
 
     def holding(self, start: int, stop: int) -> Iterator[Record]:

@@ -26,6 +26,8 @@ from ckpt_tools.tensors.catalogue import FlatRange, Fragment, Shape, Stored
 from ckpt_tools.tensors.dtypes import DType
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+# Compressed records are read up to this size.
+_LARGEST_SMALL = 1 << 10
 _COPY_ANEW = "The file is truncated or was overwritten. Copy it anew from where it was written."
 
 
@@ -157,7 +159,7 @@ class TorchFile:
                 if records[pickles[0]].compress_type != zipfile.ZIP_STORED:
                     raise self._compressed()
                 order = f"{root}byteorder"
-                if order in records and archive.read(order) != b"little":
+                if order in records and _small(archive, records[order]) != b"little":
                     raise UnsupportedLayout("written on a big-endian machine", path=self.path)
                 data = archive.read(pickles[0])
         except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, ValueError) as error:
@@ -254,6 +256,18 @@ class TorchFile:
         ):
             raise DamagedCheckpoint("the pickle has an unknown kind of reference", path=self.path)
         return pid[1] if isinstance(pid[1], DType) else None, pid[2], pid[4]
+
+
+def _small(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> bytes:
+    """A record of a few bytes, also where it is compressed.
+
+    Raises:
+        zipfile.BadZipFile: it is larger.
+    """
+    if record.file_size > _LARGEST_SMALL:
+        raise zipfile.BadZipFile(f"record {record.filename} has {record.file_size:,} bytes")
+    with archive.open(record) as stream:
+        return stream.read(_LARGEST_SMALL)
 
 
 def refuse_exchanged(file: TorchFile, rank_of: Callable[[str], object]) -> None:

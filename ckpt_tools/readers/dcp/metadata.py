@@ -27,7 +27,7 @@ from ckpt_tools.tensors.catalogue import Shape
 from ckpt_tools.tensors.dtypes import DType
 
 GLOBAL_FILE = ".metadata"
-RANK_FILE = re.compile(r"__(\d+)\.metadata")
+RANK_FILE = re.compile(r"__(\d{1,6})\.metadata")
 DATA_FILE = re.compile(r"__(\d+)_\d+\.distcp")
 KeyPath = tuple[str | int, ...]
 

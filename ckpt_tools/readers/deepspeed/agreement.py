@@ -15,6 +15,7 @@ from typing import Any
 
 from ckpt_tools.errors import CkptError, DamagedCheckpoint, number_ranges
 from ckpt_tools.readers.containers.restricted_pickle import TensorRef
+from ckpt_tools.readers.counts import counted
 
 NODE_LOCAL = (
     "If the run saved to node-local storage, they are on the other machines: copy the folder of every "
@@ -64,7 +65,8 @@ def stated_world_size(
     counts: Counter[int] = Counter()
     for optim in optims:
         count = optim.get("partition_count")
-        counts[max(count, default=0) if isinstance(count, list) else int(count or 0)] += 1
+        stated = max(count, default=0) if isinstance(count, list) else count or 0
+        counts[counted(stated, "ranks", optim.path)] += 1
     if len(counts) > 1:
         raise mixed(
             directory, "world size", {o.path.name: o.get("partition_count") for o in optims}
@@ -72,7 +74,7 @@ def stated_world_size(
     stated = next(iter(counts), 0)
     dp = first.get("dp_world_size")
     if not stated:
-        return int(dp or max(len(optims), 1))
+        return counted(dp or max(len(optims), 1), "ranks", first.path)
     # MiCS saves one of the groups of ranks among which it partitions; the others hold the same.
     if stage == 3 and stated == _mics_group(first):
         return stated

@@ -21,6 +21,7 @@ from typing import Any
 from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout
 from ckpt_tools.readers.containers.restricted_pickle import TensorRef
 from ckpt_tools.readers.containers.torch_file import stored
+from ckpt_tools.readers.counts import counted
 from ckpt_tools.readers.deepspeed.agreement import NODE_LOCAL, SAME_SAVE, OptimState
 from ckpt_tools.readers.deepspeed.joining import Piece, joined, shifted, whole
 from ckpt_tools.readers.deepspeed.layout import (
@@ -130,7 +131,7 @@ def _expert_files(names: SaveNames, shards: ShardSet) -> dict[str, TensorRef]:
         lacking = [
             f"layer_{layer}_expert_{expert}_mp_rank_00_model_states.pt"
             for layer, count in enumerate(counts)
-            for expert in range(count)
+            for expert in range(counted(count, "experts", shards.first.path))
             if expert not in found.get(layer, ())
         ]
         if lacking and names.experts and EXPERT_FILE.fullmatch(names.experts[0])["layer"]:  # type: ignore[index]
@@ -291,6 +292,7 @@ def _placement(shards: ShardSet, name: str, counts: Sequence[int]) -> list[list[
             return [
                 list(map(int, rank["experts"])) for rank in sorted(ranks, key=lambda r: r["rank"])
             ]
+    counted(sum(counts), "experts", shards.directory)
     starts = [sum(counts[:index]) for index in range(len(counts))]
     return [list(range(start, start + n)) for start, n in zip(starts, counts, strict=True)]
 
