@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckpt_tools.errors import MissingAsset
+from ckpt_tools.errors import DamagedCheckpoint, MissingAsset
 from ckpt_tools.hub import architectures, olmo_core
 from ckpt_tools.hub.files import read_object
 from ckpt_tools.hub.links import refuse_leaving
@@ -47,10 +47,23 @@ class ConfigSource:
     Attributes:
         path: the file.
         data: the content of the file.
+
+    Raises:
+        DamagedCheckpoint: its ``architectures`` are not a list of names.
     """
 
     path: Path
     data: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        names = self.data.get("architectures")
+        is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        if names is not None and not is_list:
+            raise DamagedCheckpoint(
+                "its `architectures` are not a list of names",
+                path=self.path,
+                hint="Restore the file as save_pretrained of the model wrote it.",
+            )
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,8 @@ def start(
     trust_remote_code: bool = False,
 ) -> Answer:
     """Start to find out which model ``config`` describes; :func:`describe` documents the arguments."""
-    architecture = next(iter(config.get("architectures") or ()), None)
+    named = config.get("architectures")
+    architecture = named[0] if isinstance(named, list) and named else None
     _refuse_endless(config)
     question = json.dumps(
         {
