@@ -126,7 +126,7 @@ def inspect(
 
 def _sizes(directory: Path) -> Iterator[int]:
     """Bytes of each file of a damaged checkpoint."""
-    for entry in directory.iterdir():
+    for entry in directory.iterdir() if directory.is_dir() else [directory]:
         if entry.is_file():
             with suppress(CkptError):  # copies with different sizes
                 yield entry.stat().st_size

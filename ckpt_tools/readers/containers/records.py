@@ -164,8 +164,8 @@ class Records:
                     yield Record(info.filename, begin, begin + info.file_size, info.CRC)
 
     def read(self, start: int, stop: int) -> bytes:
-        """Bytes ``[start, stop)`` of the file."""
-        data = bytearray(stop - start)
+        """Bytes ``[start, stop)`` of the file, as far as there are any."""
+        data = bytearray(max(min(stop, self._size) - start, 0))
         count = read_fully(self._file, memoryview(data), start)
         return bytes(data[:count])
 

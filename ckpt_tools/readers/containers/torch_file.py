@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import io
 import math
-import os
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,19 @@ from ckpt_tools.tensors.dtypes import DType
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 # Compressed records are read up to this size.
 _LARGEST_SMALL = 1 << 10
+# What zipfile raises for a file that is not what it says.
+_NO_ZIP = (
+    ArithmeticError,
+    AssertionError,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    ValueError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 _COPY_ANEW = "The file is truncated or was overwritten. Copy it anew from where it was written."
 
 
@@ -162,7 +176,7 @@ class TorchFile:
                 if order in records and _small(archive, records[order]) != b"little":
                     raise UnsupportedLayout("written on a big-endian machine", path=self.path)
                 data = archive.read(pickles[0])
-        except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, ValueError) as error:
+        except _NO_ZIP as error:
             raise DamagedCheckpoint(
                 f"not a complete torch file ({error})", path=self.path, hint=_COPY_ANEW
             ) from error
@@ -237,11 +251,12 @@ class TorchFile:
                 )
             storage.start = stream.tell()
             numel = int.from_bytes(header, "little")
-            end = stream.seek(numel * storage.dtype.itemsize, os.SEEK_CUR)
+            end = storage.start + storage.numel * storage.dtype.itemsize
             if numel != storage.numel or end > self.size:
                 raise DamagedCheckpoint(
                     f"storage {key} is shorter than recorded", path=self.path, hint=_COPY_ANEW
                 )
+            stream.seek(end)
         if any(storage.start < 0 for storage in storages.values()):
             raise DamagedCheckpoint("a storage has no data", path=self.path, hint=_COPY_ANEW)
 
@@ -252,7 +267,8 @@ class TorchFile:
             len(pid) < 5
             or not all(map(isinstance, pid, kinds))
             or pid[0] != "storage"
-            or pid[4] < 0
+            or type(pid[4]) is not int
+            or not 0 <= pid[4] < 1 << 63
         ):
             raise DamagedCheckpoint("the pickle has an unknown kind of reference", path=self.path)
         return pid[1] if isinstance(pid[1], DType) else None, pid[2], pid[4]

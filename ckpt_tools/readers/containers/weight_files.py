@@ -125,7 +125,14 @@ def _read_index(path: Path) -> dict[str, str]:
         if not weight_map:
             raise ValueError("it lists no shard")
         return dict(weight_map)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         raise DamagedCheckpoint(f"not an index of shards ({error})", path=path) from error
 
 
@@ -149,10 +156,16 @@ def tensors_of(content: Mapping[str, Any], path: Path) -> tuple[dict[str, Stored
     ties: dict[str, str] = {}
     places: dict[object, str] = {}
     for key, ref in content.items():
+        if not isinstance(key, str):
+            raise DamagedCheckpoint(
+                f"a name in its state dict is not text but a value of type {type(key).__name__}",
+                path=path,
+                hint="Save the state dict with the names of model.state_dict().",
+            )
         if not isinstance(ref, TensorRef):
-            if str(key).endswith("_extra_state"):  # extra state of a module is not a weight
+            if key.endswith("_extra_state"):  # extra state of a module is not a weight
                 continue
-            raise DamagedCheckpoint("it is not a tensor", path=path, tensor=str(key))
+            raise DamagedCheckpoint("it is not a tensor", path=path, tensor=key)
         place = (ref.byte_offset, ref.shape, ref.stride, ref.dtype) if ref.numel else key
         first = places.setdefault(place, key)
         if first == key:

@@ -242,7 +242,8 @@ def mixed(directory: Path, meaning: str, values: dict[str, Any]) -> DamagedCheck
     """The error for files of several saves; it names a file of the minority."""
     common, _ = Counter(map(repr, values.values())).most_common(1)[0]
     odd = {name: value for name, value in values.items() if repr(value) != common}
-    name, value = next(iter(odd.items()))
+    # Values may differ and look the same, as NaN does.
+    name, value = next(iter((odd or values).items()))
     more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
     shown = (
         (f" ({value!r} in {name}{more}, {common} in the others)")
