@@ -28,6 +28,7 @@ from ckpt_tools.errors import (
 from ckpt_tools.readers.containers.weight_files import ADAPTER_FILES
 from ckpt_tools.readers.net import unexpected_is_damage
 from ckpt_tools.storage.folders import local_paths, searched
+from ckpt_tools.storage.replaced import how_to_restore
 from ckpt_tools.tensors.checkpoint import FINISHED, LAST, Checkpoint, Location
 
 _MODEL_NUMBER = re.compile(r"model(?:_fsdp)?(?:_(\d+))?$")
@@ -77,7 +78,7 @@ def locate(
 
 def _locate(path: Path, tag: str | None, model: int | str | None, format: str | None) -> Location:
     if not path.exists():
-        raise NotACheckpoint("no such file or directory", path=path)
+        raise NotACheckpoint("no such file or directory", path=path, hint=how_to_restore(path))
     found = _find(path, tag, format)
     if path.is_dir() and all(location.format in LAST for location in found):
         children = sorted(child for child in path.iterdir() if child.is_dir())
