@@ -65,7 +65,7 @@ def _show(found: Inspection) -> None:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for label, value in _rows(found):
-        style = {"problem": "red", "remark": "yellow"}.get(label, "")
+        style = {"problem": "red", "remark": "yellow", "suspicious": "yellow"}.get(label, "")
         # A problem has its next step on a line of its own.
         text = "\n".join(map(printable, value.split("\n")))
         table.add_row(label, Text(text, style=style))
@@ -110,6 +110,8 @@ def _rows(found: Inspection) -> Iterator[tuple[str, str]]:
         yield "output", ", ".join(sizes)
     for remark in found.remarks:
         yield "remark", remark
+    for file, named in (found.suspicious or {}).items():
+        yield "suspicious", f"{file} names {listed(named, 20)}; nothing of it was run"
     for problem in found.problems:
         yield "problem", problem
     if not found.problems:

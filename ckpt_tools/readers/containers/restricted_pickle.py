@@ -30,6 +30,7 @@ from ckpt_tools.readers.containers.pickle_sharing import without_expansion
 from ckpt_tools.readers.containers.pickled import Opaque as Opaque
 from ckpt_tools.readers.containers.pickled import StorageRef as StorageRef
 from ckpt_tools.readers.containers.pickled import TensorRef as TensorRef
+from ckpt_tools.readers.containers.suspicion import note
 
 
 class _Source(io.BytesIO):
@@ -46,7 +47,11 @@ class _Source(io.BytesIO):
 
 
 class RestrictedUnpickler(pickle.Unpickler):
-    """An unpickler that imports nothing and calls only the functions above."""
+    """An unpickler that imports nothing and calls only functions of the allow-list.
+
+    Attributes:
+        unknown: module and name of every global that is not on the allow-list.
+    """
 
     def __init__(
         self,
@@ -58,12 +63,14 @@ class RestrictedUnpickler(pickle.Unpickler):
         self._names = Names(meter)
         self._allowed = allowed(meter, self._names)
         self._resolve_storage = persistent_load
+        self.unknown: set[tuple[str, str]] = set()
 
     def find_class(self, module: str, name: str, /) -> Any:
         """Return the allowed replacement of a global, or a new inert class."""
         key = (module, name)
         if key in self._allowed:
             return self._allowed[key]
+        self.unknown.add(key)
         return self._names.of(f"{module}.{name}")
 
     def persistent_load(self, pid: Any) -> Any:
@@ -90,7 +97,11 @@ def unpickle(
     try:
         followed = follow(file)
         meter = Meter(len(followed.data))
-        value = RestrictedUnpickler(followed.data, meter, persistent_load).load()
+        unpickler = RestrictedUnpickler(followed.data, meter, persistent_load)
+        try:
+            value = unpickler.load()
+        finally:
+            note(path, unpickler.unknown)
         if followed.has_large or (followed.has_shared and meter.mappings):
             value = without_expansion(value, len(followed.data))
         return value
