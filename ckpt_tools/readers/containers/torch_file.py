@@ -305,7 +305,12 @@ def refuse_exchanged(file: TorchFile, rank_of: Callable[[str], object]) -> None:
             f"its content was saved as {saved_as}: files of two ranks were exchanged, or one was "
             "copied over the other",
             path=file.path,
-            hint="Copy the files of this checkpoint again from where they were written.",
+            hint=(
+                f"{saved_as} lies beside it: if that file is good, move this one away. If not, copy the "
+                "files of this checkpoint again from where they were written."
+                if file.path.with_name(saved_as).is_file()
+                else "Copy the files of this checkpoint again from where they were written."
+            ),
         )
 
 

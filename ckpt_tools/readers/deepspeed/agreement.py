@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckpt_tools.errors import CkptError, DamagedCheckpoint, number_ranges
+from ckpt_tools.errors import CkptError, DamagedCheckpoint, listed, number_ranges
 from ckpt_tools.readers.containers.restricted_pickle import TensorRef
 from ckpt_tools.readers.counts import counted
 
@@ -180,11 +180,13 @@ def check_extra(
     for kind, states in kinds:
         extra = sorted({state.rank for state in states} - set(range(world_size)))
         if extra:
+            strays = [state.path for state in states if state.rank in extra]
             raise DamagedCheckpoint(
                 f"there are {kind}_states files of ranks {number_ranges(extra)}, but the save had "
                 f"{world_size} ranks",
-                path=directory,
-                hint=SAME_SAVE,
+                path=strays[0],
+                hint=f"The files of ranks 0 to {world_size - 1} belong together. Move these away: "
+                f"{listed([path.name for path in strays])}.",
             )
     if stage < 3 and len(models) > 1:
         raise DamagedCheckpoint(
