@@ -175,6 +175,8 @@ class TorchFile:
                 order = f"{root}byteorder"
                 if order in records and _small(archive, records[order]) != b"little":
                     raise UnsupportedLayout("written on a big-endian machine", path=self.path)
+                if records[pickles[0]].file_size > self.size:
+                    raise zipfile.BadZipFile("its pickle extends beyond the end of the file")
                 data = archive.read(pickles[0])
         except _NO_ZIP as error:
             raise DamagedCheckpoint(
