@@ -82,24 +82,24 @@ class _Measuring:
             self.objects.append(value)
         if not isinstance(value, _HOLDING):
             return False
-        pending, entered = [value], set[int]()
+        sizes, pending, entered = self._sizes, [value], set[int]()
         while pending:
             one = pending[-1]
-            if id(one) in self._sizes:
+            key = id(one)
+            if key in sizes:
                 pending.pop()
-            elif id(one) in entered:
+            elif key in entered:
                 pending.pop()
-                self._sizes[id(one)] = self._measured(one)
+                sizes[key] = self._measured(one)
             else:
-                entered.add(id(one))
-                pending += [
-                    item
-                    for item in _items(one)
-                    if isinstance(item, _HOLDING)
-                    and id(item) not in self._sizes
-                    and id(item) not in entered
-                ]
-        return self._sizes[id(value)] is None
+                inner = [item for item in _items(one) if isinstance(item, _HOLDING)]
+                if inner:
+                    entered.add(key)
+                    pending += [item for item in inner if id(item) not in entered]
+                else:
+                    pending.pop()
+                    sizes[key] = self._measured(one)
+        return sizes[id(value)] is None
 
     def _measured(self, one: object) -> _Size | None:
         items, levels, lost = 1, 0, set[int]()
