@@ -14,6 +14,8 @@ from tests.support.warm import warm_children
 # Before anything imports huggingface_hub, which reads them once. Child processes inherit them.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# pytest-xdist sets it for its workers; what is printed would depend on their number.
+os.environ.pop("COLUMNS", None)
 
 # By default an example may take 200 ms, which it does where other processes have the processor; generating
 # examples has a limit of time too. The same examples in every run give the same result in every run.

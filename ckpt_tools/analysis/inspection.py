@@ -101,7 +101,7 @@ def inspect(
     *,
     tag: str | None = None,
     model: int | str | None = None,
-    format: str | None = None,
+    source_format: str | None = None,
     also: Sequence[str | os.PathLike[str]] = (),
 ) -> Inspection:
     """Describe a checkpoint without reading its tensors.
@@ -111,7 +111,7 @@ def inspect(
             not an error: its ``problems`` describe the damage.
     """
     place = read_as_one(Path(path), also)
-    location = readers.locate(place, tag, model=model, format=format)
+    location = readers.locate(place, tag, model=model, format=source_format)
     try:
         checkpoint = readers.read(location)
         named = suspicious(checkpoint.files, location.directory)

@@ -47,7 +47,7 @@ def reports_errors(function: F, trouble: int = 1) -> F:
                 print_traceback()
                 sys.exit(1)
             if not _is_told_elsewhere():
-                if kwargs.get("as_json"):
+                if kwargs.get("as_json") or kwargs.get("form") == "json":
                     print_json({"error": _as_json(error)})
                 _print_error(error)
             sys.exit(error.exit_code)

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import re
 import sys
+import textwrap
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +24,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _LOG_WIDTH = 160
+
+# A number and its unit, between which a line does not end.
+_SIZE = re.compile(r"(?<=\d) (?=(?:B|kB|MB|GB|TB|s|K|M|T)\b)")
+_NO_BREAK = "\N{NO-BREAK SPACE}"
 
 
 def say(
@@ -60,10 +67,20 @@ def drawn(draw: Callable[[Console], None]) -> str:
 
     is_terminal = sys.stdout.isatty()
     text = io.StringIO()
-    width = None if is_terminal else _LOG_WIDTH
+    asked = os.environ.get("COLUMNS", "")
+    width = int(asked) if asked.isdecimal() and int(asked) else None
+    if width is None and not is_terminal:
+        width = _LOG_WIDTH
     draw(Console(file=text, force_terminal=is_terminal, highlight=False, width=width))
     # rich fills lines of a table with spaces.
     return "".join(f"{neutral(line.rstrip())}\n" for line in text.getvalue().splitlines())
+
+
+def folded(text: str, width: int) -> str:
+    """Text in lines of at most ``width`` characters; a number and its unit stay together."""
+    glued = _SIZE.sub(_NO_BREAK, text)
+    lines = textwrap.wrap(glued, max(width, 8), break_on_hyphens=False) or [""]
+    return "\n".join(lines).replace(_NO_BREAK, " ")
 
 
 def counted(count: int, noun: str) -> str:

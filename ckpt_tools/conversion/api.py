@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from ckpt_tools import readers
 from ckpt_tools.conversion.extraction import prepare_adapters
+from ckpt_tools.conversion.model_shapes import ModelShapes
 from ckpt_tools.conversion.models import prepare_model
 from ckpt_tools.conversion.pipeline import Clock, Prepare, run
 from ckpt_tools.conversion.report import Report
@@ -27,8 +28,9 @@ from ckpt_tools.conversion.request import (
     paths_of,
     requested,
 )
+from ckpt_tools.conversion.signature import states_options
 from ckpt_tools.errors import UsageError
-from ckpt_tools.hub.links import refuse_leaving
+from ckpt_tools.hub.links import refuse_any_leaving, refuse_leaving
 from ckpt_tools.hub.sources import AssetOptions, nearby
 from ckpt_tools.hub.tokenizer import find_tokenizer
 from ckpt_tools.ranks import pooled_machines
@@ -45,7 +47,7 @@ def open_checkpoint(
     *,
     tag: str | None = None,
     model: int | str | None = None,
-    format: str | None = None,
+    source_format: str | None = None,
     also: Sequence[PathLike] = (),
 ) -> Checkpoint:
     """Open a training checkpoint; reads metadata only.
@@ -55,7 +57,7 @@ def open_checkpoint(
             directory, a Transformers ``checkpoint-N`` directory.
         tag: which of several checkpoints, by name.
         model: which of several models of one state, by number or name.
-        format: name of the format, where the directory fits several.
+        source_format: name of the format, where the directory fits several.
         also: further directories with files of the same checkpoint: copies of what other machines hold.
 
     Returns:
@@ -66,9 +68,10 @@ def open_checkpoint(
         CkptError: see :mod:`ckpt_tools.errors`.
     """
     place = read_as_one(as_path(path), also)
-    return readers.read(readers.locate(place, tag, model=model, format=format))
+    return readers.read(readers.locate(place, tag, model=model, format=source_format))
 
 
+@states_options(ModelOptions)
 def consolidate(
     checkpoint: PathLike | Checkpoint,
     output: PathLike,
@@ -96,6 +99,7 @@ def consolidate(
     return _together([checkpoint], request, prepare_model)
 
 
+@states_options(ModelOptions)
 def average(
     checkpoints: Sequence[PathLike | Checkpoint],
     output: PathLike,
@@ -133,6 +137,7 @@ def average(
     return _together(checkpoints, request, prepare_model)
 
 
+@states_options(AdapterOptions)
 def extract_lora(
     checkpoint: PathLike | Checkpoint,
     output: PathLike,
@@ -179,6 +184,7 @@ def extract_lora(
     return _together([checkpoint], request, prepare_adapters)
 
 
+@states_options(ModelOptions)
 def merge_lora(
     checkpoint: PathLike | Checkpoint,
     output: PathLike,
@@ -266,23 +272,27 @@ def _carried_out(
         own = find_tokenizer(None, nearby(AssetOptions(search=near)))
         tokenizer = request.tokenizer or (None if own is None else own.directory)
         request = replace(request, search=(*near, request.base), tokenizer=tokenizer)
-        sources.append(open_checkpoint(request.search[-1]))
+        sources.append(
+            _opened(
+                request.search[-1],
+                replace(request, tag=None, model=None, source_format=None, also=()),
+            )
+        )
     return run(sources, request, prepare, clock)
 
 
 def _opened(checkpoint: PathLike | Checkpoint, request: Request) -> Checkpoint:
     if isinstance(checkpoint, Checkpoint):
         return checkpoint
-    opened = open_checkpoint(
-        checkpoint,
-        tag=request.tag,
-        model=request.model,
-        format=request.format,
-        also=request.also,
-    )
+    place = read_as_one(as_path(checkpoint), request.also)
+    location = readers.locate(place, request.tag, model=request.model, format=request.source_format)
+    shapes = ModelShapes(request, location.near)
+    opened = readers.read(replace(location, model_shapes=shapes))
     # By their names: a directory on another machine has no path on this one.
     root = Path(str(checkpoint) if isinstance(checkpoint, Path) else os.fspath(checkpoint))
     found = Path(str(opened.location.directory))
     if not request.follow_links and found != root and found.is_relative_to(root):
         refuse_leaving(found, root)
+    if not request.follow_links:
+        refuse_any_leaving(opened.files, [root, *map(Path, request.also)])
     return opened

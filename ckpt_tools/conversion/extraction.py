@@ -115,6 +115,7 @@ def _described(adapter: Adapter, request: Request, base: ConfigSource | None) ->
         request.search,
         architecture,
         data.get("_name_or_path") or None,
+        follow_links=request.follow_links,
     )
     config = with_given(
         config,

@@ -25,6 +25,7 @@ from ckpt_tools.model.adapter import Adapter, read_adapter_directory
 from ckpt_tools.model.fit import Fitted, ask_model, fit_to_model
 from ckpt_tools.model.merging import merged_state
 from ckpt_tools.model.quantised import KEY, plain_state, quantised_names, quantizer_of
+from ckpt_tools.model.shapes import with_shapes
 from ckpt_tools.model.state import State, cast_state, main_dtype, mean_state, model_state
 from ckpt_tools.tensors.catalogue import Catalogue, Tensor
 from ckpt_tools.tensors.checkpoint import Checkpoint
@@ -158,7 +159,12 @@ class _Model:
 def prepare_model(sources: Sequence[Checkpoint], request: Request) -> _Model:
     """Combine the states of the sources, and ask which model the config describes."""
     names = read_key_map(request.key_map)
-    states = [model_state(source, request.weights, request.attribute, names) for source in sources]
+    states = [
+        model_state(source, request.weights, request.attribute, names, flat=True)
+        for source in sources
+    ]
+    found = _config(request)
+    states = [with_shapes(state, found, trust=request.trust_remote_code) for state in states]
     if request.dequantize:
         states = [
             plain_state(state, quantizer_of(_near(source, request)))
@@ -166,7 +172,7 @@ def prepare_model(sources: Sequence[Checkpoint], request: Request) -> _Model:
         ]
     combined = _combined(states, sources, request)
     catalogue = cast_state(combined.state, request.dtype, combined.as_stored)
-    config, combined = _with_quantizer(_config(request), combined, request)
+    config, combined = _with_quantizer(found, combined, request)
     like = None if request.like is None else readers.read(readers.locate(request.like))
     extra = None if like is None else _extra(like, request)
     answer = None
@@ -266,13 +272,17 @@ def _merged(states: Sequence[State], sources: Sequence[Checkpoint], request: Req
     found: AdapterConfig | None = None
     if request.adapter_dir is not None:
         adapter_state, found = read_adapter_directory(
-            request.adapter_dir, request.adapter or "default"
+            request.adapter_dir,
+            request.adapter or "default",
+            follow_links=request.follow_links,
         )
         beside[request.adapter_dir] = adapter_state.catalogue
 
     def configure(chosen: Adapter) -> AdapterConfig:
         config = found if request.adapter_config is None else None
-        config = config or chosen.configured(request.adapter_config, near, None, None)
+        config = config or chosen.configured(
+            request.adapter_config, near, None, None, follow_links=request.follow_links
+        )
         return with_given(config, lora_alpha=request.lora_alpha, base_model=None, for_file=False)
 
     state = merged_state(

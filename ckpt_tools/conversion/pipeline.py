@@ -17,11 +17,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from ckpt_tools.conversion.masters import check_masters
+from ckpt_tools.conversion.masters import check_masters, check_replicas
 from ckpt_tools.conversion.report import Report
 from ckpt_tools.conversion.request import Request
 from ckpt_tools.errors import UnsafePickle, VerificationFailed, listed
-from ckpt_tools.hub.links import home_of, refuse_leaving
+from ckpt_tools.hub.links import home_of, refuse_any_leaving, refuse_leaving
 from ckpt_tools.readers.containers.suspicion import suspicious
 from ckpt_tools.storage.folders import folders_of
 from ckpt_tools.tensors.catalogue import Tensor
@@ -129,10 +129,19 @@ def run(sources: Sequence[Checkpoint], request: Request, prepare: Prepare, clock
             )
             for source in sources
         )
+    for source in sources:
+        check_replicas(
+            source,
+            copy=request.weights,
+            check_all_masters=request.check_all_masters,
+            workers=request.workers,
+        )
     clock.lap("check")
     planned = pending.plan()
     if not request.follow_links:
         _refuse_links(planned.outputs, request)
+        for directory, files in planned.provenance.files_beside().items():
+            refuse_any_leaving(files, [directory])
     clock.lap("plan")
     checks.add(planned.provenance.files())
     delivered = deliver(request.output, planned.outputs, request, planned.provenance, checks)

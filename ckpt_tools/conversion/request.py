@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from ckpt_tools.hub.sources import AssetOptions
 from ckpt_tools.model.state import DTypeChoice
 from ckpt_tools.tensors.checkpoint import Checkpoint, Copy
+from ckpt_tools.tensors.dtypes import short_name
 from ckpt_tools.tensors.threads import default_workers
 from ckpt_tools.writing.output import Progress, Writing
 
@@ -36,7 +37,7 @@ class Request(AssetOptions, Writing):
         output: the directory to make.
         tag: which of several checkpoints, by name.
         model: which of several models of one state, by number or name.
-        format: name of the format, where the directory fits several.
+        source_format: name of the format, where the directory fits several.
         also: further directories with files of the same checkpoint: copies of what other machines hold.
         attribute: dotted path of the part of a composite model, and of its config.
         key_map: a JSON file with the model's names of the checkpoint's tensors.
@@ -50,7 +51,8 @@ class Request(AssetOptions, Writing):
         base_model: what an adapter's base is called, where no config says it.
         base: a Hugging Face directory with what the checkpoint lacks of the base.
         dtype: ``auto`` gives each tensor its training dtype, ``keep`` leaves each as stored, ``fp32``,
-            ``bf16`` and ``fp16`` cast every floating tensor.
+            ``bf16`` and ``fp16`` cast every floating tensor. Torch's names and a ``torch.dtype`` are
+            understood too.
         max_shard_size: bytes, or a number with a decimal unit.
         weights_only: write weights alone: no config, no tokenizer, names as stored.
         dequantize: write quantised weights as the 16-bit weights that their quantiser makes of them.
@@ -66,7 +68,7 @@ class Request(AssetOptions, Writing):
     output: Path
     tag: str | None = None
     model: int | str | None = None
-    format: str | None = None
+    source_format: str | None = None
     also: Sequence[PathLike] = ()
     attribute: str | None = None
     key_map: Path | None = None
@@ -108,7 +110,7 @@ class AdapterOptions(TypedDict, total=False):
 
     tag: str | None
     model: int | str | None
-    format: str | None
+    source_format: str | None
     also: Sequence[PathLike]
     weights: Copy
     check_all_masters: bool
@@ -171,6 +173,8 @@ def requested(
     for name in _PATHS:
         if values.get(name) is not None:
             values[name] = as_path(values[name])
+    if "dtype" in values:
+        values["dtype"] = short_name(values["dtype"])
     values["workers"] = values.get("workers") or default_workers()
     return Request(command=command, output=Path(output), **values)
 

@@ -34,6 +34,11 @@ from ckpt_tools.transforms.lora import (
 from ckpt_tools.transforms.lora_targets import Factors, Target, factors, find_targets
 from ckpt_tools.transforms.quantised import storage_names
 
+_NOT_GATHERED = (
+    "A run under ZeRO-3 or FSDP saved it without gathering it from the ranks. Use the training checkpoint "
+    "itself, which holds the adapter whole."
+)
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -76,8 +81,7 @@ class Adapter:
         if empty:
             raise DamagedCheckpoint(
                 f"{len(empty)} tensors of adapter {self.name!r} are empty: {listed(empty)}",
-                hint="They were saved without being gathered from their ranks. Use the ZeRO checkpoint "
-                "itself, which holds them whole.",
+                hint=_NOT_GATHERED,
             )
 
     def configured(
@@ -86,6 +90,8 @@ class Adapter:
         search: Sequence[Path],
         architecture: str | None,
         base_model: str | None,
+        *,
+        follow_links: bool = False,
     ) -> AdapterConfig:
         """Its config: the one found, checked against the tensors, or one inferred from them.
 
@@ -94,13 +100,16 @@ class Adapter:
             search: where to look otherwise.
             architecture: class of the base model, if known.
             base_model: name of the base model, if known.
+            follow_links: whether the one found may be a link that leads out of its directory.
 
         Raises:
             MissingAsset: there is none, and the tensors do not determine one.
-            UsageError: the one found is of another adapter.
+            UsageError: the one found is of another adapter, or is such a link.
         """
         alone = len(self.names.adapters) == 1
-        found = find_adapter_config(named, search, self.name, alone=alone)
+        found = find_adapter_config(
+            named, search, self.name, alone=alone, follow_links=follow_links
+        )
         if found is not None:
             if found.is_lora and self.pairs:
                 check(found, self._ranks(found))
@@ -181,19 +190,23 @@ def trained_dtype(state: State, name: str) -> DType:
     return state.dtypes[state.catalogue.ties.get(name, name)]
 
 
-def read_adapter_directory(directory: Path, adapter: str) -> tuple[State, AdapterConfig]:
+def read_adapter_directory(
+    directory: Path, adapter: str, *, follow_links: bool = False
+) -> tuple[State, AdapterConfig]:
     """The state and config of a directory that PEFT wrote.
 
     Args:
         directory: the directory.
         adapter: the name to give the adapter.
+        follow_links: whether its config may be a link that leads out of the directory.
 
     Raises:
         MissingAsset: weights or config are not there.
+        UsageError: its config is such a link, or it holds no adapter.
         DamagedCheckpoint: a file is truncated.
     """
     entry = entry_in(directory, ADAPTER_FILES)
-    config = find_adapter_config(None, [directory], adapter, alone=True)
+    config = find_adapter_config(None, [directory], adapter, alone=True, follow_links=follow_links)
     if entry is None or config is None:
         raise MissingAsset(
             f"it holds no {ADAPTER_FILES[0]}" if entry is None else f"it holds no {NAME}",
@@ -206,6 +219,13 @@ def read_adapter_directory(directory: Path, adapter: str) -> tuple[State, Adapte
     }
     dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
     state = State(Catalogue(tensors), dtypes, dict.fromkeys(tensors, "parameter"))
+    empty = [name for name, tensor in held.tensors.items() if not tensor.numel]
+    if empty:
+        raise DamagedCheckpoint(
+            f"{len(empty)} tensors of the adapter are empty: {listed(empty)}",
+            path=entry,
+            hint=_NOT_GATHERED,
+        )
     if adapter not in state_names(state).adapters:
-        raise UsageError("it holds no tensor of an adapter", path=entry)
+        raise UsageError("it holds no tensor of an adapter", path=entry, hint=_NOT_GATHERED)
     return state, config

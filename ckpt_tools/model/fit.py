@@ -231,9 +231,12 @@ def _incomplete(
         )
     if len(missing) == len(reference.saved) or len(surplus) > len(tensors) // 2:
         tops = sorted({name.split(".")[0] for name in tensors})
+        numbered = (
+            "numbered by the layers of a pipeline, such as" if tops[0].isdigit() else "called"
+        )
         return UsageError(
             f"the config describes {reference.architecture}, whose tensors are called "
-            f"{listed(missing[:2])}; those of the checkpoint are called {listed(surplus[:2])}",
+            f"{listed(missing[:2])}; those of the checkpoint are {numbered} {listed(surplus[:2])}",
             path=config.path,
             hint=f"Top-level attributes of the checkpoint: {', '.join(tops)}. Pass the config of the "
             "model that was trained, write one attribute with extract-attr, name the tensors with "

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ckpt_tools.errors import DamagedCheckpoint, MissingAsset, UnsupportedLayout, UsageError, listed
+from ckpt_tools.errors import MissingAsset, UnsupportedLayout, UsageError, listed
 from ckpt_tools.hub.adapter_config import AdapterConfig
 from ckpt_tools.model.adapter import Adapter, state_names, trained_dtype
 from ckpt_tools.model.settings import refuse_another_base, refuse_unknown_settings
@@ -66,8 +66,8 @@ def merged_state(
         dtype: the dtype of the output.
 
     Raises:
-        DamagedCheckpoint: a pair is incomplete, or the base lacks its target.
-        UsageError: a target would stay as it is, or the adapter is not LoRA.
+        DamagedCheckpoint: a pair is incomplete.
+        UsageError: the base lacks a target, a target would stay as it is, or the adapter is not LoRA.
     """
     state, *others = states
     base, ties = _base(state, others, from_directory=adapter_state is not None)
@@ -263,13 +263,14 @@ def _refuse_unchanged(adapter: Adapter, taken: Callable[[str], Tensor]) -> None:
         )
 
 
-def _no_target(target: Target, has_other: bool) -> DamagedCheckpoint:
+def _no_target(target: Target, has_other: bool) -> UsageError:
     hint = (
-        "--base is another model, or it stores experts one by one and the adapter has them fused."
+        "--base is another model, or it stores experts one by one and the adapter has them fused. Pass the "
+        "base that the adapter was trained on."
         if has_other
         else "The base was left out of the checkpoint. --base DIR takes it from a Hugging Face directory."
     )
-    return DamagedCheckpoint(f"the base has no weight of {target.key}", hint=hint)
+    return UsageError(f"the base has no weight of {target.key}", hint=hint)
 
 
 def _assembled(

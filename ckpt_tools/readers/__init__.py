@@ -27,6 +27,7 @@ from ckpt_tools.errors import (
 )
 from ckpt_tools.readers.containers.weight_files import ADAPTER_FILES
 from ckpt_tools.readers.net import unexpected_is_damage
+from ckpt_tools.readers.unread import unread
 from ckpt_tools.storage.folders import local_paths, searched
 from ckpt_tools.storage.replaced import how_to_restore
 from ckpt_tools.tensors.checkpoint import FINISHED, LAST, Checkpoint, Location
@@ -67,6 +68,7 @@ def locate(
     Raises:
         NotACheckpoint: there is no checkpoint under the path.
         AmbiguousCheckpoint: there is more than one; the error lists them.
+        UnsupportedLayout: it is of a format that is known and not read.
         UsageError: ``tag``, ``model`` or ``format`` does not exist.
         DamagedCheckpoint: the target of a pointer such as ``latest`` does not exist.
     """
@@ -105,6 +107,8 @@ def _locate(path: Path, tag: str | None, model: int | str | None, format: str | 
             f"ckpt-tools merge-lora BASE OUT --adapter-dir {adapters[-1]}. "
             "PEFT loads it without a conversion.",
         )
+    if not found and (refusal := unread(path)) is not None:
+        raise refusal
     if not found:
         raise NotACheckpoint(
             "no checkpoint of a known format was found",

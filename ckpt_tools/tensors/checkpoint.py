@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -53,6 +53,23 @@ class Weight:
 
 
 @dataclass(frozen=True, slots=True)
+class Replica:
+    """Two tensors of different ranks that must be equal, because both are of the same elements.
+
+    Attributes:
+        name: the tensor that the elements belong to.
+        copy: of which of its copies.
+        first: the elements that are taken.
+        other: the same elements of another rank.
+    """
+
+    name: str
+    copy: Copy
+    first: Stored
+    other: Stored
+
+
+@dataclass(frozen=True, slots=True)
 class Location:
     """A checkpoint that was found under a path.
 
@@ -63,6 +80,8 @@ class Location:
         near: directories in which its config and tokenizer may lie, nearest first.
         remarks: remarks about its directory, for the report.
         part: the reader's name of one of several models in the directory.
+        model_shapes: gives the shapes of the model's tensors, for files that do not state how their parts
+            are put together. None if no model is known.
     """
 
     format: str
@@ -71,6 +90,9 @@ class Location:
     near: tuple[Path, ...]
     remarks: tuple[str, ...] = ()
     part: str | None = None
+    model_shapes: Callable[[], Mapping[str, Shape] | None] | None = field(
+        default=None, compare=False, repr=False
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +115,9 @@ class Checkpoint(Mapping[str, Tensor]):
         remarks: oddities that do not prevent reading.
         doubts: reasons to compare all masters with the model copy in full.
         lost: why the masters cannot be read, although the run kept some.
+        shapeless: tensors of which the files record the number of elements alone; their shape here is flat.
         unlisted: tensors in files beside it that its index does not name, each with its file.
+        replicas: pairs of tensors that must be equal.
 
     Raises:
         DamagedCheckpoint: a name is no text that a file can hold.
@@ -111,7 +135,9 @@ class Checkpoint(Mapping[str, Tensor]):
     remarks: tuple[str, ...] = ()
     doubts: tuple[str, ...] = ()
     lost: CkptError | None = None
+    shapeless: frozenset[str] = frozenset()
     unlisted: Mapping[str, Path] = field(default_factory=dict)
+    replicas: Sequence[Replica] = ()
 
     def __post_init__(self) -> None:
         for name in (*self.weights, *self.ties):
@@ -169,6 +195,12 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __repr__(self) -> str:
         return f"<{self.title} checkpoint {str(self.location.directory)!r}, {len(self)} tensors>"
+
+    def _repr_html_(self) -> str:
+        """A table, for notebooks."""
+        from ckpt_tools.tensors.listing import html_table
+
+        return html_table(self)
 
     @cached_property
     def training_dtype(self) -> DType | None:

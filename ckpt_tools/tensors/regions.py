@@ -125,3 +125,19 @@ def collapsed(sizes: Shape, strides: Shape) -> tuple[Shape, Shape]:
             joined.append((size, stride))
     joined = joined or [(1, 1)]
     return tuple(size for size, _ in joined), tuple(stride for _, stride in joined)
+
+
+def dot(indices: Shape, strides: Shape) -> int:
+    """The flat index of an element, from its index along each axis."""
+    return sum(index * stride for index, stride in zip(indices, strides, strict=True))
+
+
+def digits(index: int, shape: Shape) -> Shape:
+    """The index along each axis; the first axis takes what is too large for the shape."""
+    found = []
+    for size in reversed(shape[1:]):
+        index, digit = divmod(index, max(size, 1))
+        found.append(digit)
+    if shape:
+        found.append(index)
+    return tuple(reversed(found))

@@ -101,7 +101,9 @@ def _run(name: str, handle: Any, position: int) -> Held:
     shape = tuple(parameter._shapes[position])
     if not all(parameter._contiguities[position : position + 1]):
         raise UnsupportedLayout(
-            "FSDP keeps its elements in another order than row-major", tensor=name
+            "FSDP does not keep its elements in row-major order",
+            tensor=name,
+            hint="Save it with FSDP's own state dict; ckpt-tools consolidate reads that.",
         )
     shard = getattr(parameter, "_local_shard", parameter).detach()
     info = parameter._shard_param_infos[position]

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import permutations
 
-from ckpt_tools.errors import DamagedCheckpoint, listed
+from ckpt_tools.errors import DamagedCheckpoint, UsageError, listed
 from ckpt_tools.tensors.catalogue import Shape
 from ckpt_tools.transforms.lora import Part, plain_name
 
@@ -121,7 +121,8 @@ def find_targets(
         base: shapes of the base, by plain name; empty if the base is absent.
 
     Raises:
-        DamagedCheckpoint: factors do not fit each other, or any tensor of the base.
+        DamagedCheckpoint: factors do not fit each other.
+        UsageError: they fit no tensor of the base.
     """
     by_module: dict[str, list[Factors]] = {}
     for pair in pairs.values():
@@ -159,11 +160,11 @@ def _targets(
             return {p.module: t for p, t in zip(wrappers, fits, strict=True) if t is not None}
     sizes = ", ".join(f"{name} {base[name]}" for name in names)
     pair = wrappers[0]
-    raise DamagedCheckpoint(
+    raise UsageError(
         f"its shape {shapes[pair.a]}, with {shapes[pair.b]} of {pair.b}, fits no tensor of the base "
         f"({sizes})",
         tensor=pair.a,
-        hint="Adapter and base are of different models.",
+        hint="Adapter and base are of different models. Pass the base that the adapter was trained on.",
     )
 
 

@@ -67,7 +67,7 @@ if TYPE_CHECKING:
 _TILE = 1 << 16
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Merged(Computed):
     """A matrix with its update added, in fp32.
 
@@ -184,7 +184,7 @@ class Merged(Computed):
         return cast(self.a, FLOAT32), cast(self.b, FLOAT32)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class ColumnNorms(Computed):
     """The norm of each column of a merged matrix in fp64, before DoRA's scaling.
 
@@ -218,7 +218,7 @@ class ColumnNorms(Computed):
         return roots(total[start:stop])
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class MergedBias(Computed):
     """A bias and its update, ``c + s b``, in fp32 (``lora_bias``)."""
 

@@ -94,6 +94,7 @@ def test_an_adapter_is_extracted_from_a_run_on_four_bits(case: str, tmp_path: Pa
     assert all(_same(ours[name], value) for name, value in theirs.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", RUNS)
 @pytest.mark.parametrize("plain_base", [True, False])
 def test_a_run_on_four_bits_is_merged(case: str, plain_base: bool, tmp_path: Path) -> None:

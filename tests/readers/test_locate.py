@@ -188,6 +188,15 @@ def test_steps_are_compared_as_numbers(run: Path) -> None:
     assert "global_step10" in readers.locate(run).remarks[0]
 
 
+def test_tags_of_other_engines_in_the_folder_are_named(run: Path) -> None:
+    """Policy and critic saved into one folder: `latest` names the last save, whichever engine's it is."""
+    (run / "global_step2").rename(run / "policy")
+    (run / "global_step4").rename(run / "critic")
+    (run / "latest").write_text("critic")
+    assert readers.locate(run).remarks == ("`latest` names critic; --tag chooses others: policy",)
+    assert readers.locate(run, "policy").remarks == ()
+
+
 # Ambiguity.
 
 

@@ -652,6 +652,7 @@ class TestTheProcess:
 
         monkeypatch.setattr(text, "run_child", run_child)
 
+    @pytest.mark.slow
     def test_it_finds_the_same(self, tmp_path: Path) -> None:
         path = make(tmp_path / "out", ends=("<|endoftext|>",))
         change(path / "generation_config.json", temperature=0.7)

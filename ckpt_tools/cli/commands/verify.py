@@ -93,6 +93,7 @@ SUMMARY = "Everything that is wrong with a finished directory."
     help="Write the report to FILE: JSON for .json, JUnit for .xml, otherwise --format. stdout then shows "
     "text, or the annotations.",
 )
+@options.json
 @options.option("-q", "--quiet", is_flag=True, help="Print no text. The exit status is the result.")
 @options.timeout
 @options.debug
@@ -104,6 +105,7 @@ def command(
     output: Path | None,
     quiet: bool,
     timeout: float,
+    as_json: bool,
     **asked: Any,
 ) -> None:
     """Show everything that is wrong with the finished directories DIR...
@@ -124,6 +126,9 @@ def command(
       ckpt-tools verify out --against run/global_step500 --read-data
       ckpt-tools verify out out-adapter --load --format junit
     """
+    if as_json and form not in ("text", "json"):
+        raise click.UsageError(f"--json does not fit --format {form}")
+    form = "json" if as_json else form
     written = _format_of(output, form)
     reads = asked["read_data"] or asked["against"] is not None
     ranks = joined_ranks(timeout)

@@ -14,6 +14,7 @@ from typing import Any
 
 from ckpt_tools.readers.containers.pickle_limits import Meter, is_plain_key
 from ckpt_tools.readers.containers.pickled import (
+    LazyTensor,
     Opaque,
     Sealed,
     StorageRef,
@@ -47,6 +48,11 @@ def _rebuild_tensor(
     if not isinstance(dtype, DType):
         raise pickle.UnpicklingError("a tensor with a malformed dtype")
     return TensorRef(storage, dtype, storage_offset, shape, strides)
+
+
+def _plain(tensor: TensorRef | Opaque, metadata: tuple[Any, ...]) -> TensorRef | Opaque:
+    """The tensor, if its elements are the stored ones: torch marks a lazy conjugate or negative by a bit."""
+    return LazyTensor(tensor, *metadata) if any(metadata) else tensor
 
 
 def _ints(items: Any) -> tuple[int, ...]:
@@ -208,9 +214,9 @@ def allowed(meter: Meter, names: Names) -> dict[tuple[str, str], Any]:
         ("torch", "Size"): _size,
         ("torch", "device"): do.device,
         ("torch._utils", "_rebuild_tensor"): lambda *a: _rebuild_tensor(*a[:4]),
-        ("torch._utils", "_rebuild_tensor_v2"): lambda *a: _rebuild_tensor(*a[:4]),
-        ("torch._utils", "_rebuild_tensor_v3"): lambda *a: _rebuild_tensor(
-            a[0], a[1], a[2], a[3], a[6]
+        ("torch._utils", "_rebuild_tensor_v2"): lambda *a: _plain(_rebuild_tensor(*a[:4]), a[6:7]),
+        ("torch._utils", "_rebuild_tensor_v3"): lambda *a: _plain(
+            _rebuild_tensor(a[0], a[1], a[2], a[3], a[6]), a[7:8]
         ),
         ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
         ("torch._utils", "_rebuild_parameter_with_state"): _rebuild_parameter,

@@ -77,6 +77,14 @@ class UnknownTensor(Opaque):
     global_name = "tensor of an unknown element type"
 
 
+class LazyTensor(Opaque):
+    """A tensor whose elements torch computes from the stored ones."""
+
+    global_name = (
+        "tensor with a conjugate or negative bit (torch.Tensor.resolve_conj makes it plain)"
+    )
+
+
 class Sealed:
     """One of our values that a pickle receives and cannot change."""
 

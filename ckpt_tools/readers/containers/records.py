@@ -125,6 +125,11 @@ class Records:
     def __bool__(self) -> bool:
         return bool(self._infos)
 
+    @property
+    def signature(self) -> tuple[tuple[int, int, int], ...]:
+        """Place, size and CRC-32 of every record: files that have the same hold the same bytes."""
+        return tuple((info.header_offset, info.file_size, info.CRC) for info in self._infos)
+
     def _archives(self) -> Iterator[list[zipfile.ZipInfo]]:
         """The archives of the file, the last one first; none where they do not fill it."""
         found: list[list[zipfile.ZipInfo]] = []

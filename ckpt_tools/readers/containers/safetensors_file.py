@@ -153,7 +153,12 @@ def _tensor(path: Path, name: str, entry: _Entry, start: int, end: int) -> Store
     code, shape = entry.dtype, entry.shape
     dtype = BY_SAFETENSORS_NAME.get(code) if isinstance(code, str) else None
     if dtype is None:
-        raise UnsupportedLayout(f"unknown dtype {code!r}", path=path, tensor=name)
+        raise UnsupportedLayout(
+            f"unknown dtype {code!r}",
+            path=path,
+            tensor=name,
+            hint="A newer safetensors may know it: load the file with that, and save it in another dtype.",
+        )
     if not is_possible(shape):
         raise DamagedCheckpoint(
             f"no tensor can have its shape {list(shape)}", path=path, tensor=name, hint=_COPY_ANEW

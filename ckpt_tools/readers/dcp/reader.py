@@ -242,6 +242,7 @@ class Saving:
                     path=path,
                     hint=STALE,
                 )
+        self._note_gaps(wanted)
         strange = [
             path.name
             for path, size in self.files.items()
@@ -249,6 +250,26 @@ class Saving:
         ]
         if strange:
             self.remarks.append(f"data files that are not in the metadata: {listed(strange)}")
+
+    def _note_gaps(self, wanted: set[str]) -> None:
+        """Note files with bytes of no entry: torch writes one entry after the other, without a gap."""
+        if self._metadata.ranks is not None:
+            return  # ranks that save without collectives all write what is replicated
+        used: dict[str, int] = {}
+        for extent in self._metadata.extents():
+            used[extent.file] = used.get(extent.file, 0) + extent.length
+        for tensor in self._metadata.tensors.values():
+            for chunk in tensor.chunks:
+                if tensor.dtype is not None and is_bare(chunk, tensor.dtype):
+                    used.pop(chunk.extent.file, None)  # a safetensors file, with a header
+        unused = {
+            name: self.files[self._directory / name] - used[name]
+            for name in sorted(wanted & used.keys())
+        }
+        if gaps := [f"{name} ({count:,})" for name, count in unused.items() if count > 0]:
+            self.remarks.append(
+                f"data files with bytes of no entry of the metadata: {listed(gaps)}. An entry may be lost"
+            )
 
     def weight(self, flat: str) -> Weight:
         """A tensor of the model.
@@ -259,7 +280,12 @@ class Saving:
         """
         saved = self._metadata.tensors[flat]
         if saved.dtype is None:
-            raise UnsupportedLayout("its dtype is unknown", path=self._directory, tensor=flat)
+            raise UnsupportedLayout(
+                f"its dtype is {saved.unknown_dtype}, which ckpt-tools does not read",
+                path=self._directory,
+                tensor=flat,
+                hint="Cast it to another dtype in the training script, and save again.",
+            )
         stored = self._stored(flat, saved, saved.dtype)
         # The files do not state which tensors were trained, but only floating ones can be.
         kind: Kind = "parameter" if saved.dtype.is_floating else "buffer"
@@ -289,7 +315,7 @@ class Saving:
             return box, lambda region: held_whole(tensor, path, region)
 
         def deferred(region: Region) -> Fragment:
-            return ChunkFragment(region, path, chunk, dtype, self._store)
+            return ChunkFragment(region, path, chunk, dtype, flat, self._store)
 
         return box, deferred
 

@@ -197,8 +197,11 @@ def _masters(shards: ShardSet) -> tuple[dict[str, Stored], dict[str, Stored], li
         holders = _holders(shards, index)
         if len(holders) == 1:
             found, doubt = _group(shards, holders[0], index, shapes)
-            dense |= found
             doubts += doubt
+            # Each rank may have all experts (expert parallelism of one rank).
+            every = {name: master for name, master in found.items() if _is_expert(name)}
+            dense |= {name: master for name, master in found.items() if name not in every}
+            experts |= _renumbered(shards, [every])
             continue
         slices = []
         for holder in holders:

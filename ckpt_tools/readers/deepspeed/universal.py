@@ -27,19 +27,20 @@ from ckpt_tools.readers.deepspeed.saves import Save, joined
 from ckpt_tools.readers.deepspeed.shards import ShardSet, open_shards
 from ckpt_tools.readers.deepspeed.weights import Part, default_dtype, sorted_part
 from ckpt_tools.tensors.catalogue import Stored
-from ckpt_tools.tensors.checkpoint import Weight
+from ckpt_tools.tensors.checkpoint import Location, Weight
 from ckpt_tools.tensors.regions import Shape
 
 MASTER = "fp32.pt"
 _CONVERT_AGAIN = "Run ds_to_universal.py again on the original checkpoint."
 
 
-def read_universal(directory: Path) -> tuple[Save, Part]:
+def read_universal(location: Location) -> tuple[Save, Part]:
     """The universal checkpoint in a folder.
 
     Raises:
         DamagedCheckpoint: files are missing, or do not fit each other.
     """
+    directory = location.directory
     names = names_in(directory)
     if not names.models:
         raise DamagedCheckpoint(
@@ -74,7 +75,7 @@ def read_universal(directory: Path) -> tuple[Save, Part]:
     if len(shards) == 1:
         return save, sorted_part(shards[0], masters, [])
     # The slices of the ranks' model copies are joined here; the masters are already whole.
-    part = joined(shards, [sorted_part(one, {}, []) for one in shards])
+    part = joined(shards, [sorted_part(one, {}, []) for one in shards], location)
     return save, replace(part, weights=_with_masters(part.weights, masters))
 
 

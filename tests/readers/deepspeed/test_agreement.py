@@ -125,7 +125,10 @@ def test_a_missing_model_file_is_said_to_be_missing(fixture: str, tmp_path: Path
     directory = damage.copy_of(fixture, tmp_path)
     (directory / MODEL).unlink()
     error = damaged(directory)
-    assert (error.fact, error.hint) == ("no *_model_states.pt file", ELSEWHERE)
+    assert (error.fact, error.hint) == (
+        "a DeepSpeed checkpoint with no *_model_states.pt file, which has the names and shapes",
+        ELSEWHERE,
+    )
 
 
 @pytest.mark.parametrize(("fixture", "stage"), [(STAGE_1, 1), (STAGE_2, 2), (STAGE_3, 3)])
@@ -295,6 +298,20 @@ def test_steps_that_were_skipped_are_no_steps_of_the_optimizer(tmp_path: Path) -
 
     skipped = open_checkpoint(directory)
     assert (skipped.doubts, skipped.remarks) == ((), ())
+
+
+def test_a_counter_of_a_group_that_is_never_advanced_is_no_step(tmp_path: Path) -> None:
+    """Muon's group for Adam has ``step`` 0 for ever."""
+    directory = damage.copy_of("zero2-bf16-llama-sgd-2ranks", tmp_path)
+    for path in damage.optim_files(directory):
+        damage.edit(
+            path,
+            lambda content: content["optimizer_state_dict"]["base_optimizer_state"]["param_groups"][
+                0
+            ].update(step=0),
+        )
+    checkpoint = open_checkpoint(directory)
+    assert (checkpoint.doubts, checkpoint.remarks) == ((), ())
 
 
 def test_model_files_of_another_step_are_remarked_under_stage_3(tmp_path: Path) -> None:
