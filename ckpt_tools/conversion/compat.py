@@ -18,11 +18,14 @@ from ckpt_tools.errors import AmbiguousCheckpoint, NotACheckpoint, OutputFailed,
 from ckpt_tools.readers import dcp
 from ckpt_tools.tensors.catalogue import Shape, Tensor
 from ckpt_tools.tensors.checkpoint import Checkpoint
+from ckpt_tools.tensors.checksums import ReadLog
 from ckpt_tools.tensors.deferred import settle
 from ckpt_tools.tensors.derived import cast
 from ckpt_tools.tensors.dtypes import FLOAT32
+from ckpt_tools.tensors.gather import Gatherer
 from ckpt_tools.tensors.threads import default_workers
 from ckpt_tools.writing.single_file import SAFETENSORS, TORCH, write_single_file
+from ckpt_tools.writing.source import COPY_AGAIN, check_sources
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +71,8 @@ def get_fp32_state_dict_from_zero_checkpoint(
         checkpoint_dir: the directory that holds the tag's directory, or that directory itself.
         tag: the tag; by default the one that ``latest`` names.
         exclude_frozen_parameters: leave frozen parameters out.
-        lazy_mode: give objects that are read when ``.contiguous()`` is called.
+        lazy_mode: give objects that are read when ``.contiguous()`` is called, without a comparison with
+            the checksums of the files.
 
     Returns:
         Name to tensor, second names of tied tensors included (the same tensor object).
@@ -84,7 +88,13 @@ def get_fp32_state_dict_from_zero_checkpoint(
     if lazy_mode:
         lazy.update((alias, lazy[kept]) for alias, kept in aliases.items())
         return lazy
-    loaded = OrderedDict((name, tensor.contiguous()) for name, tensor in lazy.items())
+    log = ReadLog()
+    with Gatherer(log) as gatherer:
+        loaded = OrderedDict(
+            (name, gatherer.window(each.tensor, 0, each.tensor.numel).view(each.shape))
+            for name, each in lazy.items()
+        )
+    check_sources(log, hint=COPY_AGAIN)
     loaded.update((alias, loaded[kept]) for alias, kept in aliases.items())
     return loaded
 

@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING
 from ckpt_tools.errors import OutputExists, OutputFailed
 from ckpt_tools.readers.containers.weight_files import read_weight_files
 from ckpt_tools.tensors.catalogue import Catalogue
+from ckpt_tools.tensors.checksums import ReadLog
 from ckpt_tools.tensors.gather import Gatherer
 from ckpt_tools.tensors.windows import first_difference
 from ckpt_tools.writing.bytes import Outputs, lay_out, write
 from ckpt_tools.writing.layout import Plan, PlannedFile, plan
 from ckpt_tools.writing.publish import check_room, partial_directory
+from ckpt_tools.writing.source import COPY_AGAIN, check_sources
 from ckpt_tools.writing.units import Units
 
 if TYPE_CHECKING:
@@ -45,7 +47,7 @@ def write_single_file(tensors: Catalogue, path: Path, *, prove: bool) -> None:
     Raises:
         OutputExists: the file exists already, or its directory is a file.
         OutputFailed: the disk is full or refused a write, or the file differs from ``tensors``.
-        DamagedCheckpoint: a source file ended early or cannot be read.
+        DamagedCheckpoint: a source file ended early, cannot be read, or is not what was saved.
     """
     directory = path.parent
     if directory.exists() and not directory.is_dir():
@@ -70,7 +72,9 @@ def _write(layout: Plan, directory: Path) -> None:
     lay_out(layout, directory)
     units = Units(layout)
     with Outputs(layout, directory) as outputs:
-        write(units, outputs, [range(len(units))])
+        log = ReadLog()
+        write(units, outputs, [range(len(units))], log=log)
+    check_sources(log, hint=COPY_AGAIN)
 
 
 @contextmanager

@@ -192,6 +192,26 @@ def test_gptq_is_refused_by_name_and_the_hint_works(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("columns", "scales", "method"),
+    [(16, 16, "GPTQ"), (2, 16, "AWQ"), (16, None, "GPTQ or AWQ")],
+)
+def test_packed_words_without_an_order_are_named_by_what_they_pack(
+    tmp_path: Path, columns: int, scales: int | None, method: str
+) -> None:
+    """GPTQ may leave out g_idx; its words hold rows, and those of AWQ hold columns."""
+    name = "model.layers.0.mlp.up_proj"
+    tensors = {f"{name}.qweight": torch.zeros(4, columns, dtype=torch.int32)}
+    if scales is not None:
+        tensors[f"{name}.scales"] = torch.ones(1, scales).half()
+    source = _stored(tmp_path / "in", tensors, {"quant_method": "gptq", "bits": 4})
+
+    with pytest.raises(UnsupportedLayout) as caught:
+        consolidate(source, tmp_path / "out", weights_only=True, dequantize=True)
+
+    assert f"quantised ({method})" in caught.value.fact
+
+
+@pytest.mark.parametrize(
     ("case", "quantizer", "fact"),
     [
         ("fp8-blocks", {}, "names the method None"),

@@ -186,7 +186,7 @@ REFUSALS = {
         "affine_map", "version 2", "ds_to_universal.py", WEIGHTS_ONLY),
     "experts and tensor parallel": Refusal(
         recorded(lambda content: content.update(num_experts=[4])),
-        "experts and model parallelism", "2 model-parallel ranks", "ds_to_universal.py", WEIGHTS_ONLY),
+        "experts and model parallelism", "2 model-parallel ranks", "torch.save", WEIGHTS_ONLY),
     "experts and pipeline": Refusal(
         of_experts, "a DeepSpeed pipeline with native MoE layers", "files without stages", "torch.save", WEIGHTS_ONLY),
     "pipeline, no key map": Refusal(

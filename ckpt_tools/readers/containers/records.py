@@ -104,7 +104,7 @@ class Records:
     """
 
     def __init__(self, path: Path, hint: str) -> None:
-        self.path, self._hint = path, hint
+        self.path, self.hint = path, hint
         self._infos: list[zipfile.ZipInfo] = []
         try:
             self._size = path.stat().st_size
@@ -164,7 +164,7 @@ class Records:
             for info in self._infos[first:]:
                 if info.header_offset >= stop:
                     break
-                begin = data_start(stream, info, self.path, self._hint)
+                begin = data_start(stream, info, self.path, self.hint)
                 if begin < stop and start < begin + info.file_size:
                     yield Record(info.filename, begin, begin + info.file_size, info.CRC)
 

@@ -109,7 +109,7 @@ def unpickle(
         raise
     except (EOFError, pickle.UnpicklingError, UnicodeDecodeError) as error:
         raise DamagedCheckpoint(
-            f"the pickle in it cannot be read ({error or 'it is truncated'})",
+            f"the pickle in it cannot be read ({str(error) or 'it is truncated'})",
             path=path,
             hint="The file is truncated, or torch.save did not write it. Copy it anew.",
         ) from error

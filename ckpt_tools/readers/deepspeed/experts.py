@@ -57,33 +57,66 @@ def read_experts(names: SaveNames, shards: Sequence[ShardSet]) -> tuple[Save, Pa
         DamagedCheckpoint: an expert's file is missing.
         UnsupportedLayout: experts and tensor parallelism together.
     """
-    first = shards[0]
-    placed = {entry["module_path"]: entry for entry in first.first.get(_AUTOEP) or ()}
-    layout = "AutoEP" if placed else "native MoE"
-    if len(shards) > 1:
-        raise UnsupportedLayout(
-            f"experts and model parallelism together ({len(shards)} model-parallel ranks)",
-            path=names.directory,
-            hint="Convert it with DeepSpeed's ds_to_universal.py, and pass the universal checkpoint.",
-        )
+    first = alone(shards)
     held = _expert_files(names, first)
     dense, experts, doubts = _masters(first)
     if first.param_shapes is None:
         # Up to DeepSpeed 0.18 the model files of mixtures recorded no shapes, but the weights have them.
         dense, experts = _shaped(dense, first.first.content["module"]), _shaped(experts, held)
+    part = with_experts(first, {**dense, **experts}, held, doubts)
+    files = (*names.experts, *names.expert_optims)
+    sizes = {names.directory / name: (names.directory / name).stat().st_size for name in files}
+    return Save([first], "AutoEP" if _placed(first) else "native MoE", sizes), part
+
+
+def alone(shards: Sequence[ShardSet]) -> ShardSet:
+    """The one model-parallel rank of a save with experts.
+
+    Raises:
+        UnsupportedLayout: there are several.
+    """
+    if len(shards) > 1:
+        raise UnsupportedLayout(
+            f"experts and model parallelism together ({len(shards)} model-parallel ranks)",
+            path=shards[0].directory,
+            hint="Gather model.state_dict() in the training script, and save that with torch.save.",
+        )
+    return shards[0]
+
+
+def with_experts(
+    shards: ShardSet,
+    masters: Mapping[str, Stored],
+    held: Mapping[str, TensorRef],
+    doubts: list[str],
+) -> Part:
+    """All tensors of a save, experts under the names of the model.
+
+    Args:
+        shards: the files of all but the experts.
+        masters: of all tensors; of experts, by global names.
+        held: tensors of the files of experts, by name.
+        doubts: reasons to compare the masters in full.
+    """
+    placed = _placed(shards)
+    experts = {name: master for name, master in masters.items() if _is_expert(name)}
+    dense = {name: master for name, master in masters.items() if name not in experts}
     shapes = {
         name: shape
-        for group in _groups(first)
+        for group in _groups(shards)
         for name, shape in group.items()
         if not _is_expert(name)
     }
-    routers = _routers(first, placed)
-    part = sorted_part(_without_second_routers(first, routers), dense, doubts, shapes or None)
+    routers = _routers(shards, placed)
+    part = sorted_part(_without_second_routers(shards, routers), dense, doubts, shapes or None)
     weights = {routers.get(name, name): weight for name, weight in part.weights.items()}
-    weights |= _weights(first, experts, held, placed)
-    files = (*names.experts, *names.expert_optims)
-    sizes = {names.directory / name: (names.directory / name).stat().st_size for name in files}
-    return Save([first], layout, sizes), replace(part, weights=weights)
+    weights |= _weights(shards, experts, held, placed)
+    return replace(part, weights=weights)
+
+
+def _placed(shards: ShardSet) -> dict[str, Any]:
+    """AutoEP's record of each of its layers by the layer's name; nothing for native MoE."""
+    return {entry["module_path"]: entry for entry in shards.first.get(_AUTOEP) or ()}
 
 
 def _groups(shards: ShardSet) -> list[dict[str, Shape]]:

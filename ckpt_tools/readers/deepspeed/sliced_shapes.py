@@ -2,7 +2,7 @@
 
 AutoTP up to DeepSpeed 0.18 records nothing. The shapes of the model then say along which axis a parameter was
 cut, or that each rank has all of it. They do not say how a parameter that fuses several others (qkv, gate and
-up) was cut, so rows are joined only where the name is that of one whole projection. Everything else is
+up) was cut, so slices are joined only where the name is that of one whole projection. Everything else is
 refused.
 
 Source: ``deepspeed/module_inject/layers.py``, ``module_inject/auto_tp.py`` (``_replace``).
@@ -18,12 +18,19 @@ from ckpt_tools.errors import UnsupportedLayout
 from ckpt_tools.readers.deepspeed.joining import Piece, along, copies, shifted
 from ckpt_tools.tensors.catalogue import Shape
 
-# Modules of transformers whose rows are not several parameters one after the other.
+# Modules of transformers whose weight is one parameter: rows or columns of the ranks follow each other.
 _WHOLE_ROWS = frozenset(
     {
         *("embed_tokens", "wte", "embed_in", "lm_head", "embed_out", "score"),
         *("q_proj", "k_proj", "v_proj", "q", "k", "v", "wq", "wk", "wv"),
         *("gate_proj", "up_proj", "fc1", "fc_in", "wi", "wi_0", "wi_1", "w1", "w3"),
+    }
+)
+_WHOLE_COLUMNS = frozenset(
+    {
+        *("embed_tokens", "wte", "embed_in"),
+        *("o_proj", "out_proj", "o", "wo", "dense"),
+        *("down_proj", "fc2", "fc_out", "w2", "dense_4h_to_h"),
     }
 )
 _SAVE_AGAIN = (
@@ -63,11 +70,12 @@ class ModelShapes:
                 name, f"its slices {[*slices]} do not make up {full}, its shape in the model"
             )
         module = name.split(".")[-2] if "." in name else name
-        if axis == 0 and module not in _WHOLE_ROWS:
+        if len(full) > 2 or module not in (_WHOLE_COLUMNS if axis else _WHOLE_ROWS):
             raise self._unsupported(
-                name, "it is cut by rows and may fuse several parameters, whose rows alternate"
+                name,
+                f"it is cut along axis {axis} and may fuse several parameters, whose parts alternate",
             )
-        self._counts["cut by rows" if axis == 0 else "cut by columns"] += 1
+        self._counts["cut by columns" if axis else "cut by rows"] += 1
         pieces, place = [], 0
         for rank, shape in enumerate(slices):
             box = along(shape, axis, 0, shape[axis])

@@ -20,8 +20,8 @@ class TestEveryLayoutFixture(ReaderContract):
         return case
 
     def keeps_model_copy(self, case: Case) -> bool:
-        # Stage 3 keeps placeholders; a universal checkpoint has no copy of a pipeline's layer files.
-        bare = case.name.startswith("universal-") and case.facts["shape"] == "megatron"
+        # Stage 3 keeps placeholders; a universal checkpoint has no copy of the files of layers and experts.
+        bare = case.name.startswith("universal-") and case.facts["shape"] in ("megatron", "autoep")
         return bool(case.facts["stage"] < 3) and not bare
 
     def framework(self, case: Case) -> str:
