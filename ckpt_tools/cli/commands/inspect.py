@@ -81,8 +81,8 @@ def _show(found: Inspection) -> None:
         table.add_column(overflow="fold")
         for label, value in rows:
             style = styles.get(label, "")
-            # A problem has its next step on a line of its own.
-            lines = map(printable, value.split("\n"))
+            # A problem has its next step on a line of its own. Names may hold line ends, too.
+            lines = map(printable, value.split("\n") if label == "problem" else [value])
             text = "\n".join(folded(line, console.width - labels - 2) for line in lines)
             table.add_row(label, Text(text, style=style))
         console.print(table)
