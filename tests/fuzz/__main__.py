@@ -38,7 +38,7 @@ def main() -> int:
         return _run(asked.only, asked.seconds, asked.seed)
     from tests.fuzz.targets import TARGETS
 
-    names = [*TARGETS, "fixtures"]
+    names = [*TARGETS, "fixtures", "finished"]
     failed = []
     for name in names:
         share = asked.seconds / (len(names) + 1) * (2 if name == "fixtures" else 1)
@@ -116,8 +116,8 @@ def _run(name: str, seconds: float, seed: int) -> int:
     with tempfile.TemporaryDirectory(
         dir="/dev/shm" if os.path.isdir("/dev/shm") else None
     ) as scratch:
-        if name == "fixtures":
-            _mutate_fixtures(watch, Path(scratch), end, seed)
+        if name in ("fixtures", "finished"):
+            _mutate_fixtures(watch, Path(scratch), end, seed, finished=name == "finished")
         elif importlib.util.find_spec("atheris"):
             _with_coverage(watch, Path(scratch), end, seed)
         else:
@@ -175,14 +175,17 @@ def _with_coverage(watch: _Watch, scratch: Path, end: float, seed: int) -> None:
     atheris.Fuzz()
 
 
-def _mutate_fixtures(watch: _Watch, scratch: Path, end: float, seed: int) -> None:
+def _mutate_fixtures(
+    watch: _Watch, scratch: Path, end: float, seed: int, *, finished: bool
+) -> None:
     from tests.fuzz.mutation import mutated
-    from tests.fuzz.targets import Fixture, fixtures
+    from tests.fuzz.targets import FINISHED, Fixture, fixtures
 
     generator = random.Random(seed)
-    paths = [*fixtures()]
+    paths = [FINISHED] if finished else [*fixtures()]
     while time.monotonic() < end:
-        copy = Fixture(generator.choice(paths), Path(tempfile.mkdtemp(dir=scratch)))
+        place = Path(tempfile.mkdtemp(dir=scratch))
+        copy = Fixture(generator.choice(paths), place, finished=finished)
         for _ in range(40):
             file = generator.choice(copy.small)
             watch.run(partial(copy.try_with, file), mutated(file.read_bytes(), generator))

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from ckpt_tools import consolidate
 from ckpt_tools.analysis.inspection import inspect
 from ckpt_tools.errors import CkptError
 from ckpt_tools.readers.containers.records import Records
@@ -14,6 +15,7 @@ from ckpt_tools.readers.containers.restricted_pickle import TensorRef, unpickle
 from ckpt_tools.readers.containers.safetensors_file import read_safetensors
 from ckpt_tools.readers.containers.torch_file import TorchFile, stored
 from ckpt_tools.readers.opening import open_weights
+from ckpt_tools.verification import verify
 
 FIXTURES = Path(__file__).resolve().parents[2] / "fixtures"
 CORPUS = Path(__file__).resolve().parent / "corpus"
@@ -67,6 +69,10 @@ def _read(path: Path) -> None:
     open_weights(path).catalogue()
 
 
+def _verify(path: Path) -> None:
+    verify(path, read_data=True)
+
+
 TARGETS: dict[str, Callable[[bytes, Path], None]] = {
     each.__name__: each
     for each in (unpickler, torch_zip, safetensors_header, dcp_metadata, weight_index)
@@ -90,11 +96,21 @@ def seeds(target: str) -> list[bytes]:
 
 
 class Fixture:
-    """A copy of a shipped checkpoint, one file of which is changed at a time."""
+    """A copy of a shipped checkpoint, one file of which is changed at a time.
 
-    def __init__(self, source: Path, scratch: Path) -> None:
+    Args:
+        source: the checkpoint.
+        scratch: where the copy lies.
+        finished: verify what is written from the checkpoint, instead of reading the checkpoint.
+    """
+
+    def __init__(self, source: Path, scratch: Path, *, finished: bool = False) -> None:
         self.path = scratch / "-".join(source.relative_to(FIXTURES).parts)
-        shutil.copytree(source, self.path)
+        self._try = _verify if finished else _read
+        if finished:
+            consolidate(source, self.path, weights_only=True, max_shard_size=40_000)
+        else:
+            shutil.copytree(source, self.path)
         files = sorted(path for path in self.path.rglob("*") if path.is_file())
         self.small = [path for path in files if path.stat().st_size < 400_000]
 
@@ -103,7 +119,7 @@ class Fixture:
         whole = file.read_bytes()
         file.write_bytes(data)
         try:
-            _read(self.path)
+            self._try(self.path)
         except CkptError:
             pass
         finally:
@@ -118,3 +134,7 @@ def fixtures() -> Iterator[Path]:
                 if (case / place).is_dir():
                     yield case / place
                     break
+
+
+# What is written from it has several shards, an index and a manifest.
+FINISHED = FIXTURES / "zero" / "zero2-bf16-llama-3ranks" / "checkpoint"

@@ -11,7 +11,7 @@ import pytest
 
 from ckpt_tools.errors import CkptError
 from tests.fuzz.mutation import mutated
-from tests.fuzz.targets import TARGETS, Fixture, fixtures, seeds
+from tests.fuzz.targets import FINISHED, TARGETS, Fixture, fixtures, seeds
 
 COUNTS = {
     "unpickler": 3_000,
@@ -57,3 +57,14 @@ def test_any_change_of_a_checkpoint_ends_with_an_error_of_ours(tmp_path: Path) -
             data = mutated(file.read_bytes(), generator)
             with kept(data, tmp_path):
                 copy.try_with(file, data)
+
+
+@pytest.mark.slow
+def test_any_change_of_a_finished_directory_ends_with_a_verdict(tmp_path: Path) -> None:
+    generator = random.Random("finished")
+    copy = Fixture(FINISHED, tmp_path, finished=True)
+    for _ in range(400):
+        file = generator.choice(copy.small)
+        data = mutated(file.read_bytes(), generator)
+        with kept(data, tmp_path):
+            copy.try_with(file, data)
