@@ -1400,7 +1400,7 @@ _VERIFICATION = (
     _mutant(
         "verify-tensor-size",
         "verification/container.py",
-        "elif stop - start != math.prod(shape) * bits / 8:",
+        "elif (stop - start) * 8 != math.prod(shape) * bits:",
         "elif stop - start < math.prod(shape) * bits / 8:",
         "a tensor may take more bytes than its shape",
         "verification/test_structure.py",

@@ -159,17 +159,18 @@ class _Functions:
                 made[key] = value
         return made
 
-    def set(self, items: Any = ()) -> set[Any]:
-        """``set`` of a list."""
+    def set(self, items: Any = ()) -> Any:
+        """``set`` of a list; inert where its items are not hashed at once."""
         self._meter.spend(len(items))
-        if not isinstance(items, list | tuple) or not all(map(is_plain_key, items)):
-            raise pickle.UnpicklingError("a set of values that are not plain")
+        if not isinstance(items, list | tuple) or not all(map(_is_item, items)):
+            return Opaque(items)
         return {*items}
 
     def frozenset(self, items: Any = ()) -> Any:
         """``frozenset`` of a list; a large one is inert, because it may be a key."""
         made = self.set(items)
-        return frozenset(made) if len(made) <= _LARGEST_SET else Opaque(items)
+        small = isinstance(made, set) and len(made) <= _LARGEST_SET
+        return frozenset(made) if small else Opaque(items)
 
     def bytearray(self, *args: Any) -> bytearray:
         """``bytearray`` of bytes."""
@@ -195,6 +196,11 @@ class _Functions:
         if not all(isinstance(arg, int | float) for arg in args):
             raise pickle.UnpicklingError("a malformed complex number")
         return complex(*args)
+
+
+def _is_item(value: object) -> bool:
+    """Whether a value can be put into a set at once; inert objects are hashed by their identity."""
+    return isinstance(value, Opaque | type) or is_plain_key(value)
 
 
 def allowed(meter: Meter, names: Names) -> dict[tuple[str, str], Any]:

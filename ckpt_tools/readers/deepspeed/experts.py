@@ -372,10 +372,8 @@ def _fused(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
         elif match["leaf"] == "w1":
             up = tensors[f"{match['head']}.w3"]
             experts, size, *rest = tensor.shape
-            pieces = [
-                Piece(0, whole(tensor.shape), (0,) * len(tensor.shape)),
-                Piece(1, whole(up.shape), shifted(up.shape, 1, size)),
-            ]
+            first = Piece(0, whole(tensor.shape), (0,) * len(tensor.shape))
+            pieces = [first, Piece(1, whole(up.shape), shifted(up.shape, 1, size))]
             shape = (experts, size + up.shape[1], *rest)
             made[f"{match['head']}.gate_up_proj"] = joined([tensor, up], pieces, shape)
     return made
@@ -386,8 +384,7 @@ def _routers(shards: ShardSet, paths: Iterable[str]) -> dict[str, str]:
     called = {}
     for path in paths:
         pattern = re.compile(re.escape(path) + r"\.(?P<attribute>\w+)\.gate\.(?P<leaf>\w+)")
-        matches = list(filter(None, map(pattern.fullmatch, shards.first.content["module"])))
-        for match in matches:
+        for match in filter(None, map(pattern.fullmatch, shards.first.content["module"])):
             if match["attribute"] != "router":
                 router = f"{path}.router.gate.{match['leaf']}"
                 called[router] = f"{path}.{match['attribute']}.{match['leaf']}"
@@ -396,10 +393,7 @@ def _routers(shards: ShardSet, paths: Iterable[str]) -> dict[str, str]:
 
 def _without_second_routers(shards: ShardSet, called: Mapping[str, str]) -> ShardSet:
     """The shards without the second name that AutoEP's module has for each router."""
-    second = set()
-    for name in called.values():
-        path, _, leaf = name.rpartition(".")
-        second.add(f"{path}.gate.{leaf}")
+    second = {f"{p}.gate.{leaf}" for p, _, leaf in (n.rpartition(".") for n in called.values())}
     first = shards.first
     module = {name: value for name, value in first.content["module"].items() if name not in second}
     models = [replace(first, content={**first.content, "module": module}), *shards.models[1:]]
