@@ -43,6 +43,7 @@ from ckpt_tools.tensors.catalogue import Catalogue, Tensor
 from ckpt_tools.tensors.checkpoint import Checkpoint
 from ckpt_tools.tensors.derived import cast
 from ckpt_tools.tensors.threads import load_torch
+from ckpt_tools.text import markdown, markdown_code
 from ckpt_tools.transforms.key_map import KeyMap, key_map
 from ckpt_tools.transforms.lora import choose_adapter
 from ckpt_tools.writing.layout import Plan, plan
@@ -150,11 +151,11 @@ class _Model:
 
     def _card(self, layout: Plan, fitted: Fitted, assets: Assets) -> AssetFile:
         title = self.combined.title
-        names = ", ".join(f"`{source.location.name}`" for source in self.sources)
+        names = ", ".join(markdown_code(source.location.name) for source in self.sources)
         tensors = layout.tensors.values()
         return model_card(
             CardFacts(
-                made_of=title and f"{title}: {names}",
+                made_of=title and f"{markdown(title)}: {names}",
                 step=self.sources[0].step if title is None else None,
                 weights=self.request.weights,
                 parameters=sum(tensor.numel for tensor in tensors),

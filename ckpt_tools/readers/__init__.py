@@ -26,8 +26,10 @@ from ckpt_tools.errors import (
     listed,
 )
 from ckpt_tools.readers.containers.weight_files import ADAPTER_FILES
+from ckpt_tools.readers.net import unexpected_is_damage
 from ckpt_tools.readers.unread import unread
 from ckpt_tools.storage.folders import local_paths, searched
+from ckpt_tools.storage.replaced import how_to_restore
 from ckpt_tools.tensors.checkpoint import FINISHED, LAST, Checkpoint, Location
 
 _MODEL_NUMBER = re.compile(r"model(?:_fsdp)?(?:_(\d+))?$")
@@ -78,7 +80,7 @@ def locate(
 
 def _locate(path: Path, tag: str | None, model: int | str | None, format: str | None) -> Location:
     if not path.exists():
-        raise NotACheckpoint("no such file or directory", path=path)
+        raise NotACheckpoint("no such file or directory", path=path, hint=how_to_restore(path))
     found = _find(path, tag, format)
     if path.is_dir() and all(location.format in LAST for location in found):
         children = sorted(child for child in path.iterdir() if child.is_dir())
@@ -156,11 +158,11 @@ def _find(path: Path, tag: str | None, format: str | None) -> list[Location]:
 
     Two readers may find one location: the reader of its format, and that of a directory of several formats.
     """
-    found = {
-        (location.format, location.directory, location.part): location
-        for reader in _asked(format)
-        for location in reader.find(path, tag)
-    }
+    found: dict[tuple[str, Path, str | None], Location] = {}
+    for reader in _asked(format):
+        with unexpected_is_damage(path, reader.NAME):
+            for location in reader.find(path, tag):
+                found[location.format, location.directory, location.part] = location
     states = [one for one in found.values() if one.format not in (*FINISHED, *LAST)]
     finished = [one for one in found.values() if one.format in FINISHED]
     return states or finished or list(found.values())
@@ -186,32 +188,14 @@ def read(location: Location) -> Checkpoint:
         reader = readers()[location.format]
     except KeyError:
         raise UsageError(f"there is no reader for the format {location.format!r}") from None
-    with _folders_named(location.directory):
-        checkpoint = _read(reader, location)
+    with (
+        _folders_named(location.directory),
+        unexpected_is_damage(location.directory, location.format),
+    ):
+        checkpoint = reader.read(location)
     if checkpoint.lost is not None:
         _name_folders(checkpoint.lost, location.directory)
     return checkpoint
-
-
-def _read(reader: Reader, location: Location) -> Checkpoint:
-    try:
-        return reader.read(location)
-    except (
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        RecursionError,
-        TypeError,
-        ValueError,
-    ) as error:
-        # Pickled metadata may have any form. A form that a reader does not expect is damage to the file, not
-        # an error in the reader. --debug shows the traceback.
-        raise DamagedCheckpoint(
-            f"its metadata does not have the form of {location.format} ({type(error).__name__}: {error})",
-            path=location.directory,
-            hint="If the files were changed after they were saved, copy them anew. If not, their layout is "
-            "not known: please report it with what --debug shows.",
-        ) from error
 
 
 @contextmanager
