@@ -198,11 +198,12 @@ STATES = sorted(
     for path in FIXTURES.glob(f"{kind}/*/checkpoint/**/.metadata")
     if path.parent.name not in (OPTIMIZER, "model_and_optim") and "olmo-core" not in str(path)
 )
-# Saved as safetensors, or with more than a model in them.
+# Saved as safetensors, with more than a model in them, or of a class that torch must import.
 BEYOND_ACCELERATE = {
     "dcp/fsdp2-app-2ranks/checkpoint",
     "dcp/fsdp2-state-model-2ranks/checkpoint",
     "dcp/safetensors-format-2ranks/checkpoint",
+    "dcp/torchao-float8-2ranks/checkpoint",
     "dcp/torchtitan-2ranks/checkpoint/step-1",
 }
 WRAPPER = {"fsdp2-compiled-2ranks": "_orig_mod."}
