@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from ckpt_tools import readers
@@ -19,7 +20,7 @@ from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout, UsageError, 
 from ckpt_tools.hub import AssetFile, Assets, ConfigSource, collect, find_config
 from ckpt_tools.hub.adapter_config import AdapterConfig, with_given
 from ckpt_tools.hub.card import CardFacts, model_card
-from ckpt_tools.hub.config import of_attribute
+from ckpt_tools.hub.config import of_attribute, text_value
 from ckpt_tools.hub.reference import Answer
 from ckpt_tools.model.adapter import (
     Adapter,
@@ -173,11 +174,13 @@ class _Model:
 def prepare_model(sources: Sequence[Checkpoint], request: Request) -> _Model:
     """Combine the states of the sources, and ask which model the config describes."""
     names = read_key_map(request.key_map)
+    found = _config(request)
+    if names is not None and found is not None:
+        names = names.with_numbers(partial(text_value, found.data))
     states = [
         model_state(source, request.weights, request.attribute, names, flat=True)
         for source in sources
     ]
-    found = _config(request)
     states = [with_shapes(state, found, trust=request.trust_remote_code) for state in states]
     if request.dequantize:
         states = [

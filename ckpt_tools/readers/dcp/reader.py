@@ -16,7 +16,14 @@ import struct
 from collections.abc import Iterable
 from pathlib import Path
 
-from ckpt_tools.errors import CkptError, DamagedCheckpoint, UnsupportedLayout, UsageError, listed
+from ckpt_tools.errors import (
+    CkptError,
+    DamagedCheckpoint,
+    NoModel,
+    UnsupportedLayout,
+    UsageError,
+    listed,
+)
 from ckpt_tools.readers.containers.safetensors_file import SafetensorsFile, read_safetensors
 from ckpt_tools.readers.containers.torch_file import TorchFile
 from ckpt_tools.readers.dcp.chunks import (
@@ -167,14 +174,14 @@ def model_names(metadata: Metadata, location: Location) -> dict[str, str]:
     """Names in the model, each with its flat name in the checkpoint.
 
     Raises:
-        UnsupportedLayout: there is no model.
+        NoModel: there is no model.
         UsageError: there is no model with this name, or several without a choice.
     """
     found = models(metadata)
     if not found:
         keys = left_alone(metadata, ())
         beside = sorted(p.name for p in location.directory.parent.glob("pytorch_model_fsdp_*"))
-        raise UnsupportedLayout(
+        raise NoModel(
             f"it holds no model: its entries are {listed(keys) or 'none'}",
             path=location.directory,
             hint=f"The weights are in {listed(beside)} beside it."
