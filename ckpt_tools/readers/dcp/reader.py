@@ -269,10 +269,8 @@ class Saving:
             for chunk in tensor.chunks:
                 if tensor.dtype is not None and is_bare(chunk, tensor.dtype):
                     used.pop(chunk.extent.file, None)  # a safetensors file, with a header
-        unused = {
-            name: self.files[self._directory / name] - used[name]
-            for name in sorted(wanted & used.keys())
-        }
+        held = {name: self.files[self._directory / name] for name in sorted(wanted & used.keys())}
+        unused = {name: size - used[name] for name, size in held.items()}
         if gaps := [f"{name} ({count:,})" for name, count in unused.items() if count > 0]:
             self.remarks.append(
                 f"data files with bytes of no entry of the metadata: {listed(gaps)}. An entry may be lost"
