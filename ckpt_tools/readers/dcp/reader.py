@@ -376,15 +376,13 @@ class Saving:
 
     def _scalar(self, flat: str) -> int | None:
         saved = self._metadata.tensors[flat]
-        if saved.dtype is None or saved.dtype.name not in _SCALARS:
+        if saved.dtype is None or (code := _SCALARS.get(saved.dtype.name)) is None:
             return None
         try:
             fragment = self._stored(flat, saved, saved.dtype).fragments[0]
             with fragment.file.open("rb") as stream:
                 stream.seek(fragment.offset)
-                (value,) = struct.unpack(
-                    _SCALARS[saved.dtype.name], stream.read(saved.dtype.itemsize)
-                )
+                (value,) = struct.unpack(code, stream.read(saved.dtype.itemsize))
         except (CkptError, OSError, struct.error, IndexError):
             return None
         return int(value)
