@@ -666,8 +666,8 @@ _TRANSFORMS = (
     _mutant(
         "merge-of-nothing",
         "model/merging.py",
-        "    _refuse_unchanged(chosen, taken)\n",
-        "",
+        "    unchanged = _unchanged(chosen, taken)\n",
+        "    unchanged: list[str] = []\n",
         "a merge that changes nothing is written",
         "conversion/test_merge_lora.py",
     ),
@@ -1246,8 +1246,8 @@ _WRITING = (
     _mutant(
         "single-file-dangling-link",
         "writing/single_file.py",
-        "    if path.exists() or path.is_symlink():\n",
-        "    if path.exists():\n",
+        "(not overwrite and (path.exists() or path.is_symlink()))",
+        "(not overwrite and path.exists())",
         "a link that leads nowhere is written through or replaced",
         "writing/test_single_file.py",
         "conversion/test_compat.py",
@@ -1263,8 +1263,8 @@ _WRITING = (
     _mutant(
         "compat-removed-unproven",
         "conversion/compat.py",
-        "write_single_file(tensors, path, prove=remove_checkpoint_dir)",
-        "write_single_file(tensors, path, prove=False)",
+        "prove=remove_checkpoint_dir, overwrite=True",
+        "prove=False, overwrite=True",
         "the source is removed though the result was not compared with it",
         "conversion/test_compat.py",
     ),
