@@ -237,6 +237,12 @@ _ADAPTERS: dict[str, Decorator[Any]] = {
         is_flag=True,
         help="Follow links that lead out of the directory that was named.",
     ),
+    "strict": option(
+        "--strict",
+        group=CHECK,
+        is_flag=True,
+        help="Refuse a checkpoint whose pickles name functions that no known framework writes.",
+    ),
     "check_all_masters": option(
         "--check-masters",
         "check_all_masters",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from ckpt_tools import readers
@@ -19,7 +20,7 @@ from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout, UsageError, 
 from ckpt_tools.hub import AssetFile, Assets, ConfigSource, collect, find_config
 from ckpt_tools.hub.adapter_config import AdapterConfig, with_given
 from ckpt_tools.hub.card import CardFacts, model_card
-from ckpt_tools.hub.config import of_attribute
+from ckpt_tools.hub.config import of_attribute, text_value
 from ckpt_tools.hub.reference import Answer
 from ckpt_tools.model.adapter import (
     Adapter,
@@ -43,6 +44,7 @@ from ckpt_tools.tensors.catalogue import Catalogue, Tensor
 from ckpt_tools.tensors.checkpoint import Checkpoint
 from ckpt_tools.tensors.derived import cast
 from ckpt_tools.tensors.threads import load_torch
+from ckpt_tools.text import markdown, markdown_code
 from ckpt_tools.transforms.key_map import KeyMap, key_map
 from ckpt_tools.transforms.lora import choose_adapter
 from ckpt_tools.writing.layout import Plan, plan
@@ -150,11 +152,11 @@ class _Model:
 
     def _card(self, layout: Plan, fitted: Fitted, assets: Assets) -> AssetFile:
         title = self.combined.title
-        names = ", ".join(f"`{source.location.name}`" for source in self.sources)
+        names = ", ".join(markdown_code(source.location.name) for source in self.sources)
         tensors = layout.tensors.values()
         return model_card(
             CardFacts(
-                made_of=title and f"{title}: {names}",
+                made_of=title and f"{markdown(title)}: {names}",
                 step=self.sources[0].step if title is None else None,
                 weights=self.request.weights,
                 parameters=sum(tensor.numel for tensor in tensors),
@@ -172,11 +174,13 @@ class _Model:
 def prepare_model(sources: Sequence[Checkpoint], request: Request) -> _Model:
     """Combine the states of the sources, and ask which model the config describes."""
     names = read_key_map(request.key_map)
+    found = _config(request)
+    if names is not None and found is not None:
+        names = names.with_numbers(partial(text_value, found.data))
     states = [
         model_state(source, request.weights, request.attribute, names, flat=True)
         for source in sources
     ]
-    found = _config(request)
     states = [with_shapes(state, found, trust=request.trust_remote_code) for state in states]
     if request.dequantize:
         states = [

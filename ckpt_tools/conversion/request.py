@@ -66,6 +66,7 @@ class Request(AssetOptions, Writing):
         trust_remote_code: run custom code that lies beside the config, in a process of its own, to learn
             the model's layout.
         node_local: each machine sees only its own files of the checkpoint; the ranks pool them.
+        strict: refuse checkpoints whose pickles name functions that no known framework writes.
         names_base: an adapter without the name of its base is refused; PEFT itself writes it.
     """
 
@@ -94,6 +95,7 @@ class Request(AssetOptions, Writing):
     card: bool = True
     trust_remote_code: bool = False
     node_local: bool = False
+    strict: bool = False
     names_base: bool = True
 
     @property
@@ -135,6 +137,7 @@ class AdapterOptions(TypedDict, total=False):
     ranks: Ranks | None
     node_local: bool
     follow_links: bool
+    strict: bool
 
 
 class ModelOptions(AdapterOptions, total=False):

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ckpt_tools.errors import MissingAsset
+from ckpt_tools.errors import DamagedCheckpoint, MissingAsset
 from ckpt_tools.hub import architectures, olmo_core
 from ckpt_tools.hub.files import read_object
 from ckpt_tools.hub.links import refuse_leaving
@@ -50,11 +50,24 @@ class ConfigSource:
         path: the file.
         data: the content of the file.
         is_named: whether ``--config`` names it.
+
+    Raises:
+        DamagedCheckpoint: its ``architectures`` are not a list of names.
     """
 
     path: Path
     data: Mapping[str, Any]
     is_named: bool = False
+
+    def __post_init__(self) -> None:
+        names = self.data.get("architectures")
+        is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        if names is not None and not is_list:
+            raise DamagedCheckpoint(
+                "its `architectures` are not a list of names",
+                path=self.path,
+                hint="Restore the file as save_pretrained of the model wrote it.",
+            )
 
 
 @dataclass(frozen=True)

@@ -155,6 +155,9 @@ def _targets(
         ]
         if all(fits):
             return {p.module: t for p, t in zip(wrappers, fits, strict=True) if t is not None}
+    if len(wrappers) == 1 and weight not in own:
+        # A quantiser that is not known may keep the weight under other names.
+        return {p.module: Target(None, module, shapes[p.a][0]) for p in wrappers}
     sizes = ", ".join(f"{name} {base[name]}" for name in names)
     pair = wrappers[0]
     fact = (

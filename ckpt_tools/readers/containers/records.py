@@ -147,7 +147,10 @@ class Records:
             if not infos:
                 return
             found.append(infos if any(info.CRC for info in infos) else [])
-            end = min(info.header_offset for info in infos)
+            start = min(info.header_offset for info in infos)
+            if not 0 <= start < end:
+                return
+            end = start
         yield from found
 
     def holding(self, start: int, stop: int) -> Iterator[Record]:
@@ -166,8 +169,8 @@ class Records:
                     yield Record(info.filename, begin, begin + info.file_size, info.CRC)
 
     def read(self, start: int, stop: int) -> bytes:
-        """Bytes ``[start, stop)`` of the file."""
-        data = bytearray(stop - start)
+        """Bytes ``[start, stop)`` of the file, as far as there are any."""
+        data = bytearray(max(min(stop, self._size) - start, 0))
         count = read_fully(self._file, memoryview(data), start)
         return bytes(data[:count])
 

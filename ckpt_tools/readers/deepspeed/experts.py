@@ -21,6 +21,7 @@ from typing import Any
 from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout
 from ckpt_tools.readers.containers.restricted_pickle import TensorRef
 from ckpt_tools.readers.containers.torch_file import stored
+from ckpt_tools.readers.counts import counted
 from ckpt_tools.readers.deepspeed.agreement import NODE_LOCAL, SAME_SAVE, OptimState
 from ckpt_tools.readers.deepspeed.joining import Piece, joined, shifted, whole
 from ckpt_tools.readers.deepspeed.layout import (
@@ -163,7 +164,7 @@ def _expert_files(names: SaveNames, shards: ShardSet) -> dict[str, TensorRef]:
         lacking = [
             f"layer_{layer}_expert_{expert}_mp_rank_00_model_states.pt"
             for layer, count in enumerate(counts)
-            for expert in range(count)
+            for expert in range(counted(count, "experts", shards.first.path))
             if expert not in found.get(layer, ())
         ]
         if lacking and names.experts and EXPERT_FILE.fullmatch(names.experts[0])["layer"]:  # type: ignore[index]
@@ -327,6 +328,7 @@ def _placement(shards: ShardSet, name: str, counts: Sequence[int]) -> list[list[
             return [
                 list(map(int, rank["experts"])) for rank in sorted(ranks, key=lambda r: r["rank"])
             ]
+    counted(sum(counts), "experts", shards.directory)
     starts = [sum(counts[:index]) for index in range(len(counts))]
     return [list(range(start, start + n)) for start, n in zip(starts, counts, strict=True)]
 
@@ -370,10 +372,8 @@ def _fused(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
         elif match["leaf"] == "w1":
             up = tensors[f"{match['head']}.w3"]
             experts, size, *rest = tensor.shape
-            pieces = [
-                Piece(0, whole(tensor.shape), (0,) * len(tensor.shape)),
-                Piece(1, whole(up.shape), shifted(up.shape, 1, size)),
-            ]
+            first = Piece(0, whole(tensor.shape), (0,) * len(tensor.shape))
+            pieces = [first, Piece(1, whole(up.shape), shifted(up.shape, 1, size))]
             shape = (experts, size + up.shape[1], *rest)
             made[f"{match['head']}.gate_up_proj"] = joined([tensor, up], pieces, shape)
     return made
@@ -384,8 +384,7 @@ def _routers(shards: ShardSet, paths: Iterable[str]) -> dict[str, str]:
     called = {}
     for path in paths:
         pattern = re.compile(re.escape(path) + r"\.(?P<attribute>\w+)\.gate\.(?P<leaf>\w+)")
-        matches = list(filter(None, map(pattern.fullmatch, shards.first.content["module"])))
-        for match in matches:
+        for match in filter(None, map(pattern.fullmatch, shards.first.content["module"])):
             if match["attribute"] != "router":
                 router = f"{path}.router.gate.{match['leaf']}"
                 called[router] = f"{path}.{match['attribute']}.{match['leaf']}"
@@ -394,10 +393,7 @@ def _routers(shards: ShardSet, paths: Iterable[str]) -> dict[str, str]:
 
 def _without_second_routers(shards: ShardSet, called: Mapping[str, str]) -> ShardSet:
     """The shards without the second name that AutoEP's module has for each router."""
-    second = set()
-    for name in called.values():
-        path, _, leaf = name.rpartition(".")
-        second.add(f"{path}.gate.{leaf}")
+    second = {f"{p}.gate.{leaf}" for p, _, leaf in (n.rpartition(".") for n in called.values())}
     first = shards.first
     module = {name: value for name, value in first.content["module"].items() if name not in second}
     models = [replace(first, content={**first.content, "module": module}), *shards.models[1:]]
