@@ -69,4 +69,4 @@ def _close_names(context: click.Context, typed: str) -> list[str]:
         names = command.list_commands(context)
     else:
         names = [flag for parameter in command.params for flag in parameter.opts]
-    return difflib.get_close_matches(typed, names, 3)
+    return difflib.get_close_matches(typed, names, 3, cutoff=0.7)

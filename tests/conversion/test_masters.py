@@ -214,7 +214,7 @@ def test_the_command_line_asks_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str | None
 ) -> None:
     checkpoint = large(tmp_path, wrong=UNSAMPLED)
-    monkeypatch.setattr(api, "open_checkpoint", lambda *_, **__: checkpoint)
+    monkeypatch.setattr(api, "_opened", lambda *_: checkpoint)
     words = ["consolidate", str(tmp_path), str(tmp_path / "out"), "--weights-only"]
 
     done = CliRunner().invoke(cli, [*words, *([option] if option else [])])

@@ -17,7 +17,8 @@ from ckpt_tools.conversion.request import AdapterOptions, ModelOptions, Request
 
 FIELDS = {field.name: field for field in fields(Request)}
 # Options of the command line alone: how it speaks, and how long its ranks wait for each other.
-SPOKEN = {"timeout", "quiet", "as_json", "debug", "help"}
+# What the command line owns; --format is the name that --source-format had.
+SPOKEN = {"timeout", "quiet", "verbose", "as_json", "debug", "help", "format", "attr"}
 WRITING = ["consolidate", "extract-attr", "extract-lora", "merge-lora", "average"]
 
 

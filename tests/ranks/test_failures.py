@@ -134,7 +134,7 @@ def source_with_own(large: Large, directory: Path, name: str) -> Path:
     """The source, of which one file is a copy that may be damaged."""
     directory.mkdir()
     for path in large.path.iterdir():
-        (directory / path.name).symlink_to(path)
+        (directory / path.name).hardlink_to(path)
     (directory / name).unlink()
     shutil.copyfile(large.path / name, directory / name)
     return directory
@@ -437,8 +437,8 @@ def test_a_command_that_is_wrong_is_said_so_once(tmp_path: Path) -> None:
     done = launch(["-m", "ckpt_tools", "consolidate", tmp_path, "--bogus"], ranks=2)
 
     assert done.status != 0
-    assert done.said.count("No such option") == 1
-    assert done.said.count("Usage:") == 1
+    assert done.said.count("error: no such option '--bogus'") == 1
+    assert done.said.count("next: Run ckpt-tools consolidate --help.") == 1
 
 
 def test_a_rank_says_why_it_ends_though_it_is_told_to_end_meanwhile(tmp_path: Path) -> None:

@@ -60,7 +60,9 @@ def test_runs_of_a_shard_are_runs_of_parameters() -> None:
 
 
 def test_parameters_in_another_order_of_elements_are_refused() -> None:
-    with pytest.raises(UnsupportedLayout, match="bias: FSDP keeps its elements in another order"):
+    with pytest.raises(
+        UnsupportedLayout, match="bias: FSDP does not keep its elements in row-major order"
+    ):
         holding_of(FullyShardedDataParallel(_contiguities=[True, False]))
 
 
