@@ -192,6 +192,36 @@ def test_gptq_is_refused_by_name_and_the_hint_works(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "ends",
+    [
+        ["weight._data", "weight._scale"],
+        ["W_q", "scale", "zero", "meta"],
+        ["codes", "codebooks", "scales"],
+        ["centroids.weight", "indices", "weight_scale"],
+    ],
+)
+def test_tensors_of_any_quantiser_are_left_out_where_a_base_has_the_weight(
+    tmp_path: Path, ends: list[str]
+) -> None:
+    module = "model.layers.0.mlp.up_proj"
+    tensors = {f"{module}.{end}": torch.ones(16, 4, dtype=torch.int32) for end in ends}
+    tensors["model.norm.weight"] = torch.ones(16).half()
+    source = _stored(tmp_path / "in", tensors, {"quant_method": "new"})
+    plain = {f"{module}.weight": torch.randn(16, 32).half()}
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file(plain, base / "model.safetensors", metadata={"format": "pt"})
+    (base / "config.json").write_text("{}")
+    options: dict[str, Any] = {"adapter_dir": _adapter(tmp_path / "adapter", 16, 32)}
+
+    with pytest.raises((UnsupportedLayout, UsageError), match=r"quantiser|has no weight of"):
+        merge_lora(source, tmp_path / "out", weights_only=True, **options)
+    merge_lora(source, tmp_path / "out", weights_only=True, base=base, **options)
+
+    assert _tensors(tmp_path / "out").keys() == {"model.norm.weight", *plain}
+
+
+@pytest.mark.parametrize(
     ("columns", "scales", "method"),
     [(16, 16, "GPTQ"), (2, 16, "AWQ"), (16, None, "GPTQ or AWQ")],
 )
