@@ -125,7 +125,8 @@ class TestExitStatus:
         self, three: dict[str, Answer]
     ) -> None:
         done = run("verify", "crash")
-        assert "Traceback" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert "Traceback" in run("verify", "crash", "--debug").stderr
         assert "crash: could not be checked: unforeseen: ZeroDivisionError" in done.stdout
 
     def test_debug_shows_where_a_foreseen_one_came_from(self, three: dict[str, Answer]) -> None:

@@ -7,6 +7,7 @@ reads the question and writes the answer. Question and answer are JSON objects.
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import signal
@@ -65,7 +66,7 @@ def run_child(
     ) as child:
         try:
             if timeout is not None:
-                _limit(child.pid, round(timeout) * threads)
+                _limit(child.pid, (math.ceil(timeout) + 1) * threads)
             output, errors = child.communicate(question, timeout=timeout)
         except BaseException:
             # What the child has started belongs to its session.
