@@ -224,11 +224,24 @@ _ADAPTERS: dict[str, Decorator[Any]] = {
         metavar="DIR",
         help="Tokenizer to copy. Default: the same places as the config.",
     ),
+    "chat_template": option(
+        "--chat-template",
+        group=ASSETS,
+        type=PATH,
+        metavar="FILE",
+        help="Chat template of the output, in the place of the tokenizer's own. The end tokens follow it.",
+    ),
     "follow_links": option(
         "--follow-links",
         group=READ,
         is_flag=True,
         help="Follow links that lead out of the directory that was named.",
+    ),
+    "strict": option(
+        "--strict",
+        group=CHECK,
+        is_flag=True,
+        help="Refuse a checkpoint whose pickles name functions that no known framework writes.",
     ),
     "check_all_masters": option(
         "--check-masters",
@@ -315,8 +328,8 @@ _MODELS: dict[str, Decorator[Any]] = {
         default="auto",
         show_default=True,
         metavar="auto|olmo|none|FILE|DIR",
-        help="olmo: greedy, no bos, <|im_end|> and <|endoftext|> end a text. auto: olmo for OLMo models, "
-        "else the source's own.",
+        help="olmo: greedy, no bos, <|im_end|> and <|endoftext|> end a text. auto: olmo for OLMo chat models "
+        "whose tokenizer has both tokens, else the source's own.",
     ),
     "card": option(
         "--no-card",

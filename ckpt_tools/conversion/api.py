@@ -14,6 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckpt_tools import readers
+from ckpt_tools.conversion.bases import (
+    is_adapter,
+    lacks_base,
+    named_base,
+    with_adapter_as_checkpoint,
+)
 from ckpt_tools.conversion.extraction import prepare_adapters
 from ckpt_tools.conversion.model_shapes import ModelShapes
 from ckpt_tools.conversion.models import prepare_model
@@ -33,7 +39,9 @@ from ckpt_tools.errors import UsageError
 from ckpt_tools.hub.links import refuse_any_leaving, refuse_leaving
 from ckpt_tools.hub.sources import AssetOptions, nearby
 from ckpt_tools.hub.tokenizer import find_tokenizer
+from ckpt_tools.model.combining import Combination
 from ckpt_tools.ranks import pooled_machines
+from ckpt_tools.readers.opening import open_weights
 from ckpt_tools.storage.folders import places_of, read_as_one
 from ckpt_tools.tensors.checkpoint import Checkpoint
 from ckpt_tools.writing.delivery import follow
@@ -190,6 +198,7 @@ def merge_lora(
     output: PathLike,
     *,
     adapter: str | None = None,
+    combination: Combination = "cat",
     adapter_dir: PathLike | None = None,
     adapter_config: PathLike | None = None,
     lora_alpha: float | None = None,
@@ -201,7 +210,9 @@ def merge_lora(
     Args:
         checkpoint: a path, or an opened checkpoint.
         output: the directory to make.
-        adapter: which adapter, where there are several.
+        adapter: which adapter, where there are several; or several with their weights, ``a=0.7,b=0.3``.
+        combination: how several become one, as in PEFT's ``add_weighted_adapter``: ``cat`` adds their
+            updates, ``linear`` their factors.
         adapter_dir: a directory that PEFT wrote, to take the adapter from.
         adapter_config: the adapter's config, or a directory with it; by default looked for near the
             checkpoint.
@@ -224,6 +235,7 @@ def merge_lora(
         ModelOptions,
         options,
         adapter=adapter,
+        combination=combination,
         adapter_dir=adapter_dir,
         adapter_config=adapter_config,
         lora_alpha=lora_alpha,
@@ -263,8 +275,18 @@ def _carried_out(
     checkpoints: Sequence[PathLike | Checkpoint], request: Request, prepare: Prepare
 ) -> Report:
     clock = Clock()
+    merges = request.command == "merge-lora"
+    if merges:
+        checkpoints, request = with_adapter_as_checkpoint(checkpoints, request)
     sources = [_opened(checkpoint, request) for checkpoint in checkpoints]
     near = sources[0].location.near
+    if merges and request.adapter_dir is not None:
+        # The adapter's own tokenizer, which may know more tokens, before that of the base.
+        own = find_tokenizer(None, (request.adapter_dir,))
+        tokenizer = request.tokenizer or (None if own is None else own.directory)
+        request = replace(request, tokenizer=tokenizer)
+    elif merges and request.base is None and lacks_base(sources[0], request.weights):
+        request = replace(request, base=named_base(request, near))
     if request.base is None:
         request = replace(request, search=near)
     else:
@@ -284,6 +306,11 @@ def _carried_out(
 def _opened(checkpoint: PathLike | Checkpoint, request: Request) -> Checkpoint:
     if isinstance(checkpoint, Checkpoint):
         return checkpoint
+    if request.command == "extract-lora" and is_adapter(checkpoint):
+        adapter = open_weights(as_path(checkpoint))
+        if not request.follow_links:
+            refuse_any_leaving(adapter.files, [as_path(checkpoint)])
+        return adapter
     place = read_as_one(as_path(checkpoint), request.also)
     location = readers.locate(place, request.tag, model=request.model, format=request.source_format)
     shapes = ModelShapes(request, location.near)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from ckpt_tools.hub.sources import AssetOptions
+from ckpt_tools.model.combining import Combination
 from ckpt_tools.model.state import DTypeChoice
 from ckpt_tools.tensors.checkpoint import Checkpoint, Copy
 from ckpt_tools.tensors.dtypes import short_name
@@ -25,7 +26,10 @@ if TYPE_CHECKING:
 
 PathLike = str | os.PathLike[str]
 
-_PATHS = ("config", "key_map", "tokenizer", "like", "adapter_dir", "adapter_config", "base")
+_PATHS = (
+    *("config", "key_map", "tokenizer", "chat_template", "like"),
+    *("adapter_dir", "adapter_config", "base"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +48,9 @@ class Request(AssetOptions, Writing):
         weights: ``master`` takes the optimizer's fp32 copy where there is one, ``model`` the 16-bit copy.
         check_all_masters: compare every element of masters and 16-bit weights, not a sample.
         coefficients: of a mean, one a checkpoint, adding up to 1; None if all are equal.
-        adapter: name of the adapter; ``all`` for each, where adapters are extracted.
+        adapter: name of the adapter; ``all`` for each, where adapters are extracted; several with their
+            weights (``a=0.7,b=0.3``), where they are merged.
+        combination: how several adapters become one: ``cat`` adds their updates, ``linear`` their factors.
         adapter_dir: a directory that PEFT wrote, to take the adapter from.
         adapter_config: the adapter's config, or a directory with it.
         lora_alpha: ``lora_alpha`` of the training run, where no config says it.
@@ -60,6 +66,7 @@ class Request(AssetOptions, Writing):
         trust_remote_code: run custom code that lies beside the config, in a process of its own, to learn
             the model's layout.
         node_local: each machine sees only its own files of the checkpoint; the ranks pool them.
+        strict: refuse checkpoints whose pickles name functions that no known framework writes.
         names_base: an adapter without the name of its base is refused; PEFT itself writes it.
     """
 
@@ -75,6 +82,7 @@ class Request(AssetOptions, Writing):
     check_all_masters: bool = False
     coefficients: Sequence[float] | None = None
     adapter: str | None = None
+    combination: Combination = "cat"
     adapter_dir: Path | None = None
     adapter_config: Path | None = None
     lora_alpha: float | None = None
@@ -87,6 +95,7 @@ class Request(AssetOptions, Writing):
     card: bool = True
     trust_remote_code: bool = False
     node_local: bool = False
+    strict: bool = False
     names_base: bool = True
 
     @property
@@ -96,6 +105,7 @@ class Request(AssetOptions, Writing):
             self.config,
             self.key_map,
             self.tokenizer,
+            self.chat_template,
             self.like,
             self.adapter_dir,
             self.adapter_config,
@@ -115,6 +125,7 @@ class AdapterOptions(TypedDict, total=False):
     dtype: DTypeChoice
     config: PathLike | None
     tokenizer: PathLike | None
+    chat_template: PathLike | None
     workers: int | None
     dry_run: bool
     overwrite: bool
@@ -126,6 +137,7 @@ class AdapterOptions(TypedDict, total=False):
     ranks: Ranks | None
     node_local: bool
     follow_links: bool
+    strict: bool
 
 
 class ModelOptions(AdapterOptions, total=False):

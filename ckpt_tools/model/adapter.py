@@ -7,11 +7,11 @@ wrote is read into the form of a training checkpoint: a state whose names contai
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from ckpt_tools.errors import DamagedCheckpoint, MissingAsset, UsageError, listed
+from ckpt_tools.errors import DamagedCheckpoint, MissingAsset, UnsupportedLayout, UsageError, listed
 from ckpt_tools.hub.adapter_config import (
     NAME,
     AdapterConfig,
@@ -22,13 +22,14 @@ from ckpt_tools.hub.adapter_config import (
 )
 from ckpt_tools.model.state import State
 from ckpt_tools.readers.containers.weight_files import ADAPTER_FILES, entry_in, read_weight_files
-from ckpt_tools.tensors.catalogue import Catalogue, Shape, Tensor
+from ckpt_tools.tensors.catalogue import Catalogue, Shape
 from ckpt_tools.tensors.dtypes import DType
 from ckpt_tools.transforms.lora import (
     AdaptedNames,
     Part,
     adapted_names,
     plain_name,
+    read_by_peft,
     with_adapter_name,
 )
 from ckpt_tools.transforms.lora_targets import Factors, Target, factors, find_targets
@@ -124,11 +125,18 @@ class Adapter:
         return infer(self._evidence(), architecture, base_model)
 
     def _ranks(self, config: AdapterConfig) -> dict[str, int]:
-        """``r`` by key. Without the base, shapes do not tell the rank of stacked experts."""
+        """``r`` by key. Without the base, shapes do not tell the rank of stacked experts.
+
+        Factors of a kind of layer that is not known here have none.
+        """
         parameters = config.data.get("target_parameters")
+        try:
+            targets = self.targets
+        except UnsupportedLayout:
+            return {}
         return {
             target.key: target.rank
-            for target in self.targets.values()
+            for target in targets.values()
             if target.weight is not None or not parameters
         }
 
@@ -190,6 +198,22 @@ def trained_dtype(state: State, name: str) -> DType:
     return state.dtypes[state.catalogue.ties.get(name, name)]
 
 
+def as_live(saved: State, adapter: str) -> tuple[State, dict[str, str]]:
+    """The state of an adapter's file under the names of a model in training.
+
+    Returns:
+        The state, and for each saved name that PEFT reads the name in it.
+    """
+    names = {name: with_adapter_name(name, adapter) for name in read_by_peft(saved.catalogue)}
+    live = replace(
+        saved,
+        catalogue=Catalogue({new: saved.catalogue[old] for old, new in names.items()}),
+        dtypes={new: saved.dtypes[old] for old, new in names.items()},
+        kinds={new: saved.kinds[old] for old, new in names.items()},
+    )
+    return live, names
+
+
 def read_adapter_directory(
     directory: Path, adapter: str, *, follow_links: bool = False
 ) -> tuple[State, AdapterConfig]:
@@ -213,13 +237,10 @@ def read_adapter_directory(
             path=directory,
             hint="Pass --adapter-dir a directory that PEFT's save_pretrained wrote.",
         )
-    held = read_weight_files(entry)
-    tensors: dict[str, Tensor] = {
-        with_adapter_name(name, adapter): tensor for name, tensor in held.tensors.items()
-    }
-    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
-    state = State(Catalogue(tensors), dtypes, dict.fromkeys(tensors, "parameter"))
-    empty = [name for name, tensor in held.tensors.items() if not tensor.numel]
+    held = Catalogue(dict(read_weight_files(entry).tensors))
+    dtypes = {name: tensor.dtype for name, tensor in held.items()}
+    state, _ = as_live(State(held, dtypes, dict.fromkeys(held, "parameter")), adapter)
+    empty = [name for name, tensor in held.items() if not tensor.numel]
     if empty:
         raise DamagedCheckpoint(
             f"{len(empty)} tensors of the adapter are empty: {listed(empty)}",

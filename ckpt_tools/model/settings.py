@@ -67,7 +67,7 @@ def refuse_unknown_settings(config: AdapterConfig) -> None:
             hint=_EXTRACT,
         )
     start = config.data.get("init_lora_weights")
-    if not _starts_on_the_base(start) and not _changes_the_base(start):
+    if not _starts_on_the_base(start) and not changes_the_base(start):
         raise UnsupportedLayout(
             f"init_lora_weights {start!r} is not known: it may have changed the base",
             path=config.path,
@@ -86,7 +86,7 @@ def refuse_another_base(config: AdapterConfig, elsewhere: Iterable[str]) -> None
         UnsupportedLayout: ``init_lora_weights`` changed the base before training.
     """
     start, names = config.data.get("init_lora_weights"), list(elsewhere)
-    if not names or not _changes_the_base(start):
+    if not names or not changes_the_base(start):
         return
     value = str(start).lower()
     other = ""
@@ -115,5 +115,6 @@ def _starts_on_the_base(start: object) -> bool:
     return start is None or isinstance(start, bool) or str(start).lower() in _KEEPS_BASE
 
 
-def _changes_the_base(start: object) -> bool:
+def changes_the_base(start: object) -> bool:
+    """Whether a value of ``init_lora_weights`` changed the base before training."""
     return isinstance(start, str) and _CHANGES_BASE.fullmatch(start.lower()) is not None

@@ -73,6 +73,8 @@ def model_state(
             hint="consolidate with --config takes the shapes from the config. Pass its output here.",
         )
     stored = checkpoint.catalogue(copy)
+    if names is not None:
+        stored = names.reordered(stored)
     whole = stored if names is None else names.apply(stored)
     removed: dict[str, int] = {}
 

@@ -13,7 +13,6 @@ from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
@@ -28,29 +27,13 @@ from ckpt_tools.tensors.regions import row_major_strides as row_major_strides
 from ckpt_tools.tensors.regions import window_slabs as window_slabs
 from ckpt_tools.tensors.runs import Strided as Strided
 from ckpt_tools.tensors.runs import cut, span_of
+from ckpt_tools.tensors.tiling import Fragment as Fragment
+from ckpt_tools.tensors.tiling import prove_boxes_tile, prove_ranges_tile
 
 if TYPE_CHECKING:
     import torch
 
     from ckpt_tools.tensors.rows import Rows
-
-
-@dataclass(frozen=True, slots=True)
-class Fragment:
-    """The bytes in a file that hold one region of a tensor.
-
-    Attributes:
-        file: the file.
-        offset: first byte of the run.
-        region: which elements it holds.
-        layout: how the elements lie from ``offset`` on; None for row-major order. The row-major order of its
-            sizes is that of the region.
-    """
-
-    file: Path
-    offset: int
-    region: FlatRange | Box
-    layout: Strided | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,9 +164,9 @@ class Stored(Tensor):
         if not is_possible(self.shape):
             raise DamagedCheckpoint(f"no tensor can have the shape {list(self.shape)}")
         if self._is_flat:
-            _prove_ranges_tile(self.fragments, self.numel)
+            prove_ranges_tile(self.fragments, self.numel)
         else:
-            _prove_boxes_tile(self.fragments, self.shape)
+            prove_boxes_tile(self.fragments, self.shape)
 
     @property
     def _is_flat(self) -> bool:
@@ -349,54 +332,3 @@ def _minus(indices: Shape, origin: Shape) -> Shape:
 def _range_start(fragment: Fragment) -> int:
     assert isinstance(fragment.region, FlatRange)
     return fragment.region.start
-
-
-def _prove_ranges_tile(fragments: Sequence[Fragment], numel: int) -> None:
-    end = 0
-    for fragment in fragments:
-        region = fragment.region
-        if not isinstance(region, FlatRange):
-            raise DamagedCheckpoint("it has flat and boxed fragments", path=fragment.file)
-        if region.start != end or region.stop < region.start:
-            raise DamagedCheckpoint(
-                f"its fragments leave a hole or overlap at element {min(end, region.start):,}",
-                path=fragment.file,
-            )
-        end = region.stop
-    if end != numel:
-        where = fragments[-1].file if fragments else None
-        raise DamagedCheckpoint(f"its fragments hold {end:,} of {numel:,} elements", path=where)
-
-
-def _prove_boxes_tile(fragments: Sequence[Fragment], shape: Shape) -> None:
-    """Cut the tensor along every border of every box: each cell must lie in one box."""
-    boxes = [fragment.region for fragment in fragments]
-    cuts = []
-    for axis, size in enumerate(shape):
-        borders = {0, size}
-        for fragment, box in zip(fragments, boxes, strict=True):
-            if not isinstance(box, Box) or len(box.sizes) != len(shape):
-                raise DamagedCheckpoint(
-                    "a fragment has another number of dimensions", path=fragment.file
-                )
-            low, high = box.offsets[axis], box.offsets[axis] + box.sizes[axis]
-            if low < 0 or high > size or high < low:
-                raise DamagedCheckpoint("a fragment reaches outside it", path=fragment.file)
-            borders |= {low, high}
-        cuts.append({border: index for index, border in enumerate(sorted(borders))})
-    covered: set[tuple[int, ...]] = set()
-    for fragment, box in zip(fragments, boxes, strict=True):
-        assert isinstance(box, Box)
-        if not box.numel:
-            continue
-        spans = [
-            range(cut[low], cut[low + size])
-            for cut, low, size in zip(cuts, box.offsets, box.sizes, strict=True)
-        ]
-        for cell in product(*spans):
-            if cell in covered:
-                raise DamagedCheckpoint("two fragments hold the same elements", path=fragment.file)
-            covered.add(cell)
-    if math.prod(shape) and len(covered) != math.prod(len(cut) - 1 for cut in cuts):
-        where = fragments[-1].file if fragments else None
-        raise DamagedCheckpoint("its fragments do not hold all of its elements", path=where)

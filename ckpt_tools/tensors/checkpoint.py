@@ -15,13 +15,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from ckpt_tools.errors import CkptError, UsageError
+from ckpt_tools.errors import CkptError, DamagedCheckpoint, UsageError
 from ckpt_tools.tensors.catalogue import Catalogue, Shape, Stored, Tensor
 from ckpt_tools.tensors.dtypes import DType
 
 Kind = Literal["parameter", "frozen", "buffer"]
 Copy = Literal["master", "model"]
 
+_NO_NAME = "Save the state dict with the names of model.state_dict()."
 # `Location.format` of a model in training, which has no directory.
 LIVE = "live"
 # `Location.format` of an adapter that PEFT saved.
@@ -117,6 +118,9 @@ class Checkpoint(Mapping[str, Tensor]):
         shapeless: tensors of which the files record the number of elements alone; their shape here is flat.
         unlisted: tensors in files beside it that its index does not name, each with its file.
         replicas: pairs of tensors that must be equal.
+
+    Raises:
+        DamagedCheckpoint: a name is no text that a file can hold.
     """
 
     location: Location
@@ -134,6 +138,14 @@ class Checkpoint(Mapping[str, Tensor]):
     shapeless: frozenset[str] = frozenset()
     unlisted: Mapping[str, Path] = field(default_factory=dict)
     replicas: Sequence[Replica] = ()
+
+    def __post_init__(self) -> None:
+        for name in (*self.weights, *self.ties):
+            _check_name(name, self.location.directory)
+        if not _is_count(self.step):
+            object.__setattr__(self, "step", None)
+        if not _is_count(self.world_size):
+            object.__setattr__(self, "world_size", None)
 
     def catalogue(self, copy: Copy = "master") -> Catalogue:
         """The tensors, from one of the copies.
@@ -203,3 +215,26 @@ class Checkpoint(Mapping[str, Tensor]):
     def bytes_on_disk(self) -> int:
         """Bytes of all its files, including optimizer moments."""
         return sum(self.files.values())
+
+
+def _check_name(name: object, path: Path) -> None:
+    if not isinstance(name, str):
+        raise DamagedCheckpoint(
+            f"a tensor's name is not text but a value of type {type(name).__name__}",
+            path=path,
+            hint=_NO_NAME,
+        )
+    if not name.isascii():
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise DamagedCheckpoint(
+                "a tensor's name holds half of a pair of characters, which no file can hold",
+                path=path,
+                tensor=name,
+                hint=_NO_NAME,
+            ) from None
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63

@@ -203,7 +203,7 @@ class Concat(Tensor):
 def view(tensor: Tensor, offset: int, shape: Shape, strides: Shape) -> Tensor:
     """A :class:`View`. A view of a view becomes one view of the inner tensor, if that is possible."""
     if isinstance(tensor, View):
-        seen = _strided(
+        seen = strided(
             offset, tuple(zip(shape, strides, strict=True)), tensor.shape, tensor.strides
         )
         if seen is not None:
@@ -245,7 +245,7 @@ def _parts(start: int, axes: _Axes, shape: Shape, strides: Shape) -> Iterator[Ru
         Each part as a run, whose start is counted from the first element of the set in the source.
     """
     axes = tuple(axis for axis in axes if axis[0] > 1) or ((1, 1, 1),)
-    seen = _strided(start, tuple(axis[:2] for axis in axes), shape, strides)
+    seen = strided(start, tuple(axis[:2] for axis in axes), shape, strides)
     if seen is not None:
         at, places = seen
         yield Run(0, tuple(n for n, _, _ in axes), places, at, tuple(step for *_, step in axes))
@@ -268,13 +268,13 @@ def _parts(start: int, axes: _Axes, shape: Shape, strides: Shape) -> Iterator[Ru
     while position < count:
         first = start + position * stride
         length = min(_steps_without_carry(first, stride, shape), count - position)
-        seen = _strided(first, ((length, stride),), shape, strides)
+        seen = strided(first, ((length, stride),), shape, strides)
         assert seen is not None
         yield Run(position * step, (length,), seen[1], seen[0], (step,))
         position += length
 
 
-def _strided(
+def strided(
     start: int, axes: tuple[tuple[int, int], ...], shape: Shape, strides: Shape
 ) -> tuple[int, Shape] | None:
     """The places of the elements of a strided set, if these are again a strided set.

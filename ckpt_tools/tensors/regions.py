@@ -15,6 +15,8 @@ from dataclasses import dataclass
 Shape = tuple[int, ...]
 _MAX_SIZE = (1 << 63) - 1
 _MAX_NUMEL = (1 << 64) - 1
+# What torch's operations take.
+_MOST_DIMENSIONS = 64
 
 
 def is_possible(shape: Shape) -> bool:
@@ -23,6 +25,8 @@ def is_possible(shape: Shape) -> bool:
     torch keeps a size in 63 bits. safetensors multiplies sizes in 64 bits, from the left. So (2^40, 2^40, 0)
     is no shape of a tensor, although it has no elements.
     """
+    if len(shape) > _MOST_DIMENSIONS:
+        return False
     numel = 1
     for size in shape:
         if type(size) is not int or not 0 <= size <= _MAX_SIZE:

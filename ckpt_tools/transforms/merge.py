@@ -254,6 +254,37 @@ def merged_experts(base: Tensor, a: Tensor, b: Tensor, scale: float, *, transpos
     return Concat(tuple(parts), 0)
 
 
+def merged_kernel(
+    base: Tensor, a: Tensor, b: Tensor, scale: float, magnitude: Tensor | None
+) -> Tensor:
+    """The kernel of a convolution with its update added.
+
+    A convolution with a kernel of 1 after another one multiplies the kernel of that as a matrix: of its
+    outputs, and of all other axes.
+    """
+    matrix = Merged(
+        _as_matrix(base),
+        _as_matrix(a),
+        _as_matrix(b),
+        scale,
+        magnitude=None if magnitude is None else _flat(magnitude),
+    )
+    return view(matrix, 0, base.shape, _row_major(base.shape))
+
+
+def _as_matrix(tensor: Tensor) -> Tensor:
+    rows, columns = tensor.shape[0], math.prod(tensor.shape[1:])
+    return view(tensor, 0, (rows, columns), (columns, 1))
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return view(tensor, 0, (tensor.numel,), (1,))
+
+
+def _row_major(shape: Shape) -> Shape:
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
 def with_rows(base: Tensor, rows: Tensor, indices: Sequence[int]) -> Tensor:
     """``base`` with row ``indices[i]`` replaced by row ``i`` of ``rows`` (trainable tokens)."""
     width = base.shape[1]

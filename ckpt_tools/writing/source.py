@@ -26,10 +26,8 @@ _READ_BYTES = 4 << 20
 # Parts of one tensor with less data than this may be equal by chance, as those of a norm's weights in bf16.
 CHANCE_BYTES = 1 << 10
 _SAMPLE_BYTES = 1 << 20
-_DAMAGED = (
-    "The file was damaged after it was saved. Copy it again from where it was written. "
-    "--no-check-source converts it as it is."
-)
+COPY_AGAIN = "The file was damaged after it was saved. Copy it again from where it was written."
+_OR_CONVERT = f"{COPY_AGAIN} --no-check-source converts it as it is."
 
 Run = tuple[int, int, int]
 
@@ -70,13 +68,17 @@ class Equal(NamedTuple):
 
 
 def check_sources(
-    log: ReadLog, resumed: Iterable[tuple[Path, int, int]] = ()
+    log: ReadLog,
+    resumed: Iterable[tuple[Path, int, int]] = (),
+    *,
+    hint: str = _OR_CONVERT,
 ) -> tuple[Checked, list[Equal]]:
     """Compare what was read with the checksums of its files.
 
     Args:
         log: the runs that were read.
         resumed: file, start and stop of runs that an earlier run read; they are read again.
+        hint: the next step where a record is not what was saved.
 
     Returns:
         What was compared, and the files of one folder that have the same records.
@@ -91,7 +93,7 @@ def check_sources(
     equal: list[Equal] = []
     seen: dict[tuple[Path, tuple[tuple[int, int, int], ...]], Path] = {}
     for file in dict.fromkeys((*log.files, *again)):
-        with Records(file, _DAMAGED) as records:
+        with Records(file, hint) as records:
             found, held = _check_file(records, list(log.runs(file)), again.get(file, ()))
             total += found
             if not held:
@@ -161,7 +163,7 @@ def _check_record(
             f"the bytes of record {record.name} are not those that were saved: their CRC-32 is "
             f"{total:08x}, and the file records {record.crc:08x}",
             path=records.path,
-            hint=_DAMAGED,
+            hint=records.hint,
         )
     return Checked(checked=read)
 

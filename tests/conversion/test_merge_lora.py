@@ -187,7 +187,7 @@ def test_what_an_adapter_directory_holds_of_the_base_replaces_it(
 
 def test_without_a_base_the_hint_is_the_base(fixtures: Path, tmp_path: Path) -> None:
     source = fixtures / "peft/zero3-olmo2-lora-frozen-excluded"
-    with pytest.raises(UsageError, match="the base has no weight of ") as caught:
+    with pytest.raises(MissingAsset, match="the base has no weight of ") as caught:
         _merge(source, "default", tmp_path / "out", base=None)
     assert "--base DIR" in (caught.value.hint or "")
     assert not (tmp_path / "out").exists()
@@ -377,7 +377,16 @@ def test_a_merge_that_changes_nothing_is_refused(factor: str, tmp_path: Path) ->
     state[f"{PREFIX}layers.0.v_proj.lora_{factor}.default.weight"].zero_()
     config = adapter_config(target_modules=["q_proj", "v_proj"])
     run = write_checkpoint(tmp_path / "run", state, config)
-    with pytest.raises(UsageError, match=r"would not change 1 of 2 targets.*layers.0.v_proj"):
+    report = merge_lora(run, tmp_path / "partly", weights_only=True)
+    assert any("1 of 2 targets do not change" in text for text in report.warnings)
+    base = state[PREFIX + "layers.0.v_proj.base_layer.weight"]
+    assert torch.equal(
+        load_file(tmp_path / "partly/model.safetensors")["layers.0.v_proj.weight"], base
+    )
+
+    state[PREFIX + "layers.0.q_proj.lora_B.default.weight"].zero_()
+    run = write_checkpoint(tmp_path / "untrained", state, config)
+    with pytest.raises(UsageError, match=r"would not change any of 2 targets.*layers.0.q_proj"):
         merge_lora(run, tmp_path / "out", weights_only=True)
     assert not (tmp_path / "out").exists()
 

@@ -16,7 +16,13 @@ from typing import Any
 import pytest
 import torch
 
-from ckpt_tools import consolidate, extract_lora, open_checkpoint
+from ckpt_tools import (
+    consolidate,
+    extract_lora,
+    get_fp32_state_dict_from_zero_checkpoint,
+    merge_fsdp_weights,
+    open_checkpoint,
+)
 from ckpt_tools.errors import CkptError, DamagedCheckpoint
 from ckpt_tools.writing import delivery
 from tests.conftest import FIXTURES
@@ -112,6 +118,24 @@ def test_a_damaged_record_is_named_and_nothing_appears(case: str, tmp_path: Path
     assert caught.value.path == path
     assert list(tmp_path.iterdir()) == [source]
     assert weights(source, out, check_source=False)
+
+
+def test_functions_of_other_projects_check_their_sources(tmp_path: Path) -> None:
+    zero = copied("zero/zero3-bf16-llama-7ranks", tmp_path / "zero")
+    sharded = copied("accelerate/fsdp2-sharded-3ranks", tmp_path / "sharded")
+    model = next(sharded.rglob("pytorch_model_fsdp_0"))
+    for source in (zero, model):
+        path, at = next(iter(dict(read_from(source)).items()))
+        data = bytearray(path.read_bytes())
+        data[at - 1] ^= 0x40
+        path.write_bytes(data)
+
+    with pytest.raises(DamagedCheckpoint, match="are not those that were saved"):
+        get_fp32_state_dict_from_zero_checkpoint(zero)
+    with pytest.raises(DamagedCheckpoint, match="are not those that were saved"):
+        merge_fsdp_weights(model, tmp_path / "out", remove_checkpoint_dir=True)
+    assert model.is_dir()
+    assert not (tmp_path / "out").exists()
 
 
 def read_from(source: Path) -> Iterator[tuple[Path, int]]:

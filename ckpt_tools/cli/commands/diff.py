@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,6 @@ from ckpt_tools.cli import completing, options
 from ckpt_tools.cli.outcome import reports_errors
 from ckpt_tools.cli.progress import shown_progress
 from ckpt_tools.cli.text import counted, print_json, say
-from ckpt_tools.errors import CkptError
 
 if TYPE_CHECKING:
     from ckpt_tools.analysis.difference import Difference, TensorDifference
@@ -91,7 +90,8 @@ SUMMARY = "What is different between two checkpoints."
     "-q", "--quiet", is_flag=True, help="Print nothing but errors. The exit status is the result."
 )
 @options.debug
-@reports_errors
+# Status 1 means that the two differ.
+@partial(reports_errors, trouble=_TROUBLE)
 def command(
     a: Path, b: Path, top: int, form: str, as_json: bool, quiet: bool, **asked: Any
 ) -> None:
@@ -115,15 +115,8 @@ def command(
     from ckpt_tools.analysis.difference import diff
 
     as_json = as_json or form == "json"
-    try:
-        with shown_progress(quiet or as_json, "comparing") as progress:
-            found = diff(a, b, progress=progress, **asked)
-    except CkptError:
-        raise
-    except Exception:
-        # Status 1 means that the two differ.
-        traceback.print_exc()
-        sys.exit(_TROUBLE)
+    with shown_progress(quiet or as_json, "comparing") as progress:
+        found = diff(a, b, progress=progress, **asked)
     if as_json:
         print_json(found.to_json())
     elif not quiet:

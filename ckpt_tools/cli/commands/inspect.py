@@ -72,6 +72,7 @@ def _show(found: Inspection) -> None:
     from rich.text import Text
 
     rows = list(_rows(found))
+    styles = {"problem": "red", "remark": "yellow", "suspicious": "yellow"}
     labels = max(len(label) for label, _ in rows)
 
     def draw(console: Console) -> None:
@@ -79,9 +80,9 @@ def _show(found: Inspection) -> None:
         table.add_column(style="bold", no_wrap=True)
         table.add_column(overflow="fold")
         for label, value in rows:
-            style = {"problem": "red", "remark": "yellow"}.get(label, "")
-            # A problem has its next step on a line of its own.
-            lines = map(printable, value.split("\n"))
+            style = styles.get(label, "")
+            # A problem has its next step on a line of its own. Names may hold line ends, too.
+            lines = map(printable, value.split("\n") if label == "problem" else [value])
             text = "\n".join(folded(line, console.width - labels - 2) for line in lines)
             table.add_row(label, Text(text, style=style))
         console.print(table)
@@ -127,6 +128,8 @@ def _rows(found: Inspection) -> Iterator[tuple[str, str]]:
         yield "output", ", ".join(sizes)
     for remark in found.remarks:
         yield "remark", remark
+    for file, named in (found.suspicious or {}).items():
+        yield "suspicious", f"{file} names {listed(named, 20)}; nothing of it was run"
     for problem in found.problems:
         yield "problem", problem
     if not found.problems:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import secrets
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import click
 
 from ckpt_tools.cli import options
-from ckpt_tools.cli.outcome import joined_ranks, reports_errors
+from ckpt_tools.cli.outcome import joined_ranks, print_traceback, reports_errors
 from ckpt_tools.cli.progress import shown_progress
 from ckpt_tools.cli.text import drawn, say
 from ckpt_tools.cli.verdicts import UNCHECKED, Outcome, show, status_of
@@ -174,11 +173,12 @@ def _look_at(path: Path, *, progress: Callable[[int, int], None] | None, **asked
         return Outcome(path, verify(path, progress=progress, **asked))
     except CkptError as error:
         if click.get_current_context().params["debug"]:
-            traceback.print_exc()
+            print_traceback()
         return Outcome(path, None, error)
     except Exception as error:
         # Status 1 means that the directory has problems.
-        traceback.print_exc()
+        if click.get_current_context().params["debug"]:
+            print_traceback()
         return Outcome(path, None, CkptError(f"unforeseen: {type(error).__name__}: {error}"))
 
 

@@ -104,7 +104,7 @@ class Records:
     """
 
     def __init__(self, path: Path, hint: str) -> None:
-        self.path, self._hint = path, hint
+        self.path, self.hint = path, hint
         self._infos: list[zipfile.ZipInfo] = []
         try:
             self._size = path.stat().st_size
@@ -147,7 +147,10 @@ class Records:
             if not infos:
                 return
             found.append(infos if any(info.CRC for info in infos) else [])
-            end = min(info.header_offset for info in infos)
+            start = min(info.header_offset for info in infos)
+            if not 0 <= start < end:
+                return
+            end = start
         yield from found
 
     def holding(self, start: int, stop: int) -> Iterator[Record]:
@@ -161,13 +164,13 @@ class Records:
             for info in self._infos[first:]:
                 if info.header_offset >= stop:
                     break
-                begin = data_start(stream, info, self.path, self._hint)
+                begin = data_start(stream, info, self.path, self.hint)
                 if begin < stop and start < begin + info.file_size:
                     yield Record(info.filename, begin, begin + info.file_size, info.CRC)
 
     def read(self, start: int, stop: int) -> bytes:
-        """Bytes ``[start, stop)`` of the file."""
-        data = bytearray(stop - start)
+        """Bytes ``[start, stop)`` of the file, as far as there are any."""
+        data = bytearray(max(min(stop, self._size) - start, 0))
         count = read_fully(self._file, memoryview(data), start)
         return bytes(data[:count])
 

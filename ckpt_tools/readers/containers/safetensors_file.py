@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,8 +93,8 @@ class _Object(dict[str, Any]):
         super().__init__(pairs)
         self.repeated: set[str] = set()
         if len(self) < len(pairs):
-            names = [name for name, _ in pairs]
-            self.repeated = {name for name in self if names.count(name) > 1}
+            counts = Counter(name for name, _ in pairs)
+            self.repeated = {name for name, count in counts.items() if count > 1}
 
 
 def _parsed(text: bytes) -> dict[str, Any]:

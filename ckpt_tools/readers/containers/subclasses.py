@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_tools.errors import CkptError, DamagedCheckpoint, UnsafePickle, UnsupportedLayout
-from ckpt_tools.readers.containers.restricted_pickle import (
+from ckpt_tools.readers.containers.pickled import (
     LazyTensor,
     Opaque,
     TensorRef,

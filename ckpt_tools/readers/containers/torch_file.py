@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import io
 import math
-import os
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,21 @@ from ckpt_tools.tensors.dtypes import DType
 from ckpt_tools.tensors.runs import span_of
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+# Compressed records are read up to this size.
+_LARGEST_SMALL = 1 << 10
+# What zipfile raises for a file that is not what it says.
+_NO_ZIP = (
+    ArithmeticError,
+    AssertionError,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    ValueError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 _LOAD_AND_SAVE = (
     "Load it with torch where it was written, and save plain contiguous tensors with torch.save."
 )
@@ -165,12 +181,14 @@ class TorchFile:
                 if records[pickles[0]].compress_type != zipfile.ZIP_STORED:
                     raise self._compressed()
                 order = f"{root}byteorder"
-                if order in records and archive.read(order) != b"little":
+                if order in records and _small(archive, records[order]) != b"little":
                     raise UnsupportedLayout(
                         "written on a big-endian machine", path=self.path, hint=_LOAD_AND_SAVE
                     )
+                if records[pickles[0]].file_size > self.size:
+                    raise zipfile.BadZipFile("its pickle extends beyond the end of the file")
                 data = archive.read(pickles[0])
-        except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, ValueError) as error:
+        except _NO_ZIP as error:
             raise DamagedCheckpoint(
                 f"not a complete torch file ({error})", path=self.path, hint=_COPY_ANEW
             ) from error
@@ -249,11 +267,12 @@ class TorchFile:
                 )
             storage.start = stream.tell()
             numel = int.from_bytes(header, "little")
-            end = stream.seek(numel * storage.dtype.itemsize, os.SEEK_CUR)
+            end = storage.start + storage.numel * storage.dtype.itemsize
             if numel != storage.numel or end > self.size:
                 raise DamagedCheckpoint(
                     f"storage {key} is shorter than recorded", path=self.path, hint=_COPY_ANEW
                 )
+            stream.seek(end)
         if any(storage.start < 0 for storage in storages.values()):
             raise DamagedCheckpoint("a storage has no data", path=self.path, hint=_COPY_ANEW)
 
@@ -264,10 +283,23 @@ class TorchFile:
             len(pid) < 5
             or not all(map(isinstance, pid, kinds))
             or pid[0] != "storage"
-            or pid[4] < 0
+            or type(pid[4]) is not int
+            or not 0 <= pid[4] < 1 << 63
         ):
             raise DamagedCheckpoint("the pickle has an unknown kind of reference", path=self.path)
         return pid[1] if isinstance(pid[1], DType) else None, pid[2], pid[4]
+
+
+def _small(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> bytes:
+    """A record of a few bytes, also where it is compressed.
+
+    Raises:
+        zipfile.BadZipFile: it is larger.
+    """
+    if record.file_size > _LARGEST_SMALL:
+        raise zipfile.BadZipFile(f"record {record.filename} has {record.file_size:,} bytes")
+    with archive.open(record) as stream:
+        return stream.read(_LARGEST_SMALL)
 
 
 def refuse_exchanged(file: TorchFile, rank_of: Callable[[str], object]) -> None:
@@ -289,7 +321,12 @@ def refuse_exchanged(file: TorchFile, rank_of: Callable[[str], object]) -> None:
             f"its content was saved as {saved_as}: files of two ranks were exchanged, or one was "
             "copied over the other",
             path=file.path,
-            hint="Copy the files of this checkpoint again from where they were written.",
+            hint=(
+                f"{saved_as} lies beside it: if that file is good, move this one away. If not, copy the "
+                "files of this checkpoint again from where they were written."
+                if file.path.with_name(saved_as).is_file()
+                else "Copy the files of this checkpoint again from where they were written."
+            ),
         )
 
 

@@ -126,7 +126,14 @@ def _read_index(path: Path) -> dict[str, str]:
         if not weight_map:
             raise ValueError("it lists no shard")
         return dict(weight_map)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         raise DamagedCheckpoint(f"not an index of shards ({error})", path=path) from error
 
 
@@ -151,11 +158,17 @@ def tensors_of(content: Mapping[str, Any], path: Path) -> tuple[dict[str, Stored
     ties: dict[str, str] = {}
     places: dict[object, str] = {}
     for key, value in content.items():
-        if not isinstance(value, TensorRef) and str(key).endswith("_extra_state"):
+        if not isinstance(key, str):
+            raise DamagedCheckpoint(
+                f"a name in its state dict is not text but a value of type {type(key).__name__}",
+                path=path,
+                hint="Save the state dict with the names of model.state_dict().",
+            )
+        if not isinstance(value, TensorRef) and key.endswith("_extra_state"):
             continue  # extra state of a module is not a weight
-        tensor = whole_of(value, path, str(key))
+        tensor = whole_of(value, path, key)
         if tensor is None:
-            raise DamagedCheckpoint("it is not a tensor", path=path, tensor=str(key))
+            raise DamagedCheckpoint("it is not a tensor", path=path, tensor=key)
         place = (tensor.dtype, tensor.shape, *tensor.fragments) if tensor.numel else key
         first = places.setdefault(place, key)
         if first == key:

@@ -29,7 +29,7 @@ from ckpt_tools.tensors.catalogue import Shape
 from ckpt_tools.tensors.dtypes import DType
 
 GLOBAL_FILE = ".metadata"
-RANK_FILE = re.compile(r"__(\d+)\.metadata")
+RANK_FILE = re.compile(r"__(\d{1,6})\.metadata")
 DATA_FILE = re.compile(r"__(\d+)_\d+\.distcp")
 KeyPath = tuple[str | int, ...]
 
@@ -190,7 +190,7 @@ def _read_file(path: Path) -> Metadata:
         raise
     except OSError as error:
         raise DamagedCheckpoint(f"cannot be read ({error.strerror})", path=path) from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise DamagedCheckpoint(
             f"not metadata of a torch Distributed Checkpoint ({type(error).__name__}: {error})",
             path=path,
@@ -225,6 +225,8 @@ def _parse(saved: Any, path: Path) -> Metadata:
     tensors: dict[str, SavedTensor] = {}
     objects: dict[str, Extent] = {}
     for name, entry in state["state_dict_metadata"].items():
+        if not isinstance(name, str):
+            raise ValueError("a name that is not text")
         if _class(entry) == "TensorStorageMetadata":
             tensors[name] = _tensor(name, entry.state, extents, path)
         elif _class(entry) == "BytesStorageMetadata":
@@ -252,6 +254,8 @@ def _parse(saved: Any, path: Path) -> Metadata:
 
 def _keys(name: str, keys: Sequence[Any], path: Path) -> KeyPath:
     """The keys of a flat name. The file has no checksum, but it has most names more than once."""
+    if not all(type(key) in (str, int) for key in keys):
+        raise _damaged("its keys in planner_data are not names and numbers", path, name)
     if ".".join(map(str, keys)) != name:
         raise _damaged(
             f"its keys in planner_data, {list(keys)}, do not make up its name", path, name
@@ -300,9 +304,12 @@ def _extent(info: Mapping[str, Any], names: dict[Any, str]) -> Extent:
     name = names.get(info["relative_path"])
     if name is None:
         name = names[info["relative_path"]] = _inner_name(info["relative_path"])
-    if not isinstance(start, int) or not isinstance(length, int) or min(start, length) < 0:
-        raise ValueError(f"a run of bytes at {start!r} of {length!r}")
-    return Extent(name, start, length, tuple(info.get("transform_descriptors") or ()))
+    if not all(type(n) is int and 0 <= n < 1 << 63 for n in (start, length)):
+        raise ValueError("a run of bytes that is no range of numbers")
+    transforms = tuple(info.get("transform_descriptors") or ())
+    if not all(isinstance(one, str) for one in transforms):
+        raise ValueError("a transform without a name")
+    return Extent(name, start, length, transforms)
 
 
 def _inner_name(name: Any) -> str:

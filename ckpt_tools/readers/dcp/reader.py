@@ -16,7 +16,14 @@ import struct
 from collections.abc import Iterable
 from pathlib import Path
 
-from ckpt_tools.errors import CkptError, DamagedCheckpoint, UnsupportedLayout, UsageError, listed
+from ckpt_tools.errors import (
+    CkptError,
+    DamagedCheckpoint,
+    NoModel,
+    UnsupportedLayout,
+    UsageError,
+    listed,
+)
 from ckpt_tools.readers.containers.safetensors_file import SafetensorsFile, read_safetensors
 from ckpt_tools.readers.containers.torch_file import TorchFile
 from ckpt_tools.readers.dcp.chunks import (
@@ -167,14 +174,14 @@ def model_names(metadata: Metadata, location: Location) -> dict[str, str]:
     """Names in the model, each with its flat name in the checkpoint.
 
     Raises:
-        UnsupportedLayout: there is no model.
+        NoModel: there is no model.
         UsageError: there is no model with this name, or several without a choice.
     """
     found = models(metadata)
     if not found:
         keys = left_alone(metadata, ())
         beside = sorted(p.name for p in location.directory.parent.glob("pytorch_model_fsdp_*"))
-        raise UnsupportedLayout(
+        raise NoModel(
             f"it holds no model: its entries are {listed(keys) or 'none'}",
             path=location.directory,
             hint=f"The weights are in {listed(beside)} beside it."
@@ -262,10 +269,8 @@ class Saving:
             for chunk in tensor.chunks:
                 if tensor.dtype is not None and is_bare(chunk, tensor.dtype):
                     used.pop(chunk.extent.file, None)  # a safetensors file, with a header
-        unused = {
-            name: self.files[self._directory / name] - used[name]
-            for name in sorted(wanted & used.keys())
-        }
+        held = {name: self.files[self._directory / name] for name in sorted(wanted & used.keys())}
+        unused = {name: size - used[name] for name, size in held.items()}
         if gaps := [f"{name} ({count:,})" for name, count in unused.items() if count > 0]:
             self.remarks.append(
                 f"data files with bytes of no entry of the metadata: {listed(gaps)}. An entry may be lost"
@@ -371,15 +376,13 @@ class Saving:
 
     def _scalar(self, flat: str) -> int | None:
         saved = self._metadata.tensors[flat]
-        if saved.dtype is None or saved.dtype.name not in _SCALARS:
+        if saved.dtype is None or (code := _SCALARS.get(saved.dtype.name)) is None:
             return None
         try:
             fragment = self._stored(flat, saved, saved.dtype).fragments[0]
             with fragment.file.open("rb") as stream:
                 stream.seek(fragment.offset)
-                (value,) = struct.unpack(
-                    _SCALARS[saved.dtype.name], stream.read(saved.dtype.itemsize)
-                )
+                (value,) = struct.unpack(code, stream.read(saved.dtype.itemsize))
         except (CkptError, OSError, struct.error, IndexError):
             return None
         return int(value)

@@ -3,32 +3,26 @@
 The weights of each expert are in a file with its global number (``layer_L_expert_E_...``). The masters are
 in the optimizer files, in flat groups that are partitioned among the ranks with the same experts; the names
 there have local numbers. In stage 3 (AutoEP alone) there are no files of experts.
-:mod:`~ckpt_tools.readers.deepspeed.auto_ep` gives AutoEP's experts the names and the form of the model.
+
+AutoEP keeps the experts of a layer of a Hugging Face model as three tensors ``w1``, ``w2`` and ``w3``. Here
+they get the names and the form of the model: ``gate_up_proj`` and ``down_proj``.
 
 Sources: ``deepspeed/runtime/engine.py`` (``_save_moe_checkpoint``), ``utils/groups.py``
-(``_create_expert_and_data_parallel``).
+(``_create_expert_and_data_parallel``), ``module_inject/auto_ep_layer.py``.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout
 from ckpt_tools.readers.containers.restricted_pickle import TensorRef
 from ckpt_tools.readers.containers.torch_file import stored
+from ckpt_tools.readers.counts import counted
 from ckpt_tools.readers.deepspeed.agreement import NODE_LOCAL, SAME_SAVE, OptimState
-from ckpt_tools.readers.deepspeed.auto_ep import (
-    FUSED,
-    RECORD,
-    fused,
-    layers_of,
-    routers_of,
-    stacked,
-    without_second_routers,
-)
 from ckpt_tools.readers.deepspeed.joining import Piece, joined, shifted, whole
 from ckpt_tools.readers.deepspeed.layout import (
     BY_MAPPING,
@@ -47,11 +41,13 @@ from ckpt_tools.tensors.checkpoint import Weight
 _LOCAL = re.compile(
     r"(?P<head>.*\.deepspeed_moe\.experts\.deepspeed_experts\.)(?P<number>\d+)(?P<tail>\..*)"
 )
+_AUTOEP = "ds_autoep_layers"
+_FUSED = re.compile(r"(?P<head>.*\.experts)\.(?P<leaf>w[123])(?:\.(?P<number>\d+))?")
 
 
 def holds_experts(shards: ShardSet) -> bool:
     """Whether the save has experts that are divided among ranks."""
-    return bool(shards.first.get(RECORD) or shards.first.get("num_experts"))
+    return bool(shards.first.get(_AUTOEP) or shards.first.get("num_experts"))
 
 
 def read_experts(names: SaveNames, shards: Sequence[ShardSet]) -> tuple[Save, Part]:
@@ -70,7 +66,7 @@ def read_experts(names: SaveNames, shards: Sequence[ShardSet]) -> tuple[Save, Pa
     part = with_experts(first, {**dense, **experts}, held, doubts)
     files = (*names.experts, *names.expert_optims)
     sizes = {names.directory / name: (names.directory / name).stat().st_size for name in files}
-    return Save([first], "AutoEP" if layers_of(first) else "native MoE", sizes), part
+    return Save([first], "AutoEP" if _placed(first) else "native MoE", sizes), part
 
 
 def alone(shards: Sequence[ShardSet]) -> ShardSet:
@@ -102,7 +98,7 @@ def with_experts(
         held: tensors of the files of experts, by name.
         doubts: reasons to compare the masters in full.
     """
-    placed = layers_of(shards)
+    placed = _placed(shards)
     experts = {name: master for name, master in masters.items() if _is_expert(name)}
     dense = {name: master for name, master in masters.items() if name not in experts}
     shapes = {
@@ -111,11 +107,16 @@ def with_experts(
         for name, shape in group.items()
         if not _is_expert(name)
     }
-    routers = routers_of(shards, placed)
-    part = sorted_part(without_second_routers(shards, routers), dense, doubts, shapes or None)
+    routers = _routers(shards, placed)
+    part = sorted_part(_without_second_routers(shards, routers), dense, doubts, shapes or None)
     weights = {routers.get(name, name): weight for name, weight in part.weights.items()}
     weights |= _weights(shards, experts, held, placed)
     return replace(part, weights=weights)
+
+
+def _placed(shards: ShardSet) -> dict[str, Any]:
+    """AutoEP's record of each of its layers by the layer's name; nothing for native MoE."""
+    return {entry["module_path"]: entry for entry in shards.first.get(_AUTOEP) or ()}
 
 
 def _groups(shards: ShardSet) -> list[dict[str, Shape]]:
@@ -135,7 +136,7 @@ def _shaped(masters: Mapping[str, Stored], held: Mapping[str, Any]) -> dict[str,
 
 
 def _is_expert(name: str) -> bool:
-    return bool(_LOCAL.fullmatch(name) or FUSED.fullmatch(name))
+    return bool(_LOCAL.fullmatch(name) or _FUSED.fullmatch(name))
 
 
 # The weights in training dtype.
@@ -163,7 +164,7 @@ def _expert_files(names: SaveNames, shards: ShardSet) -> dict[str, TensorRef]:
         lacking = [
             f"layer_{layer}_expert_{expert}_mp_rank_00_model_states.pt"
             for layer, count in enumerate(counts)
-            for expert in range(count)
+            for expert in range(counted(count, "experts", shards.first.path))
             if expert not in found.get(layer, ())
         ]
         if lacking and names.experts and EXPERT_FILE.fullmatch(names.experts[0])["layer"]:  # type: ignore[index]
@@ -183,10 +184,10 @@ def _weights(
     placed: Mapping[str, Any],
 ) -> Iterator[tuple[str, Weight]]:
     """The weights of all experts, each with its master and its copy in a file, if present."""
-    models = stacked(held) if placed else {name: stored(ref) for name, ref in held.items()}
+    models = _stacked(held) if placed else {name: stored(ref) for name, ref in held.items()}
     masters = dict(experts)
     if placed:
-        models, masters = fused(models), fused(masters)
+        models, masters = _fused(models), _fused(masters)
     for name in dict.fromkeys((*models, *masters)):
         master, model = masters.get(name), models.get(name)
         either = master or model
@@ -321,16 +322,79 @@ def _renumbered(shards: ShardSet, slices: Sequence[Mapping[str, Stored]]) -> dic
 
 def _placement(shards: ShardSet, name: str, counts: Sequence[int]) -> list[list[int]]:
     """The global numbers of the experts that each set of ranks holds."""
-    for entry in shards.first.get(RECORD) or ():
+    for entry in shards.first.get(_AUTOEP) or ():
         ranks = (entry.get("expert_placement") or {}).get("ranks")
         if ranks and name.startswith(f"{entry['expert_key_prefix']}."):
             return [
                 list(map(int, rank["experts"])) for rank in sorted(ranks, key=lambda r: r["rank"])
             ]
+    counted(sum(counts), "experts", shards.directory)
     starts = [sum(counts[:index]) for index in range(len(counts))]
     return [list(range(start, start + n)) for start, n in zip(starts, counts, strict=True)]
+
+
+# AutoEP.
 
 
 def _row(shape: Shape, index: int) -> Any:
     box = whole(shape)
     return replace(box, offsets=(index, *box.offsets[1:]), sizes=(1, *box.sizes[1:]))
+
+
+def _stacked(held: Mapping[str, TensorRef]) -> dict[str, Stored]:
+    """For each layer one tensor ``w1`` (``w2``, ``w3``) with all experts."""
+    numbered: dict[str, dict[int, Stored]] = {}
+    for name, ref in held.items():
+        match = _FUSED.fullmatch(name)
+        if match is not None and match["number"] is not None:
+            one = stored(ref, (1, *ref.shape))
+            numbered.setdefault(f"{match['head']}.{match['leaf']}", {})[int(match["number"])] = one
+    whole_tensors = {}
+    for name, experts in numbered.items():
+        parts = [experts[number] for number in sorted(experts)]
+        pieces = [
+            Piece(at, whole(part.shape), shifted(part.shape, 0, at))
+            for at, part in enumerate(parts)
+        ]
+        whole_tensors[name] = joined(parts, pieces, (len(parts), *parts[0].shape[1:]))
+    return whole_tensors
+
+
+def _fused(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
+    """The tensors with the names and the form of the Hugging Face model: gate and up in one tensor."""
+    made: dict[str, Stored] = {}
+    for name, tensor in tensors.items():
+        match = _FUSED.fullmatch(name)
+        if match is None:
+            made[name] = tensor
+        elif match["leaf"] == "w2":
+            made[f"{match['head']}.down_proj"] = tensor
+        elif match["leaf"] == "w1":
+            up = tensors[f"{match['head']}.w3"]
+            experts, size, *rest = tensor.shape
+            first = Piece(0, whole(tensor.shape), (0,) * len(tensor.shape))
+            pieces = [first, Piece(1, whole(up.shape), shifted(up.shape, 1, size))]
+            shape = (experts, size + up.shape[1], *rest)
+            made[f"{match['head']}.gate_up_proj"] = joined([tensor, up], pieces, shape)
+    return made
+
+
+def _routers(shards: ShardSet, paths: Iterable[str]) -> dict[str, str]:
+    """The model's name of each router; AutoEP's module also has the name ``router`` for it."""
+    called = {}
+    for path in paths:
+        pattern = re.compile(re.escape(path) + r"\.(?P<attribute>\w+)\.gate\.(?P<leaf>\w+)")
+        for match in filter(None, map(pattern.fullmatch, shards.first.content["module"])):
+            if match["attribute"] != "router":
+                router = f"{path}.router.gate.{match['leaf']}"
+                called[router] = f"{path}.{match['attribute']}.{match['leaf']}"
+    return called
+
+
+def _without_second_routers(shards: ShardSet, called: Mapping[str, str]) -> ShardSet:
+    """The shards without the second name that AutoEP's module has for each router."""
+    second = {f"{p}.gate.{leaf}" for p, _, leaf in (n.rpartition(".") for n in called.values())}
+    first = shards.first
+    module = {name: value for name, value in first.content["module"].items() if name not in second}
+    models = [replace(first, content={**first.content, "module": module}), *shards.models[1:]]
+    return replace(shards, models=models)

@@ -217,13 +217,10 @@ def test_setting_state_on_what_the_pickle_was_handed_changes_nothing(poison: str
     assert torch.equal(loaded({"t": tensor})["t"], tensor)
 
 
-def test_attributes_set_on_an_allowed_function_are_gone_with_the_next_pickle() -> None:
+def test_an_allowed_function_takes_no_attributes() -> None:
     function = name("torch._utils", "_rebuild_tensor_v2")
-    marked = loads(function + value({"mark": 1}) + b"b")
-    assert marked.mark == 1
-    again = loads(function)
-    assert not hasattr(again, "mark")
-    assert again is not marked
+    with pytest.raises(DamagedCheckpoint, match="it tries to change a _Function"):
+        loads(function + value({"mark": 1}) + b"b")
 
 
 def test_inert_classes_are_made_anew_for_every_pickle() -> None:
@@ -384,7 +381,7 @@ def test_a_bomb_where_nothing_is_needed_does_no_harm(bomb: str, tmp_path: Path) 
     assert_same(open_checkpoint(path.parent)["lm_head.weight"].load(), TRUTH, "lm_head.weight")
 
 
-@pytest.mark.parametrize("bomb", [b for b in BOMBS if b != "doubled sixty times"])
+@pytest.mark.parametrize("bomb", BOMBS)
 @pytest.mark.parametrize("key", ["module", "param_shapes", "buffer_names", "shared_params"])
 def test_a_bomb_where_something_is_needed_is_refused(bomb: str, key: str, tmp_path: Path) -> None:
     path = model_file(tmp_path)
