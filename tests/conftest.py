@@ -14,6 +14,8 @@ from tests.support.warm import warm_children
 # Before anything imports huggingface_hub, which reads them once. Child processes inherit them.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# No test depends on what another run left; tests of the cache name a directory of their own.
+os.environ["CKPT_TOOLS_CACHE"] = "off"
 
 # By default an example may take 200 ms, which it does where other processes have the processor; generating
 # examples has a limit of time too. The same examples in every run give the same result in every run.

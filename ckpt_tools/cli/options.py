@@ -86,6 +86,22 @@ timeout = option(
     help="Under torchrun: how long ranks wait for one that makes no progress.",
 )
 
+
+def _without_cache(ctx: click.Context, _: click.Parameter, is_set: bool) -> None:
+    if is_set:
+        from ckpt_tools.hub.reference.kept import switched_off
+
+        ctx.with_resource(switched_off())
+
+
+no_cache = option(
+    "--no-cache",
+    is_flag=True,
+    expose_value=False,
+    callback=_without_cache,
+    help="Ask transformers and PEFT anew, and keep no answer on disk.",
+)
+
 _ADAPTERS: dict[str, Decorator[Any]] = {
     "tag": tag,
     "model": model,
@@ -168,6 +184,7 @@ _ADAPTERS: dict[str, Decorator[Any]] = {
         "--resume", is_flag=True, help="Continue what an earlier run that failed has left."
     ),
     "workers": workers,
+    "no_cache": no_cache,
     "timeout": timeout,
     "quiet": option("-q", "--quiet", is_flag=True, help="Print nothing but errors (and --json)."),
     "as_json": json,

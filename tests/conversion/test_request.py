@@ -16,8 +16,9 @@ from ckpt_tools.cli import cli
 from ckpt_tools.conversion.request import AdapterOptions, ModelOptions, Request
 
 FIELDS = {field.name: field for field in fields(Request)}
-# Options of the command line alone: how it speaks, and how long its ranks wait for each other.
-SPOKEN = {"timeout", "quiet", "as_json", "debug", "help"}
+# Options of the command line alone: how it speaks, how long its ranks wait for each other, and the variable
+# that it sets for its process.
+SPOKEN = {"timeout", "quiet", "as_json", "debug", "help", "no_cache"}
 WRITING = ["consolidate", "extract-attr", "extract-lora", "merge-lora", "average"]
 
 

@@ -77,6 +77,7 @@ SUMMARY = "Everything that is wrong with a finished directory."
     help="Run custom code that lies in DIR, in a process of its own.",
 )
 @options.workers
+@options.no_cache
 @options.option(
     "--format",
     "form",

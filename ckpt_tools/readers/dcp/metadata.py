@@ -11,8 +11,6 @@ added and are optional here.
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import io
 import re
 from collections.abc import Iterator, Mapping
@@ -25,6 +23,7 @@ from ckpt_tools.errors import CkptError, DamagedCheckpoint, listed
 from ckpt_tools.readers.containers.restricted_pickle import Opaque, unpickle
 from ckpt_tools.tensors.catalogue import Shape
 from ckpt_tools.tensors.dtypes import DType
+from ckpt_tools.tensors.threads import garbage_kept
 
 GLOBAL_FILE = ".metadata"
 RANK_FILE = re.compile(r"__(\d+)\.metadata")
@@ -180,7 +179,7 @@ def _read_files(stamps: tuple[tuple[Path, int, int], ...]) -> Metadata:
 
 def _read_file(path: Path) -> Metadata:
     try:
-        with path.open("rb") as stream, _garbage_kept():
+        with path.open("rb") as stream, garbage_kept():
             return _parse(unpickle(io.BytesIO(stream.read()), str(path)), path)
     except CkptError:
         raise
@@ -192,18 +191,6 @@ def _read_file(path: Path) -> Metadata:
             path=path,
             hint="The file is damaged or has another format. Copy it anew from where it was written.",
         ) from error
-
-
-@contextlib.contextmanager
-def _garbage_kept() -> Iterator[None]:
-    """Switch the garbage collector off: with a million new small objects it doubles the time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _parse(saved: Any, path: Path) -> Metadata:
