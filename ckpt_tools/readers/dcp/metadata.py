@@ -76,9 +76,9 @@ class SavedTensor:
     chunks: tuple[Chunk, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Metadata:
-    """The metadata of one save.
+    """The metadata of one save. It is equal to itself alone, so that answers about it can be kept.
 
     Attributes:
         tensors: every tensor, with optimizer states, by flat name.

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ckpt_tools.errors import CkptError, DamagedCheckpoint, UnsupportedLayout, UsageError, listed
@@ -163,7 +163,7 @@ def _part(metadata: Metadata) -> str | None:
     return None if name == TOP else name
 
 
-def model_names(metadata: Metadata, location: Location) -> dict[str, str]:
+def model_names(metadata: Metadata, location: Location) -> Mapping[str, str]:
     """Names in the model, each with its flat name in the checkpoint.
 
     Raises:
@@ -213,6 +213,8 @@ class Saving:
         self._store = ChunkStore()
         self._paths: dict[str, Path] = {}
         self._shards: dict[tuple[str, int], SafetensorsFile] = {}
+        whole = directory / GLOBAL_FILE
+        self._source = whole if whole.is_file() else directory
         self.files = {
             entry: entry.stat().st_size for entry in sorted(directory.iterdir()) if entry.is_file()
         }
@@ -267,13 +269,12 @@ class Saving:
 
     def _stored(self, flat: str, saved: SavedTensor, dtype: DType) -> Stored:
         pieces = [self._piece(flat, chunk, dtype) for chunk in saved.chunks]
-        source = self._directory / GLOBAL_FILE
         return assembled(
             flat,
             dtype,
             saved.shape,
             pieces,
-            source if source.is_file() else self._directory,
+            self._source,
             "The metadata is damaged, or that of a rank is missing. Copy it anew from where it was "
             "written, or pass the folder with the rest with --also DIR.",
         )

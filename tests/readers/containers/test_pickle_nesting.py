@@ -281,6 +281,59 @@ def test_it_counts_as_deep_as_it_is(protocol: int, monkeypatch: pytest.MonkeyPat
     assert seen >= {1, 2, 3, 4}
 
 
+CALL = b"cx\nY\n\x94"
+SIZES = [b"K\x01\x85", b"K\x01M\x00\x01\x86", b"J\x00\x00\x01\x00K\x02K\x03\x87"]
+
+
+@pytest.mark.parametrize("numbers", SIZES)
+@pytest.mark.parametrize(("index", "depth"), [(1, 2), (2, 3), (3, 1)])
+def test_sizes_count_in_the_memo(
+    numbers: bytes, index: int, depth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such runs are followed as one step; each tuple in them can be taken from the memo and nested."""
+    size = b"h\x00" + numbers + b"\x94\x85\x94R\x94"
+    taken = CALL + size + b"0h" + bytes([index]) + b"\x85" * 5 + b"."
+    for start in (b"\x80\x04", b"\x80\x04N\x94" + b"N\x94" * 7):
+        data = start + (taken if start == b"\x80\x04" else moved(taken, 8))
+        monkeypatch.setattr(pickle_nesting, "_DEEPEST", depth + 5)
+        pickle_nesting._follow(data)
+        monkeypatch.setattr(pickle_nesting, "_DEEPEST", depth + 4)
+        with pytest.raises(pickle.UnpicklingError, match="too deep"):
+            pickle_nesting._follow(data)
+
+
+def moved(data: bytes, by: int) -> bytes:
+    """A pickle that begins with ``by`` entries in the memo."""
+    return b"".join(
+        b"h" + bytes([arg + by]) if opcode.name == "BINGET" else data[at:end]
+        for (opcode, arg, at), end in positions(data)
+    )
+
+
+def positions(data: bytes) -> list[tuple[tuple[Any, Any, int], int]]:
+    found = [each for each in pickletools.genops(data) if each[2] is not None]
+    ends = [at for _, _, at in found[1:] if at is not None] + [len(data)]
+    return list(zip(found, ends, strict=True))  # type: ignore[arg-type]
+
+
+def test_objects_and_their_states_count_in_the_memo(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = CALL + b"h\x00)\x81\x94}\x94(K\x01" + b"N" + b"\x85" * 7 + b"u"
+    for end in (b"b\x85.", b"bh\x01\x85\x86.", b"bh\x02\x85\x86.", b"bh\x00\x85\x86."):
+        monkeypatch.setattr(pickle_nesting, "_DEEPEST", 8)
+        pickle_nesting._follow(b"\x80\x04" + made + end)
+        monkeypatch.setattr(pickle_nesting, "_DEEPEST", 7)
+        with pytest.raises(pickle.UnpicklingError, match="too deep"):
+            pickle_nesting._follow(b"\x80\x04" + made + end)
+
+
+@pytest.mark.parametrize("numbers", SIZES)
+def test_a_run_without_what_it_takes_is_refused(numbers: bytes) -> None:
+    run = b"\x80\x04h\x09" + numbers + b"\x94\x85\x94R\x94."
+    for data in (run, b"\x80\x04h\x09)\x81\x94}\x94(u."):
+        with pytest.raises(pickle.UnpicklingError, match="does not exist"):
+            pickle_nesting._follow(data)
+
+
 @pytest.mark.usefixtures("always")
 @pytest.mark.parametrize(
     "odd",
