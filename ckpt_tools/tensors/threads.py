@@ -10,11 +10,17 @@ import gc
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import TypeVar
 
 MAX_WORKERS = 16
+# So few files are read in turn, because threads take time to start.
+_FEW_FILES = 4
+
+S = TypeVar("S")
+T = TypeVar("T")
 
 
 def default_workers() -> int:
@@ -42,6 +48,25 @@ def pool(workers: int | None = None) -> Iterator[ThreadPoolExecutor]:
         threads.shutdown(wait=False, cancel_futures=True)
         raise
     threads.shutdown()
+
+
+def read_each(read: Callable[[S], T], sources: Sequence[S]) -> list[T]:
+    """Read metadata of many files in threads, because a shared file system is slow for each of them.
+
+    What is read stays, so the garbage collector does not look at it.
+
+    Args:
+        read: reads one.
+        sources: the files.
+
+    Raises:
+        CkptError: the error of the first file in order that :func:`read` refuses.
+    """
+    with garbage_kept():
+        if len(sources) < _FEW_FILES:
+            return [read(source) for source in sources]
+        with pool(MAX_WORKERS) as threads:
+            return list(threads.map(read, sources))
 
 
 def load_torch() -> None:

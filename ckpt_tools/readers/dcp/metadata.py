@@ -23,7 +23,7 @@ from ckpt_tools.errors import CkptError, DamagedCheckpoint, listed
 from ckpt_tools.readers.containers.restricted_pickle import Opaque, unpickle
 from ckpt_tools.tensors.catalogue import Shape
 from ckpt_tools.tensors.dtypes import DType
-from ckpt_tools.tensors.threads import garbage_kept
+from ckpt_tools.tensors.threads import read_each
 
 GLOBAL_FILE = ".metadata"
 RANK_FILE = re.compile(r"__(\d+)\.metadata")
@@ -171,7 +171,7 @@ def _metadata_files(directory: Path) -> list[Path]:
 
 @lru_cache(maxsize=1)
 def _read_files(stamps: tuple[tuple[Path, int, int], ...]) -> Metadata:
-    parts = [_read_file(path) for path, _, _ in stamps]
+    parts = read_each(_read_file, [path for path, _, _ in stamps])
     if stamps[0][0].name == GLOBAL_FILE:
         return parts[0]
     return _merged(parts, [path for path, _, _ in stamps])
@@ -179,7 +179,7 @@ def _read_files(stamps: tuple[tuple[Path, int, int], ...]) -> Metadata:
 
 def _read_file(path: Path) -> Metadata:
     try:
-        with path.open("rb") as stream, garbage_kept():
+        with path.open("rb") as stream:
             return _parse(unpickle(io.BytesIO(stream.read()), str(path)), path)
     except CkptError:
         raise

@@ -29,6 +29,7 @@ from ckpt_tools.tensors.catalogue import Box, FlatRange, Stored
 from ckpt_tools.tensors.checkpoint import Checkpoint, Location, Weight
 from ckpt_tools.tensors.deferred import DeferredFragment
 from ckpt_tools.tensors.fragments import assembled
+from ckpt_tools.tensors.threads import garbage_kept, read_each
 
 NAME = "rank-files"
 # For each writer the names of its files; the group is the set that a file belongs to.
@@ -112,10 +113,11 @@ def read(location: Location) -> Checkpoint:
         named = int((location.part or "").rpartition("_")[2])
         _expect(found, named)
         config = _config(location.directory, named)
-    ranks = [_read_rank(rank, path) for rank, path in found.items()]
+    ranks = read_each(lambda named: _read_rank(*named), list(found.items()))
     world_size = _world_size(ranks, named)
     _expect(found, world_size)
-    joined = _Joined(ranks)
+    with garbage_kept():
+        joined = _Joined(ranks)
     kinds = {part.kind for file in ranks for part in file.parts.values()} - {"plain"}
     version = config.get("FSDP_version", 1 if "ShardedTensor" in kinds else "")
     return Checkpoint(
