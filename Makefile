@@ -9,6 +9,11 @@ TORCH ?=
 # How many processes burn the processor beside the tests.
 LOAD ?= 0
 
+# How long `make fuzz` runs, over all targets, and how many kills and faults `make faults` makes.
+SECONDS ?= 600
+KILLS ?= 200
+FAULTS ?= 100
+
 # What `make bench` measures; kept in build/ for the next time.
 STAGE ?= 3
 PARAMS ?= 1.5e9
@@ -24,12 +29,14 @@ PIP := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_D
 	$(BIN)/python -m pip
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo quick test lint fix docs pages bench clean distclean
+.PHONY: help venv demo quick test fuzz faults lint fix docs pages bench clean distclean
 
 help:
 	@echo "make demo       convert the shipped ZeRO-3 checkpoint, load the result, generate from it"
 	@echo "make quick      the tests to run before each commit: every part of the package, under 90 s on two cores"
 	@echo "make test       run the whole test suite (JOBS=$(JOBS) processes; LOAD=2: beside two that burn the processor)"
+	@echo "make fuzz       feed hostile bytes to every reader for SECONDS=$(SECONDS); findings go to build/fuzz"
+	@echo "make faults     kill KILLS=$(KILLS) conversions, and let system calls fail in FAULTS=$(FAULTS) others"
 	@echo "make lint       ruff and mypy"
 	@echo "make fix        let ruff repair and format what it can"
 	@echo "make docs       build the documentation as a site with search, in build/site"
@@ -61,6 +68,14 @@ quick: $(STAMP)
 test: $(STAMP)
 	@$(BIN)/python -m tests.support.loaded $(LOAD) \
 		$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
+
+fuzz: $(STAMP)
+	@$(PIP) install -qq --constraint constraints.txt --editable '.[fuzz]' || \
+		echo "atheris cannot be installed for this Python: coverage does not guide the mutation."
+	@$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
+
+faults: $(STAMP)
+	@$(BIN)/python -m tests.faults --kills $(KILLS) --faults $(FAULTS)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check --quiet && echo "ruff check: ok"

@@ -10,6 +10,7 @@
     ├── DamagedCheckpoint          4   missing, truncated, mixed or contradictory files
     │   └── UnsafePickle           4   reading on would need code from the checkpoint
     ├── UnsupportedLayout          5   a layout that is recognised but cannot be read
+    │   └── NoModel                5   a checkpoint of something else, such as an optimizer
     ├── OutputFailed               6   the output could not be written: disk full, permission, I/O error
     ├── VerificationFailed         7   the output was written, and verify found it wrong; it never appeared
     └── RankFailed                 8   another rank failed with no status of its own, was lost, or hangs
@@ -137,6 +138,10 @@ class UnsupportedLayout(CkptError):
     """A layout that is recognised but cannot be read."""
 
     exit_code = 5
+
+
+class NoModel(UnsupportedLayout):
+    """A checkpoint of something else than a model, such as an optimizer."""
 
 
 class OutputFailed(CkptError):

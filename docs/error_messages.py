@@ -105,6 +105,10 @@ class Source:
                 return ["".join(chosen) for chosen in itertools.product(*halves)]
             case ast.IfExp(_, body, orelse):
                 return [*self.texts(body, scope, depth + 1), *self.texts(orelse, scope, depth + 1)]
+            case ast.BoolOp(ast.Or(), values):
+                return [
+                    text for value in values for text in self.texts(value, scope, depth + 1) if text
+                ]
             case ast.Name(name):
                 return self._named(name, scope, depth) or self._passed(name, scope, depth)
         return [_UNKNOWN]

@@ -70,7 +70,8 @@ def commands() -> str:
     for name in cli.list_commands(context):
         command = cli.get_command(context, name)
         assert command is not None
-        known[name] = [p for p in command.params if isinstance(p, click.Option)]
+        options = (p for p in command.params if isinstance(p, click.Option))
+        known[name] = [option for option in options if not option.hidden]
         usage = command.collect_usage_pieces(click.Context(command, parent=context))
         parts += [f"## {name}\n", f"`ckpt-tools {name} {' '.join(usage)}`\n"]
         parts.append(_command(name, command, known[name], known.get("consolidate", [])))
@@ -167,13 +168,34 @@ def deepspeed() -> str:
         if isinstance(found, str) or found.format != "deepspeed":
             continue
         recorded = str(found.framework).removeprefix("deepspeed").strip()
-        counts[found.title, str(facts.get("deepspeed_version", recorded))] += 1
+        counts[_layout(found, case, facts), str(facts.get("deepspeed_version", recorded))] += 1
     versions = sorted({v for _, v in counts}, key=lambda v: [int(part) for part in v.split(".")])
     rows = [
         (title, *(str(counts[title, version] or "") for version in versions))
         for title in sorted({title for title, _ in counts})
     ]
     return table(("", *versions), rows)
+
+
+# What the title of a checkpoint does not say of its layout, by the shape or the name of its fixture.
+_SHAPES = {"sequence": "Ulysses", "mics": "MiCS"}
+_TRAITS = {
+    "hpz": "hpZ",
+    "nvme": "optimizer on NVMe",
+    "offload": "optimizer on the CPU",
+    "elastic": "elastic",
+}
+
+
+def _layout(found: ckpt_tools.Inspection, case: Path, facts: Mapping[str, object]) -> str:
+    title = found.title
+    if found.problems:
+        title = (
+            f"DeepSpeed ZeRO-{facts['stage']}, tensor parallel without a record; with `--config`"
+        )
+    words = case.name.split("-")
+    more = [_SHAPES.get(str(facts.get("shape")), ""), *(_TRAITS.get(word, "") for word in words)]
+    return ", ".join(filter(None, [title, *more]))
 
 
 def others() -> str:

@@ -95,3 +95,4 @@ def convert(out: Path, base: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    on_cpu.leave()

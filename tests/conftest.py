@@ -16,6 +16,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # No test depends on what another run left; tests of the cache name a directory of their own.
 os.environ["CKPT_TOOLS_CACHE"] = "off"
+# pytest-xdist sets it for its workers; what is printed would depend on their number.
+os.environ.pop("COLUMNS", None)
 
 # By default an example may take 200 ms, which it does where other processes have the processor; generating
 # examples has a limit of time too. The same examples in every run give the same result in every run.

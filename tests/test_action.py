@@ -320,6 +320,7 @@ class TestThePipeline:
         assert not (pipeline.workspace.parent / "uploaded").exists()
         assert ElementTree.parse(pipeline.workspace / "verify.xml").getroot().get("failures") != "0"
 
+    @pytest.mark.slow
     def test_a_checkpoint_that_cannot_be_read_uploads_nothing(self, pipeline: Runner) -> None:
         pipeline.env["RUN"] = str(pipeline.workspace)
         assert pipeline.run(self.workflow["jobs"]["publish"]["steps"]) == 3

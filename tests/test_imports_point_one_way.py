@@ -39,8 +39,12 @@ STRANGERS = {
     # A check that shares code with the writer checks nothing.
     "verification": {"conversion", "writing"},
 }
-# The one circle: `Tensor.load()` is a convenience, and asks for `gather` only when it is called.
-CIRCLES = {("ckpt_tools.tensors.catalogue", "ckpt_tools.tensors.gather")}
+# The only circles: conveniences such as `Tensor.load()` ask for their module only when they are called.
+CIRCLES = {
+    ("ckpt_tools.tensors.catalogue", "ckpt_tools.tensors.gather"),
+    ("ckpt_tools.tensors.catalogue", "ckpt_tools.tensors.rows"),
+    ("ckpt_tools.tensors.checkpoint", "ckpt_tools.tensors.listing"),
+}
 VAGUE_NAMES = {"base", "common", "helper", "helpers", "misc", "util", "utils"}
 HEAVY = {"accelerate", "deepspeed", "peft", "torch", "transformers"}
 IMPORTERS = {"__import__", "import_module", "importlib.import_module"}

@@ -9,12 +9,13 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ckpt_tools import readers
 from ckpt_tools.errors import CkptError, number_ranges
+from ckpt_tools.readers.containers.suspicion import suspicious
 from ckpt_tools.storage.folders import read_as_one
 from ckpt_tools.tensors.checkpoint import Checkpoint, Weight
 from ckpt_tools.tensors.dtypes import BY_SHORT_NAME, DType
@@ -59,6 +60,8 @@ class Inspection:
         numbered: names of a pipeline, whose layers are numbered; ``1-4.mlp.up.weight`` is four names.
         remarks: unusual facts.
         problems: errors.
+        suspicious: for each file, the functions that its pickles name and no known framework writes. None of
+            them was run.
     """
 
     path: Path
@@ -86,6 +89,7 @@ class Inspection:
     numbered: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
+    suspicious: Mapping[str, list[str]] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The inspection as plain JSON values."""
@@ -97,7 +101,7 @@ def inspect(
     *,
     tag: str | None = None,
     model: int | str | None = None,
-    format: str | None = None,
+    source_format: str | None = None,
     also: Sequence[str | os.PathLike[str]] = (),
 ) -> Inspection:
     """Describe a checkpoint without reading its tensors.
@@ -107,9 +111,11 @@ def inspect(
             not an error: its ``problems`` describe the damage.
     """
     place = read_as_one(Path(path), also)
-    location = readers.locate(place, tag, model=model, format=format)
+    location = readers.locate(place, tag, model=model, format=source_format)
     try:
-        return _facts(readers.read(location))
+        checkpoint = readers.read(location)
+        named = suspicious(checkpoint.files, location.directory)
+        return replace(_facts(checkpoint), suspicious=named)
     except CkptError as error:
         sizes = list(_sizes(location.directory))
         return Inspection(
@@ -121,12 +127,13 @@ def inspect(
             bytes_on_disk=sum(sizes),
             remarks=location.remarks,
             problems=(str(error),),
+            suspicious=suspicious((), location.directory),
         )
 
 
 def _sizes(directory: Path) -> Iterator[int]:
     """Bytes of each file of a damaged checkpoint."""
-    for entry in directory.iterdir():
+    for entry in directory.iterdir() if directory.is_dir() else [directory]:
         if entry.is_file():
             with suppress(CkptError):  # copies with different sizes
                 yield entry.stat().st_size

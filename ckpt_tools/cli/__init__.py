@@ -10,14 +10,16 @@ import importlib
 import pkgutil
 import sys
 import time
+from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
 from ckpt_tools._version import __version__
 from ckpt_tools.cli import commands
 from ckpt_tools.cli.signals import end_on_signals, is_later_rank, leave_at_once
+from ckpt_tools.cli.usage import show_usage_error
 
 # The order of `--help`; a command that is not listed comes after these.
 _FIRST = (
@@ -30,6 +32,8 @@ _FIRST = (
     "verify",
     "diff",
     "interval",
+    "help",
+    "completion",
 )
 
 _EPILOG = """\b
@@ -45,11 +49,19 @@ Exit status:
   7  --verify found the output wrong; it never appeared
   8  another rank failed, was lost, or made no progress
   129, 130, 143  interrupted; OUT was not touched
+
+\b
+An option that is not typed comes from the environment:
+CKPT_TOOLS_CONSOLIDATE_DTYPE=fp32 is --dtype fp32 of consolidate.
 """
 
 
 # torchrun ends all ranks when one leaves; the first rank reports the error within this time.
 _LISTEN_SECONDS = 10.0
+
+_INTERRUPTED = 130
+
+_CONTEXT = {"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "CKPT_TOOLS"}
 
 
 class _Lazy(click.Group):
@@ -66,6 +78,27 @@ class _Lazy(click.Group):
         assert isinstance(command, click.Command)
         return command
 
+    def main(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, *, standalone_mode: bool = True, **extra: Any
+    ) -> Any:
+        """Run the command; a command line that is wrong is reported in the form of every error."""
+        try:
+            status = super().main(args, standalone_mode=False, **extra)
+        except click.ClickException as error:
+            if not standalone_mode:
+                raise
+            if is_later_rank():
+                # The first rank alone reports it.
+                time.sleep(_LISTEN_SECONDS)
+            else:
+                show_usage_error(error)
+            status = error.exit_code
+        except click.Abort:
+            status = _INTERRUPTED
+        if standalone_mode:
+            sys.exit(status if isinstance(status, int) else 0)
+        return status
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(n, _module(n).SUMMARY) for n in self.list_commands(ctx)])
@@ -75,7 +108,7 @@ def _module(name: str) -> ModuleType:
     return importlib.import_module(f"{commands.__name__}.{name.replace('-', '_')}")
 
 
-@click.command(cls=_Lazy, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command("ckpt-tools", cls=_Lazy, epilog=_EPILOG, context_settings=_CONTEXT)
 @click.version_option(__version__, prog_name="ckpt-tools")
 def cli() -> None:
     """What training leaves on disk becomes what people load.
@@ -85,23 +118,11 @@ def cli() -> None:
     """
 
 
-def _main_of_later_rank(args: list[str] | None) -> NoReturn:
-    """Run a later rank: the first rank alone reports a wrong command line."""
-    try:
-        cli.main(args=args, prog_name="ckpt-tools", standalone_mode=False)
-    except click.ClickException as error:
-        time.sleep(_LISTEN_SECONDS)
-        sys.exit(error.exit_code)
-    sys.exit(0)
-
-
-def main(args: list[str] | None = None) -> Any:
+def main(args: list[str] | None = None) -> None:
     """Run the command line."""
     end_on_signals()
     try:
-        if is_later_rank():
-            _main_of_later_rank(args)
-        return cli.main(args=args, prog_name="ckpt-tools")
+        cli.main(args=args, prog_name="ckpt-tools")
     except SystemExit as end:
         leave_at_once(end.code)
         raise

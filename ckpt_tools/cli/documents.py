@@ -9,14 +9,13 @@ for the escapes of workflow commands.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
 from xml.etree import ElementTree
 
 from ckpt_tools._version import __version__
-from ckpt_tools.cli.text import printable
+from ckpt_tools.cli.text import json_text, printable
 from ckpt_tools.cli.verdicts import (
     Outcome,
     depth_of,
@@ -39,7 +38,7 @@ def json_document(outcomes: Sequence[Outcome], strict: bool) -> str:
         "status": status_of(outcomes, strict),
         "directories": [_directory(outcome, strict) for outcome in outcomes],
     }
-    return json.dumps(document, indent=2) + "\n"
+    return json_text(document)
 
 
 def _directory(outcome: Outcome, strict: bool) -> dict[str, Any]:
@@ -159,10 +158,11 @@ def _annotations(outcome: Outcome, strict: bool) -> Iterator[str]:
         level = "error" if severity == "error" or strict else "warning"
         yield _annotation(level, file, kind, "\n".join(lines))
     for line in (summary(outcome, strict), *depth_of(outcome)):
-        yield line.replace("::", ": :").replace("##[", "## [")
+        yield line.replace("::", ": :")
 
 
 def _annotation(level: str, file: str, title: str, message: str) -> str:
+    file = printable(file)
     return f"::{level} file={_property(file)},title={_property(title)}::{_data(message)}"
 
 

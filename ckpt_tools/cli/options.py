@@ -6,16 +6,52 @@ Owns flags, value types and help texts. What the options mean is stated in
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from ckpt_tools.cli import completing
+from ckpt_tools.cli.caching import no_cache
+from ckpt_tools.cli.text import say
+from ckpt_tools.cli.usage import Unusable
+from ckpt_tools.tensors.dtypes import short_name
+
 F = TypeVar("F", bound=Callable[..., Any])
 Decorator = Callable[[F], F]
 
-PATH = click.Path(path_type=Path)
+
+class LocalPath(click.Path):
+    """A path of a file system."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path; the address of an object store is refused, because a path would change it."""
+        scheme = _SCHEME.match(value) if isinstance(value, str) else None
+        if scheme is not None:
+            raise Unusable(
+                f"{value} is not a path, and {scheme[1]}:// is not read",
+                hint="Copy the checkpoint into a folder first, and name that folder.",
+            )
+        return super().convert(value, param, ctx)
+
+
+class DTypeName(click.Choice):  # type: ignore[type-arg]
+    """The dtype of an output: short names, and those of torch."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The short name."""
+        return super().convert(short_name(value), param, ctx)
+
+
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://")
+
+PATH = LocalPath()
 
 READ = "What to read"
 WRITE = "What to write"
@@ -31,6 +67,21 @@ class Option(click.Option):
     def __init__(self, *args: Any, group: str = RUN, **attributes: Any) -> None:
         super().__init__(*args, **attributes)
         self.group = group
+
+    def resolve_envvar_value(self, ctx: click.Context) -> str | None:
+        """The value in the environment: the variable is named as the option is typed."""
+        flag = max(self.opts, key=len).lstrip("-").replace("-", "_").upper()
+        return os.environ.get(f"{ctx.auto_envvar_prefix}_{flag}") or None
+
+    def value_from_envvar(self, ctx: click.Context) -> Any:
+        """The value in the environment; for a flag, a true value means that it is typed."""
+        if not self.is_flag:
+            return super().value_from_envvar(ctx)
+        text = self.resolve_envvar_value(ctx)
+        if text is None:
+            return None
+        typed = click.BOOL.convert(text, self, ctx)
+        return (self.flag_value if self.flag_value is False else True) if typed else None
 
 
 class Command(click.Command):
@@ -64,16 +115,61 @@ also = option(
 )
 debug = option("--debug", is_flag=True, help="Show a traceback for every error.")
 json = option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-tag = option("--tag", group=READ, metavar="T", help="Which checkpoint, where CKPT holds several.")
+tag = option(
+    "--tag",
+    group=READ,
+    metavar="T",
+    shell_complete=completing.names,
+    help="Which checkpoint, where CKPT holds several.",
+)
 model = option(
     "--model",
     group=READ,
     metavar="N|NAME",
+    shell_complete=completing.names,
     help="Which model of a state that holds several.",
 )
-source_format = option(
-    "--format", group=READ, metavar="F", help="Which format, where the directory fits several."
-)
+
+
+class SourceFormat(Option):
+    """``--source-format``; its help lists the readers, which are imported for it alone."""
+
+    @property
+    def help(self) -> str:
+        """The help, with the names of the formats."""
+        from ckpt_tools.readers import readers
+
+        return f"Which format, where the directory fits several: {', '.join(readers())}."
+
+    @help.setter
+    def help(self, value: str | None) -> None:
+        """Nothing is kept."""
+
+
+def source_format(function: F) -> F:
+    """The format to read, under its name and under the one that it had."""
+    add = click.option(
+        "--source-format",
+        cls=SourceFormat,
+        group=READ,
+        metavar="F",
+        shell_complete=completing.formats,
+        callback=lambda context, _, value: value or context.meta.get(_FORMAT),
+    )
+    add_old = option("--format", hidden=True, is_eager=True, expose_value=False, callback=_renamed)
+    return add(add_old(function))
+
+
+_FORMAT = "ckpt_tools.format"  # key of the value of `--format` in the context
+
+
+def _renamed(context: click.Context, _: click.Parameter, value: str | None) -> None:
+    """Keep the value of ``--format`` for ``--source-format``."""
+    if value is not None:
+        say("--format is now --source-format", label="warning: ", color="yellow", err=True)
+        context.meta[_FORMAT] = value
+
+
 workers = option(
     "--workers", type=click.IntRange(min=1), metavar="N", help="Threads. Default: one a core."
 )
@@ -86,26 +182,10 @@ timeout = option(
     help="Under torchrun: how long ranks wait for one that makes no progress.",
 )
 
-
-def _without_cache(ctx: click.Context, _: click.Parameter, is_set: bool) -> None:
-    if is_set:
-        from ckpt_tools.hub.reference.kept import switched_off
-
-        ctx.with_resource(switched_off())
-
-
-no_cache = option(
-    "--no-cache",
-    is_flag=True,
-    expose_value=False,
-    callback=_without_cache,
-    help="Ask transformers and PEFT anew, and keep no answer on disk.",
-)
-
 _ADAPTERS: dict[str, Decorator[Any]] = {
     "tag": tag,
     "model": model,
-    "format": source_format,
+    "source_format": source_format,
     "also": also,
     "weights": option(
         "--weights",
@@ -124,7 +204,7 @@ _ADAPTERS: dict[str, Decorator[Any]] = {
     "dtype": option(
         "--dtype",
         group=WRITE,
-        type=click.Choice(["auto", "keep", "fp32", "bf16", "fp16"]),
+        type=DTypeName(["auto", "keep", "fp32", "bf16", "fp16"]),
         default="auto",
         show_default=True,
         help="auto: each tensor in its training dtype. keep: each as stored. The others cast floating "
@@ -144,11 +224,24 @@ _ADAPTERS: dict[str, Decorator[Any]] = {
         metavar="DIR",
         help="Tokenizer to copy. Default: the same places as the config.",
     ),
+    "chat_template": option(
+        "--chat-template",
+        group=ASSETS,
+        type=PATH,
+        metavar="FILE",
+        help="Chat template of the output, in the place of the tokenizer's own. The end tokens follow it.",
+    ),
     "follow_links": option(
         "--follow-links",
         group=READ,
         is_flag=True,
         help="Follow links that lead out of the directory that was named.",
+    ),
+    "strict": option(
+        "--strict",
+        group=CHECK,
+        is_flag=True,
+        help="Refuse a checkpoint whose pickles name functions that no known framework writes.",
     ),
     "check_all_masters": option(
         "--check-masters",
@@ -187,6 +280,9 @@ _ADAPTERS: dict[str, Decorator[Any]] = {
     "no_cache": no_cache,
     "timeout": timeout,
     "quiet": option("-q", "--quiet", is_flag=True, help="Print nothing but errors (and --json)."),
+    "verbose": option(
+        "-v", "--verbose", is_flag=True, help="Print each file and the time of each stage too."
+    ),
     "as_json": json,
     "debug": debug,
 }
@@ -233,8 +329,8 @@ _MODELS: dict[str, Decorator[Any]] = {
         default="auto",
         show_default=True,
         metavar="auto|olmo|none|FILE|DIR",
-        help="olmo: greedy, no bos, <|im_end|> and <|endoftext|> end a text. auto: olmo for OLMo models, "
-        "else the source's own.",
+        help="olmo: greedy, no bos, <|im_end|> and <|endoftext|> end a text. auto: olmo for OLMo chat models "
+        "whose tokenizer has both tokens, else the source's own.",
     ),
     "card": option(
         "--no-card",
@@ -273,7 +369,13 @@ def mean_writing(function: F) -> F:
 def of_adapter(adapter_help: str) -> Callable[[F], F]:
     """The options that name an adapter and its config."""
     options = (
-        option("--adapter", group=READ, metavar="NAME", help=adapter_help),
+        option(
+            "--adapter",
+            group=READ,
+            metavar="NAME",
+            shell_complete=completing.adapters,
+            help=adapter_help,
+        ),
         option(
             "--adapter-config",
             group=READ,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,13 +23,19 @@ if TYPE_CHECKING:
     from ckpt_tools.ranks import Ranks
 
 # Key of the ranks in the context of the command.
+_LONGEST_FACT = 1_000
 _RANKS = "ckpt_tools.ranks"
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def reports_errors(function: F) -> F:
-    """End the command with a message and the error's exit status instead of a traceback."""
+def reports_errors(function: F, trouble: int = 1) -> F:
+    """End the command with a message and the error's exit status instead of a traceback.
+
+    Args:
+        function: the command.
+        trouble: the exit status after a failure that was not foreseen.
+    """
 
     @functools.wraps(function)
     def run(*args: Any, debug: bool, **kwargs: Any) -> Any:
@@ -37,9 +44,10 @@ def reports_errors(function: F) -> F:
         except CkptError as error:
             speak_undisturbed()
             if debug:
-                raise
+                print_traceback()
+                sys.exit(1)
             if not _is_told_elsewhere():
-                if kwargs.get("as_json"):
+                if kwargs.get("as_json") or kwargs.get("form") == "json":
                     print_json({"error": _as_json(error)})
                 _print_error(error)
             sys.exit(error.exit_code)
@@ -54,6 +62,15 @@ def reports_errors(function: F) -> F:
             # The reader of our output is gone (`ckpt-tools inspect | head`).
             sys.stderr.close()
             sys.exit(141)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as error:
+            speak_undisturbed()
+            if debug:
+                print_traceback()
+            else:
+                _print_unforeseen(error)
+            sys.exit(trouble)
 
     return run  # type: ignore[return-value]
 
@@ -88,6 +105,20 @@ def joined_ranks(timeout: float) -> Ranks | None:
     if ranks is not None:
         ranks.await_all()
     return ranks
+
+
+def print_traceback() -> None:
+    """Print where the error that is handled came from."""
+    for line in traceback.format_exc().splitlines():
+        say(line, err=True)
+
+
+def _print_unforeseen(error: Exception) -> None:
+    """Report an error that nobody foresaw."""
+    fact = f"an unforeseen failure ({type(error).__name__}: {error})"
+    say(fact[:_LONGEST_FACT], label="error: ", color="red", bold=True, err=True)
+    hint = "Please report what the same command prints with --debug."
+    say(hint, label="  next: ", err=True)
 
 
 def _print_error(error: CkptError) -> None:

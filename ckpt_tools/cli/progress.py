@@ -41,17 +41,17 @@ def _bar(doing: str) -> Iterator[Callable[[int, int], None]]:
     )
 
     columns = (
-        TextColumn(doing),
+        TextColumn("{task.description}"),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(doing, total=None)
+        task = progress.add_task("planning", total=None)
 
         def update(done: int, total: int) -> None:
-            progress.update(task, completed=done, total=total)
+            progress.update(task, description=doing, completed=done, total=total)
 
         yield update
 

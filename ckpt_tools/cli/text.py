@@ -1,28 +1,33 @@
-"""Text for terminals and logs: numbers and durations for people, JSON, and safe names.
+"""Text for terminals and logs: numbers and durations for people, and JSON.
 
-Owns :func:`say`, the one way to print a line. Names of files and tensors come from checkpoints, so
-characters that a terminal, a log or a workflow interprets are written as escapes.
+Owns :func:`say`, the one way to print a line. All text from checkpoints goes through
+:mod:`ckpt_tools.text`.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import os
+import re
 import sys
+import textwrap
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from ckpt_tools.text import neutral
+from ckpt_tools.text import printable as printable
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 _LOG_WIDTH = 160
 
-
-def printable(text: str) -> str:
-    """Text with the characters that a terminal, a log or XML interprets or refuses as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+# A number and its unit, between which a line does not end.
+_SIZE = re.compile(r"(?<=\d) (?=(?:B|kB|MB|GB|TB|s|K|M|T)\b)")
+_NO_BREAK = "\N{NO-BREAK SPACE}"
 
 
 def say(
@@ -42,16 +47,18 @@ def say(
         bold: whether the label is bold.
         err: print to stderr.
     """
-    # A workflow command of GitHub begins a line with two colons.
-    shown = printable(line)
-    if not label and shown.lstrip().startswith("::"):
-        shown = shown.replace("::", ": :", 1)
+    shown = printable(line) if label else neutral(printable(line))
     click.echo(click.style(label, fg=color, bold=bold) + shown, err=err)
 
 
 def print_json(value: Any) -> None:
     """Print one JSON object on stdout."""
-    click.echo(json.dumps(value, indent=2))
+    click.echo(json_text(value), nl=False)
+
+
+def json_text(value: Any) -> str:
+    """A value as JSON in which no line is a command to a workflow's runner."""
+    return json.dumps(value, indent=2).replace("##", "#\\u0023") + "\n"
 
 
 def drawn(draw: Callable[[Console], None]) -> str:
@@ -60,10 +67,20 @@ def drawn(draw: Callable[[Console], None]) -> str:
 
     is_terminal = sys.stdout.isatty()
     text = io.StringIO()
-    width = None if is_terminal else _LOG_WIDTH
+    asked = os.environ.get("COLUMNS", "")
+    width = int(asked) if asked.isdecimal() and int(asked) else None
+    if width is None and not is_terminal:
+        width = _LOG_WIDTH
     draw(Console(file=text, force_terminal=is_terminal, highlight=False, width=width))
     # rich fills lines of a table with spaces.
-    return "".join(f"{line.rstrip()}\n" for line in text.getvalue().splitlines())
+    return "".join(f"{neutral(line.rstrip())}\n" for line in text.getvalue().splitlines())
+
+
+def folded(text: str, width: int) -> str:
+    """Text in lines of at most ``width`` characters; a number and its unit stay together."""
+    glued = _SIZE.sub(_NO_BREAK, text)
+    lines = textwrap.wrap(glued, max(width, 8), break_on_hyphens=False) or [""]
+    return "\n".join(lines).replace(_NO_BREAK, " ")
 
 
 def counted(count: int, noun: str) -> str:

@@ -159,5 +159,5 @@ def _rows(problems: Sequence[Problem]) -> Iterator[tuple[tuple[str, str, str, st
         if listed[key] <= _LISTED:
             yield (name, problem.file or "", problem.tensor or "", problem.detail), style
         elif listed[key] == counts[key]:
-            more = f"and {counts[key] - _LISTED:,} more of this kind; --format json lists all"
+            more = f"and {counts[key] - _LISTED:,} more of this kind; --json lists all"
             yield (name, "", "", more), style

@@ -17,6 +17,7 @@ def write_directory(
     convert: Callable[..., Report],
     *,
     quiet: bool,
+    verbose: bool,
     as_json: bool,
     timeout: float,
     **options: Any,
@@ -32,6 +33,8 @@ def write_directory(
         print_json(report.to_json())
     elif not quiet:
         _show(report)
+        if verbose:
+            _show_details(report)
 
 
 def _show(report: Report) -> None:
@@ -57,3 +60,10 @@ def _show(report: Report) -> None:
         f"{counted(len(report.files), 'file')}, {seconds_text(seconds['total'])} "
         f"({nbytes_text(rate)}/s written){checked}"
     )
+
+
+def _show_details(report: Report) -> None:
+    for name, size in report.files.items():
+        say(f"{name}: {nbytes_text(size)}")
+    stages = (f"{stage} {seconds_text(taken)}" for stage, taken in report.seconds.items())
+    say(f"time: {', '.join(stages)}")

@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckpt_tools import readers
+from ckpt_tools.conversion.bases import (
+    is_adapter,
+    lacks_base,
+    named_base,
+    with_adapter_as_checkpoint,
+)
 from ckpt_tools.conversion.extraction import prepare_adapters
+from ckpt_tools.conversion.model_shapes import ModelShapes
 from ckpt_tools.conversion.models import prepare_model
 from ckpt_tools.conversion.pipeline import Clock, Prepare, run
 from ckpt_tools.conversion.report import Report
@@ -27,11 +34,14 @@ from ckpt_tools.conversion.request import (
     paths_of,
     requested,
 )
+from ckpt_tools.conversion.signature import states_options
 from ckpt_tools.errors import UsageError
-from ckpt_tools.hub.links import refuse_leaving
+from ckpt_tools.hub.links import refuse_any_leaving, refuse_leaving
 from ckpt_tools.hub.sources import AssetOptions, nearby
 from ckpt_tools.hub.tokenizer import find_tokenizer
+from ckpt_tools.model.combining import Combination
 from ckpt_tools.ranks import pooled_machines
+from ckpt_tools.readers.opening import open_weights
 from ckpt_tools.storage.folders import places_of, read_as_one
 from ckpt_tools.tensors.checkpoint import Checkpoint
 from ckpt_tools.writing.delivery import follow
@@ -45,7 +55,7 @@ def open_checkpoint(
     *,
     tag: str | None = None,
     model: int | str | None = None,
-    format: str | None = None,
+    source_format: str | None = None,
     also: Sequence[PathLike] = (),
 ) -> Checkpoint:
     """Open a training checkpoint; reads metadata only.
@@ -55,7 +65,7 @@ def open_checkpoint(
             directory, a Transformers ``checkpoint-N`` directory.
         tag: which of several checkpoints, by name.
         model: which of several models of one state, by number or name.
-        format: name of the format, where the directory fits several.
+        source_format: name of the format, where the directory fits several.
         also: further directories with files of the same checkpoint: copies of what other machines hold.
 
     Returns:
@@ -66,9 +76,10 @@ def open_checkpoint(
         CkptError: see :mod:`ckpt_tools.errors`.
     """
     place = read_as_one(as_path(path), also)
-    return readers.read(readers.locate(place, tag, model=model, format=format))
+    return readers.read(readers.locate(place, tag, model=model, format=source_format))
 
 
+@states_options(ModelOptions)
 def consolidate(
     checkpoint: PathLike | Checkpoint,
     output: PathLike,
@@ -96,6 +107,7 @@ def consolidate(
     return _together([checkpoint], request, prepare_model)
 
 
+@states_options(ModelOptions)
 def average(
     checkpoints: Sequence[PathLike | Checkpoint],
     output: PathLike,
@@ -133,6 +145,7 @@ def average(
     return _together(checkpoints, request, prepare_model)
 
 
+@states_options(AdapterOptions)
 def extract_lora(
     checkpoint: PathLike | Checkpoint,
     output: PathLike,
@@ -179,11 +192,13 @@ def extract_lora(
     return _together([checkpoint], request, prepare_adapters)
 
 
+@states_options(ModelOptions)
 def merge_lora(
     checkpoint: PathLike | Checkpoint,
     output: PathLike,
     *,
     adapter: str | None = None,
+    combination: Combination = "cat",
     adapter_dir: PathLike | None = None,
     adapter_config: PathLike | None = None,
     lora_alpha: float | None = None,
@@ -195,7 +210,9 @@ def merge_lora(
     Args:
         checkpoint: a path, or an opened checkpoint.
         output: the directory to make.
-        adapter: which adapter, where there are several.
+        adapter: which adapter, where there are several; or several with their weights, ``a=0.7,b=0.3``.
+        combination: how several become one, as in PEFT's ``add_weighted_adapter``: ``cat`` adds their
+            updates, ``linear`` their factors.
         adapter_dir: a directory that PEFT wrote, to take the adapter from.
         adapter_config: the adapter's config, or a directory with it; by default looked for near the
             checkpoint.
@@ -218,6 +235,7 @@ def merge_lora(
         ModelOptions,
         options,
         adapter=adapter,
+        combination=combination,
         adapter_dir=adapter_dir,
         adapter_config=adapter_config,
         lora_alpha=lora_alpha,
@@ -257,8 +275,18 @@ def _carried_out(
     checkpoints: Sequence[PathLike | Checkpoint], request: Request, prepare: Prepare
 ) -> Report:
     clock = Clock()
+    merges = request.command == "merge-lora"
+    if merges:
+        checkpoints, request = with_adapter_as_checkpoint(checkpoints, request)
     sources = [_opened(checkpoint, request) for checkpoint in checkpoints]
     near = sources[0].location.near
+    if merges and request.adapter_dir is not None:
+        # The adapter's own tokenizer, which may know more tokens, before that of the base.
+        own = find_tokenizer(None, (request.adapter_dir,))
+        tokenizer = request.tokenizer or (None if own is None else own.directory)
+        request = replace(request, tokenizer=tokenizer)
+    elif merges and request.base is None and lacks_base(sources[0], request.weights):
+        request = replace(request, base=named_base(request, near))
     if request.base is None:
         request = replace(request, search=near)
     else:
@@ -266,23 +294,32 @@ def _carried_out(
         own = find_tokenizer(None, nearby(AssetOptions(search=near)))
         tokenizer = request.tokenizer or (None if own is None else own.directory)
         request = replace(request, search=(*near, request.base), tokenizer=tokenizer)
-        sources.append(open_checkpoint(request.search[-1]))
+        sources.append(
+            _opened(
+                request.search[-1],
+                replace(request, tag=None, model=None, source_format=None, also=()),
+            )
+        )
     return run(sources, request, prepare, clock)
 
 
 def _opened(checkpoint: PathLike | Checkpoint, request: Request) -> Checkpoint:
     if isinstance(checkpoint, Checkpoint):
         return checkpoint
-    opened = open_checkpoint(
-        checkpoint,
-        tag=request.tag,
-        model=request.model,
-        format=request.format,
-        also=request.also,
-    )
+    if request.command == "extract-lora" and is_adapter(checkpoint):
+        adapter = open_weights(as_path(checkpoint))
+        if not request.follow_links:
+            refuse_any_leaving(adapter.files, [as_path(checkpoint)])
+        return adapter
+    place = read_as_one(as_path(checkpoint), request.also)
+    location = readers.locate(place, request.tag, model=request.model, format=request.source_format)
+    shapes = ModelShapes(request, location.near)
+    opened = readers.read(replace(location, model_shapes=shapes))
     # By their names: a directory on another machine has no path on this one.
     root = Path(str(checkpoint) if isinstance(checkpoint, Path) else os.fspath(checkpoint))
     found = Path(str(opened.location.directory))
     if not request.follow_links and found != root and found.is_relative_to(root):
         refuse_leaving(found, root)
+    if not request.follow_links:
+        refuse_any_leaving(opened.files, [root, *map(Path, request.also)])
     return opened

@@ -7,25 +7,35 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckpt_tools import readers
 from ckpt_tools.conversion.api import open_checkpoint
 from ckpt_tools.errors import AmbiguousCheckpoint, NotACheckpoint, OutputFailed, UsageError
+from ckpt_tools.ranks import Ranks, from_environment, from_process_group
 from ckpt_tools.readers import dcp
 from ckpt_tools.tensors.catalogue import Shape, Tensor
 from ckpt_tools.tensors.checkpoint import Checkpoint
+from ckpt_tools.tensors.checksums import ReadLog
 from ckpt_tools.tensors.deferred import settle
 from ckpt_tools.tensors.derived import cast
 from ckpt_tools.tensors.dtypes import FLOAT32
+from ckpt_tools.tensors.gather import Gatherer
 from ckpt_tools.tensors.threads import default_workers
 from ckpt_tools.writing.single_file import SAFETENSORS, TORCH, write_single_file
+from ckpt_tools.writing.source import COPY_AGAIN, check_sources
 
 if TYPE_CHECKING:
     import torch
+
+
+# Seconds without progress after which the other ranks give up.
+_TIMEOUT_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
@@ -68,7 +78,8 @@ def get_fp32_state_dict_from_zero_checkpoint(
         checkpoint_dir: the directory that holds the tag's directory, or that directory itself.
         tag: the tag; by default the one that ``latest`` names.
         exclude_frozen_parameters: leave frozen parameters out.
-        lazy_mode: give objects that are read when ``.contiguous()`` is called.
+        lazy_mode: give objects that are read when ``.contiguous()`` is called, without a comparison with
+            the checksums of the files.
 
     Returns:
         Name to tensor, second names of tied tensors included (the same tensor object).
@@ -84,7 +95,13 @@ def get_fp32_state_dict_from_zero_checkpoint(
     if lazy_mode:
         lazy.update((alias, lazy[kept]) for alias, kept in aliases.items())
         return lazy
-    loaded = OrderedDict((name, tensor.contiguous()) for name, tensor in lazy.items())
+    log = ReadLog()
+    with Gatherer(log) as gatherer:
+        loaded = OrderedDict(
+            (name, gatherer.window(each.tensor, 0, each.tensor.numel).view(each.shape))
+            for name, each in lazy.items()
+        )
+    check_sources(log, hint=COPY_AGAIN)
     loaded.update((alias, loaded[kept]) for alias, kept in aliases.items())
     return loaded
 
@@ -100,9 +117,10 @@ def merge_fsdp_weights(
     The file is the same: every tensor under the name that it has in the state, wrappers included, in
     the dtype that it was saved in. It differs in what that function gets wrong. A directory above
     ``pytorch_model_fsdp_0`` will do; an optimizer's, which becomes no file of weights, will not, and of
-    a state that holds more than a model the model is taken. A file that is there already is not
-    replaced. Nothing is left of a run that fails. Memory does not grow with the model; for
-    ``safe_serialization=False`` the disk holds the weights twice for a while. Call it in one process.
+    a state that holds more than a model the model is taken. Nothing is left of a run that fails.
+    Memory does not grow with the model; for ``safe_serialization=False`` the disk holds the weights twice
+    for a while. As with accelerate's, an older file is replaced, and every rank may call it: the first one
+    writes, and the others wait for it.
 
     Args:
         checkpoint_dir: a directory with ``.metadata`` and ``.distcp`` files, or one above it: that of
@@ -115,10 +133,44 @@ def merge_fsdp_weights(
     Raises:
         UsageError: it is another format, or removing it would lose what is not in the result.
         OutputFailed: the file could not be written, or the source not removed, as the hint says.
+        RankFailed: the rank that writes failed.
         CkptError: see :mod:`ckpt_tools.errors`; nothing was written or removed.
     """
-    checkpoint = _sharded_model(Path(checkpoint_dir))
-    source, output = checkpoint.location.directory, Path(output_path)
+    merge = partial(
+        _merge_fsdp_weights,
+        Path(checkpoint_dir),
+        Path(output_path),
+        safe_serialization=safe_serialization,
+        remove_checkpoint_dir=remove_checkpoint_dir,
+    )
+    # Without torch there is no process group either, and importing it takes a second.
+    ranks = from_process_group(_TIMEOUT_SECONDS) if "torch" in sys.modules else None
+    ranks = ranks or _launched()
+    if ranks is None:
+        merge()
+        return
+    with ranks.session("merge_fsdp_weights"):
+        if ranks.leads:
+            merge()
+            ranks.put("merged", True)
+        else:
+            ranks.get("merged")
+
+
+@lru_cache(maxsize=1)
+def _launched() -> Ranks | None:
+    """The ranks that torchrun started, where they have made no process group yet."""
+    ranks = from_environment(_TIMEOUT_SECONDS)
+    if ranks is not None:
+        ranks.await_all()
+    return ranks
+
+
+def _merge_fsdp_weights(
+    checkpoint_dir: Path, output: Path, *, safe_serialization: bool, remove_checkpoint_dir: bool
+) -> None:
+    checkpoint = _sharded_model(checkpoint_dir)
+    source = checkpoint.location.directory
     if output.resolve().is_relative_to(source.resolve()):
         raise UsageError(
             f"it lies in the input {source}",
@@ -130,7 +182,7 @@ def merge_fsdp_weights(
     tensors = checkpoint.catalogue("model")
     settle(tensors.values(), default_workers())
     path = output / (SAFETENSORS if safe_serialization else TORCH)
-    write_single_file(tensors, path, prove=remove_checkpoint_dir)
+    write_single_file(tensors, path, prove=remove_checkpoint_dir, overwrite=True)
     if remove_checkpoint_dir:
         try:
             shutil.rmtree(source)

@@ -9,7 +9,7 @@ Only the tensors of the adapters are read.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ckpt_tools.conversion.peft_answers import Found, ask_peft, cast_tensors
@@ -28,11 +28,11 @@ from ckpt_tools.hub.adapter_config import (
 from ckpt_tools.hub.config import text_value
 from ckpt_tools.hub.files import AssetFile, read_object
 from ckpt_tools.hub.sources import nearby
-from ckpt_tools.hub.tokenizer import find_tokenizer
-from ckpt_tools.model.adapter import Adapter, base_shapes, state_names
+from ckpt_tools.hub.tokenizer import find_tokenizer, with_template
+from ckpt_tools.model.adapter import Adapter, as_live, base_shapes, state_names
 from ckpt_tools.model.state import State, model_state
 from ckpt_tools.tensors.catalogue import Catalogue, Tensor
-from ckpt_tools.tensors.checkpoint import Checkpoint
+from ckpt_tools.tensors.checkpoint import ADAPTER, Checkpoint
 from ckpt_tools.transforms.lora import (
     choose_adapter,
     free_embeddings,
@@ -62,7 +62,10 @@ class _Adapters:
         """Ask PEFT which tensors it saves, and lay out one directory an adapter."""
         state, request = self.found[0].adapter.state, self.request
         warnings = _left_out(self.found, state)
-        found, doubts = ask_peft(self.found, self.base, request)
+        found, doubts = self.found, list[str]()
+        # Of an adapter's directory, PEFT chose the tensors when it wrote it.
+        if self.source.location.format != ADAPTER:
+            found, doubts = ask_peft(self.found, self.base, request)
         options = {"weights": request.weights, "dtype": request.dtype, "adapter": request.adapter}
         return Planned(
             outputs=tuple(_output(one, request) for one in found),
@@ -80,6 +83,9 @@ def prepare_adapters(sources: Sequence[Checkpoint], request: Request) -> _Adapte
     """Find the adapters that the request names, their configs, and their names by rule."""
     (source,) = sources
     state = model_state(source, request.weights)
+    copied: dict[str, str] = {}
+    if source.location.format == ADAPTER:
+        state, copied = as_live(state, request.adapter or _DEFAULT)
     names = state_names(state)
     chosen = (
         list(names.adapters)
@@ -89,6 +95,8 @@ def prepare_adapters(sources: Sequence[Checkpoint], request: Request) -> _Adapte
     base = _base_config(request)
     shapes = base_shapes(state.catalogue, names)
     found = [_described(Adapter(name, state, names, shapes), request, base) for name in chosen]
+    if copied:
+        found = [replace(one, names=copied, notes=()) for one in found]
     others = [name for name in names.adapters if name not in chosen]
     held = {name for one in found for name in one.names.values()}
     tensors = [state.catalogue[name] for name in held]
@@ -115,6 +123,7 @@ def _described(adapter: Adapter, request: Request, base: ConfigSource | None) ->
         request.search,
         architecture,
         data.get("_name_or_path") or None,
+        follow_links=request.follow_links,
     )
     config = with_given(
         config,
@@ -195,5 +204,5 @@ def _output(one: Found, request: Request) -> Output:
 
 
 def _tokenizer(options: AssetOptions) -> tuple[AssetFile, ...]:
-    found = find_tokenizer(options.tokenizer, nearby(options))
+    found = with_template(find_tokenizer(options.tokenizer, nearby(options)), options.chat_template)
     return () if found is None else found.files

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from ckpt_tools import readers
@@ -19,17 +20,33 @@ from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout, UsageError, 
 from ckpt_tools.hub import AssetFile, Assets, ConfigSource, collect, find_config
 from ckpt_tools.hub.adapter_config import AdapterConfig, with_given
 from ckpt_tools.hub.card import CardFacts, model_card
-from ckpt_tools.hub.config import of_attribute
+from ckpt_tools.hub.config import of_attribute, text_value
 from ckpt_tools.hub.reference import Answer
-from ckpt_tools.model.adapter import Adapter, read_adapter_directory
+from ckpt_tools.model.adapter import (
+    Adapter,
+    read_adapter_directory,
+    state_names,
+    trained_dtype,
+)
+from ckpt_tools.model.combining import (
+    Weighted,
+    combined,
+    read_adapter_directories,
+    weights_of,
+)
 from ckpt_tools.model.fit import Fitted, ask_model, fit_to_model
+from ckpt_tools.model.live_names import Layouts, in_one_layout
 from ckpt_tools.model.merging import merged_state
 from ckpt_tools.model.quantised import KEY, plain_state, quantised_names, quantizer_of
+from ckpt_tools.model.shapes import with_shapes
 from ckpt_tools.model.state import State, cast_state, main_dtype, mean_state, model_state
 from ckpt_tools.tensors.catalogue import Catalogue, Tensor
 from ckpt_tools.tensors.checkpoint import Checkpoint
+from ckpt_tools.tensors.derived import cast
 from ckpt_tools.tensors.threads import load_torch
+from ckpt_tools.text import markdown, markdown_code
 from ckpt_tools.transforms.key_map import KeyMap, key_map
+from ckpt_tools.transforms.lora import choose_adapter
 from ckpt_tools.writing.layout import Plan, plan
 from ckpt_tools.writing.manifest import NAME as MANIFEST
 from ckpt_tools.writing.manifest import Provenance
@@ -135,11 +152,11 @@ class _Model:
 
     def _card(self, layout: Plan, fitted: Fitted, assets: Assets) -> AssetFile:
         title = self.combined.title
-        names = ", ".join(f"`{source.location.name}`" for source in self.sources)
+        names = ", ".join(markdown_code(source.location.name) for source in self.sources)
         tensors = layout.tensors.values()
         return model_card(
             CardFacts(
-                made_of=title and f"{title}: {names}",
+                made_of=title and f"{markdown(title)}: {names}",
                 step=self.sources[0].step if title is None else None,
                 weights=self.request.weights,
                 parameters=sum(tensor.numel for tensor in tensors),
@@ -157,7 +174,14 @@ class _Model:
 def prepare_model(sources: Sequence[Checkpoint], request: Request) -> _Model:
     """Combine the states of the sources, and ask which model the config describes."""
     names = read_key_map(request.key_map)
-    states = [model_state(source, request.weights, request.attribute, names) for source in sources]
+    found = _config(request)
+    if names is not None and found is not None:
+        names = names.with_numbers(partial(text_value, found.data))
+    states = [
+        model_state(source, request.weights, request.attribute, names, flat=True)
+        for source in sources
+    ]
+    states = [with_shapes(state, found, trust=request.trust_remote_code) for state in states]
     if request.dequantize:
         states = [
             plain_state(state, quantizer_of(_near(source, request)))
@@ -165,7 +189,7 @@ def prepare_model(sources: Sequence[Checkpoint], request: Request) -> _Model:
         ]
     combined = _combined(states, sources, request)
     catalogue = cast_state(combined.state, request.dtype, combined.as_stored)
-    config, combined = _with_quantizer(_config(request), combined, request)
+    config, combined = _with_quantizer(found, combined, request)
     like = None if request.like is None else readers.read(readers.locate(request.like))
     extra = None if like is None else _extra(like, request)
     answer = None
@@ -248,7 +272,7 @@ def _with_quantizer(
     plain = {key: value for key, value in config.data.items() if key != KEY}
     note = f"{KEY} was left out of config.json, because no weight is quantised"
     state = replace(combined.state, notes=(*combined.state.notes, note))
-    return ConfigSource(config.path, plain), replace(combined, state=state)
+    return replace(config, data=plain), replace(combined, state=state)
 
 
 def _merged(states: Sequence[State], sources: Sequence[Checkpoint], request: Request) -> _Combined:
@@ -263,25 +287,68 @@ def _merged(states: Sequence[State], sources: Sequence[Checkpoint], request: Req
     adapter_state: State | None = None
     beside: dict[Path, Catalogue] = {}
     found: AdapterConfig | None = None
-    if request.adapter_dir is not None:
+    weights = weights_of(request.adapter)
+    name = request.adapter
+    if weights is not None:
+        adapter_state, found = _combined_adapters(states, request, near, weights, beside)
+        name = None
+    elif request.adapter_dir is not None:
         adapter_state, found = read_adapter_directory(
-            request.adapter_dir, request.adapter or "default"
+            request.adapter_dir, name or "default", follow_links=request.follow_links
         )
         beside[request.adapter_dir] = adapter_state.catalogue
+    layouts = in_one_layout(
+        Layouts(states, adapter_state), _config(request), trust=request.trust_remote_code
+    )
 
     def configure(chosen: Adapter) -> AdapterConfig:
-        config = found if request.adapter_config is None else None
-        config = config or chosen.configured(request.adapter_config, near, None, None)
-        return with_given(config, lora_alpha=request.lora_alpha, base_model=None, for_file=False)
+        config = found if request.adapter_config is None or weights is not None else None
+        config = config or chosen.configured(
+            request.adapter_config, near, None, None, follow_links=request.follow_links
+        )
+        alpha = request.lora_alpha if weights is None else None
+        return with_given(config, lora_alpha=alpha, base_model=None, for_file=False)
 
     state = merged_state(
-        states,
-        adapter_state=adapter_state,
-        adapter=request.adapter,
+        layouts.states,
+        adapter_state=layouts.adapter,
+        adapter=name,
         configure=configure,
         dtype=request.dtype,
     )
     return _Combined(state, None, beside)
+
+
+def _combined_adapters(
+    states: Sequence[State],
+    request: Request,
+    near: Sequence[Path],
+    weights: Mapping[str, float],
+    beside: dict[Path, Catalogue],
+) -> tuple[State, AdapterConfig]:
+    """The weighted adapters of the checkpoint, or of ``adapter_dir``, as one."""
+    source, configs = states[0], dict[str, AdapterConfig]()
+    if request.adapter_dir is not None:
+        source, configs = read_adapter_directories(
+            request.adapter_dir, [*weights], follow_links=request.follow_links
+        )
+        beside[request.adapter_dir] = source.catalogue
+    names = state_names(source)
+    several = []
+    for name, weight in weights.items():
+        adapter = Adapter(choose_adapter(names, name), source, names, {})
+        config = configs.get(name) or adapter.configured(
+            request.adapter_config, near, None, None, follow_links=request.follow_links
+        )
+        given = with_given(config, lora_alpha=request.lora_alpha, base_model=None, for_file=False)
+        several.append(Weighted(adapter, given, weight))
+    as_stored = request.dtype in ("fp32", "keep")
+
+    def taken(name: str) -> Tensor:
+        tensor = source.catalogue[name]
+        return tensor if as_stored else cast(tensor, trained_dtype(source, name))
+
+    return combined(several, taken, request.combination)
 
 
 def _config(request: Request) -> ConfigSource | None:
@@ -318,7 +385,12 @@ def _refuse_unlisted(error: DamagedCheckpoint, sources: Sequence[Checkpoint]) ->
 
 def _unused(request: Request) -> Iterator[str]:
     """What was named and is not used, because weights alone are written."""
-    named = {"--config": request.config, "--tokenizer": request.tokenizer, "--like": request.like}
+    named = {
+        "--config": request.config,
+        "--tokenizer": request.tokenizer,
+        "--chat-template": request.chat_template,
+        "--like": request.like,
+    }
     unused = [option for option, path in named.items() if path is not None]
     if request.weights_only and unused:
         yield (

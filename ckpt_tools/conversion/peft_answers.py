@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ckpt_tools.conversion.request import Request
-from ckpt_tools.errors import CkptError, DamagedCheckpoint, UnsupportedLayout, UsageError, listed
+from ckpt_tools.errors import CkptError, UnsupportedLayout, UsageError, listed
 from ckpt_tools.hub import ConfigSource
 from ckpt_tools.hub.adapter_config import AdapterConfig
 from ckpt_tools.hub.config import finish
@@ -66,7 +66,7 @@ def ask_peft(
     try:
         answers = describe_adapters(config, questions)
     except CkptError as error:
-        _need_peft(found, error.fact, error.hint or "")
+        _need_peft(found, error.fact, error.hint or _NOT_LORA)
         return found, [f"names are by rule, because PEFT was not asked: {error.fact}"]
     agreed, doubts = [], []
     for one, question, answer in zip(found, questions, answers, strict=True):
@@ -139,11 +139,10 @@ def _as_peft(one: Found, answer: AdapterAnswer, question: str, request: Request)
     hint = "Pass the --adapter-config and --config that the adapter was trained with."
     lacking = [saved for saved, (live, _) in wanted.items() if not live]
     if lacking:
-        raise DamagedCheckpoint(
+        raise UsageError(
             f"the config's adapter {adapter.name!r} has {len(lacking)} tensors that the checkpoint "
             f"lacks: {listed(lacking)}",
             path=one.config.path,
-            missing=lacking,
             hint=hint,
         )
     if answer.odd:

@@ -13,15 +13,16 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from ckpt_tools.conversion.masters import check_masters
+from ckpt_tools.conversion.masters import check_masters, check_replicas
 from ckpt_tools.conversion.report import Report
 from ckpt_tools.conversion.request import Request
-from ckpt_tools.errors import VerificationFailed
-from ckpt_tools.hub.links import home_of, refuse_leaving
+from ckpt_tools.errors import UnsafePickle, VerificationFailed, listed
+from ckpt_tools.hub.links import home_of, refuse_any_leaving, refuse_leaving
+from ckpt_tools.readers.containers.suspicion import suspicious
 from ckpt_tools.storage.folders import folders_of
 from ckpt_tools.tensors.catalogue import Tensor
 from ckpt_tools.tensors.checkpoint import Checkpoint
@@ -115,6 +116,7 @@ def run(sources: Sequence[Checkpoint], request: Request, prepare: Prepare, clock
     checks.add(file for source in sources for file in source.files)
     pending = prepare(sources, request)
     settle(pending.tensors, request.workers)
+    suspicions = _suspicions(sources, request)
     clock.lap("read")
     checked = 0
     if request.weights == "master":
@@ -127,15 +129,46 @@ def run(sources: Sequence[Checkpoint], request: Request, prepare: Prepare, clock
             )
             for source in sources
         )
+    for source in sources:
+        check_replicas(
+            source,
+            copy=request.weights,
+            check_all_masters=request.check_all_masters,
+            workers=request.workers,
+        )
     clock.lap("check")
     planned = pending.plan()
     if not request.follow_links:
         _refuse_links(planned.outputs, request)
+        for directory, files in planned.provenance.files_beside().items():
+            refuse_any_leaving(files, [directory])
     clock.lap("plan")
     checks.add(planned.provenance.files())
     delivered = deliver(request.output, planned.outputs, request, planned.provenance, checks)
     clock.lap("write")
+    planned = replace(planned, warnings=(*suspicions, *planned.warnings))
     return _report(sources[0], request, planned, delivered, checked, clock)
+
+
+def _suspicions(sources: Sequence[Checkpoint], request: Request) -> list[str]:
+    """Warnings about functions that pickles of the sources name and no known framework writes.
+
+    Raises:
+        UnsafePickle: there are such, and the request is strict.
+    """
+    warnings = []
+    for source in sources:
+        for file, names in suspicious(source.files, source.location.directory).items():
+            fact = f"it names functions that no known framework writes: {listed(names)}"
+            if request.strict:
+                raise UnsafePickle(
+                    fact,
+                    path=file,
+                    hint="Nothing of it was run. Find out who wrote the file. Without --strict it is read "
+                    "as data.",
+                )
+            warnings.append(f"{file}: {fact}; nothing of it was run")
+    return warnings
 
 
 class _Checks(Stamps):

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from ckpt_tools.hub.sources import AssetOptions
+from ckpt_tools.model.combining import Combination
 from ckpt_tools.model.state import DTypeChoice
 from ckpt_tools.tensors.checkpoint import Checkpoint, Copy
+from ckpt_tools.tensors.dtypes import short_name
 from ckpt_tools.tensors.threads import default_workers
 from ckpt_tools.writing.output import Progress, Writing
 
@@ -24,7 +26,10 @@ if TYPE_CHECKING:
 
 PathLike = str | os.PathLike[str]
 
-_PATHS = ("config", "key_map", "tokenizer", "like", "adapter_dir", "adapter_config", "base")
+_PATHS = (
+    *("config", "key_map", "tokenizer", "chat_template", "like"),
+    *("adapter_dir", "adapter_config", "base"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,21 +41,24 @@ class Request(AssetOptions, Writing):
         output: the directory to make.
         tag: which of several checkpoints, by name.
         model: which of several models of one state, by number or name.
-        format: name of the format, where the directory fits several.
+        source_format: name of the format, where the directory fits several.
         also: further directories with files of the same checkpoint: copies of what other machines hold.
         attribute: dotted path of the part of a composite model, and of its config.
         key_map: a JSON file with the model's names of the checkpoint's tensors.
         weights: ``master`` takes the optimizer's fp32 copy where there is one, ``model`` the 16-bit copy.
         check_all_masters: compare every element of masters and 16-bit weights, not a sample.
         coefficients: of a mean, one a checkpoint, adding up to 1; None if all are equal.
-        adapter: name of the adapter; ``all`` for each, where adapters are extracted.
+        adapter: name of the adapter; ``all`` for each, where adapters are extracted; several with their
+            weights (``a=0.7,b=0.3``), where they are merged.
+        combination: how several adapters become one: ``cat`` adds their updates, ``linear`` their factors.
         adapter_dir: a directory that PEFT wrote, to take the adapter from.
         adapter_config: the adapter's config, or a directory with it.
         lora_alpha: ``lora_alpha`` of the training run, where no config says it.
         base_model: what an adapter's base is called, where no config says it.
         base: a Hugging Face directory with what the checkpoint lacks of the base.
         dtype: ``auto`` gives each tensor its training dtype, ``keep`` leaves each as stored, ``fp32``,
-            ``bf16`` and ``fp16`` cast every floating tensor.
+            ``bf16`` and ``fp16`` cast every floating tensor. Torch's names and a ``torch.dtype`` are
+            understood too.
         max_shard_size: bytes, or a number with a decimal unit.
         weights_only: write weights alone: no config, no tokenizer, names as stored.
         dequantize: write quantised weights as the 16-bit weights that their quantiser makes of them.
@@ -58,6 +66,7 @@ class Request(AssetOptions, Writing):
         trust_remote_code: run custom code that lies beside the config, in a process of its own, to learn
             the model's layout.
         node_local: each machine sees only its own files of the checkpoint; the ranks pool them.
+        strict: refuse checkpoints whose pickles name functions that no known framework writes.
         names_base: an adapter without the name of its base is refused; PEFT itself writes it.
     """
 
@@ -65,7 +74,7 @@ class Request(AssetOptions, Writing):
     output: Path
     tag: str | None = None
     model: int | str | None = None
-    format: str | None = None
+    source_format: str | None = None
     also: Sequence[PathLike] = ()
     attribute: str | None = None
     key_map: Path | None = None
@@ -73,6 +82,7 @@ class Request(AssetOptions, Writing):
     check_all_masters: bool = False
     coefficients: Sequence[float] | None = None
     adapter: str | None = None
+    combination: Combination = "cat"
     adapter_dir: Path | None = None
     adapter_config: Path | None = None
     lora_alpha: float | None = None
@@ -85,6 +95,7 @@ class Request(AssetOptions, Writing):
     card: bool = True
     trust_remote_code: bool = False
     node_local: bool = False
+    strict: bool = False
     names_base: bool = True
 
     @property
@@ -94,6 +105,7 @@ class Request(AssetOptions, Writing):
             self.config,
             self.key_map,
             self.tokenizer,
+            self.chat_template,
             self.like,
             self.adapter_dir,
             self.adapter_config,
@@ -106,13 +118,14 @@ class AdapterOptions(TypedDict, total=False):
 
     tag: str | None
     model: int | str | None
-    format: str | None
+    source_format: str | None
     also: Sequence[PathLike]
     weights: Copy
     check_all_masters: bool
     dtype: DTypeChoice
     config: PathLike | None
     tokenizer: PathLike | None
+    chat_template: PathLike | None
     workers: int | None
     dry_run: bool
     overwrite: bool
@@ -124,6 +137,7 @@ class AdapterOptions(TypedDict, total=False):
     ranks: Ranks | None
     node_local: bool
     follow_links: bool
+    strict: bool
 
 
 class ModelOptions(AdapterOptions, total=False):
@@ -168,6 +182,8 @@ def requested(
     for name in _PATHS:
         if values.get(name) is not None:
             values[name] = as_path(values[name])
+    if "dtype" in values:
+        values["dtype"] = short_name(values["dtype"])
     values["workers"] = values.get("workers") or default_workers()
     return Request(command=command, output=Path(output), **values)
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckpt_tools.errors import UsageError
+from ckpt_tools.hub.companions import companion_files, left_behind
 from ckpt_tools.hub.config import (
     CONFIG_NAME,
     ConfigSource,
@@ -29,7 +30,13 @@ from ckpt_tools.hub.custom_code import code_files, hub_repositories
 from ckpt_tools.hub.files import AssetFile, json_bytes
 from ckpt_tools.hub.generation import Model, choose
 from ckpt_tools.hub.sources import AssetOptions, with_config_directory
-from ckpt_tools.hub.tokenizer import Tokenizer, find_tokenizer, processor_files
+from ckpt_tools.hub.tokenizer import (
+    Tokenizer,
+    find_tokenizer,
+    is_processor,
+    processor_files,
+    with_template,
+)
 from ckpt_tools.tensors.dtypes import DType
 
 __all__ = ["AssetFile", "AssetOptions", "Assets", "ConfigSource", "collect", "find_config"]
@@ -76,8 +83,11 @@ def collect(
     places = with_config_directory(options, home)
     rows = embedding_rows(tensors)
 
-    tokenizer = find_tokenizer(options.tokenizer, places)
-    beside = tokenizer.files if tokenizer is not None else processor_files(places)
+    tokenizer = with_template(find_tokenizer(options.tokenizer, places), options.chat_template)
+    beside = tokenizer.files if tokenizer is not None else ()
+    if not any(is_processor(file.name) for file in beside):
+        beside += processor_files(places)
+    beside += companion_files(places)
     _report_tokenizer(tokenizer, rows, notes, warnings)
 
     model = Model(finished.data, config.path, tokenizer, rows, places)
@@ -92,10 +102,12 @@ def collect(
 
     finished_config = AssetFile(CONFIG_NAME, content=json_bytes(finished.data))
     made = (generation.file,) if generation.file is not None else ()
+    files = _each_once((finished_config, *made, *beside, *code))
+    homes = [home, *([] if tokenizer is None else [tokenizer.directory])]
     return Assets(
-        files=_each_once((finished_config, *made, *beside, *code)),
+        files=files,
         config=finished.data,
-        notes=(*notes, *generation.notes),
+        notes=(*notes, *generation.notes, *left_behind(homes, files)),
         warnings=(*warnings, *generation.warnings),
     )
 
@@ -107,6 +119,10 @@ def _report_tokenizer(
         warnings.append("no tokenizer was found, so none was written; pass --tokenizer DIR")
         return
     notes.append(f"tokenizer copied from {tokenizer.directory}")
+    if tokenizer.template is not None:
+        notes.append(
+            f"chat template copied from {tokenizer.template}; the tokenizer's own is left out"
+        )
     count = tokenizer.id_count
     if rows is not None and count is not None and count > rows:
         warnings.append(

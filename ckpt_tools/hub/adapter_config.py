@@ -21,6 +21,7 @@ from typing import Any
 
 from ckpt_tools.errors import MissingAsset, UsageError
 from ckpt_tools.hub.files import AssetFile, read_object
+from ckpt_tools.hub.links import refuse_leaving
 
 NAME = "adapter_config.json"
 _DEFAULT = "default"
@@ -116,7 +117,12 @@ class AdapterConfig:
 
 
 def find_adapter_config(
-    named: Path | None, search: Sequence[Path], adapter: str, *, alone: bool
+    named: Path | None,
+    search: Sequence[Path],
+    adapter: str,
+    *,
+    alone: bool,
+    follow_links: bool = False,
 ) -> AdapterConfig | None:
     """The config of an adapter: the one given, else the nearest one; None if there is none.
 
@@ -128,9 +134,11 @@ def find_adapter_config(
         search: directories near the checkpoint, nearest first.
         adapter: the adapter's name.
         alone: whether it is the only adapter; any config that is found then belongs to it.
+        follow_links: whether a config may be a link that leads out of the directory.
 
     Raises:
         MissingAsset: ``named`` holds no config of the adapter.
+        UsageError: it is a link that leads out of its directory.
         DamagedCheckpoint: a file is not a JSON object.
     """
     if named is not None and named.is_file():
@@ -141,6 +149,8 @@ def find_adapter_config(
             places.append(directory / NAME)
         path = next((path for path in places if path.is_file()), None)
         if path is not None:
+            if not follow_links:
+                refuse_leaving(path, directory)
             return _read(path)
     if named is None:
         return None

@@ -7,11 +7,13 @@ the rest.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ckpt_tools.hub.files import AssetFile
+from ckpt_tools.text import markdown, markdown_code
 
 CARD_NAME = "README.md"
 
@@ -21,7 +23,7 @@ class CardFacts:
     """The facts that a card states.
 
     Attributes:
-        made_of: the sources, if there was more than one checkpoint.
+        made_of: the sources, if there was more than one checkpoint, as Markdown.
         step: optimizer step, if known.
         weights: the copy that was taken: ``master`` or ``model``.
         parameters: number of elements written.
@@ -59,9 +61,16 @@ def model_card(facts: CardFacts, config: Mapping[str, Any]) -> AssetFile:
     return AssetFile(CARD_NAME, content=str(card).encode())
 
 
+def class_names(config: Mapping[str, Any]) -> list[str]:
+    """The ``architectures`` of a config that are names of classes."""
+    named = config.get("architectures")
+    names = named if isinstance(named, list) else []
+    return [name for name in names if isinstance(name, str) and name.isidentifier()]
+
+
 def _is_hub_name(name: str) -> bool:
     """Whether it is ``owner/model``, and not a path on the machine of the training run."""
-    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII) is not None
 
 
 def _body(facts: CardFacts, config: Mapping[str, Any]) -> str:
@@ -76,10 +85,10 @@ def _body(facts: CardFacts, config: Mapping[str, Any]) -> str:
             ("Weights", "the copy that the model computed with, not the optimizer's masters")
         )
     if facts.attribute is not None:
-        rows.insert(0, ("Part of a composite model", f"`{facts.attribute}`"))
+        rows.insert(0, ("Part of a composite model", markdown_code(facts.attribute)))
     if facts.made_of is not None:
         rows.insert(0, ("Made of", facts.made_of))
-    model = ", ".join(config.get("architectures") or ()) or "Model"
+    model = ", ".join(class_names(config)) or "Model"
     # The output's name is left out: the same checkpoint gives the same files in any directory.
     lines = [f"# {model}", "", "| | |", "|---|---|"]
     lines += [f"| {label} | {value} |" for label, value in rows]
@@ -90,5 +99,5 @@ def _body(facts: CardFacts, config: Mapping[str, Any]) -> str:
     lines += [
         f"`{facts.manifest}` states their source, and for each tensor its derivation and digest."
     ]
-    lines += ["", *(f"- {note}" for note in facts.notes)] if facts.notes else []
+    lines += ["", *(f"- {markdown(note)}" for note in facts.notes)] if facts.notes else []
     return "\n".join(lines) + "\n"

@@ -1,18 +1,20 @@
 """Owns ``config.json``: the search for a model's config, and the values in it that the conversion decides.
 
-These values are dtype, vocabulary size, tying and, if it is absent, the class. All other values are kept as
-they were read. A number that neither the config nor the tensors hold is never filled in.
+These values are dtype, vocabulary size, tying and, if it is absent, the class. Settings that a run made for
+training alone are put right. All other values are kept as they were read. A number that neither the config
+nor the tensors hold is never filled in.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ckpt_tools.errors import MissingAsset
+from ckpt_tools.errors import DamagedCheckpoint, MissingAsset
 from ckpt_tools.hub import architectures, olmo_core
 from ckpt_tools.hub.files import read_object
 from ckpt_tools.hub.links import refuse_leaving
@@ -47,10 +49,25 @@ class ConfigSource:
     Attributes:
         path: the file.
         data: the content of the file.
+        is_named: whether ``--config`` names it.
+
+    Raises:
+        DamagedCheckpoint: its ``architectures`` are not a list of names.
     """
 
     path: Path
     data: Mapping[str, Any]
+    is_named: bool = False
+
+    def __post_init__(self) -> None:
+        names = self.data.get("architectures")
+        is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        if names is not None and not is_list:
+            raise DamagedCheckpoint(
+                "its `architectures` are not a list of names",
+                path=self.path,
+                hint="Restore the file as save_pretrained of the model wrote it.",
+            )
 
 
 @dataclass(frozen=True)
@@ -82,7 +99,7 @@ def find_config(options: AssetOptions) -> ConfigSource:
     if options.config is not None:
         if options.config.is_dir() and not options.follow_links:
             refuse_leaving(options.config / CONFIG_NAME, options.config)
-        return _named_config(options.config)
+        return replace(_named_config(options.config), is_named=True)
     places = []
     for directory in nearby(options):
         path = directory / CONFIG_NAME
@@ -143,7 +160,7 @@ def of_attribute(source: ConfigSource, path: str) -> ConfigSource:
             if isinstance(part, Mapping) and "model_type" in part:
                 data = part
                 break
-    return ConfigSource(source.path, data)
+    return replace(source, data=data)
 
 
 def finish(source: ConfigSource, tensors: Shapes, *, dtype: DType, untied: bool) -> FinishedConfig:
@@ -166,6 +183,7 @@ def finish(source: ConfigSource, tensors: Shapes, *, dtype: DType, untied: bool)
     _set_architectures(config, source.path, tensors, notes, warnings)
     _set_dtype(config, dtype, notes)
     _set_vocabulary(config, tensors, notes, warnings)
+    _clear_leftovers(config, source, notes, warnings)
     if "quantization_config" in config and not _is_quantised(tensors):
         warnings.append(
             "config.json has a quantization_config, but every tensor is plain floating point:"
@@ -275,6 +293,47 @@ def _set_vocabulary(
             place["vocab_size"] = rows
             text = f"vocab_size set to {rows}, the rows of the embedding (was {before})"
             (notes if before is None else warnings).append(text)
+
+
+def _clear_leftovers(
+    config: dict[str, Any], source: ConfigSource, notes: list[str], warnings: list[str]
+) -> None:
+    """Put right what a training run set for itself; in a config that was named, only name it."""
+    found = [
+        (place, key)
+        for place in (config, *(nested for _, nested in _sub_configs(config)))
+        for key, is_leftover in _LEFTOVERS.items()
+        if key in place and is_leftover(place[key])
+    ]
+    names = config.get("architectures") or ()
+    if any(architectures.never_generates(str(name)) for name in names):
+        found = [(place, key) for place, key in found if key != "use_cache"]
+    for place, key in found:
+        text = f"{key} {json.dumps(place[key])} is of the training run"
+        if source.is_named:
+            warnings.append(f"{text}; it was kept, because --config names this config")
+        elif key == "use_cache":
+            place[key] = True
+            notes.append(f"{text}; set to true")
+        else:
+            del place[key]
+            notes.append(f"{text}; left out of config.json")
+
+
+def _is_local(name: object) -> bool:
+    """Whether a name is a path: one of the Hub has at most one slash, between two words."""
+    if not isinstance(name, str) or not name:
+        return False
+    return name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name
+
+
+_LEFTOVERS: Mapping[str, Callable[[object], bool]] = {
+    "use_cache": lambda value: value is False,
+    "gradient_checkpointing": lambda value: value is True,
+    "gradient_checkpointing_kwargs": lambda value: value is not None,
+    "_name_or_path": _is_local,
+    "_attn_implementation_autoset": lambda value: True,
+}
 
 
 def _is_quantised(tensors: Shapes) -> bool:

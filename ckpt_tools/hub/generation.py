@@ -9,6 +9,7 @@ its chat template holds the word OLMo in any case (``Molmo`` is another model).
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 
 from ckpt_tools.errors import MissingAsset, UsageError
 from ckpt_tools.hub.architectures import never_generates
+from ckpt_tools.hub.chat_template import closing_tokens
 from ckpt_tools.hub.config import text_value
 from ckpt_tools.hub.files import AssetFile, json_bytes, read_object
 from ckpt_tools.hub.tokenizer import Role, Tokenizer
@@ -123,13 +125,12 @@ def _auto(model: Model) -> Generation:
         )
     olmo = is_olmo(model.config, model.tokenizer)
     if olmo and model.tokenizer is not None:
-        return _olmo(model)
-    files = (place / GENERATION_NAME for place in model.places)
-    own = next((path for path in files if path.is_file()), None)
+        return _with_template_ends(_olmo_as_found(model, model.tokenizer), model)
+    own = _own_file(model)
     if own is not None:
         found = _given(own, model)
         if not olmo:
-            return found
+            return _with_template_ends(found, model)
         unchecked = (
             f"no tokenizer was found, so the token ids in {own} were not checked against tokens"
         )
@@ -137,10 +138,74 @@ def _auto(model: Model) -> Generation:
     if olmo:
         absent = "no generation_config.json: OLMo's end tokens need a tokenizer (--tokenizer DIR)"
         return Generation(None, warnings=(absent,))
-    return _from_ids(model)
+    return _with_template_ends(_from_ids(model), model)
 
 
-def _olmo(model: Model) -> Generation:
+def _own_file(model: Model) -> Path | None:
+    files = (place / GENERATION_NAME for place in model.places)
+    return next((path for path in files if path.is_file()), None)
+
+
+def _olmo_as_found(model: Model, tokenizer: Tokenizer) -> Generation:
+    """OLMo's rule for a chat model whose tokenizer has both ends; else the source's own settings.
+
+    The tokenizer of OLMo 1 and OLMoE has no ``<|im_end|>``, and a base model ends at ``<|endoftext|>`` alone.
+    """
+    absent = [token for token in OLMO_END_TOKENS if tokenizer.id_of(token) is None]
+    template = tokenizer.chat_template
+    if template is not None and not absent:
+        return _olmo(model, required=False)
+    reason = f"the tokenizer has no {absent[0]}" if absent else "there is no chat template"
+    notes = [f"OLMo's rule of two end tokens was not applied, because {reason}"]
+    written = [token for token in absent if template is not None and token in template]
+    warnings = [
+        f"the chat template writes {token}, which is not a token of the tokenizer in"
+        f" {tokenizer.directory}: the model cannot stop there"
+        for token in written
+    ]
+    own = _own_file(model)
+    if own is not None:
+        try:
+            found = _given(own, model)
+        except UsageError as error:
+            warnings.append(f"{own} was not used: {error.fact}")
+        else:
+            return Generation(found.file, (*notes, *found.notes), (*warnings, *found.warnings))
+    # OLMo has no beginning of a text, whatever the tokenizer calls its bos token.
+    made = _from_ids(model, roles=("eos", "pad"))
+    return Generation(made.file, (*notes, *made.notes), (*warnings, *made.warnings))
+
+
+def _with_template_ends(chosen: Generation, model: Model) -> Generation:
+    """The settings with the tokens at which ``--chat-template`` closes a turn among the end tokens."""
+    tokenizer = model.tokenizer
+    if tokenizer is None or tokenizer.template is None or chosen.file is None:
+        return chosen
+    closing = closing_tokens(tokenizer)
+    warnings = list(chosen.warnings)
+    if not closing:
+        warnings.append(
+            f"no token closes an assistant's turn in {tokenizer.template}: the end tokens were not changed"
+        )
+        return Generation(chosen.file, chosen.notes, tuple(warnings))
+    data = json.loads(chosen.file.read())
+    stated = data.get("eos_token_id")
+    held = stated if isinstance(stated, list) else [] if stated is None else [stated]
+    for token, number in closing.items():
+        _check_row(
+            f"{token}, which the chat template writes,", number, model.rows, tokenizer.directory
+        )
+    new = {token: number for token, number in closing.items() if number not in held}
+    if not new:
+        return chosen
+    ends = [*new.values(), *held]
+    data["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    listed = ", ".join(f"{token} ({number})" for token, number in new.items())
+    note = f"eos_token_id also has {listed}, which closes a turn in {tokenizer.template}"
+    return Generation(_written(data), (*chosen.notes, note), tuple(warnings))
+
+
+def _olmo(model: Model, *, required: bool = True) -> Generation:
     if model.tokenizer is None:
         raise MissingAsset(
             "OLMo's generation config needs the ids of "
@@ -154,11 +219,15 @@ def _olmo(model: Model) -> Generation:
     warnings: list[str] = []
     pad = model.tokenizer.special("pad")
     if pad is not None:
-        number = _required_id(pad, model.tokenizer)
-        if _is_row(number, model.rows):
-            data["pad_token_id"] = number
+        padding = model.tokenizer.id_of(pad)
+        if padding is None and required:
+            raise _no_token(pad, model.tokenizer)
+        if padding is None:
+            warnings.append(_unknown_token("pad", pad))
+        elif _is_row(padding, model.rows):
+            data["pad_token_id"] = padding
         else:
-            warnings.append(_pad_left_out(f"id {number} of the padding token {pad}", model.rows))
+            warnings.append(_pad_left_out(f"id {padding} of the padding token {pad}", model.rows))
     note = (
         f"generation_config.json by OLMo's rule: greedy, ends at {' or '.join(OLMO_END_TOKENS)}"
         f" (ids {', '.join(map(str, ends))})"
@@ -169,20 +238,29 @@ def _olmo(model: Model) -> Generation:
 def _required_id(token: str, tokenizer: Tokenizer) -> int:
     number = tokenizer.id_of(token)
     if number is None:
-        raise MissingAsset(
-            f"the tokenizer has no token {token}, which OLMo's generation config needs",
-            path=tokenizer.directory,
-            hint=f"Pass --tokenizer DIR with a tokenizer that has it, or {_OTHER_MODES}",
-        )
+        raise _no_token(token, tokenizer)
     return number
 
 
-def _from_ids(model: Model) -> Generation:
+def _no_token(token: str, tokenizer: Tokenizer) -> MissingAsset:
+    return MissingAsset(
+        f"the tokenizer has no token {token}, which OLMo's generation config needs",
+        path=tokenizer.directory,
+        hint="Pass --generation-config auto, which takes the end tokens of this tokenizer, or"
+        " --tokenizer DIR with the tokenizer of the training run.",
+    )
+
+
+def _unknown_token(role: Role, token: str) -> str:
+    return f"the tokenizer's {role} token is {token}, which is not in its vocabulary"
+
+
+def _from_ids(model: Model, roles: tuple[Role, ...] = _ROLES) -> Generation:
     """A generation config with the tokenizer's special tokens, or with those of config.json."""
     data: dict[str, Any] = {}
     warnings: list[str] = []
     origins: list[str] = []
-    for role in _ROLES:
+    for role in roles:
         key = f"{role}_token_id"
         value: Any = _tokenizer_id(role, model.tokenizer, warnings)
         origin = "config.json" if value is None else "the tokenizer"
@@ -214,7 +292,7 @@ def _tokenizer_id(role: Role, tokenizer: Tokenizer | None, warnings: list[str]) 
         return None
     number = tokenizer.id_of(token)
     if number is None:
-        warnings.append(f"the tokenizer's {role} token is {token}, which is not in its vocabulary")
+        warnings.append(_unknown_token(role, token))
     return number
 
 

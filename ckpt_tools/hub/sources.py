@@ -23,6 +23,7 @@ class AssetOptions:
     Attributes:
         config: ``--config``, a config file or a directory with ``config.json``.
         tokenizer: ``--tokenizer``, a directory.
+        chat_template: ``--chat-template``, a file with the chat template of the output.
         like: ``--like``, a Hugging Face directory from which every asset is taken.
         generation_config: ``--generation-config``: ``auto``, ``olmo``, ``none``, or a path.
         search: directories near the checkpoint, nearest first.
@@ -31,6 +32,7 @@ class AssetOptions:
 
     config: Path | None = None
     tokenizer: Path | None = None
+    chat_template: Path | None = None
     like: Path | None = None
     generation_config: str = "auto"
     search: tuple[Path, ...] = ()

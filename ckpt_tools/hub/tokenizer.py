@@ -7,15 +7,16 @@ transformers; it is imported only for vocabularies in other forms.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from ckpt_tools.errors import DamagedCheckpoint, MissingAsset
+from ckpt_tools.errors import DamagedCheckpoint, MissingAsset, UsageError
 from ckpt_tools.hub.custom_code import code_files
-from ckpt_tools.hub.files import AssetFile, read_json, read_object
+from ckpt_tools.hub.files import AssetFile, json_bytes, read_json, read_object
 
 Role = Literal["eos", "bos", "pad"]
 
@@ -63,6 +64,9 @@ _PROCESSORS = (
     "video_preprocessor_config.json",
     "audio_tokenizer_config.json",
 )
+# Files with templates, and files of which one entry is a template.
+_TEMPLATE_FILE = re.compile(r"chat_template\.jinja|chat_template\.json|additional_chat_templates/")
+_WITH_TEMPLATE = ("tokenizer_config.json", "processor_config.json")
 _WITH_AUTO_MAP = ("tokenizer_config.json", *_PROCESSORS)
 
 
@@ -72,9 +76,11 @@ class Tokenizer:
 
     Attributes:
         directory: the directory of its files.
+        template: a file with a chat template that replaces those of the directory, or None.
     """
 
     directory: Path
+    template: Path | None = None
 
     @cached_property
     def files(self) -> tuple[AssetFile, ...]:
@@ -85,7 +91,17 @@ class Tokenizer:
             DamagedCheckpoint: a JSON file that must be read is damaged.
         """
         patterns = (*_VOCABULARIES, *_BESIDE_VOCABULARY, *_PROCESSORS)
-        return _copies(self.directory, patterns)
+        copies = _copies(self.directory, patterns)
+        if self.template is None:
+            return copies
+        kept = [file for file in copies if not _TEMPLATE_FILE.match(file.name)]
+        made = [AssetFile("chat_template.jinja", content=self.template.read_bytes())]
+        for file in [file for file in kept if file.name in _WITH_TEMPLATE]:
+            data = read_object(self.directory / file.name)
+            if data.pop("chat_template", None) is not None:
+                kept.remove(file)
+                made.append(AssetFile(file.name, content=json_bytes(data)))
+        return tuple(sorted((*kept, *made), key=lambda file: file.name))
 
     @cached_property
     def chat_template(self) -> str | None:
@@ -94,7 +110,7 @@ class Tokenizer:
         Raises:
             DamagedCheckpoint: a file that holds templates is damaged.
         """
-        jinja = self.directory / "chat_template.jinja"
+        jinja = self.template or self.directory / "chat_template.jinja"
         if jinja.is_file():
             return jinja.read_text(encoding="utf-8", errors="replace")
         template = self._settings.get("chat_template")
@@ -151,6 +167,18 @@ class Tokenizer:
             return None
         ids = (number for ids in self._vocabularies.values() for number in ids.values())
         return max(ids, default=-1) + 1
+
+    @cached_property
+    def added_tokens(self) -> Mapping[str, int]:
+        """Id of each token that was added to the vocabulary, such as ``<|im_end|>``.
+
+        Raises:
+            DamagedCheckpoint: a vocabulary file is damaged.
+        """
+        path = self.directory / "tokenizer.json"
+        listed = read_object(path).get("added_tokens") if path.is_file() else None
+        fast = {str(token["content"]): token["id"] for token in listed or ()}
+        return {**_added(self._settings.get("added_tokens_decoder")), **fast}
 
     @cached_property
     def _settings(self) -> dict[str, Any]:
@@ -216,6 +244,43 @@ def find_tokenizer(named: Path | None, places: tuple[Path, ...]) -> Tokenizer | 
             hint="Pass a directory with tokenizer.json, tokenizer_config.json or tokenizer.model.",
         )
     return Tokenizer(named)
+
+
+def with_template(tokenizer: Tokenizer | None, template: Path | None) -> Tokenizer | None:
+    """The tokenizer with the chat template of ``--chat-template``, if one was given.
+
+    Raises:
+        MissingAsset: the template is not a file, or there is no tokenizer that it belongs to.
+        UsageError: the file is not text.
+    """
+    if template is None:
+        return tokenizer
+    if not template.is_file():
+        raise MissingAsset(
+            "--chat-template is not a file",
+            path=template,
+            hint="Pass a file that holds one Jinja template, such as chat_template.jinja.",
+        )
+    if tokenizer is None:
+        raise MissingAsset(
+            "--chat-template needs a tokenizer, and none was found",
+            path=template,
+            hint="Pass --tokenizer DIR.",
+        )
+    try:
+        template.read_text(encoding="utf-8")
+    except ValueError as error:
+        raise UsageError(
+            f"the chat template is not UTF-8 text ({error})",
+            path=template,
+            hint="Pass a file that holds one Jinja template, such as chat_template.jinja.",
+        ) from error
+    return replace(tokenizer, template=template)
+
+
+def is_processor(name: str) -> bool:
+    """Whether a file is of a processor: of images, video or sound."""
+    return name in _PROCESSORS
 
 
 def processor_files(places: tuple[Path, ...]) -> tuple[AssetFile, ...]:

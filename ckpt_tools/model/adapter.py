@@ -7,11 +7,11 @@ wrote is read into the form of a training checkpoint: a state whose names contai
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from ckpt_tools.errors import DamagedCheckpoint, MissingAsset, UsageError, listed
+from ckpt_tools.errors import DamagedCheckpoint, MissingAsset, UnsupportedLayout, UsageError, listed
 from ckpt_tools.hub.adapter_config import (
     NAME,
     AdapterConfig,
@@ -22,17 +22,23 @@ from ckpt_tools.hub.adapter_config import (
 )
 from ckpt_tools.model.state import State
 from ckpt_tools.readers.containers.weight_files import ADAPTER_FILES, entry_in, read_weight_files
-from ckpt_tools.tensors.catalogue import Catalogue, Shape, Tensor
+from ckpt_tools.tensors.catalogue import Catalogue, Shape
 from ckpt_tools.tensors.dtypes import DType
 from ckpt_tools.transforms.lora import (
     AdaptedNames,
     Part,
     adapted_names,
     plain_name,
+    read_by_peft,
     with_adapter_name,
 )
 from ckpt_tools.transforms.lora_targets import Factors, Target, factors, find_targets
 from ckpt_tools.transforms.quantised import storage_names
+
+_NOT_GATHERED = (
+    "A run under ZeRO-3 or FSDP saved it without gathering it from the ranks. Use the training checkpoint "
+    "itself, which holds the adapter whole."
+)
 
 
 @dataclass(frozen=True)
@@ -76,8 +82,7 @@ class Adapter:
         if empty:
             raise DamagedCheckpoint(
                 f"{len(empty)} tensors of adapter {self.name!r} are empty: {listed(empty)}",
-                hint="They were saved without being gathered from their ranks. Use the ZeRO checkpoint "
-                "itself, which holds them whole.",
+                hint=_NOT_GATHERED,
             )
 
     def configured(
@@ -86,6 +91,8 @@ class Adapter:
         search: Sequence[Path],
         architecture: str | None,
         base_model: str | None,
+        *,
+        follow_links: bool = False,
     ) -> AdapterConfig:
         """Its config: the one found, checked against the tensors, or one inferred from them.
 
@@ -94,13 +101,16 @@ class Adapter:
             search: where to look otherwise.
             architecture: class of the base model, if known.
             base_model: name of the base model, if known.
+            follow_links: whether the one found may be a link that leads out of its directory.
 
         Raises:
             MissingAsset: there is none, and the tensors do not determine one.
-            UsageError: the one found is of another adapter.
+            UsageError: the one found is of another adapter, or is such a link.
         """
         alone = len(self.names.adapters) == 1
-        found = find_adapter_config(named, search, self.name, alone=alone)
+        found = find_adapter_config(
+            named, search, self.name, alone=alone, follow_links=follow_links
+        )
         if found is not None:
             if found.is_lora and self.pairs:
                 check(found, self._ranks(found))
@@ -115,11 +125,18 @@ class Adapter:
         return infer(self._evidence(), architecture, base_model)
 
     def _ranks(self, config: AdapterConfig) -> dict[str, int]:
-        """``r`` by key. Without the base, shapes do not tell the rank of stacked experts."""
+        """``r`` by key. Without the base, shapes do not tell the rank of stacked experts.
+
+        Factors of a kind of layer that is not known here have none.
+        """
         parameters = config.data.get("target_parameters")
+        try:
+            targets = self.targets
+        except UnsupportedLayout:
+            return {}
         return {
             target.key: target.rank
-            for target in self.targets.values()
+            for target in targets.values()
             if target.weight is not None or not parameters
         }
 
@@ -181,31 +198,55 @@ def trained_dtype(state: State, name: str) -> DType:
     return state.dtypes[state.catalogue.ties.get(name, name)]
 
 
-def read_adapter_directory(directory: Path, adapter: str) -> tuple[State, AdapterConfig]:
+def as_live(saved: State, adapter: str) -> tuple[State, dict[str, str]]:
+    """The state of an adapter's file under the names of a model in training.
+
+    Returns:
+        The state, and for each saved name that PEFT reads the name in it.
+    """
+    names = {name: with_adapter_name(name, adapter) for name in read_by_peft(saved.catalogue)}
+    live = replace(
+        saved,
+        catalogue=Catalogue({new: saved.catalogue[old] for old, new in names.items()}),
+        dtypes={new: saved.dtypes[old] for old, new in names.items()},
+        kinds={new: saved.kinds[old] for old, new in names.items()},
+    )
+    return live, names
+
+
+def read_adapter_directory(
+    directory: Path, adapter: str, *, follow_links: bool = False
+) -> tuple[State, AdapterConfig]:
     """The state and config of a directory that PEFT wrote.
 
     Args:
         directory: the directory.
         adapter: the name to give the adapter.
+        follow_links: whether its config may be a link that leads out of the directory.
 
     Raises:
         MissingAsset: weights or config are not there.
+        UsageError: its config is such a link, or it holds no adapter.
         DamagedCheckpoint: a file is truncated.
     """
     entry = entry_in(directory, ADAPTER_FILES)
-    config = find_adapter_config(None, [directory], adapter, alone=True)
+    config = find_adapter_config(None, [directory], adapter, alone=True, follow_links=follow_links)
     if entry is None or config is None:
         raise MissingAsset(
             f"it holds no {ADAPTER_FILES[0]}" if entry is None else f"it holds no {NAME}",
             path=directory,
             hint="Pass --adapter-dir a directory that PEFT's save_pretrained wrote.",
         )
-    held = read_weight_files(entry)
-    tensors: dict[str, Tensor] = {
-        with_adapter_name(name, adapter): tensor for name, tensor in held.tensors.items()
-    }
-    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
-    state = State(Catalogue(tensors), dtypes, dict.fromkeys(tensors, "parameter"))
+    held = Catalogue(dict(read_weight_files(entry).tensors))
+    dtypes = {name: tensor.dtype for name, tensor in held.items()}
+    state, _ = as_live(State(held, dtypes, dict.fromkeys(held, "parameter")), adapter)
+    empty = [name for name, tensor in held.items() if not tensor.numel]
+    if empty:
+        raise DamagedCheckpoint(
+            f"{len(empty)} tensors of the adapter are empty: {listed(empty)}",
+            path=entry,
+            hint=_NOT_GATHERED,
+        )
     if adapter not in state_names(state).adapters:
-        raise UsageError("it holds no tensor of an adapter", path=entry)
+        raise UsageError("it holds no tensor of an adapter", path=entry, hint=_NOT_GATHERED)
     return state, config

@@ -101,12 +101,15 @@ def fit_to_model(
     tensors = dict(settled.catalogue.items())
     lacking = [name for name in reference.saved if name not in tensors]
     _refuse_other_head(lacking, tensors, reference, config)
+    surplus = [name for name in tensors if name not in reference.saved]
+    if lacking:
+        # Before --like fills in what is lacking: it could fill in the whole of another model.
+        _refuse_another_model(lacking, surplus, tensors, reference, config)
     taken = {name: extra[name] for name in lacking if name in extra} if extra is not None else {}
     tensors |= taken
     missing = [name for name in lacking if name not in tensors]
-    surplus = [name for name in tensors if name not in reference.saved]
     if missing:
-        raise _incomplete(missing, surplus, tensors, reference, config)
+        raise _incomplete(missing, reference, config)
     ordered = {name: tensors[name] for name in (*reference.saved, *surplus)}
     warnings = [
         *(_UNTIED.format(name) for name in settled.untied),
@@ -214,31 +217,39 @@ def _refuse_other_head(
     )
 
 
-def _incomplete(
-    missing: Sequence[str],
+def _refuse_another_model(
+    lacking: Sequence[str],
     surplus: Sequence[str],
     tensors: Mapping[str, Tensor],
     reference: ReferenceModel,
     config: ConfigSource,
-) -> UsageError | DamagedCheckpoint:
-    """The error for missing tensors: the config of another model, or tensors that were left out."""
+) -> None:
+    """Refuse a state with adapters, and the config of another model."""
     if is_adapted(surplus):
-        return UsageError(
+        raise UsageError(
             f"the checkpoint is of a LoRA model ({listed([n for n in surplus if '.lora_' in n])})",
             path=config.path,
             hint="extract-lora writes the adapter, merge-lora the model with the adapter merged; "
             "--weights-only writes the tensors under the names that they have.",
         )
-    if len(missing) == len(reference.saved) or len(surplus) > len(tensors) // 2:
+    if len(lacking) == len(reference.saved) or len(surplus) > len(tensors) // 2:
         tops = sorted({name.split(".")[0] for name in tensors})
-        return UsageError(
+        numbered = (
+            "numbered by the layers of a pipeline, such as" if tops[0].isdigit() else "called"
+        )
+        raise UsageError(
             f"the config describes {reference.architecture}, whose tensors are called "
-            f"{listed(missing[:2])}; those of the checkpoint are called {listed(surplus[:2])}",
+            f"{listed(lacking[:2])}; those of the checkpoint are {numbered} {listed(surplus[:2])}",
             path=config.path,
             hint=f"Top-level attributes of the checkpoint: {', '.join(tops)}. Pass the config of the "
             "model that was trained, write one attribute with extract-attr, name the tensors with "
             "--key-map FILE, or pass --weights-only to write them under these names.",
         )
+
+
+def _incomplete(
+    missing: Sequence[str], reference: ReferenceModel, config: ConfigSource
+) -> DamagedCheckpoint:
     return DamagedCheckpoint(
         f"{len(missing)} tensors of {reference.architecture} are not in the checkpoint: "
         f"{listed(missing, 50)}",

@@ -1,7 +1,7 @@
 """The state of a merged model: the updates of an adapter added to the base, name by name.
 
-Owns the pairing of tensors of the base with those of the adapter. Every pair is used and every target
-changes, or the merge is refused. The arithmetic is in :mod:`ckpt_tools.transforms.merge`. Data is read
+Owns the pairing of tensors of the base with those of the adapter. Every pair is used, and some
+target changes, or the merge is refused. The arithmetic is in :mod:`ckpt_tools.transforms.merge`. Data is read
 only to see whether a factor is all zeros.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ckpt_tools.errors import DamagedCheckpoint, MissingAsset, UnsupportedLayout, UsageError, listed
+from ckpt_tools.errors import MissingAsset, UnsupportedLayout, UsageError, listed
 from ckpt_tools.hub.adapter_config import AdapterConfig
 from ckpt_tools.model.adapter import Adapter, state_names, trained_dtype
 from ckpt_tools.model.settings import refuse_another_base, refuse_unknown_settings
@@ -23,7 +23,7 @@ from ckpt_tools.tensors.gather import load
 from ckpt_tools.transforms.dequantise import Dequantised
 from ckpt_tools.transforms.lora import choose_adapter, plain_name
 from ckpt_tools.transforms.lora_targets import Factors, Target
-from ckpt_tools.transforms.merge import Merged, MergedBias, merged_experts, with_rows
+from ckpt_tools.transforms.merge import Merged, MergedBias, merged_experts, merged_kernel, with_rows
 
 _TOKENS = "trainable_tokens_delta"
 
@@ -66,8 +66,9 @@ def merged_state(
         dtype: the dtype of the output.
 
     Raises:
-        DamagedCheckpoint: a pair is incomplete, or the base lacks its target.
-        UsageError: a target would stay as it is, or the adapter is not LoRA.
+        DamagedCheckpoint: a pair is incomplete.
+        UsageError: the base lacks a target, or a target would stay as it is.
+        UnsupportedLayout: the adapter is not LoRA.
     """
     state, *others = states
     base, ties = _base(state, others, from_directory=adapter_state is not None)
@@ -77,6 +78,10 @@ def merged_state(
     shapes |= {a: shapes[k] for a, k in ties.items() if k in shapes}
     chosen = Adapter(choose_adapter(names, adapter), source, names, shapes)
     chosen.refuse_empty()
+    # A resized embedding is saved with the adapter, and its factors have the new size.
+    own = _replacing(chosen, from_directory=adapter_state is not None)
+    shapes |= {plain: source.catalogue[name].shape for name, plain in own.items()}
+    chosen = replace(chosen, base=shapes)
     config = configure(chosen)
     _refuse_other_tuners(chosen, config)
     as_trained = dtype not in ("fp32", "keep")
@@ -91,7 +96,10 @@ def merged_state(
         exact = isinstance(held.tensor, Dequantised) or not as_trained
         return held if exact else replace(held, tensor=cast(held.tensor, held.dtype))
 
-    changed = _replaced(chosen, taken, from_directory=adapter_state is not None)
+    changed = {
+        plain: _Held(taken(name), trained_dtype(source, name), "parameter")
+        for name, plain in own.items()
+    }
     weights = [target.weight for target in chosen.targets.values() if target.weight is not None]
     refuse_another_base(
         config, [name for name in weights if not base[ties.get(name, name)].is_of_run]
@@ -99,7 +107,7 @@ def merged_state(
     for pair in chosen.pairs.values():
         target = chosen.targets[pair.module]
         if target.weight is None:
-            raise _no_target(target, bool(others))
+            raise _no_target(target, base)
         held = changed.get(target.weight) or original(target.weight)
         _refuse_codes(target.weight, held.tensor)
         merged = _merge(held.tensor, pair, target, config, taken)
@@ -118,12 +126,12 @@ def merged_state(
     for name, indices, rows in _token_rows(chosen, config):
         held = changed.get(name) or original(name)
         changed[name] = replace(held, tensor=with_rows(held.tensor, taken(rows), indices))
-    _refuse_unchanged(chosen, taken)
+    unchanged = _unchanged(chosen, taken)
     merged_state = _assembled(base, ties, changed)
     return replace(
         merged_state,
         notes=(*state.notes, *config.notes, *_notes(chosen)),
-        warnings=state.warnings,
+        warnings=(*state.warnings, *unchanged),
     )
 
 
@@ -159,10 +167,8 @@ def _base(
     return base, ties
 
 
-def _replaced(
-    adapter: Adapter, taken: Callable[[str], Tensor], *, from_directory: bool
-) -> dict[str, _Held]:
-    """Tensors that replace those of the base.
+def _replacing(adapter: Adapter, *, from_directory: bool) -> dict[str, str]:
+    """For each tensor that replaces one of the base, the plain name of that.
 
     These are modules that were saved whole and, in a PEFT directory, every tensor outside the adapter.
     """
@@ -172,10 +178,7 @@ def _replaced(
         for part in adapter.parts
         if part.replaces
     }
-    return {
-        plain: _Held(taken(name), trained_dtype(adapter.state, name), "parameter")
-        for name, plain in names.items()
-    }
+    return names
 
 
 def _merge(
@@ -195,9 +198,11 @@ def _merge(
             hint="Pass --adapter-config FILE|DIR with PEFT's fan_in_fan_out.",
         )
     a, b, scale = taken(pair.a), taken(pair.b), config.scale(target.key)
-    if len(base.shape) == 3:
+    if len(base.shape) == 3 and len(a.shape) == 2:
         return merged_experts(base, a, b, scale, transposed=transposed)
     magnitude = None if pair.magnitude is None else taken(pair.magnitude)
+    if len(a.shape) > 2:
+        return merged_kernel(base, a, b, scale, magnitude)
     return Merged(base, a, b, scale, transposed, magnitude)
 
 
@@ -246,30 +251,53 @@ def _refuse_codes(name: str, tensor: Tensor) -> None:
         )
 
 
-def _refuse_unchanged(adapter: Adapter, taken: Callable[[str], Tensor]) -> None:
-    """Refuse a merge that would not change a target: ``B A`` is zero if a factor is."""
+def _unchanged(adapter: Adapter, taken: Callable[[str], Tensor]) -> list[str]:
+    """A warning about targets that do not change, because a factor is zero, and so is ``B A``.
+
+    A layer that no step reached keeps the zeros that it started with: a vision tower in text-only training,
+    an expert that no token chose.
+
+    Raises:
+        UsageError: no target changes.
+    """
     unchanged = [
         adapter.targets[pair.module].key
         for pair in adapter.pairs.values()
         if pair.magnitude is None
         and not all(bool(load(taken(name)).any()) for name in (pair.b, pair.a))
     ]
-    if unchanged:
+    if unchanged and len(unchanged) == len(adapter.pairs):
         raise UsageError(
-            f"merging would not change {len(unchanged)} of {len(adapter.pairs)} targets, because "
-            f"a factor is all zeros: {listed(unchanged)}",
-            hint="The adapter was saved before it was trained, or not trained there. Is it the right "
-            "checkpoint (--tag)?",
+            f"merging would not change any of {len(adapter.pairs)} targets, because "
+            f"a factor of each is all zeros: {listed(unchanged)}",
+            hint="The adapter was saved before it was trained. Is it the right checkpoint (--tag)?",
         )
+    if not unchanged:
+        return []
+    count = f"{len(unchanged)} of {len(adapter.pairs)}"
+    return [f"{count} targets do not change, because a factor is all zeros: {listed(unchanged)}"]
 
 
-def _no_target(target: Target, has_other: bool) -> DamagedCheckpoint:
-    hint = (
-        "--base is another model, or it stores experts one by one and the adapter has them fused."
-        if has_other
-        else "The base was left out of the checkpoint. --base DIR takes it from a Hugging Face directory."
+def _no_target(target: Target, base: Mapping[str, _Held]) -> UsageError:
+    fact = f"the base has no weight of {target.key}"
+    weights = [name for name, held in base.items() if len(held.tensor.shape) > 1]
+    if not weights:
+        return MissingAsset(
+            f"{fact}: the checkpoint holds no weight of the base",
+            hint="The base was left out of it. --base DIR takes the base from a Hugging Face directory.",
+        )
+    inside = [name for name in weights if name.startswith(f"{target.key}.")]
+    if inside:
+        return UsageError(
+            f"{fact}: the adapter was trained on one tensor, and the base has parts of it: {listed(inside)}",
+            hint="Pass --config with the config of the base, which says how the parts are joined. If it was "
+            "found, let PEFT merge it: PeftModel.from_pretrained, merge_and_unload.",
+        )
+    return UsageError(
+        f"{fact}; its weights are called {listed(weights)}",
+        hint="The base is another model, or a part of it was left out. Pass --base DIR with the directory "
+        "that the adapter was trained on.",
     )
-    return DamagedCheckpoint(f"the base has no weight of {target.key}", hint=hint)
 
 
 def _assembled(

@@ -53,13 +53,22 @@ def plain_state(state: State, quantizer: Mapping[str, Any], instead: Collection[
     catalogue = state.catalogue
     packed = find_packed(catalogue)
     storage = quantised_names(state)
-    if not storage:
+    if not storage and not (quantizer and instead):
         return state
     dtype = _model_dtype(state, storage)
     tensors = {name: tensor for name, tensor in catalogue.items() if name not in storage}
     dtypes = {name: state.dtypes[name] for name in tensors}
     kinds = {name: state.kinds[name] for name in tensors}
-    plain = adapted_names([*packed, *tensors]).plain
+    plain = adapted_names([*packed, *catalogue]).plain
+    own = {plain.get(name) for name in tensors}
+    beside = {
+        name
+        for name in catalogue
+        if (module := _module_elsewhere(plain.get(name, name), instead)) is not None
+        and f"{module}.weight" not in own
+    }
+    for name in beside & tensors.keys():
+        del tensors[name], dtypes[name], kinds[name]
     taken = [name for name in packed if plain.get(name, name) in instead]
     made = [name for name in packed if name not in taken]
     for name in made:
@@ -68,7 +77,7 @@ def plain_state(state: State, quantizer: Mapping[str, Any], instead: Collection[
         dtypes[name] = held if held.itemsize == 2 else dtype
         kinds[name] = state.kinds.get(packed[name].parts.get("codes", name), "frozen")
     known = {part for each in packed.values() for part in each.parts.values()}
-    odd = sorted(storage - known) if not taken else []
+    odd = sorted(storage - known - beside)
     if odd:
         raise UnsupportedLayout(
             f"{len(odd)} tensors are of a quantiser that is not known: {listed(odd)}",
@@ -76,9 +85,17 @@ def plain_state(state: State, quantizer: Mapping[str, Any], instead: Collection[
         )
     ties = {a: kept for a, kept in catalogue.ties.items() if kept in tensors and a not in tensors}
     methods = listed(sorted({packed[name].method for name in made}))
+    modules = {_module_elsewhere(plain.get(name, name), instead) for name in beside}
+    replaced = {plain.get(name, name) for name in taken} | {
+        f"{module}.weight" for module in modules
+    }
     notes = [
         *([f"dequantised {len(made)} weights ({methods})"] if made else []),
-        *([f"{len(taken)} quantised weights were replaced by those of --base"] if taken else []),
+        *(
+            [f"{len(replaced)} quantised weights were replaced by those of --base"]
+            if replaced
+            else []
+        ),
     ]
     return replace(
         state,
@@ -87,6 +104,18 @@ def plain_state(state: State, quantizer: Mapping[str, Any], instead: Collection[
         kinds=kinds,
         notes=(*state.notes, *notes),
     )
+
+
+def _module_elsewhere(name: str, instead: Collection[str]) -> str | None:
+    """The module below which a tensor is, if another model has its weight and not the tensor."""
+    if name in instead:
+        return None
+    parent = name.rpartition(".")[0]
+    while parent:
+        if f"{parent}.weight" in instead:
+            return parent
+        parent = parent.rpartition(".")[0]
+    return None
 
 
 def _model_dtype(state: State, storage: Collection[str]) -> DType:

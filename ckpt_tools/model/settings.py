@@ -34,7 +34,9 @@ _WITHOUT_EFFECT = frozenset(
 _TYPES = ("LORA", "TRAINABLE_TOKENS")
 # Values of init_lora_weights that leave the base as it is, and those that change it.
 _KEEPS_BASE = frozenset({"gaussian", "eva", "orthogonal", "mica"})
+# The SVD of pissa_niter is random, so PEFT cannot repeat it. The base of LoftQ differs by more than s B A.
 _PEFT_REBUILDS = re.compile(r"pissa|olora")
+_PEFT_CONVERTS = re.compile(r"pissa_niter_\d+|corda|lora_ga")
 _CHANGES_BASE = re.compile(r"pissa(_niter_\d+)?|olora|corda|loftq|lora_ga")
 
 _EXTRACT = (
@@ -65,7 +67,7 @@ def refuse_unknown_settings(config: AdapterConfig) -> None:
             hint=_EXTRACT,
         )
     start = config.data.get("init_lora_weights")
-    if not _starts_on_the_base(start) and not _changes_the_base(start):
+    if not _starts_on_the_base(start) and not changes_the_base(start):
         raise UnsupportedLayout(
             f"init_lora_weights {start!r} is not known: it may have changed the base",
             path=config.path,
@@ -84,16 +86,19 @@ def refuse_another_base(config: AdapterConfig, elsewhere: Iterable[str]) -> None
         UnsupportedLayout: ``init_lora_weights`` changed the base before training.
     """
     start, names = config.data.get("init_lora_weights"), list(elsewhere)
-    if not names or not _changes_the_base(start):
+    if not names or not changes_the_base(start):
         return
-    other = (
-        "Let PEFT merge it, which rebuilds that base: PeftModel.from_pretrained, merge_and_unload. "
-        if _PEFT_REBUILDS.fullmatch(str(start).lower())
-        else "PEFT's save_pretrained(path_initial_model_for_weight_conversion=DIR) converts the adapter to "
-        "plain LoRA while the model is live. "
-    )
+    value = str(start).lower()
+    other = ""
+    if _PEFT_REBUILDS.fullmatch(value):
+        other = "Let PEFT merge it, which rebuilds that base: PeftModel.from_pretrained, merge_and_unload. "
+    elif _PEFT_CONVERTS.fullmatch(value):
+        other = (
+            "While the model is live, PEFT's save_pretrained(path_initial_model_for_weight_conversion=DIR) "
+            "converts the adapter to plain LoRA, if DIR holds the adapter as it was before training. "
+        )
     raise UnsupportedLayout(
-        f"init_lora_weights {start!r} subtracted the first update from the base before training, and "
+        f"init_lora_weights {start!r} changed the base before training, and "
         f"{len(names)} weights here are of the base before that: {listed(names)}",
         path=config.path,
         hint="Merge the whole checkpoint of the run, which holds the changed base, without --base. "
@@ -110,5 +115,6 @@ def _starts_on_the_base(start: object) -> bool:
     return start is None or isinstance(start, bool) or str(start).lower() in _KEEPS_BASE
 
 
-def _changes_the_base(start: object) -> bool:
+def changes_the_base(start: object) -> bool:
+    """Whether a value of ``init_lora_weights`` changed the base before training."""
     return isinstance(start, str) and _CHANGES_BASE.fullmatch(start.lower()) is not None

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ckpt_tools.errors import UsageError
+from ckpt_tools.errors import UnsupportedLayout, UsageError
 from ckpt_tools.tensors.catalogue import Catalogue, Tensor
 from ckpt_tools.tensors.checkpoint import Checkpoint, Copy, Kind
 from ckpt_tools.tensors.derived import cast
@@ -33,6 +33,7 @@ class State:
         kinds: for each name, whether it was trained, frozen or a buffer, as far as the format tells.
         notes: what was done to it.
         warnings: what to look at.
+        shapeless: names of tensors whose shape is not recorded.
     """
 
     catalogue: Catalogue
@@ -40,6 +41,7 @@ class State:
     kinds: Mapping[str, Kind]
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    shapeless: frozenset[str] = frozenset()
 
 
 def model_state(
@@ -47,6 +49,8 @@ def model_state(
     copy: Copy,
     attribute: str | None = None,
     names: KeyMap | None = None,
+    *,
+    flat: bool = False,
 ) -> State:
     """The state of the whole model, or of one attribute of a composite one.
 
@@ -55,12 +59,22 @@ def model_state(
         copy: which copy of each tensor.
         attribute: dotted path of the part of a composite model.
         names: what its tensors are called in the model.
+        flat: accept tensors whose shape is not recorded.
 
     Raises:
+        UnsupportedLayout: shapes are not recorded, and ``flat`` is false.
         UsageError: the checkpoint does not keep this copy, or the key map does not fit its names.
         AttributeNotFound: it has no such attribute.
     """
+    if checkpoint.shapeless and not flat:
+        raise UnsupportedLayout(
+            f"the files do not record the shapes of {len(checkpoint.shapeless)} parameters",
+            path=checkpoint.location.directory,
+            hint="consolidate with --config takes the shapes from the config. Pass its output here.",
+        )
     stored = checkpoint.catalogue(copy)
+    if names is not None:
+        stored = names.reordered(stored)
     whole = stored if names is None else names.apply(stored)
     removed: dict[str, int] = {}
 
@@ -77,6 +91,7 @@ def model_state(
         catalogue = unwrapped(take_attribute(whole if as_spelt else unwrapped(whole), attribute))
     weights = {id(stored[name]): weight for name, weight in checkpoint.weights.items()}
     held = {name: weights[id(tensor)] for name, tensor in catalogue.items()}
+    shapeless = {id(checkpoint.weights[name]) for name in checkpoint.shapeless}
     notes = [f"stripped {where} from {count} names" for where, count in removed.items()]
     if names is not None:
         notes.insert(0, f"the key map gave {len(whole)} tensors their names")
@@ -85,6 +100,7 @@ def model_state(
         {name: weight.dtype for name, weight in held.items()},
         {name: weight.kind for name, weight in held.items()},
         tuple(notes),
+        shapeless=frozenset(name for name, weight in held.items() if id(weight) in shapeless),
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pkgutil
 import re
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,14 +22,21 @@ from ckpt_tools.errors import (
     AmbiguousCheckpoint,
     CkptError,
     DamagedCheckpoint,
+    NoModel,
     NotACheckpoint,
     UsageError,
     listed,
 )
 from ckpt_tools.readers.containers.weight_files import ADAPTER_FILES
+from ckpt_tools.readers.net import unexpected_is_damage
+from ckpt_tools.readers.tree import look_below
+from ckpt_tools.readers.unread import unread
 from ckpt_tools.storage.folders import local_paths, searched
+from ckpt_tools.storage.replaced import how_to_restore
 from ckpt_tools.tensors.checkpoint import FINISHED, LAST, Checkpoint, Location
 
+# Of so many checkpoints below a directory the metadata are read, for the list.
+_MOST_READ = 20
 _MODEL_NUMBER = re.compile(r"model(?:_fsdp)?(?:_(\d+))?$")
 
 
@@ -65,6 +73,7 @@ def locate(
     Raises:
         NotACheckpoint: there is no checkpoint under the path.
         AmbiguousCheckpoint: there is more than one; the error lists them.
+        UnsupportedLayout: it is of a format that is known and not read.
         UsageError: ``tag``, ``model`` or ``format`` does not exist.
         DamagedCheckpoint: the target of a pointer such as ``latest`` does not exist.
     """
@@ -76,19 +85,10 @@ def locate(
 
 def _locate(path: Path, tag: str | None, model: int | str | None, format: str | None) -> Location:
     if not path.exists():
-        raise NotACheckpoint("no such file or directory", path=path)
+        raise NotACheckpoint("no such file or directory", path=path, hint=how_to_restore(path))
     found = _find(path, tag, format)
     if path.is_dir() and all(location.format in LAST for location in found):
-        children = sorted(child for child in path.iterdir() if child.is_dir())
-        below = [location for child in children for location in _find(child, tag, format)]
-        below = [location for location in below if location.format not in LAST]
-        if len(below) > 1:
-            raise _ambiguous(
-                path,
-                [str(location.directory) for location in below],
-                "Pass the path of one of them",
-            )
-        found = below or found
+        found = _below(path, tag, format) or found
     if not found and tag is not None and (others := _find(path, None, format)):
         raise UsageError(
             f"there is no checkpoint with the tag {tag!r}",
@@ -103,6 +103,8 @@ def _locate(path: Path, tag: str | None, model: int | str | None, format: str | 
             f"ckpt-tools merge-lora BASE OUT --adapter-dir {adapters[-1]}. "
             "PEFT loads it without a conversion.",
         )
+    if not found and (refusal := unread(path)) is not None:
+        raise refusal
     if not found:
         raise NotACheckpoint(
             "no checkpoint of a known format was found",
@@ -117,6 +119,60 @@ def _locate(path: Path, tag: str | None, model: int | str | None, format: str | 
         option = "--model" if any(one.format in LAST for one in found) else "--tag"
         raise _ambiguous(path, names, f"Pass {option} with one of them")
     return found[0]
+
+
+def _below(path: Path, tag: str | None, format: str | None) -> list[Location]:
+    """The one checkpoint in the tree below ``path``, or none.
+
+    Raises:
+        AmbiguousCheckpoint: there are several; the error lists them with format and step.
+        CkptError: what looks like the only one cannot be found out.
+    """
+
+    def find(directory: Path) -> list[Location]:
+        return [one for one in _find(directory, tag, format) if one.format not in LAST]
+
+    found = look_below(path, find)
+    listing: list[str] = []
+    kept: list[Location] = []
+    for number, location in enumerate(found.locations):
+        try:
+            about = _about(location) if number < _MOST_READ and len(found.locations) > 1 else ""
+        except NoModel:
+            continue
+        kept.append(location)
+        listing.append(f"{location.directory}{about}")
+    if not kept and found.errors:
+        raise found.errors[0]
+    named = [*dict.fromkeys(str(location.directory) for location in kept)]
+    if len(named) < 2:
+        # Several models of one checkpoint are told apart by their names.
+        notes = tuple(f"beside it, and not read: {error}" for error in found.errors)
+        return [replace(one, remarks=(*one.remarks, *notes)) for one in kept]
+    rest = "" if found.is_whole else " Directories further below were not looked at."
+    raise AmbiguousCheckpoint(
+        f"there are {len(named)} checkpoints here",
+        choices=named,
+        path=path,
+        hint=f"Found: {listed([*dict.fromkeys(listing)], 20)}. Pass the path of one of them, for example: "
+        f"ckpt-tools inspect {shlex.quote(named[-1])}.{rest}",
+    )
+
+
+def _about(location: Location) -> str:
+    """Format and step of a checkpoint, for a list.
+
+    Raises:
+        NoModel: it holds no model.
+    """
+    try:
+        checkpoint = read(location)
+    except NoModel:
+        raise
+    except CkptError:
+        return f" ({location.format}, cannot be read)"
+    step = "" if checkpoint.step is None else f", step {checkpoint.step}"
+    return f" ({checkpoint.title}{step})"
 
 
 def _adapters(path: Path) -> list[Path]:
@@ -152,11 +208,11 @@ def _find(path: Path, tag: str | None, format: str | None) -> list[Location]:
 
     Two readers may find one location: the reader of its format, and that of a directory of several formats.
     """
-    found = {
-        (location.format, location.directory, location.part): location
-        for reader in _asked(format)
-        for location in reader.find(path, tag)
-    }
+    found: dict[tuple[str, Path, str | None], Location] = {}
+    for reader in _asked(format):
+        with unexpected_is_damage(path, reader.NAME):
+            for location in reader.find(path, tag):
+                found[location.format, location.directory, location.part] = location
     states = [one for one in found.values() if one.format not in (*FINISHED, *LAST)]
     finished = [one for one in found.values() if one.format in FINISHED]
     return states or finished or list(found.values())
@@ -182,32 +238,14 @@ def read(location: Location) -> Checkpoint:
         reader = readers()[location.format]
     except KeyError:
         raise UsageError(f"there is no reader for the format {location.format!r}") from None
-    with _folders_named(location.directory):
-        checkpoint = _read(reader, location)
+    with (
+        _folders_named(location.directory),
+        unexpected_is_damage(location.directory, location.format),
+    ):
+        checkpoint = reader.read(location)
     if checkpoint.lost is not None:
         _name_folders(checkpoint.lost, location.directory)
     return checkpoint
-
-
-def _read(reader: Reader, location: Location) -> Checkpoint:
-    try:
-        return reader.read(location)
-    except (
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        RecursionError,
-        TypeError,
-        ValueError,
-    ) as error:
-        # Pickled metadata may have any form. A form that a reader does not expect is damage to the file, not
-        # an error in the reader. --debug shows the traceback.
-        raise DamagedCheckpoint(
-            f"its metadata does not have the form of {location.format} ({type(error).__name__}: {error})",
-            path=location.directory,
-            hint="If the files were changed after they were saved, copy them anew. If not, their layout is "
-            "not known: please report it with what --debug shows.",
-        ) from error
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from functools import partial
+from itertools import islice, product
 from pathlib import Path
 
 from ckpt_tools.errors import DamagedCheckpoint, UsageError, listed
@@ -28,7 +29,9 @@ from ckpt_tools.tensors.fragments import Piece, assembled
 from ckpt_tools.tensors.threads import read_each
 
 NAME = "torch-dcp-huggingface"
-_SHARD = re.compile(r"shard-(\d+)-model-(\d+)-of-(\d+)\.safetensors")
+_SHARD = re.compile(r"shard-(\d{1,6})-model-(\d{1,6})-of-(\d{1,6})\.safetensors")
+# Names of missing files that an error lists.
+_NAMED = 1_000
 _CONSOLIDATED_FROM = "sharded"
 _REMARK = (
     "the number of shards is not recorded: only a comparison with a config's shapes shows that none is "
@@ -186,13 +189,14 @@ def _gaps(shards: Mapping[tuple[int, int, int], Path], directory: Path) -> list[
         )
     (total,) = parts
     last = max(rank for rank, _, _ in shards)
+    every = product(range(1, last + 1), range(1, total + 1))
+    lacking = ((rank, part) for rank, part in every if (rank, part, total) not in shards)
     gaps = [
         f"shard-{rank:05d}-model-{part:05d}-of-{total:05d}.safetensors"
-        for rank in range(1, last + 1)
-        for part in range(1, total + 1)
-        if (rank, part, total) not in shards
+        for rank, part in islice(lacking, _NAMED)
     ]
-    lost = [part for part in range(1, total + 1) if not any(held == part for _, held, _ in shards)]
+    held = {part for _, part, _ in shards}
+    lost = [part for part in range(1, total + 1) if part not in held]
     if lost:
         raise DamagedCheckpoint(
             f"part {lost[0]} of {total} is missing in every shard",

@@ -11,6 +11,7 @@ from pathlib import Path
 from ckpt_tools import readers
 from ckpt_tools.errors import NotACheckpoint
 from ckpt_tools.readers.containers.weight_files import ADAPTER_FILES, entry_in, read_weight_files
+from ckpt_tools.readers.net import unexpected_is_damage
 from ckpt_tools.tensors.checkpoint import ADAPTER, Checkpoint, Location, Weight
 
 # `Location.format` of a file of weights.
@@ -41,14 +42,15 @@ def open_weights(path: Path, tag: str | None = None) -> Checkpoint:
 
 
 def _of_files(entry: Path, format: str, name: str, title: str) -> Checkpoint:
-    held = read_weight_files(entry)
-    return Checkpoint(
-        location=Location(format, entry.parent, name, (entry.parent,)),
-        title=title,
-        weights={
-            key: Weight("parameter", tensor.shape, tensor.dtype, model=tensor)
-            for key, tensor in held.tensors.items()
-        },
-        ties=held.ties,
-        files=held.files,
-    )
+    with unexpected_is_damage(entry, title):
+        held = read_weight_files(entry)
+        return Checkpoint(
+            location=Location(format, entry.parent, name, (entry.parent,)),
+            title=title,
+            weights={
+                key: Weight("parameter", tensor.shape, tensor.dtype, model=tensor)
+                for key, tensor in held.tensors.items()
+            },
+            ties=held.ties,
+            files=held.files,
+        )

@@ -13,7 +13,6 @@ from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
@@ -23,32 +22,23 @@ from ckpt_tools.tensors.dtypes import DType
 from ckpt_tools.tensors.regions import Box as Box
 from ckpt_tools.tensors.regions import FlatRange as FlatRange
 from ckpt_tools.tensors.regions import Shape as Shape
-from ckpt_tools.tensors.regions import collapsed, intersection, is_possible
+from ckpt_tools.tensors.regions import collapsed, dot, intersection, is_possible
 from ckpt_tools.tensors.regions import row_major_strides as row_major_strides
 from ckpt_tools.tensors.regions import window_slabs as window_slabs
+from ckpt_tools.tensors.runs import Strided as Strided
+from ckpt_tools.tensors.runs import cut, span_of
+from ckpt_tools.tensors.tiling import Fragment as Fragment
+from ckpt_tools.tensors.tiling import prove_boxes_tile, prove_ranges_tile
 
 if TYPE_CHECKING:
     import torch
 
-
-@dataclass(frozen=True, slots=True)
-class Fragment:
-    """A contiguous run of bytes in a file that holds one region of a tensor.
-
-    Attributes:
-        file: the file.
-        offset: first byte of the run.
-        region: which elements it holds, in row-major order.
-    """
-
-    file: Path
-    offset: int
-    region: FlatRange | Box
+    from ckpt_tools.tensors.rows import Rows
 
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """One contiguous run of source elements and its place in a window.
+    """One run of source elements and its place in a window.
 
     Attributes:
         source: the file that holds the run, or the computed tensor that it is part of.
@@ -59,6 +49,8 @@ class Move:
         strides: distance in the window, in elements, between neighbours along each of ``sizes``.
         dtypes: the dtypes of the casts, in order; the last is that of the window. A cast to bf16 and back to
             fp32 is two casts, and both are made.
+        steps: distance in the source, in elements, between neighbours along each of ``sizes``; empty for a
+            contiguous run. A run with steps is read with its gaps.
     """
 
     source: Path | Computed
@@ -68,11 +60,17 @@ class Move:
     at: int
     strides: Shape
     dtypes: tuple[DType, ...] = ()
+    steps: Shape = ()
+
+    @property
+    def span(self) -> int:
+        """Source elements of the run, gaps included."""
+        return span_of(self.sizes, self.steps) if self.steps else math.prod(self.sizes)
 
     @property
     def nbytes(self) -> int:
-        """Source bytes of the run."""
-        return math.prod(self.sizes) * self.dtype.itemsize
+        """Source bytes of the run, gaps included."""
+        return self.span * self.dtype.itemsize
 
     @property
     def file(self) -> Path:
@@ -86,6 +84,7 @@ class Move:
         return (
             isinstance(self.source, Path)
             and self.strides == (1,)
+            and not self.steps
             and all(dtype == self.dtype for dtype in self.dtypes)
         )
 
@@ -133,8 +132,17 @@ class Tensor(ABC):
 
         return load(self)
 
+    def __getitem__(self, index: Rows | tuple[object, ...]) -> torch.Tensor:
+        """Read some rows alone: ``tensor[10:20]``; see :func:`ckpt_tools.tensors.rows.read_rows`."""
+        from ckpt_tools.tensors.rows import read_rows
 
-@dataclass(frozen=True)
+        return read_rows(self, index)
+
+    def __repr__(self) -> str:
+        return f"<{self.dtype.name} tensor of shape {list(self.shape)}, {self.nbytes:,} bytes>"
+
+
+@dataclass(frozen=True, repr=False)
 class Stored(Tensor):
     """A tensor that lies in files.
 
@@ -156,9 +164,9 @@ class Stored(Tensor):
         if not is_possible(self.shape):
             raise DamagedCheckpoint(f"no tensor can have the shape {list(self.shape)}")
         if self._is_flat:
-            _prove_ranges_tile(self.fragments, self.numel)
+            prove_ranges_tile(self.fragments, self.numel)
         else:
-            _prove_boxes_tile(self.fragments, self.shape)
+            prove_boxes_tile(self.fragments, self.shape)
 
     @property
     def _is_flat(self) -> bool:
@@ -166,7 +174,11 @@ class Stored(Tensor):
 
     @property
     def pieces(self) -> int:
-        """Number of fragments."""
+        """Number of fragments, or of the runs of a window of a fragment that is not row-major."""
+        if len(self.fragments) == 1 and (layout := self.fragments[0].layout) is not None:
+            axes = [axis for axis, size in enumerate(layout.sizes) if size > 1]
+            nearest = min(axes, key=lambda axis: layout.strides[axis], default=len(layout.sizes))
+            return math.prod(layout.sizes[nearest + 1 :])
         return len(self.fragments)
 
     def moves(self, start: int, stop: int) -> Iterator[Move]:
@@ -185,7 +197,11 @@ class Stored(Tensor):
             if region.start >= stop:
                 return
             low, high = max(start, region.start), min(stop, region.stop)
-            if low < high:
+            if low < high and fragment.layout is not None:
+                sizes = fragment.layout.sizes
+                slabs = window_slabs(sizes, low - region.start, high - region.start)
+                yield from self._strided_moves(fragment, slabs, region.start - start)
+            elif low < high:
                 yield Move(
                     fragment.file,
                     fragment.offset + (low - region.start) * itemsize,
@@ -203,24 +219,50 @@ class Stored(Tensor):
             box = fragment.region
             assert isinstance(box, Box)
             local_strides = row_major_strides(box.sizes)
-            for slab in slabs:
-                part = intersection(slab, box)
-                if part is None:
-                    continue
-                local = sum(
-                    (p - b) * s
-                    for p, b, s in zip(part.offsets, box.offsets, local_strides, strict=True)
-                )
-                place = sum(p * s for p, s in zip(part.offsets, strides, strict=True))
+            parts = [part for slab in slabs if (part := intersection(slab, box)) is not None]
+            if parts and fragment.layout is not None:
+                local = [Box(_minus(part.offsets, box.offsets), part.sizes) for part in parts]
+                at = dot(box.offsets, strides) - start
+                yield from self._strided_moves(fragment, local, at, strides)
+                continue
+            for part in parts:
+                first = dot(_minus(part.offsets, box.offsets), local_strides)
+                place = dot(part.offsets, strides)
                 sizes, steps = collapsed(part.sizes, strides)
                 yield Move(
                     fragment.file,
-                    fragment.offset + local * itemsize,
+                    fragment.offset + first * itemsize,
                     self.dtype,
                     sizes,
                     place - start,
                     steps,
                 )
+
+    def _strided_moves(
+        self, fragment: Fragment, slabs: Iterable[Box], at: int, places: Shape | None = None
+    ) -> Iterator[Move]:
+        """The moves of parts of a fragment that is not row-major.
+
+        Args:
+            fragment: the fragment.
+            slabs: parts of its layout.
+            at: place in the window of its first element.
+            places: strides in the window; by default those of the layout's own sizes.
+        """
+        layout = fragment.layout
+        assert layout is not None
+        for run in cut(
+            slabs, places or row_major_strides(layout.sizes), layout.strides, at=at, gaps=True
+        ):
+            yield Move(
+                fragment.file,
+                fragment.offset + run.start * self.dtype.itemsize,
+                self.dtype,
+                run.sizes,
+                run.at,
+                run.strides,
+                steps=run.steps,
+            )
 
 
 class Values(Protocol):
@@ -283,57 +325,10 @@ class Catalogue(Mapping[str, Tensor]):
         return sum(tensor.numel for tensor in self._tensors.values())
 
 
+def _minus(indices: Shape, origin: Shape) -> Shape:
+    return tuple(index - low for index, low in zip(indices, origin, strict=True))
+
+
 def _range_start(fragment: Fragment) -> int:
     assert isinstance(fragment.region, FlatRange)
     return fragment.region.start
-
-
-def _prove_ranges_tile(fragments: Sequence[Fragment], numel: int) -> None:
-    end = 0
-    for fragment in fragments:
-        region = fragment.region
-        if not isinstance(region, FlatRange):
-            raise DamagedCheckpoint("it has flat and boxed fragments", path=fragment.file)
-        if region.start != end or region.stop < region.start:
-            raise DamagedCheckpoint(
-                f"its fragments leave a hole or overlap at element {min(end, region.start):,}",
-                path=fragment.file,
-            )
-        end = region.stop
-    if end != numel:
-        where = fragments[-1].file if fragments else None
-        raise DamagedCheckpoint(f"its fragments hold {end:,} of {numel:,} elements", path=where)
-
-
-def _prove_boxes_tile(fragments: Sequence[Fragment], shape: Shape) -> None:
-    """Cut the tensor along every border of every box: each cell must lie in one box."""
-    boxes = [fragment.region for fragment in fragments]
-    cuts = []
-    for axis, size in enumerate(shape):
-        borders = {0, size}
-        for fragment, box in zip(fragments, boxes, strict=True):
-            if not isinstance(box, Box) or len(box.sizes) != len(shape):
-                raise DamagedCheckpoint(
-                    "a fragment has another number of dimensions", path=fragment.file
-                )
-            low, high = box.offsets[axis], box.offsets[axis] + box.sizes[axis]
-            if low < 0 or high > size or high < low:
-                raise DamagedCheckpoint("a fragment reaches outside it", path=fragment.file)
-            borders |= {low, high}
-        cuts.append({border: index for index, border in enumerate(sorted(borders))})
-    covered: set[tuple[int, ...]] = set()
-    for fragment, box in zip(fragments, boxes, strict=True):
-        assert isinstance(box, Box)
-        if not box.numel:
-            continue
-        spans = [
-            range(cut[low], cut[low + size])
-            for cut, low, size in zip(cuts, box.offsets, box.sizes, strict=True)
-        ]
-        for cell in product(*spans):
-            if cell in covered:
-                raise DamagedCheckpoint("two fragments hold the same elements", path=fragment.file)
-            covered.add(cell)
-    if math.prod(shape) and len(covered) != math.prod(len(cut) - 1 for cut in cuts):
-        where = fragments[-1].file if fragments else None
-        raise DamagedCheckpoint("its fragments do not hold all of its elements", path=where)

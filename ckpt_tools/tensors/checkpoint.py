@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from ckpt_tools.errors import CkptError, UsageError
+from ckpt_tools.errors import CkptError, DamagedCheckpoint, UsageError
 from ckpt_tools.tensors.catalogue import Catalogue, Shape, Stored, Tensor
 from ckpt_tools.tensors.dtypes import DType
 
 Kind = Literal["parameter", "frozen", "buffer"]
 Copy = Literal["master", "model"]
 
+_NO_NAME = "Save the state dict with the names of model.state_dict()."
 # `Location.format` of a model in training, which has no directory.
 LIVE = "live"
 # `Location.format` of an adapter that PEFT saved.
@@ -52,6 +53,23 @@ class Weight:
 
 
 @dataclass(frozen=True, slots=True)
+class Replica:
+    """Two tensors of different ranks that must be equal, because both are of the same elements.
+
+    Attributes:
+        name: the tensor that the elements belong to.
+        copy: of which of its copies.
+        first: the elements that are taken.
+        other: the same elements of another rank.
+    """
+
+    name: str
+    copy: Copy
+    first: Stored
+    other: Stored
+
+
+@dataclass(frozen=True, slots=True)
 class Location:
     """A checkpoint that was found under a path.
 
@@ -62,6 +80,8 @@ class Location:
         near: directories in which its config and tokenizer may lie, nearest first.
         remarks: remarks about its directory, for the report.
         part: the reader's name of one of several models in the directory.
+        model_shapes: gives the shapes of the model's tensors, for files that do not state how their parts
+            are put together. None if no model is known.
     """
 
     format: str
@@ -70,6 +90,9 @@ class Location:
     near: tuple[Path, ...]
     remarks: tuple[str, ...] = ()
     part: str | None = None
+    model_shapes: Callable[[], Mapping[str, Shape] | None] | None = field(
+        default=None, compare=False, repr=False
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +115,12 @@ class Checkpoint(Mapping[str, Tensor]):
         remarks: oddities that do not prevent reading.
         doubts: reasons to compare all masters with the model copy in full.
         lost: why the masters cannot be read, although the run kept some.
+        shapeless: tensors of which the files record the number of elements alone; their shape here is flat.
         unlisted: tensors in files beside it that its index does not name, each with its file.
+        replicas: pairs of tensors that must be equal.
+
+    Raises:
+        DamagedCheckpoint: a name is no text that a file can hold.
     """
 
     location: Location
@@ -107,7 +135,17 @@ class Checkpoint(Mapping[str, Tensor]):
     remarks: tuple[str, ...] = ()
     doubts: tuple[str, ...] = ()
     lost: CkptError | None = None
+    shapeless: frozenset[str] = frozenset()
     unlisted: Mapping[str, Path] = field(default_factory=dict)
+    replicas: Sequence[Replica] = ()
+
+    def __post_init__(self) -> None:
+        for name in (*self.weights, *self.ties):
+            _check_name(name, self.location.directory)
+        if not _is_count(self.step):
+            object.__setattr__(self, "step", None)
+        if not _is_count(self.world_size):
+            object.__setattr__(self, "world_size", None)
 
     def catalogue(self, copy: Copy = "master") -> Catalogue:
         """The tensors, from one of the copies.
@@ -158,6 +196,12 @@ class Checkpoint(Mapping[str, Tensor]):
     def __repr__(self) -> str:
         return f"<{self.title} checkpoint {str(self.location.directory)!r}, {len(self)} tensors>"
 
+    def _repr_html_(self) -> str:
+        """A table, for notebooks."""
+        from ckpt_tools.tensors.listing import html_table
+
+        return html_table(self)
+
     @cached_property
     def training_dtype(self) -> DType | None:
         """The dtype of most floating elements in the model; None if there are none."""
@@ -171,3 +215,26 @@ class Checkpoint(Mapping[str, Tensor]):
     def bytes_on_disk(self) -> int:
         """Bytes of all its files, including optimizer moments."""
         return sum(self.files.values())
+
+
+def _check_name(name: object, path: Path) -> None:
+    if not isinstance(name, str):
+        raise DamagedCheckpoint(
+            f"a tensor's name is not text but a value of type {type(name).__name__}",
+            path=path,
+            hint=_NO_NAME,
+        )
+    if not name.isascii():
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise DamagedCheckpoint(
+                "a tensor's name holds half of a pair of characters, which no file can hold",
+                path=path,
+                tensor=name,
+                hint=_NO_NAME,
+            ) from None
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63

@@ -11,11 +11,20 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from ckpt_tools.tensors.catalogue import Box, FlatRange, Fragment, Stored, Tensor
+from ckpt_tools.tensors.catalogue import Box, FlatRange, Fragment, Stored, Strided, Tensor
 from ckpt_tools.tensors.threads import pool
 
 _BATCH = 256
+
+
+class Place(NamedTuple):
+    """The file that holds a fragment, the first byte, and the layout if it is not row-major."""
+
+    file: Path
+    offset: int
+    layout: Strided | None = None
 
 
 class DeferredFragment(Fragment, ABC):
@@ -26,22 +35,22 @@ class DeferredFragment(Fragment, ABC):
     """
 
     __slots__ = ("_place",)
-    _place: tuple[Path, int] | None
+    _place: Place | None
 
     def __init__(self, region: FlatRange | Box) -> None:
         object.__setattr__(self, "region", region)
         object.__setattr__(self, "_place", None)
 
     @abstractmethod
-    def find_place(self) -> tuple[Path, int]:
-        """The file that holds the elements, and the first byte.
+    def find_place(self) -> Place:
+        """The place of the elements.
 
         Raises:
             DamagedCheckpoint: the file contradicts the metadata.
         """
 
-    def place(self) -> tuple[Path, int]:
-        """The file and the first byte, found once."""
+    def place(self) -> Place:
+        """The place of the elements, found once."""
         if self._place is None:
             object.__setattr__(self, "_place", self.find_place())
         assert self._place is not None
@@ -49,17 +58,22 @@ class DeferredFragment(Fragment, ABC):
 
     def __reduce__(self) -> tuple[Callable[..., Fragment], tuple[object, ...]]:
         """A pickle holds the place, so that another process does not search again."""
-        return Fragment, (self.file, self.offset, self.region)
+        return Fragment, (self.file, self.offset, self.region, self.layout)
 
     @property
     def file(self) -> Path:
         """The file."""
-        return self.place()[0]
+        return self.place().file
 
     @property
     def offset(self) -> int:
         """First byte of the run."""
-        return self.place()[1]
+        return self.place().offset
+
+    @property
+    def layout(self) -> Strided | None:
+        """How the elements lie."""
+        return self.place().layout
 
 
 def settle(tensors: Iterable[Tensor], workers: int = 1) -> int:

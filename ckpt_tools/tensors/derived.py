@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import product
 
 from ckpt_tools.tensors.catalogue import Move, Shape, Tensor, row_major_strides, window_slabs
 from ckpt_tools.tensors.dtypes import DType
+from ckpt_tools.tensors.regions import digits, dot
+from ckpt_tools.tensors.runs import Run, cut
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Cast(Tensor):
     """A tensor in another dtype, rounded to nearest even as torch rounds.
 
@@ -51,7 +52,7 @@ def cast(tensor: Tensor, dtype: DType) -> Tensor:
     return Cast(tensor, dtype)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class View(Tensor):
     """The elements of another tensor in other places, as ``torch.as_strided`` picks them.
 
@@ -112,35 +113,13 @@ class View(Tensor):
             for move in self.tensor.moves(run.start, run.start + math.prod(run.sizes)):
                 yield from _placed(move, run)
 
-    def _runs(self, start: int, stop: int) -> list[_Run]:
-        """The window as runs of the other tensor, each as long as possible."""
-        places = row_major_strides(self.shape)
-        runs = []
-        for slab in window_slabs(self.shape, start, stop):
-            source = self.offset + _dot(slab.offsets, self.strides)
-            at = _dot(slab.offsets, places) - start
-            axes = sorted(
-                (stride, size, place)
-                for size, stride, place in zip(slab.sizes, self.strides, places, strict=True)
-                if size > 1
-            )
-            length = 1
-            inner: list[tuple[int, int]] = []
-            while axes and axes[0][0] == length:
-                _, size, place = axes.pop(0)
-                inner.insert(0, (size, place))
-                length *= size
-            sizes, strides = tuple(n for n, _ in inner), tuple(place for _, place in inner)
-            for index in product(*(range(size) for _, size, _ in axes)):
-                first = source + sum(
-                    i * stride for i, (stride, _, _) in zip(index, axes, strict=True)
-                )
-                place = at + sum(i * place for i, (_, _, place) in zip(index, axes, strict=True))
-                runs.append(_Run(first, sizes or (1,), strides or (1,), place))
-        return _joined(runs)
+    def _runs(self, start: int, stop: int) -> list[Run]:
+        """The window as runs of the other tensor."""
+        slabs = window_slabs(self.shape, start, stop)
+        return cut(slabs, row_major_strides(self.shape), self.strides, start=self.offset, at=-start)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Concat(Tensor):
     """Tensors joined along an axis, as ``torch.cat`` joins them.
 
@@ -197,7 +176,7 @@ class Concat(Tensor):
             at = whole_from * row - start
             for part in self.parts:
                 size = math.prod(part.shape[self.axis :])
-                run = _Run(0, (whole_to - whole_from, size), (row, 1), at)
+                run = Run(0, (whole_to - whole_from, size), (row, 1), at)
                 for move in part.moves(whole_from * size, whole_to * size):
                     yield from _placed(move, run)
                 at += size
@@ -224,7 +203,7 @@ class Concat(Tensor):
 def view(tensor: Tensor, offset: int, shape: Shape, strides: Shape) -> Tensor:
     """A :class:`View`. A view of a view becomes one view of the inner tensor, if that is possible."""
     if isinstance(tensor, View):
-        seen = _strided(
+        seen = strided(
             offset, tuple(zip(shape, strides, strict=True)), tensor.shape, tensor.strides
         )
         if seen is not None:
@@ -233,108 +212,71 @@ def view(tensor: Tensor, offset: int, shape: Shape, strides: Shape) -> Tensor:
     return tensor if shape == tensor.shape and offset == 0 and made.is_one_run else made
 
 
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """Neighbouring elements of a tensor, and the place of each in a window.
-
-    Attributes:
-        start: flat index of the first element in the tensor.
-        sizes: shape of the run, row-major; at least one axis.
-        strides: distance in the window between neighbours along each axis.
-        at: index of the first element in the window.
-    """
-
-    start: int
-    sizes: Shape
-    strides: Shape
-    at: int
-
-
-def _joined(runs: list[_Run]) -> list[_Run]:
-    """The runs in the order of their starts; neighbours with the same stride are joined.
-
-    A window of a transposed matrix begins and ends within a row. Without this, each element of these two rows
-    would be a run of its own.
-    """
-    done: list[_Run] = []
-    for run in sorted(runs, key=lambda run: run.start):
-        last = done[-1] if done else None
-        if last is not None and len(last.sizes) == len(run.sizes) == 1:
-            stride = run.at - last.at if last.sizes == (1,) else last.strides[0]
-            if (
-                last.start + last.sizes[0] == run.start
-                and last.at + last.sizes[0] * stride == run.at
-                and (run.sizes == (1,) or run.strides[0] == stride)
-                and stride > 0
-            ):
-                size = last.sizes[0] + run.sizes[0]
-                done[-1] = _Run(last.start, (size,), (stride,), last.at)
-                continue
-        done.append(run)
-    return done
-
-
-def _placed(move: Move, run: _Run) -> Iterator[Move]:
+def _placed(move: Move, run: Run) -> Iterator[Move]:
     """A move into a run, as moves into the window of the run's elements."""
-    axes = tuple(zip(move.sizes, move.strides, strict=True))
-    for offset, sizes, strides, at in _parts(move.at, axes, run.sizes, run.strides):
+    steps = move.steps or row_major_strides(move.sizes)
+    axes = tuple(zip(move.sizes, move.strides, steps, strict=True))
+    for part in _parts(move.at, axes, run.sizes, run.strides):
+        dense = part.steps == row_major_strides(part.sizes)
         yield replace(
             move,
-            offset=move.offset + offset * move.dtype.itemsize,
-            sizes=sizes,
-            strides=strides,
-            at=run.at + at,
+            offset=move.offset + part.start * move.dtype.itemsize,
+            sizes=part.sizes,
+            strides=part.strides,
+            at=run.at + part.at,
+            steps=() if dense else part.steps,
         )
 
 
-_Axes = tuple[tuple[int, int], ...]
+# The size of each axis, its stride in the window, and its step in the source.
+_Axes = tuple[tuple[int, int, int], ...]
 
 
-def _parts(
-    start: int, axes: _Axes, shape: Shape, strides: Shape
-) -> Iterator[tuple[int, Shape, Shape, int]]:
+def _parts(start: int, axes: _Axes, shape: Shape, strides: Shape) -> Iterator[Run]:
     """Cut a strided set of flat elements of ``shape`` so that each part is strided in ``strides`` too.
 
     Args:
         start: flat index of the first element.
-        axes: size and stride of each axis of the set.
+        axes: the axes of the set.
         shape: the shape whose row-major elements the indices count.
         strides: distance between neighbours along each axis of ``shape`` in the window.
 
     Yields:
-        Each part: the position of its first element in the set, its sizes, its strides in the window
-        and the place of its first element. A part is a run of the set.
+        Each part as a run, whose start is counted from the first element of the set in the source.
     """
-    axes = tuple(axis for axis in axes if axis[0] > 1) or ((1, 1),)
-    seen = _strided(start, axes, shape, strides)
+    axes = tuple(axis for axis in axes if axis[0] > 1) or ((1, 1, 1),)
+    seen = strided(start, tuple(axis[:2] for axis in axes), shape, strides)
     if seen is not None:
-        at, steps = seen
-        yield 0, tuple(size for size, _ in axes), steps, at
+        at, places = seen
+        yield Run(0, tuple(n for n, _, _ in axes), places, at, tuple(step for *_, step in axes))
         return
-    (count, step), rest = axes[0], axes[1:]
+    (count, stride, step), rest = axes[0], axes[1:]
     if rest:
-        length = math.prod(size for size, _ in rest)
         for index in range(count):
-            for offset, *part in _parts(start + index * step, rest, shape, strides):
-                yield (index * length + offset, *part)  # type: ignore[misc]
+            for part in _parts(start + index * stride, rest, shape, strides):
+                yield replace(part, start=part.start + index * step)
         return
     position = 0
-    if step == 1:
+    if stride == 1:
         for slab in window_slabs(shape, start, start + count):
             kept = [(n, t) for n, t in zip(slab.sizes, strides, strict=True) if n > 1] or [(1, 1)]
-            yield position, *map(tuple, zip(*kept, strict=True)), _dot(slab.offsets, strides)  # type: ignore[misc]
+            sizes, places = tuple(n for n, _ in kept), tuple(t for _, t in kept)
+            steps = tuple(step * whole for whole in row_major_strides(sizes))
+            yield Run(position * step, sizes, places, dot(slab.offsets, strides), steps)
             position += slab.numel
         return
     while position < count:
-        first = start + position * step
-        length = min(_steps_without_carry(first, step, shape), count - position)
-        seen = _strided(first, ((length, step),), shape, strides)
+        first = start + position * stride
+        length = min(_steps_without_carry(first, stride, shape), count - position)
+        seen = strided(first, ((length, stride),), shape, strides)
         assert seen is not None
-        yield position, (length,), seen[1], seen[0]
+        yield Run(position * step, (length,), seen[1], seen[0], (step,))
         position += length
 
 
-def _strided(start: int, axes: _Axes, shape: Shape, strides: Shape) -> tuple[int, Shape] | None:
+def strided(
+    start: int, axes: tuple[tuple[int, int], ...], shape: Shape, strides: Shape
+) -> tuple[int, Shape] | None:
     """The places of the elements of a strided set, if these are again a strided set.
 
     A step along an axis of the set adds its stride to the index. In the digits of ``shape``, this is one
@@ -343,37 +285,22 @@ def _strided(start: int, axes: _Axes, shape: Shape, strides: Shape) -> tuple[int
     Returns:
         The place of the first element and the stride of each axis, or None if a digit carries.
     """
-    digits = _digits(start, shape)
-    tops = list(digits)
+    first = digits(start, shape)
+    tops = list(first)
     steps = []
     for size, stride in axes:
-        step = _digits(stride, shape) if size > 1 else (0,) * len(shape)
+        step = digits(stride, shape) if size > 1 else (0,) * len(shape)
         for axis, digit in enumerate(step):
             tops[axis] += digit * (size - 1)
-        steps.append(_dot(step, strides))
+        steps.append(dot(step, strides))
     if any(top >= max(size, 1) for top, size in zip(tops, shape, strict=True)):
         return None
-    return _dot(digits, strides), tuple(steps)
+    return dot(first, strides), tuple(steps)
 
 
 def _steps_without_carry(start: int, step: int, shape: Shape) -> int:
     return min(
         (size - 1 - digit) // by + 1
-        for size, digit, by in zip(shape, _digits(start, shape), _digits(step, shape), strict=True)
+        for size, digit, by in zip(shape, digits(start, shape), digits(step, shape), strict=True)
         if by
     )
-
-
-def _digits(index: int, shape: Shape) -> Shape:
-    """The index along each axis; the first axis takes what is too large for the shape."""
-    digits = []
-    for size in reversed(shape[1:]):
-        index, digit = divmod(index, max(size, 1))
-        digits.append(digit)
-    if shape:
-        digits.append(index)
-    return tuple(reversed(digits))
-
-
-def _dot(indices: Shape, strides: Shape) -> int:
-    return sum(index * stride for index, stride in zip(indices, strides, strict=True))

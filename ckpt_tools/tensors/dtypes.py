@@ -23,7 +23,7 @@ class DType:
 
     Attributes:
         name: torch's name without the ``torch.`` prefix, such as ``bfloat16``.
-        safetensors: the name in a safetensors header, such as ``BF16``.
+        safetensors: the name in a safetensors header, such as ``BF16``; empty if the format has none.
         itemsize: bytes per element.
         is_floating: whether casts apply; integer and boolean tensors are never cast.
     """
@@ -86,13 +86,23 @@ ALL = (
     DType("uint64", "U64", 8, False),
     DType("bool", "BOOL", 1, False),
 )
+# What safetensors has no name for.
+UNWRITTEN = (
+    DType("complex128", "", 16, False),
+    DType("complex32", "", 4, False),
+    DType("bits8", "", 1, False),
+    DType("bits16", "", 2, False),
+    DType("bits1x8", "", 1, False),
+    DType("bits2x4", "", 1, False),
+    DType("bits4x2", "", 1, False),
+)
 
 
 def _named(name: str) -> DType:
     return BY_NAME[name]
 
 
-BY_NAME = {dtype.name: dtype for dtype in ALL}
+BY_NAME = {dtype.name: dtype for dtype in (*ALL, *UNWRITTEN)}
 BY_SAFETENSORS_NAME = {dtype.safetensors: dtype for dtype in ALL}
 
 # Names of torch's typed storage classes in pickles.
@@ -108,8 +118,24 @@ BY_STORAGE_CLASS = {
     "ByteStorage": BY_NAME["uint8"],
     "BoolStorage": BY_NAME["bool"],
     "ComplexFloatStorage": BY_NAME["complex64"],
+    "ComplexDoubleStorage": BY_NAME["complex128"],
     "UntypedStorage": BY_NAME["uint8"],
 }
 
 # Names on the command line.
 BY_SHORT_NAME = {"fp32": FLOAT32, "bf16": BFLOAT16, "fp16": FLOAT16}
+
+
+def short_name(value: object) -> str:
+    """The short name of a dtype: ``bf16`` of ``bfloat16``, ``torch.bfloat16`` or the ``torch.dtype``.
+
+    The text of any other value is returned as it is.
+    """
+    name = str(value).removeprefix("torch.")
+    return _SHORT_NAMES.get(name, name)
+
+
+_SHORT_NAMES = {dtype.name: short for short, dtype in BY_SHORT_NAME.items()} | {
+    "float": "fp32",
+    "half": "fp16",
+}

@@ -130,7 +130,7 @@ class Gatherer:
                 values = self._torch.frombuffer(
                     view,
                     dtype=move.dtype.torch,
-                    count=move.nbytes // move.dtype.itemsize,
+                    count=move.span,
                     offset=move.offset - request.offset,
                 )
                 self._place(values, move, part, buffer)
@@ -166,7 +166,11 @@ class Gatherer:
             count=part.stop - part.start,
             offset=part.at,
         )
-        window.as_strided(move.sizes, move.strides, move.at).copy_(values.view(move.sizes))
+        if move.steps:
+            run = values.as_strided(move.sizes, move.steps)
+        else:
+            run = values.view(move.sizes)
+        window.as_strided(move.sizes, move.strides, move.at).copy_(run)
 
     def window(self, tensor: Tensor, start: int, stop: int) -> torch.Tensor:
         """Flat elements ``[start, stop)`` of ``tensor`` in memory, shape ``(stop - start,)``."""
@@ -292,6 +296,10 @@ def _split(move: Move, most: int) -> Iterator[Move]:
     if move.nbytes <= most:
         yield move
         return
+    if move.steps:
+        for half in _halves(move):
+            yield from _split(half, most)
+        return
     count = move.nbytes // move.dtype.itemsize
     step = max(most // move.dtype.itemsize, 1)
     local = row_major_strides(move.sizes)
@@ -305,3 +313,18 @@ def _split(move: Move, most: int) -> Iterator[Move]:
                 sizes=slab.sizes,
                 at=move.at + place,
             )
+
+
+def _halves(move: Move) -> Iterator[Move]:
+    """A run with steps, cut along its outermost axis."""
+    size, step, stride = move.sizes[0], move.steps[0], move.strides[0]
+    for first, last in ((0, size // 2), (size // 2, size)):
+        kept = slice(1 if last - first == 1 and len(move.sizes) > 1 else 0, None)
+        yield replace(
+            move,
+            offset=move.offset + first * step * move.dtype.itemsize,
+            sizes=(last - first, *move.sizes[1:])[kept],
+            at=move.at + first * stride,
+            strides=move.strides[kept],
+            steps=move.steps[kept],
+        )

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 Shape = tuple[int, ...]
 _MAX_SIZE = (1 << 63) - 1
 _MAX_NUMEL = (1 << 64) - 1
+# What torch's operations take.
+_MOST_DIMENSIONS = 64
 
 
 def is_possible(shape: Shape) -> bool:
@@ -23,6 +25,8 @@ def is_possible(shape: Shape) -> bool:
     torch keeps a size in 63 bits. safetensors multiplies sizes in 64 bits, from the left. So (2^40, 2^40, 0)
     is no shape of a tensor, although it has no elements.
     """
+    if len(shape) > _MOST_DIMENSIONS:
+        return False
     numel = 1
     for size in shape:
         if type(size) is not int or not 0 <= size <= _MAX_SIZE:
@@ -121,3 +125,19 @@ def collapsed(sizes: Shape, strides: Shape) -> tuple[Shape, Shape]:
             joined.append((size, stride))
     joined = joined or [(1, 1)]
     return tuple(size for size, _ in joined), tuple(stride for _, stride in joined)
+
+
+def dot(indices: Shape, strides: Shape) -> int:
+    """The flat index of an element, from its index along each axis."""
+    return sum(index * stride for index, stride in zip(indices, strides, strict=True))
+
+
+def digits(index: int, shape: Shape) -> Shape:
+    """The index along each axis; the first axis takes what is too large for the shape."""
+    found = []
+    for size in reversed(shape[1:]):
+        index, digit = divmod(index, max(size, 1))
+        found.append(digit)
+    if shape:
+        found.append(index)
+    return tuple(reversed(found))

@@ -30,7 +30,9 @@ def held_of(name: str, kind: Kind, value: Any) -> Held:
     local, shape = value._local_tensor.detach(), tuple(value.shape)
     if hasattr(local, "__tensor_flatten__"):
         raise UnsupportedLayout(
-            f"its local part is not a plain tensor but a {type(local).__name__}", tensor=name
+            f"its local part is not a plain tensor but a {type(local).__name__}",
+            tensor=name,
+            hint="Save a model whose weights are plain tensors in memory.",
         )
     mesh, coordinate = tuple(value.device_mesh.shape), value.device_mesh.get_coordinate()
     placements = [_placement(each, name) for each in value.placements]

@@ -9,6 +9,7 @@ Source: ``torch/distributed/fsdp/_flat_param.py``, read at torch 2.13.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from ckpt_tools.errors import UnsupportedLayout
@@ -101,7 +102,9 @@ def _run(name: str, handle: Any, position: int) -> Held:
     shape = tuple(parameter._shapes[position])
     if not all(parameter._contiguities[position : position + 1]):
         raise UnsupportedLayout(
-            "FSDP keeps its elements in another order than row-major", tensor=name
+            "FSDP does not keep its elements in row-major order",
+            tensor=name,
+            hint="Save it with FSDP's own state dict; ckpt-tools consolidate reads that.",
         )
     shard = getattr(parameter, "_local_shard", parameter).detach()
     info = parameter._shard_param_infos[position]
@@ -118,7 +121,7 @@ def _run(name: str, handle: Any, position: int) -> Held:
 def _check_buffers(wrapper: Any) -> None:
     """Raise UnsupportedLayout for buffers that FSDP cast: a checkpoint holds them cast back."""
     before = getattr(wrapper, "_buffer_name_to_orig_dtype", {})
-    for name, buffer in wrapper.named_buffers():
+    for name, buffer in _persistent_buffers(wrapper):
         clean = name.replace(_WRAPPED, "")
         if before.get(clean, buffer.dtype) != buffer.dtype:
             raise UnsupportedLayout(
@@ -126,3 +129,11 @@ def _check_buffers(wrapper: Any) -> None:
                 tensor=clean,
                 hint="Leave buffer_dtype out of MixedPrecision.",
             )
+
+
+def _persistent_buffers(module: Any) -> Iterator[tuple[str, Any]]:
+    """The buffers that a state dict holds. Others, such as ``inv_freq``, may have any dtype."""
+    for path, child in module.named_modules():
+        for name, buffer in child._buffers.items():
+            if buffer is not None and name not in child._non_persistent_buffers_set:
+                yield f"{path}.{name}" if path else name, buffer

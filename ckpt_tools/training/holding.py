@@ -79,7 +79,11 @@ def dtype_of(tensor: torch.Tensor, name: str) -> DType:
     """
     dtype = BY_NAME.get(str(tensor.dtype).removeprefix("torch."))
     if dtype is None:
-        raise UnsupportedLayout(f"tensors of {tensor.dtype} are not written", tensor=name)
+        raise UnsupportedLayout(
+            f"tensors of {tensor.dtype} are not written",
+            tensor=name,
+            hint="safetensors has no such dtype. Convert the tensor before the save.",
+        )
     return dtype
 
 

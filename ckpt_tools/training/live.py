@@ -244,7 +244,11 @@ def _joined(parts: Sequence[_Told], files: Sequence[Path], source: Path) -> Stor
             distinct.setdefault(region, (file, offset))
     holders = [part for part in parts if part.regions] or parts
     if len({part.dtype for part in holders}) > 1:
-        raise UnsupportedLayout("the ranks hold it in several dtypes", tensor=parts[0].name)
+        raise UnsupportedLayout(
+            "the ranks hold it in several dtypes",
+            tensor=parts[0].name,
+            hint="Give it one dtype on all ranks before the save.",
+        )
     places = [(region, file, offset) for region, (file, offset) in distinct.items()]
     return _compact(_stored(holders[0], places, source), files)
 

@@ -52,7 +52,7 @@ _4BIT_TABLES = {
 }
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Dequantised(Computed):
     """A weight as its quantiser's library dequantises it.
 

@@ -55,7 +55,7 @@ def hub_layout(catalogue: Catalogue, model: ReferenceModel) -> HubLayout:
         DamagedCheckpoint: the state holds a tensor in both layouts.
     """
     state = {name: catalogue[name] for name in (*catalogue, *catalogue.ties)}
-    found = _found(state, model)
+    found = layout_of(state, model)
     in_state = _names_in_layout(state, found, model)
     ignored = tuple(in_state[name] for name in model.ignored if name in in_state)
     tensors: dict[str, Tensor] = {}
@@ -95,7 +95,7 @@ def hub_layout(catalogue: Catalogue, model: ReferenceModel) -> HubLayout:
     )
 
 
-def _found(state: Mapping[str, Tensor], model: ReferenceModel) -> Layout:
+def layout_of(state: Mapping[str, Tensor], model: ReferenceModel) -> Layout:
     """The layout of the state, from the names and shapes that only one layout has."""
     hub = {**model.saved, **model.tied}
     if all(tensor.recipe == Live(name) for name, tensor in hub.items()):

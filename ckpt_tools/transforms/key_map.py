@@ -3,20 +3,25 @@
 A rule is a pattern and what becomes of a name that fits it: another name, several names of one tensor
 (tied ones), or nothing. In a pattern ``{n}`` stands for a number, ``{last}`` for the largest number that
 any name begins with, and ``*`` for anything; in a new name ``{n}``, ``{n-1}``, ``{last}`` and ``*`` stand
-for what they stood for. The first rule that fits counts.
+for what they stood for. The first rule that fits counts. A rule may also reorder the rows of a query or key
+projection for the rotary embedding of Hugging Face's Llama: from neighbouring pairs of rows to two halves.
+
+Source of the order: ``_permute`` in torchtitan's ``models/llama3/state_dict_adapter.py``, read at 0.3.0.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from ckpt_tools.errors import UsageError, listed
-from ckpt_tools.tensors.catalogue import Catalogue, Tensor
+from ckpt_tools.tensors.catalogue import Catalogue, Tensor, row_major_strides
+from ckpt_tools.tensors.derived import view
 
 _PLACE = re.compile(r"\{(?P<name>[a-z]+)(?P<shift>[+-]\d+)?\}|\*")
 _LAST = "last"
+_HEADS = "rope_heads"
 
 
 @dataclass(frozen=True)
@@ -26,10 +31,12 @@ class Rule:
     Attributes:
         pattern: the names it is about.
         names: the new names, of which the first is kept and the others are tied to it; none to leave it out.
+        rope_heads: the number of heads whose rows are reordered, or the key of the config that has it.
     """
 
     pattern: str
     names: tuple[str, ...]
+    rope_heads: int | str | None = None
 
 
 @dataclass(frozen=True)
@@ -38,16 +45,52 @@ class KeyMap:
 
     rules: tuple[Rule, ...]
 
+    def with_numbers(self, number: Callable[[str], object]) -> KeyMap:
+        """The key map with the number in place of each key of the config.
+
+        Args:
+            number: the value of the config under a key.
+
+        Raises:
+            UsageError: the config has no such number.
+        """
+        return KeyMap(tuple(_with_number(rule, number) for rule in self.rules))
+
+    def _fitting(
+        self, catalogue: Catalogue
+    ) -> tuple[int, dict[str, tuple[re.Match[str], Rule] | None]]:
+        """The largest layer number, and the rule that fits each name."""
+        every = [*catalogue, *catalogue.ties]
+        last = max((int(name.split(".")[0]) for name in every if _numbered(name)), default=0)
+        compiled = [(_compiled(rule.pattern, last), rule) for rule in self.rules]
+        return last, {name: _fitting(name, compiled) for name in every}
+
+    def reordered(self, catalogue: Catalogue) -> Catalogue:
+        """The catalogue under its old names, with the rows in the new order where a rule has one.
+
+        Raises:
+            UsageError: the rows are not those of the number of heads.
+        """
+        _, fitting = self._fitting(catalogue)
+        tensors = {
+            name: tensor if (found := fitting[name]) is None else _reordered(tensor, found[1], name)
+            for name, tensor in catalogue.items()
+        }
+        return Catalogue(tensors, catalogue.ties)
+
     def apply(self, catalogue: Catalogue) -> Catalogue:
         """The catalogue under the new names.
 
         Raises:
             UsageError: a name fits no rule, or two become one.
         """
-        every = [*catalogue, *catalogue.ties]
-        last = max((int(name.split(".")[0]) for name in every if _numbered(name)), default=0)
-        compiled = [(_compiled(rule.pattern, last), rule) for rule in self.rules]
-        new = {name: _renamed(name, compiled, last) for name in every}
+        last, fitting = self._fitting(catalogue)
+        new = {
+            name: None
+            if found is None
+            else tuple(_filled(n, found[0], last) for n in found[1].names)
+            for name, found in fitting.items()
+        }
         unknown = [name for name, names in new.items() if names is None]
         if unknown:
             raise UsageError(
@@ -89,6 +132,18 @@ _EXAMPLE = 'For example {"0.weight": "model.embed_tokens.weight", "{n}.*": "mode
 
 
 def _rule(pattern: str, target: object) -> Rule:
+    heads: object = None
+    if isinstance(target, Mapping):
+        heads = target.get(_HEADS)
+        if (
+            target.keys() != {"name", _HEADS}
+            or not isinstance(heads, int | str)
+            or heads in (0, "")
+        ):
+            raise UsageError(
+                f'the rule {pattern!r} is an object without "name" and "{_HEADS}"', hint=_EXAMPLE
+            )
+        target = target["name"]
     names = [target] if isinstance(target, str) else [] if target is None else target
     if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
         raise UsageError(
@@ -104,7 +159,41 @@ def _rule(pattern: str, target: object) -> Rule:
                 f"the rule {pattern!r} gives {name!r}, whose {min(used - known)} is not in the pattern",
                 hint=_EXAMPLE,
             )
-    return Rule(pattern, tuple(names))
+    return Rule(pattern, tuple(names), heads if isinstance(heads, int | str) else None)
+
+
+def _with_number(rule: Rule, number: Callable[[str], object]) -> Rule:
+    if not isinstance(rule.rope_heads, str):
+        return rule
+    value = number(rule.rope_heads)
+    if not isinstance(value, int) or value < 1:
+        raise UsageError(
+            f"the rule {rule.pattern!r} needs {rule.rope_heads} of the config, which is {value!r}",
+            hint=f'Write the number of heads in its place: "{_HEADS}": 32.',
+        )
+    return replace(rule, rope_heads=value)
+
+
+def _reordered(tensor: Tensor, rule: Rule, name: str) -> Tensor:
+    """The rows of each head, from neighbouring pairs to two halves."""
+    heads = rule.rope_heads
+    if heads is None:
+        return tensor
+    if not isinstance(heads, int):
+        raise UsageError(
+            f"the rule {rule.pattern!r} needs {heads} of the config, and there is no config",
+            hint=f'Pass --config without --weights-only, or write the number: "{_HEADS}": 32.',
+        )
+    rows = tensor.shape[0] if tensor.shape else 0
+    if heads < 1 or not rows or rows % (2 * heads):
+        raise UsageError(
+            f"its {rows} rows are not those of {heads} heads with pairs of rows",
+            tensor=name,
+            hint=f"Correct {_HEADS} in the rule {rule.pattern!r} of the key map.",
+        )
+    pairs, row = rows // heads // 2, tensor.numel // rows
+    split = view(tensor, 0, (heads, 2, pairs, row), (2 * pairs * row, row, 2 * row, 1))
+    return view(split, 0, tensor.shape, row_major_strides(tensor.shape))
 
 
 def _numbered(name: str) -> bool:
@@ -128,14 +217,11 @@ def _compiled(pattern: str, last: int) -> re.Pattern[str]:
     return re.compile("".join((*parts, re.escape(pattern[at:]))))
 
 
-def _renamed(
-    name: str, rules: Sequence[tuple[re.Pattern[str], Rule]], last: int
-) -> tuple[str, ...] | None:
-    for pattern, rule in rules:
-        match = pattern.fullmatch(name)
-        if match is not None:
-            return tuple(_filled(new, match, last) for new in rule.names)
-    return None
+def _fitting(
+    name: str, rules: Sequence[tuple[re.Pattern[str], Rule]]
+) -> tuple[re.Match[str], Rule] | None:
+    matches = ((pattern.fullmatch(name), rule) for pattern, rule in rules)
+    return next(((match, rule) for match, rule in matches if match is not None), None)
 
 
 def _filled(name: str, found: re.Match[str], last: int) -> str:

@@ -248,6 +248,23 @@ def with_adapter_name(saved: str, adapter: str) -> str:
     return saved
 
 
+def read_by_peft(saved: Iterable[str]) -> list[str]:
+    """The names of an adapter's file that PEFT reads, without the leftovers that it writes beside them.
+
+    Where a vocabulary was resized, PEFT writes a head of ``modules_to_save`` three times: ``lm_head.weight``,
+    which it reads, the same as ``lm_head.modules_to_save.weight``, and the head before training as
+    ``lm_head.original_module.weight``.
+    """
+    names = list(saved)
+    held = set(names)
+    left = (f".{_SAVED_MODULES}.", ".original_module.")
+    return [
+        name
+        for name in names
+        if not any(one in name and name.replace(one, ".") in held for one in left)
+    ]
+
+
 def _is_embedding(inner: str) -> bool:
     path = plain_name(inner).split(".")
     return len(path) > 1 and path[-2] in _EMBEDDINGS and path[-1] == "weight"

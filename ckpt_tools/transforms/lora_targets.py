@@ -4,7 +4,7 @@ The targets follow from shapes. PEFT wraps modules with a ``weight``, and single
 as fused experts. Several parameters of one module are wrapped one around the other, in the module's order.
 Their names do not tell them apart.
 
-Source: ``peft/tuners/lora/layer.py`` (``Linear``, ``Embedding``, ``ParamWrapper``).
+Source: ``peft/tuners/lora/layer.py`` (``Linear``, ``Embedding``, ``ParamWrapper``, ``_ConvNd``).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import permutations
 
-from ckpt_tools.errors import DamagedCheckpoint, listed
+from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout, UsageError, listed
 from ckpt_tools.tensors.catalogue import Shape
 from ckpt_tools.transforms.lora import Part, plain_name
 
@@ -121,15 +121,13 @@ def find_targets(
         base: shapes of the base, by plain name; empty if the base is absent.
 
     Raises:
-        DamagedCheckpoint: factors do not fit each other, or any tensor of the base.
+        DamagedCheckpoint: the ranks of two factors differ.
+        UsageError: factors fit no tensor of the base.
+        UnsupportedLayout: they are those of another kind of layer.
     """
     by_module: dict[str, list[Factors]] = {}
     for pair in pairs.values():
-        if not _shapes_fit(pair, shapes):
-            raise DamagedCheckpoint(
-                f"its shape {shapes[pair.b]} does not fit {shapes[pair.a]} of {pair.a}",
-                tensor=pair.b,
-            )
+        _refuse_unfit(pair, shapes)
         by_module.setdefault(plain_name(pair.module), []).append(pair)
     targets: dict[str, Target] = {}
     for module, wrappers in by_module.items():
@@ -157,24 +155,41 @@ def _targets(
         ]
         if all(fits):
             return {p.module: t for p, t in zip(wrappers, fits, strict=True) if t is not None}
+    if len(wrappers) == 1 and weight not in own:
+        # A quantiser that is not known may keep the weight under other names.
+        return {p.module: Target(None, module, shapes[p.a][0]) for p in wrappers}
     sizes = ", ".join(f"{name} {base[name]}" for name in names)
     pair = wrappers[0]
-    raise DamagedCheckpoint(
+    fact = (
         f"its shape {shapes[pair.a]}, with {shapes[pair.b]} of {pair.b}, fits no tensor of the base "
-        f"({sizes})",
+        f"({sizes})"
+    )
+    if any(len(base[name]) > 3 for name in names) or len(shapes[pair.a]) > 2:
+        raise UnsupportedLayout(
+            f"{fact}, as it does for a convolution with groups",
+            tensor=pair.a,
+            hint="PEFT does not merge such a layer either. Write the adapter with extract-lora, and load it "
+            "beside its base.",
+        )
+    raise UsageError(
+        fact,
         tensor=pair.a,
-        hint="Adapter and base are of different models.",
+        hint="Adapter and base are of different models. Pass the base that the adapter was trained on.",
     )
 
 
 def _target(name: str, base: Shape, pair: Factors, shapes: Mapping[str, Shape]) -> Target | None:
     """The target, if the factors fit the tensor."""
-    (rows, width), height = shapes[pair.a], shapes[pair.b][0]
+    a, b = shapes[pair.a], shapes[pair.b]
+    module = name.removesuffix(".weight")
+    if len(a) > 2:
+        # The kernel of a convolution is a matrix of its outputs and of all other axes.
+        return Target(name, module, a[0]) if base == (b[0], *a[1:]) else None
+    (rows, width), height = a, b[0]
     experts = base[0] if len(base) == 3 else 1
     sides = base[-2:]
     if len(base) > 3 or rows % experts or sides not in ((height, width), (width, height)):
         return None
-    module = name.removesuffix(".weight")
     transposed: bool | None = None if height == width else sides == (width, height)
     if pair.embedding:
         if sides != (width, height):
@@ -200,6 +215,29 @@ def _decided(targets: dict[str, Target], pairs: Mapping[str, Factors]) -> dict[s
     return targets
 
 
-def _shapes_fit(pair: Factors, shapes: Mapping[str, Shape]) -> bool:
+def _refuse_unfit(pair: Factors, shapes: Mapping[str, Shape]) -> None:
+    """Refuse factors whose product does not exist.
+
+    Those of a convolution are convolutions: ``A`` with the kernel of the base, ``B`` with a kernel of 1.
+
+    Raises:
+        DamagedCheckpoint: the ranks of the factors differ.
+        UnsupportedLayout: the factors are not of a linear layer, an embedding or a plain convolution.
+    """
     a, b = shapes[pair.a], shapes[pair.b]
-    return len(a) == len(b) == 2 and a[0] == b[1] and bool(a[0])
+    known = 2 <= len(a) == len(b) <= 5 and all(size == 1 for size in b[2:])
+    if known and a[0] == b[1] and a[0]:
+        return
+    fact = f"its shape {b} does not fit {a} of {pair.a}"
+    if known and len(a) == 2:
+        raise DamagedCheckpoint(
+            fact,
+            tensor=pair.b,
+            hint="The factors have different ranks: they are of two adapters, or one was not gathered from "
+            "its ranks.",
+        )
+    raise UnsupportedLayout(
+        f"{fact} as in a linear layer, an embedding or a convolution without groups",
+        tensor=pair.b,
+        hint="Write the adapter with extract-lora, which copies its tensors.",
+    )

@@ -67,7 +67,7 @@ if TYPE_CHECKING:
 _TILE = 1 << 16
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Merged(Computed):
     """A matrix with its update added, in fp32.
 
@@ -184,7 +184,7 @@ class Merged(Computed):
         return cast(self.a, FLOAT32), cast(self.b, FLOAT32)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class ColumnNorms(Computed):
     """The norm of each column of a merged matrix in fp64, before DoRA's scaling.
 
@@ -218,7 +218,7 @@ class ColumnNorms(Computed):
         return roots(total[start:stop])
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class MergedBias(Computed):
     """A bias and its update, ``c + s b``, in fp32 (``lora_bias``)."""
 
@@ -252,6 +252,37 @@ def merged_experts(base: Tensor, a: Tensor, b: Tensor, scale: float, *, transpos
         merged = Merged(matrix, a, b, scale, transposed, None, expert, experts)
         parts.append(view(merged, 0, (1, height, width), (height * width, width, 1)))
     return Concat(tuple(parts), 0)
+
+
+def merged_kernel(
+    base: Tensor, a: Tensor, b: Tensor, scale: float, magnitude: Tensor | None
+) -> Tensor:
+    """The kernel of a convolution with its update added.
+
+    A convolution with a kernel of 1 after another one multiplies the kernel of that as a matrix: of its
+    outputs, and of all other axes.
+    """
+    matrix = Merged(
+        _as_matrix(base),
+        _as_matrix(a),
+        _as_matrix(b),
+        scale,
+        magnitude=None if magnitude is None else _flat(magnitude),
+    )
+    return view(matrix, 0, base.shape, _row_major(base.shape))
+
+
+def _as_matrix(tensor: Tensor) -> Tensor:
+    rows, columns = tensor.shape[0], math.prod(tensor.shape[1:])
+    return view(tensor, 0, (rows, columns), (columns, 1))
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return view(tensor, 0, (tensor.numel,), (1,))
+
+
+def _row_major(shape: Shape) -> Shape:
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 def with_rows(base: Tensor, rows: Tensor, indices: Sequence[int]) -> Tensor:

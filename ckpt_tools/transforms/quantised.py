@@ -118,8 +118,7 @@ def _packed(name: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -> Packed 
         )
     if last == "qweight":
         sides = beside(f"{module}.", {end: end for end in ("qzeros", "scales", "g_idx")})
-        # AWQ packs columns and keeps no order of rows.
-        method = "GPTQ" if "g_idx" in sides else "AWQ"
+        method = _method_of(tensor, {role: tensors[part] for role, part in sides.items()})
         return Packed(weight, method, {"codes": name, **sides})
     if name.endswith("_blocks") and f"{name.removesuffix('_blocks')}_scales" in tensors:
         weight = name.removesuffix("_blocks")
@@ -128,6 +127,14 @@ def _packed(name: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -> Packed 
     if last == "weight" and tensor.dtype.name in _EIGHT_BITS and not _has_sides(name, tensors):
         return Packed(name, f"an unknown quantiser ({tensor.dtype})", {"codes": name})
     return None
+
+
+def _method_of(codes: Tensor, sides: Mapping[str, Tensor]) -> str:
+    """GPTQ packs rows and AWQ columns; the scales have a column for each of the weight's."""
+    columns = sides["scales"].shape[-1:] if "scales" in sides else ()
+    if "g_idx" in sides or columns == codes.shape[-1:]:
+        return "GPTQ"
+    return "AWQ" if columns and columns > codes.shape[-1:] else "GPTQ or AWQ"
 
 
 def _has_sides(weight: str, tensors: Mapping[str, Tensor]) -> bool:

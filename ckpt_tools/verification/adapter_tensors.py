@@ -27,7 +27,11 @@ from ckpt_tools.verification.run import Run
 ORDER = 31
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(?P<module>.+?)(\.base_layer)*\.lora_(?P<part>A|B)\.weight")
-_LORA = re.compile(r"(.+?)(\.base_layer)*\.lora_")
+# Types that keep tensors for every module that target_modules names, and how those names begin.
+_LAYERED = {"LORA", "IA3", "LOHA", "LOKR", "OFT"}
+_ADAPTED = re.compile(r"(.+?)(\.base_layer)*\.(lora_|ia3_|hada_|lokr_|oft_)")
+# PEFT makes these with two dimensions or more.
+_NEVER_FLAT = re.compile(r"(^|\.)(ia3_l|hada_w\w+|lokr_w\w+|prompt_embeddings)$")
 # Their weights are matrices in every model: one row for each token or label.
 _MATRICES = {"embed_in", "embed_out", "embed_tokens", "lm_head", "word_embeddings", "wte"}
 _HEADS = {"classifier", "score"}
@@ -51,7 +55,7 @@ def check(run: Run) -> None:
             continue
         adapter = _Adapter(file, config, tensors, run.findings)
         adapter.check_alone()
-        if config["peft_type"] == "LORA":
+        if config["peft_type"] in _LAYERED:
             _check_with_base(adapter, directory.path / folder, run)
 
 
@@ -102,14 +106,32 @@ class _Adapter:
                 continue  # the check of ranks looks at them
             module, _, last = name.rpartition(".")
             flat = last == "weight" and len(entry.shape) != 2 and self._is_matrix(module)
+            flat = flat or (len(entry.shape) < 2 and _NEVER_FLAT.search(name) is not None)
             if 0 in entry.shape or flat:
                 self._note_shape(entry, "a shard of ZeRO-3 or FSDP that was not gathered?")
+        self._check_magnitudes()
         absent = [m for m in self._saved if not any(_is_of(m, name) for name in self.tensors)]
         if absent and self.config["peft_type"] != "LORA":
             self._note_absent(absent)
 
+    def _check_magnitudes(self) -> None:
+        """Under DoRA every adapted module has a vector of magnitudes."""
+        if self.config["peft_type"] != "LORA" or not self.config.get("use_dora"):
+            return
+        found = ((name.rpartition(".lora_")[0], name, e) for name, e in self.tensors.items())
+        factors = {module: e for module, name, e in found if re.search(r"\.lora_\w*A(\.|$)", name)}
+        held = {n.rpartition(".lora_magnitude_vector")[0] for n in self.tensors}
+        for module in sorted(factors.keys() - held):
+            self.findings.add(
+                "adapter-pair",
+                "its lora_magnitude_vector is missing, and the config says use_dora",
+                file=factors[module].file,
+                tensor=factors[module].name,
+                hint=_GATHERED,
+            )
+
     def _is_matrix(self, module: str) -> bool:
-        last = module.rpartition(".")[2]
+        last = module.removesuffix(".base_layer").rpartition(".")[2]
         return last in _MATRICES or (last == "score" and last in self._saved)
 
     def _note_shape(self, entry: Entry, why: str) -> None:
@@ -131,7 +153,7 @@ class _Adapter:
 
     def check_with(self, base: Base) -> None:
         """Check what the base has against what the adapter has."""
-        adapted = {match[1] for name in self.tensors if (match := _LORA.match(name))}
+        adapted = {match[1] for name in self.tensors if (match := _ADAPTED.match(name))}
         modules = {name.rpartition(".")[0] for name in base.shapes}
         if not adapted <= modules:
             self.findings.skipped.append(

@@ -26,6 +26,8 @@ from ckpt_tools.verification.problem import Findings
 
 _MAX_HEADER = 100_000_000
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+# What torch's operations take, and what fits a number of the header.
+_MOST_DIMENSIONS, _MAX_SIZE = 64, (1 << 64) - 1
 _ANEW = "Copy or download the file again."
 
 # Bits of an element. The added ones have no torch dtype, or less than a byte.
@@ -198,7 +200,7 @@ def _entry(name: str, value: object, file: str, data: int, findings: Findings) -
     bits = _BITS.get(code)
     if bits is None:
         findings.add("dtype-unknown", f"its dtype is {code}", file=file, tensor=name)
-    elif stop - start != math.prod(shape) * bits / 8:
+    elif (stop - start) * 8 != math.prod(shape) * bits:
         findings.add(
             "tensor-size",
             f"{code} of shape {list(shape)} needs {math.prod(shape) * bits // 8:,} bytes;"
@@ -212,9 +214,9 @@ def _entry(name: str, value: object, file: str, data: int, findings: Findings) -
 
 def _sizes(value: object) -> tuple[int, ...] | None:
     """A list of sizes; None for anything else."""
-    if not isinstance(value, list):
+    if not isinstance(value, list) or len(value) > _MOST_DIMENSIONS:
         return None
-    right = all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in value)
+    right = all(type(v) is int and 0 <= v <= _MAX_SIZE for v in value)
     return tuple(value) if right else None
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_tools.errors import UsageError
+from ckpt_tools.storage.replaced import how_to_restore
 from ckpt_tools.verification.container import Container, Entry, parse_json
 from ckpt_tools.verification.problem import Findings
 
@@ -104,7 +105,8 @@ def list_directory(path: Path, findings: Findings) -> Directory:
         raise UsageError(
             "the directory does not exist",
             path=path,
-            hint="Check the path. A conversion that failed or was stopped leaves no directory.",
+            hint=how_to_restore(path)
+            or "Check the path. A conversion that failed or was stopped leaves no directory.",
         )
     files: dict[str, int] = {}
     try:

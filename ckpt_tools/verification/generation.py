@@ -168,7 +168,8 @@ def _judge_ends(
     if files.generation is None and (not config or FILE in directory.root_files):
         findings.skipped.append("the end of an assistant's turn (no config says where a text ends)")
         return
-    architecture = next(iter(config.get("architectures") or ()), "")
+    named = config.get("architectures")
+    architecture = named[0] if isinstance(named, list) and named else ""
     if _NEVER_GENERATES.search(str(architecture)):
         return
     # transformers derives a generation config from config.json only if the file is missing.

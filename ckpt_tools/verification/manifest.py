@@ -92,12 +92,14 @@ def _parsed(data: dict[str, Any], folder: str) -> Manifest:
     if tuple(data) != _KEYS:
         raise ValueError(f"its keys are {listed([*data])}")
     unit = data["unit_bytes"]
-    if not isinstance(unit, int) or unit < 1:
-        raise ValueError(f"unit_bytes is {unit}")
+    if type(unit) is not int or not 1 <= unit < 1 << 63:
+        raise ValueError("unit_bytes is not a number of bytes")
     sizes, digests, headers = {}, {}, set()
     for name, record in data["files"].items():
         file = folder + name
         sizes[file] = record["bytes"]
+        if type(sizes[file]) is not int or not 0 <= sizes[file] < 1 << 63:
+            raise ValueError(f"the size of {name} is not a number of bytes")
         if "header_xxh3_128" in record:
             headers.add(file)
         digests[file] = record["header_xxh3_128" if file in headers else "xxh3_128"]

@@ -108,6 +108,9 @@ KINDS: dict[str, Kind] = {
     "generation-differs": Kind("warning", "the generation config is not that of --like"),
     # custom_code.py: code that a loader runs
     "code-of-another-repository": Kind("error", "auto_map names code that is not in the directory"),
+    # beside.py: what lies beside the model
+    "code-unnamed": Kind("warning", "a file of code that no config names"),
+    "weights-elsewhere": Kind("warning", "a folder with weights that are not the model's"),
     # tokenizer.py: what turns text into ids, and ids into rows of the embedding
     "tokenizer-unreadable": Kind("error", "transformers cannot load the tokenizer"),
     "token-id-conflict": Kind("error", "two files of the tokenizer give a token different ids"),

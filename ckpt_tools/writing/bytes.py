@@ -325,6 +325,12 @@ def _write_all(fd: int, data: bytes | memoryview, offset: int, path: Path) -> No
             count = os.pwrite(fd, view, offset)
         except OSError as error:
             raise refused(error, path) from error
+        if not count:
+            raise OutputFailed(
+                "the disk takes no bytes and reports no error",
+                path=path,
+                hint="Name an output on another disk.",
+            )
         view, offset = view[count:], offset + count
 
 

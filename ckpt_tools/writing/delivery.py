@@ -18,7 +18,7 @@ from typing import Any
 import xxhash
 
 from ckpt_tools._version import __version__
-from ckpt_tools.errors import OutputFailed, RankFailed
+from ckpt_tools.errors import DamagedCheckpoint, OutputFailed, RankFailed, listed
 from ckpt_tools.ranks import Ranks
 from ckpt_tools.tensors.checksums import ReadLog
 from ckpt_tools.writing import journal
@@ -28,7 +28,7 @@ from ckpt_tools.writing.manifest import Provenance
 from ckpt_tools.writing.output import Output, Writing
 from ckpt_tools.writing.publish import Partial, check_room, leftovers, partial_directory
 from ckpt_tools.writing.shares import Job, Share, write_shares
-from ckpt_tools.writing.source import Checked, check_sources, runs_of
+from ckpt_tools.writing.source import CHANCE_BYTES, Checked, check_sources, runs_of
 from ckpt_tools.writing.units import Units
 
 _SHOW_SECONDS = 0.2
@@ -100,7 +100,7 @@ def deliver(
                         writing.ranks.put("job", replace(job, units=()))
                     with _shown(job, writing) as progress:
                         shares = write_shares(job, writing, progress)
-                    checked = _checked(job, shares)
+                    checked, equal = _checked(job, shares, provenance)
                     checks.refuse_changed()
                     _finish_all(job, outputs, shares, provenance, writing, checks)
                     files = _sizes(partial.path)
@@ -111,7 +111,7 @@ def deliver(
         Written.side_by_side([share.written for share in shares]),
         files,
         checked,
-        _notes(job, shares, checked),
+        (*equal, *_notes(job, shares, checked)),
     )
 
 
@@ -283,14 +283,19 @@ def _kept(job: Job, shares: Sequence[Share]) -> Iterator[tuple[Units, int]]:
             yield from ((job.units[number], unit) for unit in kept)
 
 
-def _checked(job: Job, shares: Sequence[Share]) -> Checked:
+def _checked(
+    job: Job, shares: Sequence[Share], provenance: Provenance
+) -> tuple[Checked, tuple[str, ...]]:
     """Compare what all ranks read with the checksums of the sources; what an earlier run read, too.
 
+    Returns:
+        What was compared, and notes on files that hold the same bytes. Tied tensors may, and equal buffers.
+
     Raises:
-        DamagedCheckpoint: a record of a source is not what was saved.
+        DamagedCheckpoint: a record of a source is not what was saved, or two parts of one tensor are equal.
     """
     if not job.check_source:
-        return Checked()
+        return Checked(), ()
     log = ReadLog()
     for share in shares:
         if share.log is not None:
@@ -302,7 +307,22 @@ def _checked(job: Job, shares: Sequence[Share]) -> Checked:
         for piece in block.slices
         for run in runs_of(piece.tensor, piece.start, piece.stop)
     )
-    return check_sources(log, earlier)
+    checked, equal = check_sources(log, earlier)
+    for file, other, nbytes in equal:
+        if nbytes >= CHANCE_BYTES and (name := provenance.in_both(file, other)) is not None:
+            raise DamagedCheckpoint(
+                f"it holds the same bytes as {other.name}, but another part of the tensor: one was copied "
+                "over the other",
+                path=file,
+                tensor=name,
+                hint="Copy the files of this checkpoint again from where they were written.",
+            )
+    names = [f"{file.name} and {other.name}" for file, other, _ in equal]
+    note = (
+        f"files that hold the same bytes, as those of equal tensors do: {listed(names)}. If these "
+        "tensors are not equal in the model, one file was copied over the other"
+    )
+    return checked, (note,) if names else ()
 
 
 def _notes(job: Job, shares: Sequence[Share], checked: Checked) -> tuple[str, ...]:

@@ -48,8 +48,15 @@ def file_header(
         UnsupportedLayout: safetensors cannot read such a file: a name or shape that the format does not
             have, or a header over its limit.
     """
-    for name, (_, shape) in layouts.items():
+    for name, (dtype, shape) in layouts.items():
         _check_name(name)
+        if not dtype.safetensors:
+            raise UnsupportedLayout(
+                f"its dtype is {dtype}, which safetensors cannot hold",
+                tensor=name,
+                hint="Leave it out with a --key-map FILE that gives it the name null, or cast it in the "
+                "training script and save again.",
+            )
         if not is_possible(shape):
             raise UnsupportedLayout(
                 f"safetensors cannot hold the shape {list(shape)}", tensor=name, hint=_LEAVE_OUT

@@ -22,7 +22,7 @@ import xxhash
 from ckpt_tools._version import __version__
 from ckpt_tools.errors import OutputFailed
 from ckpt_tools.storage.folders import local_paths
-from ckpt_tools.tensors.catalogue import Catalogue, Tensor
+from ckpt_tools.tensors.catalogue import Catalogue, Stored, Tensor
 from ckpt_tools.tensors.checkpoint import LIVE, Checkpoint, Copy, Location
 from ckpt_tools.tensors.threads import pool
 from ckpt_tools.transforms.recipe import Json, Leaf, described, leaf_names, leaves_of
@@ -64,14 +64,27 @@ class Provenance:
     def _names(self) -> Mapping[int, Leaf]:
         return leaf_names(self._leaves)
 
+    def in_both(self, file: Path, other: Path) -> str | None:
+        """The name of a source tensor that has parts in both files."""
+        for leaf, tensor in self._leaves.items():
+            if isinstance(tensor, Stored):
+                files = {fragment.file for fragment in tensor.fragments if fragment.region.numel}
+                if {file, other} <= files:
+                    return leaf.name
+        return None
+
     def recipe(self, tensor: Tensor) -> Json:
         """The recipe of an output tensor from source tensors."""
         return described(tensor, self._names)
 
     def files(self) -> list[Path]:
         """The files that are read."""
-        beside = [file for catalogue in self.beside.values() for file in _files_of(catalogue)]
+        beside = [file for files in self.files_beside().values() for file in files]
         return [*(path for source in self.sources for path in sorted(source.files)), *beside]
+
+    def files_beside(self) -> dict[Path, list[Path]]:
+        """The files that are read of each directory of further tensors."""
+        return {directory: _files_of(catalogue) for directory, catalogue in self.beside.items()}
 
     def identity(self) -> str:
         """Digest of the names, sizes and times of the files that are read."""

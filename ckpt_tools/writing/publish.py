@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt_tools.errors import CkptError, OutputExists, OutputFailed, UsageError
+from ckpt_tools.storage.replaced import NEW, OLD, PARTIAL, how_to_restore
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
@@ -27,7 +28,8 @@ def check_target(target: Path, sources: Sequence[Path], *, overwrite: bool) -> N
     """Refuse an output that would destroy something.
 
     Raises:
-        OutputExists: it exists, is not an empty directory, and ``overwrite`` was not given.
+        OutputExists: it exists, is not an empty directory, and ``overwrite`` was not given; or a run was
+            killed while it replaced it.
         UsageError: it holds one of ``sources``, or is a broken link.
     """
     resolved = target.resolve()
@@ -38,6 +40,13 @@ def check_target(target: Path, sources: Sequence[Path], *, overwrite: bool) -> N
                 path=target,
                 hint="Name another output. Inputs are never changed or deleted.",
             )
+    restore = how_to_restore(target)
+    if restore is not None:
+        raise OutputExists(
+            "the output is absent, and a run that was stopped has left it under another name",
+            path=target,
+            hint=restore,
+        )
     if target.is_symlink() and not target.exists():
         raise UsageError("it is a broken link", path=target)
     if target.exists() and not target.is_dir():
@@ -55,7 +64,7 @@ def leftovers(target: Path) -> list[Path]:
     final = _final(target)
     if not final.parent.is_dir():
         return []
-    return sorted(final.parent.glob(f"{_escaped(final.name)}.partial-*"))
+    return sorted(final.parent.glob(f"{_escaped(final.name)}{PARTIAL}*"))
 
 
 def check_room(target: Path, nbytes: int) -> None:
@@ -110,7 +119,7 @@ def partial_directory(
         OutputExists: ``target`` appeared in the meantime and ``overwrite`` was not given.
     """
     final = _final(target)
-    home = resume or final.with_name(f"{final.name}.partial-{secrets.token_hex(4)}")
+    home = resume or final.with_name(f"{final.name}{PARTIAL}{secrets.token_hex(4)}")
     partial = Partial(home, keep=resume is not None)
     missing = [path for path in (final.parent, *final.parent.parents) if not path.exists()]
     try:
@@ -180,7 +189,7 @@ def _publish(partial: Path, final: Path, *, overwrite: bool) -> None:
     if not overwrite:
         raise OutputExists("it appeared while the output was written", path=final)
     # Another name, so that the old output is never taken for this run's output after an exchange.
-    complete = partial.with_name(f"complete-{secrets.token_hex(4)}")
+    complete = partial.with_name(f"{NEW}{secrets.token_hex(4)}")
     os.rename(partial, complete)
     try:
         old = _replace(complete, final)
@@ -195,12 +204,13 @@ def _replace(complete: Path, final: Path) -> Path:
     if _exchange(complete, final):
         return complete
     # Without an exchange, the output is absent for a moment. The old one keeps its bytes.
-    old = final.with_name(f"{final.name}.replaced-{secrets.token_hex(4)}")
-    os.rename(final, old)
+    old = final.with_name(f"{final.name}{OLD}{secrets.token_hex(4)}")
     try:
+        os.rename(final, old)
         os.rename(complete, final)
-    except OSError:
-        os.rename(old, final)
+    except BaseException:
+        if not final.exists():
+            os.rename(old, final)
         raise
     return old
 

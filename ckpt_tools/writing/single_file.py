@@ -1,8 +1,8 @@
 """Owns the writing of one weight file, ``model.safetensors`` or ``pytorch_model.bin``, into any directory.
 
-The file appears complete or not at all, no existing file is replaced, and the file can be compared with its
-source first. ``torch.save`` writes a ``.bin`` from a memory map of a temporary safetensors file, so the
-process does not hold the tensors in memory.
+The file appears complete or not at all. An existing file is replaced only if that is asked for. The new file
+can be compared with its source first. ``torch.save`` writes a ``.bin`` from a memory map of a temporary
+safetensors file, so the process does not hold the tensors in memory.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING
 from ckpt_tools.errors import OutputExists, OutputFailed
 from ckpt_tools.readers.containers.weight_files import read_weight_files
 from ckpt_tools.tensors.catalogue import Catalogue
+from ckpt_tools.tensors.checksums import ReadLog
 from ckpt_tools.tensors.gather import Gatherer
 from ckpt_tools.tensors.windows import first_difference
 from ckpt_tools.writing.bytes import Outputs, lay_out, write
 from ckpt_tools.writing.layout import Plan, PlannedFile, plan
 from ckpt_tools.writing.publish import check_room, partial_directory
+from ckpt_tools.writing.source import COPY_AGAIN, check_sources
 from ckpt_tools.writing.units import Units
 
 if TYPE_CHECKING:
@@ -33,7 +35,9 @@ SAFETENSORS = "model.safetensors"
 TORCH = "pytorch_model.bin"
 
 
-def write_single_file(tensors: Catalogue, path: Path, *, prove: bool) -> None:
+def write_single_file(
+    tensors: Catalogue, path: Path, *, prove: bool, overwrite: bool = False
+) -> None:
     """Write all tensors unchanged into one file.
 
     Args:
@@ -41,23 +45,24 @@ def write_single_file(tensors: Catalogue, path: Path, *, prove: bool) -> None:
         path: the file; ``model.safetensors`` is safetensors, ``pytorch_model.bin`` is ``torch.save``
             of a dict. Its directory is made if it does not exist.
         prove: read the file and compare it with ``tensors`` bit for bit before it appears.
+        overwrite: replace a file that is there, once the new one is complete.
 
     Raises:
         OutputExists: the file exists already, or its directory is a file.
         OutputFailed: the disk is full or refused a write, or the file differs from ``tensors``.
-        DamagedCheckpoint: a source file ended early or cannot be read.
+        DamagedCheckpoint: a source file ended early, cannot be read, or is not what was saved.
     """
     directory = path.parent
     if directory.exists() and not directory.is_dir():
         raise OutputExists("it exists and is not a directory", path=directory)
-    if path.exists() or path.is_symlink():
+    if path.is_dir() or (not overwrite and (path.exists() or path.is_symlink())):
         raise OutputExists(
             "the output exists already", path=path, hint="Remove it, or name another directory."
         )
     layout = plan(tensors, max_shard_size=tensors.nbytes + 1)
     (planned,) = layout.files
     check_room(directory, planned.size * (2 if path.name == TORCH else 1))
-    with _stage(path) as stage:
+    with _stage(path, overwrite=overwrite) as stage:
         _write(layout, stage)
         if path.name == TORCH:
             _save_as_torch(stage / planned.name, planned, [*tensors], stage / TORCH)
@@ -70,11 +75,13 @@ def _write(layout: Plan, directory: Path) -> None:
     lay_out(layout, directory)
     units = Units(layout)
     with Outputs(layout, directory) as outputs:
-        write(units, outputs, [range(len(units))])
+        log = ReadLog()
+        write(units, outputs, [range(len(units))], log=log)
+    check_sources(log, hint=COPY_AGAIN)
 
 
 @contextmanager
-def _stage(path: Path) -> Iterator[Path]:
+def _stage(path: Path, *, overwrite: bool) -> Iterator[Path]:
     """A temporary directory. Its file moves to ``path`` if the block ends without an error."""
     directory = path.parent
     if not directory.is_dir() or not any(directory.iterdir()):
@@ -90,15 +97,19 @@ def _stage(path: Path) -> Iterator[Path]:
                 f"cannot be made ({error.strerror})", path=stage, hint="Check the permissions."
             ) from error
         yield stage
-        _put_in_place(stage / path.name, path)
+        _put_in_place(stage / path.name, path, overwrite=overwrite)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def _put_in_place(source: Path, path: Path) -> None:
+def _put_in_place(source: Path, path: Path, *, overwrite: bool) -> None:
     try:
         _sync(source)
         try:
+            if overwrite:
+                source.replace(path)
+                _sync(path.parent)
+                return
             os.link(source, path)  # unlike a rename, it never replaces a file
         except FileExistsError:
             raise OutputExists("it appeared while the output was written", path=path) from None

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from ckpt_tools.errors import DamagedCheckpoint, listed
 from ckpt_tools.readers.containers.records import Record, Records
@@ -22,13 +23,11 @@ from ckpt_tools.tensors.checksums import ReadLog, joined
 _REST_BYTES = 1 << 20
 _REST_SHARE = 16
 _READ_BYTES = 4 << 20
-# Files with less data than this may hold the same bytes by chance.
-_SMALL_FILE = 1 << 10
+# Parts of one tensor with less data than this may be equal by chance, as those of a norm's weights in bf16.
+CHANCE_BYTES = 1 << 10
 _SAMPLE_BYTES = 1 << 20
-_DAMAGED = (
-    "The file was damaged after it was saved. Copy it again from where it was written. "
-    "--no-check-source converts it as it is."
-)
+COPY_AGAIN = "The file was damaged after it was saved. Copy it again from where it was written."
+_OR_CONVERT = f"{COPY_AGAIN} --no-check-source converts it as it is."
 
 Run = tuple[int, int, int]
 
@@ -55,12 +54,34 @@ class Checked:
         )
 
 
-def check_sources(log: ReadLog, resumed: Iterable[tuple[Path, int, int]] = ()) -> Checked:
+class Equal(NamedTuple):
+    """Two files whose records are the same.
+
+    Attributes:
+        file, other: the files.
+        nbytes: the number of bytes in those records that were read.
+    """
+
+    file: Path
+    other: Path
+    nbytes: int
+
+
+def check_sources(
+    log: ReadLog,
+    resumed: Iterable[tuple[Path, int, int]] = (),
+    *,
+    hint: str = _OR_CONVERT,
+) -> tuple[Checked, list[Equal]]:
     """Compare what was read with the checksums of its files.
 
     Args:
         log: the runs that were read.
         resumed: file, start and stop of runs that an earlier run read; they are read again.
+        hint: the next step where a record is not what was saved.
+
+    Returns:
+        What was compared, and the files of one folder that have the same records.
 
     Raises:
         DamagedCheckpoint: a record is not what was saved.
@@ -69,26 +90,23 @@ def check_sources(log: ReadLog, resumed: Iterable[tuple[Path, int, int]] = ()) -
     for file, start, stop in resumed:
         again.setdefault(file, []).append((start, stop))
     total = Checked()
-    seen: dict[tuple[Path, tuple[tuple[int, int], ...]], Path] = {}
+    equal: list[Equal] = []
+    seen: dict[tuple[Path, tuple[tuple[int, int, int], ...]], Path] = {}
     for file in dict.fromkeys((*log.files, *again)):
-        with Records(file, _DAMAGED) as records:
+        with Records(file, hint) as records:
             found, held = _check_file(records, list(log.runs(file)), again.get(file, ()))
             total += found
-            content = tuple((record.stop - record.start, record.crc) for record in held)
-            other = seen.setdefault((file.parent, content), file)
-            if content and other is not file and not _is_constant(records, held):
-                raise DamagedCheckpoint(
-                    f"it holds the same bytes as {other.name}: one was copied over the other",
-                    path=file,
-                    hint="Copy the files of this checkpoint again from where they were written.",
-                )
-    return total
+            if not held:
+                continue
+            other = seen.setdefault((file.parent, records.signature), file)
+            if other is not file and not _is_constant(records, held):
+                nbytes = sum(record.stop - record.start for record in held)
+                equal.append(Equal(file, other, nbytes))
+    return total, equal
 
 
 def _is_constant(records: Records, held: Sequence[Record]) -> bool:
-    """Whether the records may be equal by nature: small, or one value over and over."""
-    if sum(record.stop - record.start for record in held) < _SMALL_FILE:
-        return True
+    """Whether the records may be equal by nature: one number, or one value over and over."""
     for record in held:
         data = records.read(record.start, min(record.stop, record.start + _SAMPLE_BYTES))
         if data[8:] != data[:-8]:
@@ -145,7 +163,7 @@ def _check_record(
             f"the bytes of record {record.name} are not those that were saved: their CRC-32 is "
             f"{total:08x}, and the file records {record.crc:08x}",
             path=records.path,
-            hint=_DAMAGED,
+            hint=records.hint,
         )
     return Checked(checked=read)
 

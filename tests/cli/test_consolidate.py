@@ -43,6 +43,7 @@ def names(directory: Path) -> set[str]:
     return {path.name for path in directory.iterdir()}
 
 
+@pytest.mark.slow
 def test_a_checkpoint_becomes_a_directory(tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = run_program("consolidate", CASE / "checkpoint", out, "--config", CASE / "hf")
@@ -70,6 +71,7 @@ def test_a_checkpoint_becomes_a_directory(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_json_is_all_there_is_on_stdout(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     done = run("consolidate", CASE / "checkpoint", out, "--config", CASE / "hf", "--json")

@@ -49,6 +49,7 @@ def test_what_is_the_same_is_said_to_be_and_ends_with_0() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_what_is_different_is_listed_and_ends_with_1(edited: Path) -> None:
     done = run_program("diff", PLAIN / "truth" / "model.safetensors", edited)
 
@@ -184,6 +185,7 @@ def test_a_fault_of_our_own_is_trouble_and_no_difference(monkeypatch: pytest.Mon
     assert "ZeroDivisionError: unforeseen" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_bar_says_what_is_done_on_a_terminal(tmp_path: Path) -> None:
     for name in "ab":
         save_file({"x": torch.zeros(1 << 22)}, tmp_path / f"{name}.safetensors")

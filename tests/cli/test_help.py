@@ -29,7 +29,7 @@ def command(name: str) -> click.Command:
 
 
 def options(name: str) -> list[click.Option]:
-    return [p for p in command(name).params if isinstance(p, click.Option)]
+    return [p for p in command(name).params if isinstance(p, click.Option) and not p.hidden]
 
 
 def test_the_commands_of_the_first_issue_are_there() -> None:

@@ -588,6 +588,7 @@ class TestOnRealDirectories:
         shown = " ".join(done.stdout.split())
         assert "loading, a forward pass, a short generation with peft" in shown
 
+    @pytest.mark.slow
     def test_a_model_that_would_not_stop_is_told_what_to_write(
         self, consolidated: Path, tmp_path: Path
     ) -> None:

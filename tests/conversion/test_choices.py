@@ -69,13 +69,15 @@ def test_a_format_can_be_named_where_a_directory_fits_two(fixtures: Path, tmp_pa
     shutil.copy(case / "truth" / "model.safetensors", both)
 
     assert open_checkpoint(both).location.format == "deepspeed"
-    assert open_checkpoint(both, format="deepspeed").location.format == "deepspeed"
-    assert open_checkpoint(both, format="huggingface").location.format == "huggingface"
+    assert open_checkpoint(both, source_format="deepspeed").location.format == "deepspeed"
+    assert open_checkpoint(both, source_format="huggingface").location.format == "huggingface"
 
 
 def test_a_format_that_nobody_reads_is_refused_with_those_that_are(fixtures: Path) -> None:
     with pytest.raises(UsageError, match="unknown format 'zip'") as caught:
-        open_checkpoint(fixtures / "zero" / "zero2-bf16-llama-3ranks" / "checkpoint", format="zip")
+        open_checkpoint(
+            fixtures / "zero" / "zero2-bf16-llama-3ranks" / "checkpoint", source_format="zip"
+        )
     assert "deepspeed" in str(caught.value)
 
 

@@ -21,7 +21,6 @@ from ckpt_tools.errors import (
     CkptError,
     DamagedCheckpoint,
     NotACheckpoint,
-    OutputExists,
     OutputFailed,
     UnsupportedLayout,
     UsageError,
@@ -29,6 +28,7 @@ from ckpt_tools.errors import (
 from ckpt_tools.writing import single_file
 from tests.conftest import FIXTURES
 from tests.conversion.test_end_to_end import CASES, Case, cast, different, every
+from tests.support.ranks.launching import ended, start
 
 # Read when deepspeed is imported, which otherwise looks for a GPU.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -198,8 +198,9 @@ STATES = sorted(
     for path in FIXTURES.glob(f"{kind}/*/checkpoint/**/.metadata")
     if path.parent.name not in (OPTIMIZER, "model_and_optim") and "olmo-core" not in str(path)
 )
-# Saved as safetensors, or with more than a model in them.
+# Saved as safetensors, of a tensor subclass that torch.load refuses, or with more than a model in them.
 BEYOND_ACCELERATE = {
+    "dcp/torchao-float8-2ranks/checkpoint",
     "dcp/fsdp2-app-2ranks/checkpoint",
     "dcp/fsdp2-state-model-2ranks/checkpoint",
     "dcp/safetensors-format-2ranks/checkpoint",
@@ -426,13 +427,35 @@ def test_the_output_may_not_lie_in_the_source(save: Path) -> None:
     assert not list(save.rglob("model.safetensors"))
 
 
-def test_a_file_that_is_there_is_not_replaced(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    merge_fsdp_weights(SHARDED, tmp_path)
-    before = (tmp_path / "model.safetensors").read_bytes()
+def test_an_older_file_is_replaced_as_accelerate_does(
+    tmp_path: Path, accelerates: Callable[..., Any]
+) -> None:
+    for output, function in (("theirs", accelerates), ("ours", merge_fsdp_weights)):
+        (tmp_path / output).mkdir()
+        (tmp_path / output / "config.json").write_text("{}")
+        for path in (SHARDED / MODEL, STATES[0]):
+            function(str(path), str(tmp_path / output))
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    assert {path.name for path in ours.iterdir()} == {"config.json", "model.safetensors"}
+    assert (ours / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()
 
-    with pytest.raises(OutputExists, match="exists already"):
-        merge_fsdp_weights(STATES[0], tmp_path)
 
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
-    assert (tmp_path / "model.safetensors").read_bytes() == before
+def test_a_merge_that_fails_keeps_the_older_file(tmp_path: Path, save: Path) -> None:
+    merge_fsdp_weights(SHARDED, tmp_path / "out")
+    before = (tmp_path / "out/model.safetensors").read_bytes()
+    shard = max((save / MODEL).glob("*.distcp"), key=lambda path: path.stat().st_size)
+    shard.write_bytes(shard.read_bytes()[:-200])
+    with pytest.raises(DamagedCheckpoint):
+        merge_fsdp_weights(save, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.safetensors"]
+    assert (tmp_path / "out/model.safetensors").read_bytes() == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("function", ["theirs", "ours"])
+def test_every_rank_calls_it_at_once_and_again(function: str, tmp_path: Path) -> None:
+    command = ["-m", "tests.support.training.merging", function, str(tmp_path)]
+    run = ended(start(command, ranks=2, environment={"ACCELERATE_USE_CPU": "true"}))
+    assert run.status == 0, run.stdout + run.stderr
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"model.safetensors", "pytorch_model.bin", "pytorch_model_fsdp_0"}

@@ -201,6 +201,7 @@ def test_an_interrupted_run_leaves_nothing_behind_but_what_is_proven(
         assert number is not signal.SIGINT or "Interrupted; nothing was left behind." in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), SIGNALS)
 def test_an_interrupted_run_leaves_the_old_output(
     tmp_path: Path, large: Large, number: signal.Signals, status: int

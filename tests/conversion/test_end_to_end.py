@@ -394,6 +394,19 @@ def test_frozen_tensors_that_were_left_out_are_taken_from_the_base_model(
     assert loads_as_the_live_model(tmp_path / "out", case)
 
 
+def test_like_does_not_fill_in_a_whole_other_model(tmp_path: Path) -> None:
+    """The result would be the base, with the trained tensors beside it under names that nobody reads."""
+    case = FIXTURES / "peft" / "zero3-olmo2-lora-frozen-excluded"
+    state = load_file(case / "base" / "model.safetensors")
+    headless = {n.removeprefix("model."): t for n, t in state.items() if n.startswith("model.")}
+    torch.save(headless, tmp_path / "pytorch_model.bin")
+
+    with pytest.raises(UsageError, match="those of the checkpoint are called"):
+        consolidate(tmp_path, tmp_path / "out", like=case / "base")
+    with pytest.raises(UsageError, match="the checkpoint is of a LoRA model"):
+        consolidate(case / "checkpoint", tmp_path / "out", like=case / "base")
+
+
 def test_frozen_tensors_from_the_base_model_are_cast_like_the_others(tmp_path: Path) -> None:
     case = EXCLUDED[0]
     like = saved_by_transformers(case, case.model(), tmp_path / "base")

@@ -364,6 +364,7 @@ def test_the_page_has_the_table() -> None:
     assert page.partition(BEFORE)[2].partition(AFTER)[0].strip() == table().strip()
 
 
+@pytest.mark.slow
 def test_verify_computes_a_prompt_again(tmp_path: Path) -> None:
     (row,) = (row for row in ROWS if str(row) == "P_TUNING-mlp")
     model = trained(row, tmp_path)

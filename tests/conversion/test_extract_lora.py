@@ -331,11 +331,10 @@ def test_a_config_that_targets_more_than_was_saved_is_refused(
     config = json.loads((source / "truth/adapter/adapter_config.json").read_text())
     config["target_modules"].append("k_proj")
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(DamagedCheckpoint, match="has 4 tensors that the checkpoint lacks") as error:
+    with pytest.raises(UsageError, match="has 4 tensors that the checkpoint lacks"):
         extract_lora(
             source / "checkpoint", tmp_path / "out", adapter_config=tmp_path, config=source / "hf"
         )
-    assert len(error.value.missing) == 4
 
 
 def test_trained_tensors_that_peft_leaves_out_are_named(fixtures: Path, tmp_path: Path) -> None:

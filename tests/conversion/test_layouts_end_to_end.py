@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from ckpt_tools import consolidate
-from ckpt_tools.errors import UsageError
+from ckpt_tools.errors import CkptError, UnsupportedLayout, UsageError
+from tests.support import damage
 from tests.support.readers.contract import FIXTURES, Case, assert_same
 
 LAYOUTS = FIXTURES / "layouts"
+# AutoTP that does not record how slices are cut: the shapes of the model say it.
+UNRECORDED = "old-0.16.9-autotp-zero1-bf16-llama-2ranks"
 NAMED = [
     "wrapped-zero2-bf16-llama-2ranks",
     "universal-zero3-bf16-qwen3-tied-2ranks",
@@ -22,6 +26,7 @@ NAMED = [
     "autotp-zero2-bf16-qwen2-4ranks",
     "autotp-zero1-bf16-phi3-fused-2ranks",
     "autoep-zero3-bf16-mixtral-4ranks",
+    UNRECORDED,
 ]
 NUMBERED = ["pipeline-zero1-bf16-llama-4ranks", "pipeline-bf16-llama-tied-2ranks"]
 
@@ -45,6 +50,76 @@ def test_transformers_loads_what_the_live_engine_held(name: str, tmp_path: Path)
     assert set(state) == set(case.model)
     for tensor, truth in case.model.items():
         assert_same(state[tensor], truth, tensor)
+
+
+def test_unrecorded_slices_are_joined_by_the_shapes_of_the_model(tmp_path: Path) -> None:
+    case = Case(LAYOUTS / UNRECORDED)
+    report = consolidate(case.path, tmp_path / "out", config=case.directory / "hf", dtype="fp32")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert set(written) == set(case.masters)
+    for tensor, truth in case.masters.items():
+        assert_same(written[tensor], truth, tensor)
+    said = "by the shapes of the model: 4 cut by columns, 10 cut by rows, 10 whole on each rank"
+    assert any(said in warning for warning in report.warnings)
+    with pytest.raises(UnsupportedLayout, match="does not record how its slices are cut"):
+        consolidate(case.path, tmp_path / "other", weights_only=True)
+
+
+def unrecorded_copy(tmp_path: Path) -> Path:
+    copied = tmp_path / "copy"
+    shutil.copytree(LAYOUTS / UNRECORDED, copied)
+    return copied
+
+
+@pytest.mark.parametrize(
+    ("change", "fact"),
+    [
+        ({"intermediate_size": 27}, "do not make up"),
+        ({"num_hidden_layers": 2}, "are not in the checkpoint"),
+        ({"model_type": "phi3", "architectures": ["Phi3ForCausalLM"]}, "no tensor of this name"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
+)
+def test_slices_are_not_joined_by_the_shapes_of_a_model_that_they_do_not_fit(
+    change: dict[str, Any], fact: str, tmp_path: Path
+) -> None:
+    copied = unrecorded_copy(tmp_path)
+    config = copied / "hf" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    with pytest.raises(CkptError, match=fact):
+        consolidate(copied / "checkpoint", tmp_path / "out", config=config)
+
+
+@pytest.mark.parametrize("weights", ["master", "model"])
+def test_a_weight_that_differs_between_tensor_parallel_ranks_is_refused(
+    weights: Literal["master", "model"], tmp_path: Path
+) -> None:
+    """Both with a record of slices and without one."""
+    for name in (UNRECORDED, "autotp-zero1-bf16-qwen2-2ranks"):
+        copied = tmp_path / name
+        shutil.copytree(LAYOUTS / name, copied)
+        if weights == "model":
+            path = next(copied.rglob("mp_rank_01_model_states.pt"))
+            damage.edit(path, lambda c: c["module"]["model.norm.weight"].add_(1))
+        else:
+            # One file of each kind: the masters of rank 1, and the weight that its engine made of them.
+            for path in copied.rglob("*mp_rank_01_optim_states.pt"):
+                damage.edit(path, lambda c: _shifted(c["optimizer_state_dict"]))
+            path = next(copied.rglob("mp_rank_01_model_states.pt"))
+            damage.edit(path, lambda c: c["module"]["model.norm.weight"].add_(1))
+        with pytest.raises(UnsupportedLayout, match="hold different values of the same elements"):
+            consolidate(
+                copied / "checkpoint", tmp_path / "out", config=copied / "hf", weights=weights
+            )
+
+
+def _shifted(state: dict[str, Any]) -> None:
+    """Add one to the master of the norm, which is one where the tests begin."""
+    for group, mappings in enumerate(state["param_slice_mappings"]):
+        address = mappings.get("model.norm.weight")
+        if address is not None:
+            flat = state["single_partition_of_fp32_groups"][group].data
+            flat[address.start : address.start + address.numel] += 1
 
 
 @pytest.mark.parametrize("name", NUMBERED)

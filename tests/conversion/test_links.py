@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from ckpt_tools import consolidate
+from ckpt_tools import consolidate, extract_lora, merge_lora
 from ckpt_tools.errors import UsageError
 from tests.conftest import FIXTURES
 
@@ -114,3 +115,50 @@ def test_a_tag_that_links_out_of_the_checkpoint_is_not_followed(tmp_path: Path) 
     assert caught.value.path == root / tag
     consolidate(root, tmp_path / "out", weights_only=True, follow_links=True)
     consolidate(root / tag, tmp_path / "direct", weights_only=True)
+
+
+def test_a_shard_that_links_out_of_the_checkpoint_is_not_read(tmp_path: Path) -> None:
+    root = Path(shutil.copytree(CASE / "checkpoint", tmp_path / "run"))
+    shard = next(root.rglob("*rank_1_mp*optim_states.pt"))
+    elsewhere = shard.rename(tmp_path / "elsewhere.pt")
+    shard.symlink_to(elsewhere)
+
+    with pytest.raises(UsageError, match="leads out of") as caught:
+        consolidate(root, tmp_path / "out", weights_only=True)
+
+    assert caught.value.path == shard
+    assert not (tmp_path / "out").exists()
+    consolidate(root, tmp_path / "out", weights_only=True, follow_links=True)
+    elsewhere.rename(shard.with_name("own"))
+    shard.unlink()
+    shard.symlink_to("own")
+    consolidate(root, tmp_path / "within", weights_only=True)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_an_adapter_that_links_out_of_its_directory_is_not_read(tmp_path: Path, name: str) -> None:
+    case = FIXTURES / "peft" / "zero3-olmo2-lora-frozen-excluded"
+    adapter = Path(shutil.copytree(case / "truth" / "adapter", tmp_path / "adapter"))
+    (adapter / name).rename(tmp_path / name)
+    (adapter / name).symlink_to(tmp_path / name)
+    options: Any = {"adapter_dir": adapter, "weights_only": True}
+    base = case / "base"
+
+    with pytest.raises(UsageError, match="leads out of") as caught:
+        merge_lora(base, tmp_path / "out", **options)
+
+    assert caught.value.path == adapter / name
+    merge_lora(base, tmp_path / "out", follow_links=True, **options)
+
+
+def test_an_adapter_config_near_a_checkpoint_that_links_out_is_not_read(tmp_path: Path) -> None:
+    case = FIXTURES / "peft" / "zero2-olmo2-lora"
+    root = Path(shutil.copytree(case / "checkpoint", tmp_path / "run"))
+    config = case / "truth" / "adapter" / "adapter_config.json"
+    (root / "adapter_config.json").symlink_to(config)
+
+    with pytest.raises(UsageError, match="leads out of"):
+        extract_lora(root, tmp_path / "out")
+
+    extract_lora(root, tmp_path / "out", adapter_config=config)
+    extract_lora(root, tmp_path / "out2", adapter_config=config.parent)

@@ -23,6 +23,7 @@ from tests.support.adapted import (
     write_checkpoint,
 )
 from tests.support.merges import (
+    assert_all_rounded,
     assert_merged,
     assert_rounded,
     merged_in_fp32,
@@ -186,7 +187,7 @@ def test_what_an_adapter_directory_holds_of_the_base_replaces_it(
 
 def test_without_a_base_the_hint_is_the_base(fixtures: Path, tmp_path: Path) -> None:
     source = fixtures / "peft/zero3-olmo2-lora-frozen-excluded"
-    with pytest.raises(DamagedCheckpoint, match="the base has no weight of ") as caught:
+    with pytest.raises(MissingAsset, match="the base has no weight of ") as caught:
         _merge(source, "default", tmp_path / "out", base=None)
     assert "--base DIR" in (caught.value.hint or "")
     assert not (tmp_path / "out").exists()
@@ -291,6 +292,33 @@ def test_every_default_of_peft_is_merged(tmp_path: Path) -> None:
     assert load_file(tmp_path / "out/model.safetensors").keys() == {NAME, "norm.weight"}
 
 
+def test_a_linear_layer_that_is_targeted_by_its_parameter(tmp_path: Path) -> None:
+    """PEFT wraps the parameter and not the layer; another layer is targeted as usual."""
+    from peft import LoraConfig, get_peft_model
+
+    base = torch.nn.ModuleDict({"up": torch.nn.Linear(6, 10), "down": torch.nn.Linear(10, 6)})
+    plain = {name: value.clone() for name, value in base.state_dict().items()}
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=["up"], target_parameters=["down.weight"])
+    model = get_peft_model(base, config)  # type: ignore[arg-type]
+    for name, value in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(value)
+    model.save_pretrained(tmp_path / "adapter")
+    settings = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    live = {name: value.clone().contiguous() for name, value in model.state_dict().items()}
+    runs: list[tuple[Path, dict[str, Any]]] = [
+        (write_checkpoint(tmp_path / "run", live, settings), {}),
+        (write_checkpoint(tmp_path / "base", plain), {"adapter_dir": tmp_path / "adapter"}),
+    ]
+    exact = model.double().merge_and_unload().state_dict()  # type: ignore[operator]
+
+    for number, (source, options) in enumerate(runs):
+        merge_lora(source, tmp_path / f"out{number}", weights_only=True, **options)
+        found = load_file(tmp_path / f"out{number}/model.safetensors")
+        assert_all_rounded(found, exact)
+        assert not torch.equal(found["down.weight"], plain["down.weight"])
+
+
 CHANGES_BASE = ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"]
 KEEPS_BASE = ["gaussian", "eva", "orthogonal", "mica", True, False]
 
@@ -349,7 +377,16 @@ def test_a_merge_that_changes_nothing_is_refused(factor: str, tmp_path: Path) ->
     state[f"{PREFIX}layers.0.v_proj.lora_{factor}.default.weight"].zero_()
     config = adapter_config(target_modules=["q_proj", "v_proj"])
     run = write_checkpoint(tmp_path / "run", state, config)
-    with pytest.raises(UsageError, match=r"would not change 1 of 2 targets.*layers.0.v_proj"):
+    report = merge_lora(run, tmp_path / "partly", weights_only=True)
+    assert any("1 of 2 targets do not change" in text for text in report.warnings)
+    base = state[PREFIX + "layers.0.v_proj.base_layer.weight"]
+    assert torch.equal(
+        load_file(tmp_path / "partly/model.safetensors")["layers.0.v_proj.weight"], base
+    )
+
+    state[PREFIX + "layers.0.q_proj.lora_B.default.weight"].zero_()
+    run = write_checkpoint(tmp_path / "untrained", state, config)
+    with pytest.raises(UsageError, match=r"would not change any of 2 targets.*layers.0.q_proj"):
         merge_lora(run, tmp_path / "out", weights_only=True)
     assert not (tmp_path / "out").exists()
 
@@ -358,7 +395,7 @@ def test_a_pair_without_a_target_is_refused(tmp_path: Path) -> None:
     state = lora_state()
     del state[PREFIX + "layers.0.q_proj.base_layer.weight"]
     run = write_checkpoint(tmp_path / "run", state, adapter_config())
-    with pytest.raises(DamagedCheckpoint, match=r"the base has no weight of layers.0.q_proj"):
+    with pytest.raises(UsageError, match=r"the base has no weight of layers.0.q_proj"):
         merge_lora(run, tmp_path / "out", weights_only=True)
 
 

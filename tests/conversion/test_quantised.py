@@ -94,6 +94,7 @@ def test_an_adapter_is_extracted_from_a_run_on_four_bits(case: str, tmp_path: Pa
     assert all(_same(ours[name], value) for name, value in theirs.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", RUNS)
 @pytest.mark.parametrize("plain_base", [True, False])
 def test_a_run_on_four_bits_is_merged(case: str, plain_base: bool, tmp_path: Path) -> None:
@@ -188,6 +189,56 @@ def test_gptq_is_refused_by_name_and_the_hint_works(tmp_path: Path) -> None:
     merge_lora(source, tmp_path / "out", base=base, **options)
 
     assert _tensors(tmp_path / "out").keys() == {"model.norm.weight", *plain}
+
+
+@pytest.mark.parametrize(
+    "ends",
+    [
+        ["weight._data", "weight._scale"],
+        ["W_q", "scale", "zero", "meta"],
+        ["codes", "codebooks", "scales"],
+        ["centroids.weight", "indices", "weight_scale"],
+    ],
+)
+def test_tensors_of_any_quantiser_are_left_out_where_a_base_has_the_weight(
+    tmp_path: Path, ends: list[str]
+) -> None:
+    module = "model.layers.0.mlp.up_proj"
+    tensors = {f"{module}.{end}": torch.ones(16, 4, dtype=torch.int32) for end in ends}
+    tensors["model.norm.weight"] = torch.ones(16).half()
+    source = _stored(tmp_path / "in", tensors, {"quant_method": "new"})
+    plain = {f"{module}.weight": torch.randn(16, 32).half()}
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file(plain, base / "model.safetensors", metadata={"format": "pt"})
+    (base / "config.json").write_text("{}")
+    options: dict[str, Any] = {"adapter_dir": _adapter(tmp_path / "adapter", 16, 32)}
+
+    with pytest.raises((UnsupportedLayout, UsageError), match=r"quantiser|has no weight of"):
+        merge_lora(source, tmp_path / "out", weights_only=True, **options)
+    merge_lora(source, tmp_path / "out", weights_only=True, base=base, **options)
+
+    assert _tensors(tmp_path / "out").keys() == {"model.norm.weight", *plain}
+
+
+@pytest.mark.parametrize(
+    ("columns", "scales", "method"),
+    [(16, 16, "GPTQ"), (2, 16, "AWQ"), (16, None, "GPTQ or AWQ")],
+)
+def test_packed_words_without_an_order_are_named_by_what_they_pack(
+    tmp_path: Path, columns: int, scales: int | None, method: str
+) -> None:
+    """GPTQ may leave out g_idx; its words hold rows, and those of AWQ hold columns."""
+    name = "model.layers.0.mlp.up_proj"
+    tensors = {f"{name}.qweight": torch.zeros(4, columns, dtype=torch.int32)}
+    if scales is not None:
+        tensors[f"{name}.scales"] = torch.ones(1, scales).half()
+    source = _stored(tmp_path / "in", tensors, {"quant_method": "gptq", "bits": 4})
+
+    with pytest.raises(UnsupportedLayout) as caught:
+        consolidate(source, tmp_path / "out", weights_only=True, dequantize=True)
+
+    assert f"quantised ({method})" in caught.value.fact
 
 
 @pytest.mark.parametrize(

@@ -18,13 +18,16 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch._C._distributed_c10d import HashStore
 
 from ckpt_tools import Report, average, consolidate
 from ckpt_tools.errors import OutputExists, OutputFailed, UsageError
+from ckpt_tools.ranks.clock import Clock
 from ckpt_tools.writing import journal, publish
 from tests.conftest import FIXTURES
 from tests.conversion.test_crash import shell_status
 from tests.support.outputs import contents, partials, proven_units, units_in
+from tests.support.ranks.in_threads import each, made
 from tests.support.waiting import cpu_seconds, wait_until
 from tests.writing.test_bytes import small_disk
 
@@ -166,6 +169,23 @@ def test_units_that_changed_on_disk_are_written_again(
 
     assert contents(tmp_path / "out") == contents(undisturbed)
     (note,) = [note for note in report.notes if "changed on disk" in note]
+    assert f"written again: {damaged}." in note
+
+
+def test_units_that_changed_on_disk_are_written_again_by_several_ranks(
+    tmp_path: Path, undisturbed: Path
+) -> None:
+    """Each rank digests the noted units of its share, which are not those that it wrote."""
+    out = tmp_path / "out"
+    damaged = damage(stopped(CASE / "checkpoint", out, 0.7), 1.0)
+
+    reports = each(
+        made(Clock(), 3, store=HashStore()),
+        lambda own: resumed(CASE / "checkpoint", out, ranks=own),
+    )
+
+    assert contents(out) == contents(undisturbed)
+    (note,) = [note for note in reports[0].notes if "changed on disk" in note]
     assert f"written again: {damaged}." in note
 
 

@@ -26,6 +26,7 @@ generate = importlib.import_module("generate")
 error_messages = importlib.import_module("error_messages")
 
 
+@pytest.mark.slow
 def test_the_derived_parts_are_those_of_the_program() -> None:
     pages = generate.pages()
 

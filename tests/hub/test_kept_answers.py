@@ -16,7 +16,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from ckpt_tools.cli import options
+from ckpt_tools.cli import caching
 from ckpt_tools.errors import UsageError
 from ckpt_tools.hub import reference
 from ckpt_tools.hub.reference import adapters, describe, kept, process
@@ -263,7 +263,7 @@ def test_it_can_be_switched_off(
 
 def test_a_command_switches_it_off_for_itself(children: Child, folder: Path) -> None:
     @click.command
-    @options.no_cache
+    @caching.no_cache
     def command() -> None:
         click.echo(number())
 

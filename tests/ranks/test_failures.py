@@ -432,6 +432,7 @@ def test_a_rank_that_stands_still_ends_the_others(large: Large, tmp_path: Path) 
     assert_told_once(done.said, f"error: rank {frozen} has sent no heartbeat for 5 s")
 
 
+@pytest.mark.slow
 def test_a_command_that_is_wrong_is_said_so_once(tmp_path: Path) -> None:
     done = launch(["-m", "ckpt_tools", "consolidate", tmp_path, "--bogus"], ranks=2)
 

@@ -20,7 +20,6 @@ from ckpt_tools.errors import (
     CkptError,
     DamagedCheckpoint,
     NotACheckpoint,
-    UnsupportedLayout,
     UsageError,
 )
 from ckpt_tools.readers import accelerate
@@ -338,10 +337,6 @@ def test_weights_that_went_away_meanwhile(plain: Path) -> None:
     (plain / "model.safetensors").unlink()
     with pytest.raises(DamagedCheckpoint, match="the files of its weights no longer exist"):
         readers.read(location)
-
-
-def test_a_local_state_is_refused() -> None:
-    assert isinstance(refusal(SAVED / "fsdp1-local-2ranks" / "checkpoint"), UnsupportedLayout)
 
 
 @pytest.mark.parametrize("attack", CALLS)

@@ -80,6 +80,7 @@ def test_a_missing_shard_that_is_not_the_last_is_refused(directory: Path, rank: 
     assert SHARDS(rank, 1, 1) in str(error.hint)
 
 
+@pytest.mark.slow
 def test_a_missing_last_shard_is_refused_by_the_shapes_of_the_config(
     directory: Path, tmp_path: Path
 ) -> None:

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
-from ckpt_tools import merge_lora, open_checkpoint, readers
+from ckpt_tools import inspect, merge_lora, open_checkpoint, readers
 from ckpt_tools.errors import (
     AmbiguousCheckpoint,
     CkptError,
@@ -20,6 +21,8 @@ from ckpt_tools.errors import (
     NotACheckpoint,
     UsageError,
 )
+from ckpt_tools.readers import tree
+from ckpt_tools.tensors.checkpoint import Location
 from tests.conftest import FIXTURES
 from tests.support import damage
 
@@ -188,6 +191,15 @@ def test_steps_are_compared_as_numbers(run: Path) -> None:
     assert "global_step10" in readers.locate(run).remarks[0]
 
 
+def test_tags_of_other_engines_in_the_folder_are_named(run: Path) -> None:
+    """Policy and critic saved into one folder: `latest` names the last save, whichever engine's it is."""
+    (run / "global_step2").rename(run / "policy")
+    (run / "global_step4").rename(run / "critic")
+    (run / "latest").write_text("critic")
+    assert readers.locate(run).remarks == ("`latest` names critic; --tag chooses others: policy",)
+    assert readers.locate(run, "policy").remarks == ()
+
+
 # Ambiguity.
 
 
@@ -207,7 +219,62 @@ def test_several_runs_in_one_directory_are_listed_by_path(tmp_path: Path) -> Non
     error = refusal(tmp_path)
     assert isinstance(error, AmbiguousCheckpoint)
     assert error.choices == tuple(str(path) for path in shards)
-    assert "Pass the path of one of them: " in str(error)
+    assert f"{shards[0]} (DeepSpeed ZeRO-2, step 2), {shards[1]} (DeepSpeed ZeRO-3" in str(error)
+    assert f"Pass the path of one of them, for example: ckpt-tools inspect {shards[1]}" in str(
+        error
+    )
+    assert error.exit_code == 2
+    assert inspect(shards[1]).title == "DeepSpeed ZeRO-3"
+
+
+def test_the_tree_of_a_run_is_looked_through(tmp_path: Path) -> None:
+    """A few levels deep, without links, hidden directories, optimizers, and parts of a checkpoint."""
+    save = tmp_path / "run" / "saves" / "2026" / "step-7"
+    shutil.copytree(FIXTURES / "dcp" / "no-dist" / "checkpoint", save)
+    optimizer = {"optim": {"state": {"w": torch.ones(3, 3)}, "param_groups": {"lr": 0.1}}}
+    for name in ("optimizer_0", "adam"):
+        dcp.save(optimizer, checkpoint_id=tmp_path / "run" / "states" / name)
+    (tmp_path / "elsewhere").symlink_to(tmp_path / "run")
+    shutil.copytree(save, tmp_path / ".cache" / "step-7")
+    assert readers.locate(tmp_path).directory == save
+
+    other = tmp_path / "run" / "saves" / "2025" / "step-9"
+    shutil.copytree(save, other)
+    error = refusal(tmp_path)
+    assert isinstance(error, AmbiguousCheckpoint)
+    assert error.choices == (str(other), str(save))
+    assert f"Found: {other} (torch DCP, step 9), {save} (torch DCP, step 7)" in str(error)
+    assert readers.locate(tmp_path / "run" / "saves" / "2026").directory == save
+
+    shutil.move(other, tmp_path / "a" / "b" / "c" / "d" / "e" / "step-9")
+    assert readers.locate(tmp_path).directory == save, "six levels are too deep"
+
+
+def test_what_cannot_be_read_beside_the_only_checkpoint_is_a_remark(
+    tmp_path: Path, run: Path
+) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "latest").write_text("global_step9")
+    (remark,) = readers.locate(tmp_path).remarks
+    assert "beside it, and not read" in remark
+    assert "global_step9" in remark
+    shutil.rmtree(run)
+    assert isinstance(refusal(tmp_path), DamagedCheckpoint)
+
+
+def test_the_look_through_a_tree_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tree, "MOST_ENTRIES", 50)
+    for number in range(30):
+        (tmp_path / f"a{number}" / "b").mkdir(parents=True)
+    asked: list[Path] = []
+
+    def find(directory: Path) -> list[Location]:
+        asked.append(directory)
+        return []
+
+    found = tree.look_below(tmp_path, find)
+    assert not found.is_whole
+    assert len(asked) <= 50
 
 
 def test_each_choice_can_be_named(run: Path) -> None:
@@ -327,13 +394,6 @@ def test_a_path_that_is_not_there_is_said_not_to_be(tmp_path: Path) -> None:
     error = refusal(tmp_path / "runn")
     assert isinstance(error, NotACheckpoint)
     assert str(error) == f"{tmp_path / 'runn'}: no such file or directory"
-
-
-def test_a_checkpoint_two_levels_down_is_not_guessed_at(run: Path) -> None:
-    deeper = run.parent / "a" / "b"
-    deeper.parent.mkdir()
-    shutil.move(run, deeper)
-    assert isinstance(refusal(deeper.parents[1]), NotACheckpoint)
 
 
 def test_optimizer_files_without_a_model_file_are_a_damaged_checkpoint(tmp_path: Path) -> None:

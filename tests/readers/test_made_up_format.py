@@ -152,7 +152,9 @@ def test_it_is_inspected(cabinet: Path) -> None:
 @pytest.mark.usefixtures("added")
 def test_it_is_consolidated(cabinet: Path, tmp_path: Path) -> None:
     report = consolidate(cabinet, tmp_path / "auto", weights_only=True)
-    consolidate(cabinet, tmp_path / "keep", weights_only=True, dtype="keep", format="cabinet")
+    consolidate(
+        cabinet, tmp_path / "keep", weights_only=True, dtype="keep", source_format="cabinet"
+    )
 
     assert (report.source, report.step, report.world_size) == ("Cabinet", 12, 3)
     assert different(written(tmp_path / "auto"), trained()) == []
@@ -194,7 +196,7 @@ def test_damage_to_it_is_damage(cabinet: Path, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("added")
 def test_the_formats_to_choose_from_include_it(cabinet: Path) -> None:
     with pytest.raises(UsageError, match=r"Formats: .*cabinet, .*deepspeed"):
-        open_checkpoint(cabinet, format="wardrobe")
+        open_checkpoint(cabinet, source_format="wardrobe")
 
 
 @pytest.mark.slow

@@ -148,6 +148,7 @@ def torch_views(draw: st.DrawFn, shape: tuple[int, ...]) -> Callable[[torch.Tens
     return lambda x: x.reshape(-1)
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(data=st.data())
 def test_every_window_is_what_torch_makes(
@@ -239,6 +240,7 @@ def test_a_long_strided_run_is_no_copy_of_bytes(tmp_path: Path) -> None:
     assert same_bits(joined.load(), torch.cat([column.truth, column.truth], 1))
 
 
+@pytest.mark.slow
 def test_a_matrix_larger_than_every_buffer_transposes(tmp_path: Path) -> None:
     pair = stored(tmp_path / "data.bin", counted((1500, 1100), torch.float32), [700_001])
     pair = strided(pair, lambda x: x.T)

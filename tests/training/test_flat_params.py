@@ -72,6 +72,16 @@ def test_buffers_that_were_cast_are_refused() -> None:
         holding_of(module)
 
 
+def test_buffers_that_no_state_has_may_be_cast() -> None:
+    """Accelerate's bf16 casts ``inv_freq`` of rotary embeddings."""
+    module: Any = FullyShardedDataParallel()
+    inner = module._fsdp_wrapped_module
+    inner.register_buffer("inv_freq", torch.ones(2).bfloat16(), persistent=False)
+    module._buffer_name_to_orig_dtype = {"scale": torch.float32, "inv_freq": torch.float32}
+
+    assert [held.name for held in holding_of(module).tensors] == ["weight", "bias", "scale"]
+
+
 def test_a_wrapper_around_the_module_is_known_through_one_within() -> None:
     """The Trainer's callbacks get the model without the outermost wrapper."""
     outer: Any = FullyShardedDataParallel()

@@ -52,6 +52,7 @@ TWO_RANKS = [
     "accelerate-zero2:olmo2_lora",
     "accelerate-zero3:olmo2_chat",
     "accelerate-fsdp1:llama",
+    "accelerate-fsdp1-bf16:llama",
     "accelerate-fsdp2:olmo2_chat",
 ]
 # Hardly any tensor divides by three.

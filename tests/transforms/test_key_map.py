@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
+from ckpt_tools import open_checkpoint
 from ckpt_tools.errors import UsageError
 from ckpt_tools.tensors.catalogue import Catalogue, FlatRange, Fragment, Stored
 from ckpt_tools.tensors.dtypes import FLOAT32
 from ckpt_tools.transforms.key_map import key_map
+from tests.conftest import FIXTURES
+from tests.support.readers.contract import assert_same
+
+ROOT = FIXTURES.parent
 
 LLAMA = {
     "0.weight": "model.embed_tokens.weight",
@@ -89,4 +97,52 @@ def test_dots_and_brackets_are_letters_in_a_pattern() -> None:
 def test_what_is_no_key_map_or_does_not_fit_is_refused(rules: object, fact: str) -> None:
     with pytest.raises(UsageError, match=fact) as caught:
         renamed(rules, catalogue("0.a", "1.a"))
+    assert caught.value.hint
+
+
+# Rows of query and key projections for another order of the rotary embedding.
+
+
+def documented() -> dict[str, Any]:
+    """The key map for torchtitan in docs/formats.md."""
+    text = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8").split("### torchtitan")[1]
+    rules = json.loads(text.split("```json")[1].split("```")[0])
+    assert isinstance(rules, dict)
+    return rules
+
+
+def test_the_documented_map_of_torchtitan_gives_what_its_own_adapter_gives() -> None:
+    """The truth is the state that ``to_hf`` of torchtitan's adapter returned in the run."""
+    fixture = FIXTURES / "dcp" / "torchtitan-2ranks"
+    config = json.loads((fixture / "hf" / "config.json").read_text())
+    names = key_map(documented()).with_numbers(config.get)
+    stored = open_checkpoint(fixture / "checkpoint", tag="step-2").catalogue()
+    made = names.apply(names.reordered(stored))
+    truth = load_file(fixture / "truth" / "hf.safetensors")
+    assert set(made) == set(truth)
+    for name, value in truth.items():
+        assert_same(made[name].load(), value, name)
+    plain = key_map({"*": "*"}).reordered(stored)
+    assert [*plain.values()] == [*stored.values()]
+
+
+@pytest.mark.parametrize(
+    ("rules", "number", "fact"),
+    [
+        ({"*": {"name": "*"}}, None, "an object without"),
+        ({"*": {"name": "*", "rope_heads": 0}}, None, "an object without"),
+        ({"*": {"name": "*", "rope_heads": 2, "more": 1}}, None, "an object without"),
+        ({"*": {"name": "*", "rope_heads": "heads"}}, None, "there is no config"),
+        ({"*": {"name": "*", "rope_heads": "heads"}}, "four", "which is 'four'"),
+        ({"*": {"name": "*", "rope_heads": 2}}, None, "its 1 rows are not those of 2 heads"),
+    ],
+)
+def test_heads_that_do_not_fit_are_refused(rules: object, number: object, fact: str) -> None:
+    def carry_out() -> None:
+        names = key_map(rules)
+        names = names if number is None else names.with_numbers(lambda _: number)
+        names.reordered(catalogue("w"))
+
+    with pytest.raises(UsageError, match=fact) as caught:
+        carry_out()
     assert caught.value.hint

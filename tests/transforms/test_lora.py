@@ -209,7 +209,7 @@ def test_nested_wrappers_of_parameters_of_one_shape_are_those_that_peft_makes() 
 
 def test_factors_that_fit_nothing_are_refused() -> None:
     a, b = _parts("q_proj")
-    with pytest.raises(DamagedCheckpoint, match=r"fits no tensor of the base \(q_proj.weight"):
+    with pytest.raises(UsageError, match=r"fits no tensor of the base \(q_proj.weight"):
         _targets({a: (2, 6), b: (18, 2)}, {"q_proj.weight": (6, 7)})
     with pytest.raises(DamagedCheckpoint, match="does not fit"):
         _targets({a: (2, 6), b: (18, 3)}, {"q_proj.weight": (18, 6)})

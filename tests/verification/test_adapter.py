@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ckpt_tools.verification import verify
 from tests.conftest import FIXTURES
@@ -129,6 +131,27 @@ def lose_a_layer(directory: Path) -> str:
     return CONFIG
 
 
+def copy_dora(directory: Path) -> Path:
+    return Path(shutil.copytree(FIXTURES / "peft/zero2-olmo2-dora/truth/adapter", directory))
+
+
+def copy_loha(directory: Path) -> Path:
+    return Path(shutil.copytree(FIXTURES / "peft/zero2-olmo2-loha/truth/adapter", directory))
+
+
+def copy_prompt(directory: Path) -> Path:
+    return Path(shutil.copytree(FIXTURES / "peft/zero2-olmo2-prompt/truth/adapter", directory))
+
+
+def flatten_the_first(directory: Path) -> str:
+    name = min(load_file(directory / FILE))
+    return change(name, lambda t: t.flatten())(directory)
+
+
+def lose_the_last(directory: Path) -> None:
+    edit_state(directory / FILE, lambda state: state.pop(max(state)))
+
+
 BASE = also("adapter-base-tensor")
 DAMAGES = [
     Damage("no-weights", remove_the_weights, copy_adapter),
@@ -151,6 +174,9 @@ DAMAGES = [
     Damage("adapter-shape", change(A, lambda t: t.flatten()), copy_adapter),
     Damage("adapter-shape", change(B, lambda t: t[:0]), copy_adapter),
     Damage("adapter-pair", lose_a_pair, copy_adapter),
+    Damage("adapter-pair", lose_the_last, copy_dora),
+    Damage("adapter-shape", flatten_the_first, copy_loha),
+    Damage("adapter-shape", flatten_the_first, copy_prompt),
     Damage("adapter-pair", lambda d: remove(B)(d) or A, copy_adapter),
     Damage("adapter-target", config(target_modules=["q_proj", "v_proj"]), copy_adapter),
     Damage("adapter-target", config(target_modules=None), copy_adapter),

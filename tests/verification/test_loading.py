@@ -158,6 +158,7 @@ def edit(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Non
 
 
 class TestModels:
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", MODELS)
     def test_what_transformers_saved_is_loaded_and_put_to_work(
         self, name: str, saved: Callable[[str], Path]

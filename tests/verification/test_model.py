@@ -455,7 +455,7 @@ def test_one_answer_of_the_child_process_itself(tmp_path: Path) -> None:
 
 # Adapters, several models in one checkpoint or directory, and those that are refused.
 NO_MODELS = ("lora", "two-models", "policy-value", "frozen-excluded", "automatic-naming")
-REFUSED = ("fsdp1-local-2ranks", "torchtitan-2ranks", "flat-param-2ranks")
+REFUSED = ("torchtitan-2ranks", "flat-param-nameless-2ranks")
 PLAIN = [
     path.parent
     for kind in ("zero", "dcp", "rank_files", "accelerate")

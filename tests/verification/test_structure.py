@@ -332,7 +332,24 @@ def remove_the_index_and_the_last_shard(directory: Path) -> str:
     return shards(directory)[0].name
 
 
+def leave_code_that_nothing_names(directory: Path) -> str:
+    (directory / "modeling_named.py").write_text("from .helper import x\n")
+    (directory / "helper.py").write_text("x = 1\n")
+    named = {"AutoModel": "modeling_named.Model"}
+    edit_json(directory / "config.json", lambda config: config.update(auto_map=named))
+    (directory / "modeling_x.py").write_text("import os\n")
+    return "modeling_x.py"
+
+
+def lay_weights_in_a_folder(directory: Path) -> str:
+    (directory / "sub").mkdir()
+    shutil.copyfile(shards(directory)[0], directory / "sub" / "x.safetensors")
+    return "sub"
+
+
 DAMAGES = [
+    Damage("code-unnamed", leave_code_that_nothing_names),
+    Damage("weights-elsewhere", lay_weights_in_a_folder),
     Damage("no-weights", remove_all_weights),
     Damage("no-weights", empty),
     Damage("leftover", leave_a_partial_file),

@@ -550,6 +550,22 @@ class TestTemplates:
         (path / "chat_template.jinja").write_text(loops)
         assert "not rendered within 1 seconds" in the_problem(path).detail
 
+    @pytest.mark.parametrize(
+        ("template", "reason"),
+        [
+            ("{% set n = 10 ** 9 %}{{ (7 ** n) % 7 }}", "not rendered within 1 seconds"),
+            ("{% set n = 10 ** 10 %}{{ 'x' * n }}", "memory"),
+            ("{% for a in range(99) %}{{ 'x' * 99999 }}{% endfor %}", "megabytes"),
+        ],
+    )
+    def test_a_template_that_no_signal_handler_ends_is_given_up(
+        self, template: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(tokenizer_child, "_TEMPLATE_SECONDS", 1 if "seconds" in reason else 60)
+        path = make(tmp_path / "out")
+        (path / "chat_template.jinja").write_text(template)
+        assert reason in the_problem(path).detail
+
     def test_a_template_without_the_end_token_it_writes(self, tmp_path: Path) -> None:
         path = make(tmp_path / "out", OLMO3)
         change(path / "tokenizer_config.json", eos_token=None)
@@ -636,6 +652,7 @@ class TestTheProcess:
 
         monkeypatch.setattr(text, "run_child", run_child)
 
+    @pytest.mark.slow
     def test_it_finds_the_same(self, tmp_path: Path) -> None:
         path = make(tmp_path / "out", ends=("<|endoftext|>",))
         change(path / "generation_config.json", temperature=0.7)

@@ -344,6 +344,7 @@ def ends() -> list[int]:
     return [sum(map(len, LINES[: count + 1])) for count in range(len(LINES))]
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_takes_its_line_along_and_no_other(home: Path) -> None:
     content = b"".join(LINES)
     for position in range(len(content)):

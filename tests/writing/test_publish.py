@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -12,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from ckpt_tools.errors import OutputExists, OutputFailed, UsageError
+from ckpt_tools import open_checkpoint, verify
+from ckpt_tools.errors import CkptError, OutputExists, OutputFailed, UsageError
+from ckpt_tools.writing import publish as publishing
 from ckpt_tools.writing.publish import (
     Partial,
     check_room,
@@ -381,6 +385,62 @@ def test_where_directories_cannot_be_exchanged_the_old_output_is_moved_aside(
     publish(disk / "out", overwrite=True)
 
     assert tree(disk) == {"out": None} | {f"out/{name}": text for name, text in NEW.items()}
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_signal_between_the_two_renames_leaves_an_output(
+    disk: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    monkeypatch.setattr("ckpt_tools.writing.publish._exchange", lambda a, b: False)
+    publish(disk / "out", text="old")
+    rename = os.rename
+
+    def interrupted(source: Path, target: Path) -> None:
+        if ".replaced-" in target.name and moment == "before":
+            rename(source, target)
+            raise KeyboardInterrupt
+        rename(source, target)
+        if "complete-" in source.name:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        publish(disk / "out", overwrite=True)
+
+    assert tree(disk / "out") == (OLD if moment == "before" else NEW)
+
+
+def test_after_a_kill_between_the_two_renames_both_outputs_are_named(disk: Path) -> None:
+    publish(disk / "out", text="old")
+    child = os.fork()
+    if child == 0:
+        publishing._exchange = lambda a, b: False
+        rename = os.rename
+
+        def killed(source: Path, target: Path) -> None:
+            if target == disk / "out" and source.name.startswith("complete-"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            rename(source, target)
+
+        os.rename = killed
+        publish(disk / "out", overwrite=True)
+    os.waitpid(child, 0)
+    assert not (disk / "out").exists()
+
+    with pytest.raises(OutputExists, match="has left it under another name") as caught:
+        check_target(disk / "out", [], overwrite=True)
+    for look in (lambda: open_checkpoint(disk / "out"), lambda: verify(disk / "out")):
+        with pytest.raises(CkptError) as absent:
+            look()
+        assert absent.value.hint == caught.value.hint
+    old, new = re.findall(r"mv (\S+) (\S+?)(?:\.|$)(?: |$)", str(caught.value.hint))
+    for command in (old, new):
+        os.rename(*command)
+        assert tree(disk / "out") == (OLD if command == old else NEW)
+        shutil.rmtree(disk / "out")
+    check_target(disk / "out", [], overwrite=False)
+    for partial in disk.glob("*.partial-*"):
+        shutil.rmtree(partial)
 
 
 def test_the_old_output_is_there_until_the_new_one_is(disk: Path) -> None:

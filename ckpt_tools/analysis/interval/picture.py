@@ -89,8 +89,8 @@ def _drawn(found: CheckpointInterval, format: str) -> bytes:
         if has_disk:
             _draw_disk(rows[1, 0], found)
         for axes in rows[:, 0]:
-            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
-            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.12g}"))
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.12g}"))
         rows[-1, 0].set_xlabel("steps between two saves")
         picture = io.BytesIO()
         metadata = {"Date": None} if format == "svg" else {}
@@ -101,30 +101,48 @@ def _drawn(found: CheckpointInterval, format: str) -> bytes:
 def _draw_cost(axes: Axes, found: CheckpointInterval) -> None:
     steps = [cost.interval for cost in found.curve]
     lines = [
-        ("all", 2.5, "black", [cost.cost_seconds for cost in found.curve]),
-        ("saves", 1.2, "tab:blue", [cost.save_seconds for cost in found.curve]),
-        ("work and saves lost", 1.2, "tab:red", [cost.lost_seconds for cost in found.curve]),
+        (
+            "the whole cost: the sum of the others",
+            2.5,
+            "black",
+            [cost.cost_seconds for cost in found.curve],
+        ),
+        ("training waits for saves", 1.2, "tab:blue", [cost.save_seconds for cost in found.curve]),
+        (
+            "failures undo work and saves",
+            1.2,
+            "tab:red",
+            [cost.lost_seconds for cost in found.curve],
+        ),
     ]
     if found.run.restart_time:
         lines.append(
-            ("restarts", 1.2, "tab:purple", [cost.restart_seconds for cost in found.curve])
+            (
+                "restarts after failures",
+                1.2,
+                "tab:purple",
+                [cost.restart_seconds for cost in found.curve],
+            )
         )
     for label, width, colour, values in lines:
         axes.plot(steps, [_hours(value) for value in values], label=label, lw=width, color=colour)
+    # The formulas come close to the least cost, so their marks stand below the curve, on lines of their own.
     marks = [
-        ("least cost", "o", found.exact),
-        ("Young", "^", found.young.cost),
-        ("Daly", "v", found.daly.cost),
+        ("least cost", "o", "black", 1.0, found.exact),
+        ("Young's formula", "^", "tab:orange", 0.62, found.young.cost),
+        ("Daly's formula", "v", "tab:green", 0.4, found.daly.cost),
     ]
     if found.every is not None:
-        marks.append(("--every", "s", found.every))
-    for label, marker, cost in marks:
+        marks.append(("--every", "s", "tab:brown", 1.0, found.every))
+    for label, marker, colour, height, cost in marks:
         hours = _hours(cost.cost_seconds)
         shown = "for ever" if math.isnan(hours) else f"{hours:.3g} h"
         label = f"{label}: {cost.interval:,} steps, {shown}"
-        axes.plot([cost.interval], [hours], marker, label=label, ms=9, mfc="none")
+        at, level = cost.interval, hours * height
+        axes.plot([at], [level], marker, label=label, ms=8, color=colour, zorder=3)
+        axes.plot([at, at], [level, hours], ":", lw=1, color=colour)
     least = _hours(found.exact.cost_seconds)
-    axes.set(xscale="log", yscale="log", ylim=(least / 50, least * 50))
+    axes.set(xscale="log", yscale="log", ylim=(least / 50, least * 200))
     axes.set_ylabel("expected cost, hours")
     axes.set_title(
         f"{found.run.steps:,} steps: {_hours(found.run.work_seconds):.3g} h of work "
@@ -137,14 +155,22 @@ def _draw_cost(axes: Axes, found: CheckpointInterval) -> None:
 def _draw_disk(axes: Axes, found: CheckpointInterval) -> None:
     disks = [(cost.interval, disk) for cost in found.curve if (disk := found.disk(cost))]
     steps = [interval for interval, _ in disks]
-    axes.plot(steps, [disk.all / 1e9 for _, disk in disks], label="all", color="black")
+    unit, name = _unit(min((disk.peak or disk.all for _, disk in disks), default=0))
+    kept = [disk.all / unit for _, disk in disks]
+    axes.plot(steps, kept, label="all checkpoints kept", color="black")
     if found.keep is not None:
-        peaks = [(disk.peak or 0) / 1e9 for _, disk in disks]
-        label = f"the last {found.keep}, and the one being written"
+        peaks = [(disk.peak or 0) / unit for _, disk in disks]
+        label = f"the last {found.keep} kept, and the one being written"
         axes.plot(steps, peaks, label=label, color="tab:green")
-    axes.set(xscale="log", yscale="log", ylabel="disk, GB")
+    axes.set(xscale="log", yscale="log", ylabel=f"disk, {name}")
     axes.grid(visible=True, which="both", alpha=0.2)
     axes.legend(loc="upper right", fontsize="small")
+
+
+def _unit(nbytes: float) -> tuple[float, str]:
+    """The decimal unit in which a size is at least 1, and its name."""
+    units = ((1e15, "PB"), (1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+    return next(((unit, name) for unit, name in units if nbytes >= unit), (1.0, "bytes"))
 
 
 def _hours(seconds: float) -> float:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import sys
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckpt_tools.cli import options
+from ckpt_tools.cli import completing, options
 from ckpt_tools.cli.outcome import reports_errors
 from ckpt_tools.cli.progress import shown_progress
 from ckpt_tools.cli.text import counted, print_json, say
-from ckpt_tools.errors import CkptError
 
 if TYPE_CHECKING:
     from ckpt_tools.analysis.difference import Difference, TensorDifference
@@ -29,10 +28,18 @@ SUMMARY = "What is different between two checkpoints."
 @click.argument("a", type=options.PATH)
 @click.argument("b", type=options.PATH)
 @options.option(
-    "--tag-a", group=options.READ, metavar="T", help="Which checkpoint, where A holds several."
+    "--tag-a",
+    group=options.READ,
+    metavar="T",
+    shell_complete=completing.names,
+    help="Which checkpoint, where A holds several.",
 )
 @options.option(
-    "--tag-b", group=options.READ, metavar="T", help="Which checkpoint, where B holds several."
+    "--tag-b",
+    group=options.READ,
+    metavar="T",
+    shell_complete=completing.names,
+    help="Which checkpoint, where B holds several.",
 )
 @options.option(
     "--weights",
@@ -70,21 +77,24 @@ SUMMARY = "What is different between two checkpoints."
 )
 @options.option(
     "--format",
-    "as_json",
+    "form",
     group=options.WRITE,
     type=click.Choice(["text", "json"]),
     default="text",
     show_default=True,
-    callback=lambda _context, _option, value: value == "json",
-    help="json: one object on stdout, with every tensor.",
+    help="json: as --json.",
 )
+@options.json
 @options.workers
 @options.option(
     "-q", "--quiet", is_flag=True, help="Print nothing but errors. The exit status is the result."
 )
 @options.debug
-@reports_errors
-def command(a: Path, b: Path, top: int, as_json: bool, quiet: bool, **asked: Any) -> None:
+# Status 1 means that the two differ.
+@partial(reports_errors, trouble=_TROUBLE)
+def command(
+    a: Path, b: Path, top: int, form: str, as_json: bool, quiet: bool, **asked: Any
+) -> None:
     """Show the differences between the checkpoints A and B.
 
     Both may be of any format: training checkpoints, model or adapter directories, single files. Lists
@@ -100,19 +110,13 @@ def command(a: Path, b: Path, top: int, as_json: bool, quiet: bool, **asked: Any
     \b
     Examples:
       ckpt-tools diff run/global_step400 run/global_step500
-      ckpt-tools diff run/global_step500 model --format json
+      ckpt-tools diff run/global_step500 model --json
     """
     from ckpt_tools.analysis.difference import diff
 
-    try:
-        with shown_progress(quiet or as_json, "comparing") as progress:
-            found = diff(a, b, progress=progress, **asked)
-    except CkptError:
-        raise
-    except Exception:
-        # Status 1 means that the two differ.
-        traceback.print_exc()
-        sys.exit(_TROUBLE)
+    as_json = as_json or form == "json"
+    with shown_progress(quiet or as_json, "comparing") as progress:
+        found = diff(a, b, progress=progress, **asked)
     if as_json:
         print_json(found.to_json())
     elif not quiet:

@@ -11,10 +11,20 @@ import click
 
 from ckpt_tools.cli import options
 from ckpt_tools.cli.outcome import reports_errors
-from ckpt_tools.cli.text import count_text, counted, drawn, nbytes_text, print_json, printable
+from ckpt_tools.cli.text import (
+    count_text,
+    counted,
+    drawn,
+    folded,
+    nbytes_text,
+    print_json,
+    printable,
+)
 from ckpt_tools.errors import listed
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from ckpt_tools.analysis.inspection import Group, Inspection
 
 SUMMARY = "What a checkpoint is, from metadata alone."
@@ -33,7 +43,7 @@ def command(
     ckpt: Path,
     tag: str | None,
     model: int | str | None,
-    format: str | None,
+    source_format: str | None,
     also: tuple[Path, ...],
     as_json: bool,
 ) -> None:
@@ -48,7 +58,7 @@ def command(
     """
     from ckpt_tools.analysis.inspection import inspect
 
-    found = inspect(ckpt, tag=tag, model=model, format=format, also=also)
+    found = inspect(ckpt, tag=tag, model=model, source_format=source_format, also=also)
     if as_json:
         print_json(found.to_json())
     else:
@@ -61,15 +71,23 @@ def _show(found: Inspection) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for label, value in _rows(found):
-        style = {"problem": "red", "remark": "yellow"}.get(label, "")
-        # A problem has its next step on a line of its own.
-        text = "\n".join(map(printable, value.split("\n")))
-        table.add_row(label, Text(text, style=style))
-    click.echo(drawn(lambda console: console.print(table)), nl=False)
+    rows = list(_rows(found))
+    styles = {"problem": "red", "remark": "yellow", "suspicious": "yellow"}
+    labels = max(len(label) for label, _ in rows)
+
+    def draw(console: Console) -> None:
+        table = Table(show_header=False, box=None, pad_edge=False)
+        table.add_column(style="bold", no_wrap=True)
+        table.add_column(overflow="fold")
+        for label, value in rows:
+            style = styles.get(label, "")
+            # A problem has its next step on a line of its own. Names may hold line ends, too.
+            lines = map(printable, value.split("\n") if label == "problem" else [value])
+            text = "\n".join(folded(line, console.width - labels - 2) for line in lines)
+            table.add_row(label, Text(text, style=style))
+        console.print(table)
+
+    click.echo(drawn(draw), nl=False)
 
 
 def _rows(found: Inspection) -> Iterator[tuple[str, str]]:
@@ -110,6 +128,8 @@ def _rows(found: Inspection) -> Iterator[tuple[str, str]]:
         yield "output", ", ".join(sizes)
     for remark in found.remarks:
         yield "remark", remark
+    for file, named in (found.suspicious or {}).items():
+        yield "suspicious", f"{file} names {listed(named, 20)}; nothing of it was run"
     for problem in found.problems:
         yield "problem", problem
     if not found.problems:

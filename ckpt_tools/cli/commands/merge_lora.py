@@ -18,7 +18,15 @@ SUMMARY = "A LoRA adapter and its base become one model."
 @click.command("merge-lora", cls=options.Command)
 @click.argument("ckpt", type=options.PATH)
 @click.argument("out", type=options.PATH)
-@options.of_adapter("Which adapter, where there are several.")
+@options.of_adapter("Which adapter, where there are several; or several with weights: a=0.7,b=0.3.")
+@options.option(
+    "--combination",
+    group=options.READ,
+    type=click.Choice(["cat", "linear"]),
+    default="cat",
+    show_default=True,
+    help="How several adapters become one, as in PEFT: cat adds their updates, linear their factors.",
+)
 @options.option(
     "--adapter-dir",
     group=options.READ,

@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 import secrets
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ckpt_tools.cli import options
-from ckpt_tools.cli.outcome import joined_ranks, reports_errors
+from ckpt_tools.cli import caching, options
+from ckpt_tools.cli.outcome import joined_ranks, print_traceback, reports_errors
 from ckpt_tools.cli.progress import shown_progress
 from ckpt_tools.cli.text import drawn, say
 from ckpt_tools.cli.verdicts import UNCHECKED, Outcome, show, status_of
@@ -77,7 +76,7 @@ SUMMARY = "Everything that is wrong with a finished directory."
     help="Run custom code that lies in DIR, in a process of its own.",
 )
 @options.workers
-@options.no_cache
+@caching.no_cache
 @options.option(
     "--format",
     "form",
@@ -95,6 +94,7 @@ SUMMARY = "Everything that is wrong with a finished directory."
     help="Write the report to FILE: JSON for .json, JUnit for .xml, otherwise --format. stdout then shows "
     "text, or the annotations.",
 )
+@options.json
 @options.option("-q", "--quiet", is_flag=True, help="Print no text. The exit status is the result.")
 @options.timeout
 @options.debug
@@ -106,6 +106,7 @@ def command(
     output: Path | None,
     quiet: bool,
     timeout: float,
+    as_json: bool,
     **asked: Any,
 ) -> None:
     """Show everything that is wrong with the finished directories DIR...
@@ -126,6 +127,9 @@ def command(
       ckpt-tools verify out --against run/global_step500 --read-data
       ckpt-tools verify out out-adapter --load --format junit
     """
+    if as_json and form not in ("text", "json"):
+        raise click.UsageError(f"--json does not fit --format {form}")
+    form = "json" if as_json else form
     written = _format_of(output, form)
     reads = asked["read_data"] or asked["against"] is not None
     ranks = joined_ranks(timeout)
@@ -170,11 +174,12 @@ def _look_at(path: Path, *, progress: Callable[[int, int], None] | None, **asked
         return Outcome(path, verify(path, progress=progress, **asked))
     except CkptError as error:
         if click.get_current_context().params["debug"]:
-            traceback.print_exc()
+            print_traceback()
         return Outcome(path, None, error)
     except Exception as error:
         # Status 1 means that the directory has problems.
-        traceback.print_exc()
+        if click.get_current_context().params["debug"]:
+            print_traceback()
         return Outcome(path, None, CkptError(f"unforeseen: {type(error).__name__}: {error}"))
 
 

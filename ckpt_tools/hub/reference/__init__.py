@@ -137,7 +137,9 @@ def start(
     trust_remote_code: bool = False,
 ) -> Answer:
     """Start to find out which model ``config`` describes; :func:`describe` documents the arguments."""
-    architecture = next(iter(config.get("architectures") or ()), None)
+    named = config.get("architectures")
+    architecture = named[0] if isinstance(named, list) and named else None
+    _refuse_endless(config)
     question = json.dumps(
         {
             "config": dict(config),
@@ -158,6 +160,45 @@ def start(
             else:
                 answer._future.set_result(None)
     return answer
+
+
+# A model of a thousand layers takes transformers seconds to describe.
+_MOST_LAYERS = 10_000
+_LAYERS = frozenset(
+    (
+        "decoder_layers",
+        "depth",
+        "encoder_layers",
+        "n_blocks",
+        "n_layer",
+        "n_layers",
+        "n_routed_experts",
+        "num_blocks",
+        "num_decoder_layers",
+        "num_encoder_layers",
+        "num_experts",
+        "num_hidden_layers",
+        "num_layers",
+        "num_local_experts",
+        "num_nextn_predict_layers",
+    )
+)
+
+
+def _refuse_endless(config: Mapping[str, Any], depth: int = 8) -> None:
+    """Refuse a config with more layers or experts than any model has; each is built in the child.
+
+    Raises:
+        UsageError: it has more.
+    """
+    for key, value in config.items():
+        if isinstance(value, dict) and depth:
+            _refuse_endless(value, depth - 1)
+        elif key in _LAYERS and isinstance(value, int | float) and value > _MOST_LAYERS:
+            raise UsageError(
+                f"the config asks for {value:,} {key}, and no model has more than {_MOST_LAYERS:,}",
+                hint="Correct the number in config.json, or pass the config of the run with --config.",
+            )
 
 
 def describe(

@@ -78,7 +78,7 @@ class AdapterAnswer:
     hint: str | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MadeByPeft(Computed):
     """The output of a prompt encoder, which PEFT writes in place of the encoder's tensors.
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,6 +21,9 @@ from ckpt_tools.errors import CkptError
 
 # Importing transformers from a cold network disk takes a minute; building the largest model less.
 _TIMEOUT_SECONDS = 600
+# A description of the largest models takes less than a gigabyte. Libraries that are mapped and not used count
+# in the address space alone.
+_MEMORY, _ADDRESS_SPACE = 6 << 30, 64 << 30
 
 # Packages whose files may be edited in place; of other packages a version has one content.
 _MAKERS = ("__main__", "ckpt_tools", "transformers", "peft")
@@ -39,17 +44,20 @@ def run_child(
     Args:
         module: the module of the child; it calls :func:`question_and_answers`.
         question: the text of the question.
-        timeout: seconds after which the child is killed; None for never.
+        timeout: seconds after which the child is killed; it may also use as much processor time, and some
+            gigabytes of memory. None for no limits.
         threads: threads of torch's arithmetic in the child.
 
     Raises:
         subprocess.TimeoutExpired: the child was killed.
         OSError: the child cannot be started.
     """
-    return subprocess.run(
-        [sys.executable, "-m", module],
-        input=question,
-        capture_output=True,
+    command = [sys.executable, "-m", module]
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         encoding="utf-8",
         errors="replace",
         # `-m` imports from the working directory first, so that must be where the package lies.
@@ -57,9 +65,32 @@ def run_child(
         env={**os.environ, **_QUIET, "OMP_NUM_THREADS": str(threads)},
         # Ctrl-C in a terminal must reach the parent alone: a killed child would look like a failure.
         start_new_session=True,
-        timeout=timeout,
-        check=False,
+    ) as child:
+        try:
+            if timeout is not None:
+                _limit(child.pid, round(timeout) * threads)
+            output, errors = child.communicate(question, timeout=timeout)
+        except BaseException:
+            # What the child has started belongs to its session.
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            raise
+    return subprocess.CompletedProcess(command, child.returncode, output, errors)
+
+
+def _limit(process: int, seconds: int) -> None:
+    """Limit memory and processor time of a child from outside."""
+    limits = (
+        (resource.RLIMIT_CPU, seconds),
+        (resource.RLIMIT_AS, _ADDRESS_SPACE),
+        (resource.RLIMIT_DATA, _MEMORY),
     )
+    for kind, limit in limits:
+        # A limit of the parent may be lower. The child may have ended.
+        with suppress(OSError, ValueError):
+            soft, hard = resource.prlimit(process, kind)
+            least = [one for one in (soft, hard, limit) if one != resource.RLIM_INFINITY]
+            resource.prlimit(process, kind, (min(least), min(least)))
 
 
 @contextmanager

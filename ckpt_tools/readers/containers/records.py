@@ -104,7 +104,7 @@ class Records:
     """
 
     def __init__(self, path: Path, hint: str) -> None:
-        self.path, self._hint = path, hint
+        self.path, self.hint = path, hint
         self._infos: list[zipfile.ZipInfo] = []
         try:
             self._size = path.stat().st_size
@@ -125,6 +125,11 @@ class Records:
     def __bool__(self) -> bool:
         return bool(self._infos)
 
+    @property
+    def signature(self) -> tuple[tuple[int, int, int], ...]:
+        """Place, size and CRC-32 of every record: files that have the same hold the same bytes."""
+        return tuple((info.header_offset, info.file_size, info.CRC) for info in self._infos)
+
     def _archives(self) -> Iterator[list[zipfile.ZipInfo]]:
         """The archives of the file, the last one first; none where they do not fill it."""
         found: list[list[zipfile.ZipInfo]] = []
@@ -142,7 +147,10 @@ class Records:
             if not infos:
                 return
             found.append(infos if any(info.CRC for info in infos) else [])
-            end = min(info.header_offset for info in infos)
+            start = min(info.header_offset for info in infos)
+            if not 0 <= start < end:
+                return
+            end = start
         yield from found
 
     def holding(self, start: int, stop: int) -> Iterator[Record]:
@@ -156,13 +164,13 @@ class Records:
             for info in self._infos[first:]:
                 if info.header_offset >= stop:
                     break
-                begin = data_start(stream, info, self.path, self._hint)
+                begin = data_start(stream, info, self.path, self.hint)
                 if begin < stop and start < begin + info.file_size:
                     yield Record(info.filename, begin, begin + info.file_size, info.CRC)
 
     def read(self, start: int, stop: int) -> bytes:
-        """Bytes ``[start, stop)`` of the file."""
-        data = bytearray(stop - start)
+        """Bytes ``[start, stop)`` of the file, as far as there are any."""
+        data = bytearray(max(min(stop, self._size) - start, 0))
         count = read_fully(self._file, memoryview(data), start)
         return bytes(data[:count])
 

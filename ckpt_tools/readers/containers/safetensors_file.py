@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,8 +93,8 @@ class _Object(dict[str, Any]):
         super().__init__(pairs)
         self.repeated: set[str] = set()
         if len(self) < len(pairs):
-            names = [name for name, _ in pairs]
-            self.repeated = {name for name in self if names.count(name) > 1}
+            counts = Counter(name for name, _ in pairs)
+            self.repeated = {name for name, count in counts.items() if count > 1}
 
 
 def _parsed(text: bytes) -> dict[str, Any]:
@@ -154,7 +155,12 @@ def _tensor(path: Path, name: str, entry: _Entry, start: int, end: int) -> Store
     code, shape = entry.dtype, entry.shape
     dtype = BY_SAFETENSORS_NAME.get(code) if isinstance(code, str) else None
     if dtype is None:
-        raise UnsupportedLayout(f"unknown dtype {code!r}", path=path, tensor=name)
+        raise UnsupportedLayout(
+            f"unknown dtype {code!r}",
+            path=path,
+            tensor=name,
+            hint="A newer safetensors may know it: load the file with that, and save it in another dtype.",
+        )
     if not is_possible(shape):
         raise DamagedCheckpoint(
             f"no tensor can have its shape {list(shape)}", path=path, tensor=name, hint=_COPY_ANEW

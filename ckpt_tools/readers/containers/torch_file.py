@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import io
 import math
-import os
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +23,31 @@ from ckpt_tools.readers.containers.records import data_start
 from ckpt_tools.readers.containers.restricted_pickle import Opaque, StorageRef, TensorRef, unpickle
 from ckpt_tools.storage.places import Region
 from ckpt_tools.storage.pool import open_for_reading
-from ckpt_tools.tensors.catalogue import FlatRange, Fragment, Shape, Stored
+from ckpt_tools.tensors.catalogue import FlatRange, Fragment, Shape, Stored, Strided
 from ckpt_tools.tensors.dtypes import DType
+from ckpt_tools.tensors.runs import span_of
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+# Compressed records are read up to this size.
+_LARGEST_SMALL = 1 << 10
+# What zipfile raises for a file that is not what it says.
+_NO_ZIP = (
+    ArithmeticError,
+    AssertionError,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    ValueError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+_LOAD_AND_SAVE = (
+    "Load it with torch where it was written, and save plain contiguous tensors with torch.save."
+)
+# A few bytes of an expanded tensor can stand for any number of elements.
+_MOST_REPEATED = 1 << 30
 _COPY_ANEW = "The file is truncated or was overwritten. Copy it anew from where it was written."
 
 
@@ -152,15 +174,21 @@ class TorchFile:
                 self.root = root.removesuffix("/")
                 if f"{root}constants.pkl" in records:
                     raise UnsupportedLayout(
-                        "a TorchScript archive, not a checkpoint", path=self.path
+                        "a TorchScript archive, not a checkpoint",
+                        path=self.path,
+                        hint="Load it with torch.jit.load, and save its state_dict() with torch.save.",
                     )
                 if records[pickles[0]].compress_type != zipfile.ZIP_STORED:
                     raise self._compressed()
                 order = f"{root}byteorder"
-                if order in records and archive.read(order) != b"little":
-                    raise UnsupportedLayout("written on a big-endian machine", path=self.path)
+                if order in records and _small(archive, records[order]) != b"little":
+                    raise UnsupportedLayout(
+                        "written on a big-endian machine", path=self.path, hint=_LOAD_AND_SAVE
+                    )
+                if records[pickles[0]].file_size > self.size:
+                    raise zipfile.BadZipFile("its pickle extends beyond the end of the file")
                 data = archive.read(pickles[0])
-        except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, ValueError) as error:
+        except _NO_ZIP as error:
             raise DamagedCheckpoint(
                 f"not a complete torch file ({error})", path=self.path, hint=_COPY_ANEW
             ) from error
@@ -201,7 +229,9 @@ class TorchFile:
             dtype, key, numel = self._storage_id(pid)
             if dtype is None:
                 raise UnsupportedLayout(
-                    "a storage has an unknown type, so its length is unknown", path=path
+                    "a storage has an unknown type, so its length is unknown",
+                    path=path,
+                    hint=_LOAD_AND_SAVE,
                 )
             return storages.setdefault(key, StreamStorage(self, dtype, numel))
 
@@ -215,7 +245,9 @@ class TorchFile:
             unpickle(stream, path)
             system = unpickle(stream, path)
             if isinstance(system, dict) and not system.get("little_endian", True):
-                raise UnsupportedLayout("written on a big-endian machine", path=path)
+                raise UnsupportedLayout(
+                    "written on a big-endian machine", path=path, hint=_LOAD_AND_SAVE
+                )
             saved = unpickle(stream, path, resolve)
             keys = unpickle(stream, path)
             if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
@@ -235,11 +267,12 @@ class TorchFile:
                 )
             storage.start = stream.tell()
             numel = int.from_bytes(header, "little")
-            end = stream.seek(numel * storage.dtype.itemsize, os.SEEK_CUR)
+            end = storage.start + storage.numel * storage.dtype.itemsize
             if numel != storage.numel or end > self.size:
                 raise DamagedCheckpoint(
                     f"storage {key} is shorter than recorded", path=self.path, hint=_COPY_ANEW
                 )
+            stream.seek(end)
         if any(storage.start < 0 for storage in storages.values()):
             raise DamagedCheckpoint("a storage has no data", path=self.path, hint=_COPY_ANEW)
 
@@ -250,10 +283,23 @@ class TorchFile:
             len(pid) < 5
             or not all(map(isinstance, pid, kinds))
             or pid[0] != "storage"
-            or pid[4] < 0
+            or type(pid[4]) is not int
+            or not 0 <= pid[4] < 1 << 63
         ):
             raise DamagedCheckpoint("the pickle has an unknown kind of reference", path=self.path)
         return pid[1] if isinstance(pid[1], DType) else None, pid[2], pid[4]
+
+
+def _small(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> bytes:
+    """A record of a few bytes, also where it is compressed.
+
+    Raises:
+        zipfile.BadZipFile: it is larger.
+    """
+    if record.file_size > _LARGEST_SMALL:
+        raise zipfile.BadZipFile(f"record {record.filename} has {record.file_size:,} bytes")
+    with archive.open(record) as stream:
+        return stream.read(_LARGEST_SMALL)
 
 
 def refuse_exchanged(file: TorchFile, rank_of: Callable[[str], object]) -> None:
@@ -275,27 +321,57 @@ def refuse_exchanged(file: TorchFile, rank_of: Callable[[str], object]) -> None:
             f"its content was saved as {saved_as}: files of two ranks were exchanged, or one was "
             "copied over the other",
             path=file.path,
-            hint="Copy the files of this checkpoint again from where they were written.",
+            hint=(
+                f"{saved_as} lies beside it: if that file is good, move this one away. If not, copy the "
+                "files of this checkpoint again from where they were written."
+                if file.path.with_name(saved_as).is_file()
+                else "Copy the files of this checkpoint again from where they were written."
+            ),
         )
 
 
 def contiguous(ref: TensorRef, what: str) -> TensorRef:
     """``ref``, after a check that it is one contiguous run."""
     if not ref.is_contiguous:
-        raise UnsupportedLayout(f"{what} is not contiguous", path=ref.storage.path)
+        raise UnsupportedLayout(
+            f"{what} is not contiguous", path=ref.storage.path, hint=_LOAD_AND_SAVE
+        )
     return ref
 
 
+def layout_of(ref: TensorRef, shape: Shape | None = None) -> Strided | None:
+    """How the elements of a tensor lie in its storage; None for row-major order.
+
+    Args:
+        ref: the tensor.
+        shape: sizes of the layout, if they differ from those of ``ref`` in axes of size 1 alone.
+    """
+    if ref.is_contiguous:
+        return None
+    nbytes = ref.numel * ref.dtype.itemsize
+    if nbytes > _MOST_REPEATED and ref.numel > span_of(ref.shape, ref.stride):
+        raise UnsupportedLayout(
+            f"a tensor of {nbytes:,} bytes repeats its elements (its strides are {ref.stride})",
+            path=ref.storage.path,
+            hint="Call contiguous() on it in the training script, and save again.",
+        )
+    axes = [(n, step) for n, step in zip(ref.shape, ref.stride, strict=True) if n != 1]
+    if shape is None or [n for n in shape if n != 1] != [n for n, _ in axes]:
+        return Strided(ref.shape, ref.stride)
+    steps = iter(step for _, step in axes)
+    return Strided(shape, tuple(next(steps) if n != 1 else 0 for n in shape))
+
+
 def stored(ref: TensorRef, shape: Shape | None = None) -> Stored:
-    """The tensor that is one run of bytes in one file."""
-    contiguous(ref, "a tensor")
+    """The tensor of these elements, which lie in one storage of one file."""
     shape = ref.shape if shape is None else shape
     if math.prod(shape) != ref.numel:
         raise DamagedCheckpoint(
             f"a tensor has {ref.numel} elements, but {tuple(shape)} was recorded",
             path=ref.storage.path,
         )
-    fragments = (
-        [Fragment(ref.storage.path, ref.byte_offset, FlatRange(0, ref.numel))] if ref.numel else []
-    )
+    region = FlatRange(0, ref.numel)
+    fragments = [Fragment(ref.storage.path, ref.byte_offset, region, layout_of(ref, shape))]
+    if not ref.numel:
+        fragments = []
     return Stored(ref.dtype, shape, fragments)

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_tools.errors import CkptError, DamagedCheckpoint, listed
+from ckpt_tools.readers.containers.dtensor import whole_of
 from ckpt_tools.readers.containers.restricted_pickle import TensorRef
 from ckpt_tools.readers.containers.safetensors_file import read_safetensors
-from ckpt_tools.readers.containers.torch_file import TorchFile, stored
+from ckpt_tools.readers.containers.torch_file import TorchFile
 from ckpt_tools.tensors.catalogue import Stored
 from ckpt_tools.tensors.threads import read_each
 
@@ -128,7 +129,14 @@ def _read_index(path: Path) -> dict[str, str]:
         if not weight_map:
             raise ValueError("it lists no shard")
         return dict(weight_map)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         raise DamagedCheckpoint(f"not an index of shards ({error})", path=path) from error
 
 
@@ -147,19 +155,27 @@ def tensors_of(content: Mapping[str, Any], path: Path) -> tuple[dict[str, Stored
 
     Raises:
         DamagedCheckpoint: something in it is not a tensor.
+        UnsupportedLayout: something in it is a tensor that is not plain.
     """
     tensors: dict[str, Stored] = {}
     ties: dict[str, str] = {}
     places: dict[object, str] = {}
-    for key, ref in content.items():
-        if not isinstance(ref, TensorRef):
-            if str(key).endswith("_extra_state"):  # extra state of a module is not a weight
-                continue
-            raise DamagedCheckpoint("it is not a tensor", path=path, tensor=str(key))
-        place = (ref.byte_offset, ref.shape, ref.stride, ref.dtype) if ref.numel else key
+    for key, value in content.items():
+        if not isinstance(key, str):
+            raise DamagedCheckpoint(
+                f"a name in its state dict is not text but a value of type {type(key).__name__}",
+                path=path,
+                hint="Save the state dict with the names of model.state_dict().",
+            )
+        if not isinstance(value, TensorRef) and key.endswith("_extra_state"):
+            continue  # extra state of a module is not a weight
+        tensor = whole_of(value, path, key)
+        if tensor is None:
+            raise DamagedCheckpoint("it is not a tensor", path=path, tensor=key)
+        place = (tensor.dtype, tensor.shape, *tensor.fragments) if tensor.numel else key
         first = places.setdefault(place, key)
         if first == key:
-            tensors[key] = stored(ref)
+            tensors[key] = tensor
         else:
             ties[key] = first
     return tensors, ties

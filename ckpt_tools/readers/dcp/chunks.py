@@ -1,9 +1,8 @@
 """Owns the bytes of a chunk: the place of a box's elements in the file that a rank wrote.
 
 Each chunk is the output of ``torch.save`` for one tensor. Its pickle is checked against the metadata, and
-its elements are read in place. Two kinds of chunk do not hold elements in row-major order: those compressed
-with zstd, and those of a permuted tensor (channels last, a transposed weight). Their elements are copied to
-a temporary file, which is removed at exit.
+its elements are read in place, by their strides where the tensor was permuted (channels last, a transposed
+weight). Chunks that are compressed with zstd are unpacked to a temporary file, which is removed at exit.
 
 Source: ``torch/distributed/checkpoint/filesystem.py`` (``_write_item``, ``_SerialCpuLoader``) and
 ``_extension.py`` (``ZStandard``), read at torch 2.13.
@@ -14,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -23,14 +21,13 @@ from pathlib import Path
 from typing import IO
 
 from ckpt_tools.errors import DamagedCheckpoint, OutputFailed, UnsafePickle, UnsupportedLayout
-from ckpt_tools.readers.containers.restricted_pickle import TensorRef
-from ckpt_tools.readers.containers.torch_file import TorchFile
+from ckpt_tools.readers.containers.subclasses import plain
+from ckpt_tools.readers.containers.torch_file import TorchFile, layout_of
 from ckpt_tools.readers.dcp.metadata import Chunk
-from ckpt_tools.storage.folders import local_paths
 from ckpt_tools.storage.places import Region
 from ckpt_tools.storage.pool import open_for_reading, read_at
-from ckpt_tools.tensors.catalogue import Box, FlatRange, Fragment, Shape
-from ckpt_tools.tensors.deferred import DeferredFragment
+from ckpt_tools.tensors.catalogue import Box, FlatRange, Fragment, Shape, Strided
+from ckpt_tools.tensors.deferred import DeferredFragment, Place
 from ckpt_tools.tensors.dtypes import DType
 
 _ZSTD = "stream.zstd/1"
@@ -52,6 +49,7 @@ class _Head:
 
     content: bytes
     checksum: int
+    layout: Strided | None
 
     def begins(self, content: bytes) -> bool:
         """Whether another chunk of the same length, dtype and shape has these bytes, except the checksum."""
@@ -63,7 +61,7 @@ class ChunkStore:
     """The state that the chunks of one checkpoint share.
 
     Chunks of one shape start with the same bytes, and there may be thousands of a shape. The first is
-    parsed, the others are compared with it. Elements that cannot be read in place go to a temporary
+    parsed, the others are compared with it. Unpacked chunks go to a temporary
     directory, which is removed with this object or at exit.
     """
 
@@ -105,32 +103,41 @@ class ChunkFragment(DeferredFragment):
         source: the rank's file.
         chunk: its place in that file.
         dtype: element type in the metadata.
+        name: the name of the tensor, for errors.
         store: shared by the chunks of the checkpoint.
     """
 
-    __slots__ = ("_chunk", "_dtype", "_source", "_store")
+    __slots__ = ("_chunk", "_dtype", "_name", "_source", "_store")
     _chunk: Chunk
     _dtype: DType
+    _name: str
     _source: Path
     _store: ChunkStore
 
     def __init__(
-        self, region: FlatRange | Box, source: Path, chunk: Chunk, dtype: DType, store: ChunkStore
+        self,
+        region: FlatRange | Box,
+        source: Path,
+        chunk: Chunk,
+        dtype: DType,
+        name: str,
+        store: ChunkStore,
     ) -> None:
         super().__init__(region)
         object.__setattr__(self, "_source", source)
         object.__setattr__(self, "_chunk", chunk)
         object.__setattr__(self, "_dtype", dtype)
+        object.__setattr__(self, "_name", name)
         object.__setattr__(self, "_store", store)
 
     def __reduce__(self) -> tuple[Callable[..., Fragment], tuple[object, ...]]:
         """Pickle the source of an unpacked chunk, so that another machine unpacks it anew."""
         if self._chunk.extent.transforms:
-            parts = (self.region, self._source, self._chunk, self._dtype, self._store)
+            parts = (self.region, self._source, self._chunk, self._dtype, self._name, self._store)
             return ChunkFragment, parts
         return super().__reduce__()
 
-    def find_place(self) -> tuple[Path, int]:
+    def find_place(self) -> Place:
         """The place of the elements, after a check against the metadata.
 
         Raises:
@@ -145,25 +152,25 @@ class ChunkFragment(DeferredFragment):
         key = (self._dtype, self._chunk.sizes, extent.length)
         head = self._store.heads.get(key)
         if head is not None and head.begins(self._first(len(head.content))):
-            return path, extent.start + len(head.content)
+            return Place(path, extent.start + len(head.content), head.layout)
         file = TorchFile(path, extent.start, extent.length)
         place = self._checked(file)
-        if place[0] == path:
-            self._store.heads[key] = self._head(place[1] - extent.start)
+        self._store.heads[key] = self._head(place)
         return place
 
-    def _checked(self, file: TorchFile) -> tuple[Path, int]:
+    def _checked(self, file: TorchFile) -> Place:
         """The place of the elements, after the pickle was compared with the metadata."""
         path, start = self._source, self._chunk.extent.start
         try:
-            ref = file.load()
+            value = file.load()
         except UnsafePickle:
             raise
         except DamagedCheckpoint as error:
             raise self._wrong(
                 path, f"there is no tensor at byte {start:,} ({error.fact})"
             ) from error
-        if not isinstance(ref, TensorRef):
+        ref = plain(value, path, self._name)
+        if ref is None:
             raise self._wrong(path, f"the value at byte {start:,} is not a tensor")
         if (ref.dtype, ref.shape) != (self._dtype, self._chunk.sizes):
             raise self._wrong(
@@ -171,9 +178,7 @@ class ChunkFragment(DeferredFragment):
                 f"the tensor at byte {start:,} is {ref.dtype} {ref.shape}, the metadata "
                 f"states {self._dtype} {self._chunk.sizes}",
             )
-        if ref.is_contiguous:
-            return file.path, ref.byte_offset
-        return self._unfolded(path, ref), 0
+        return Place(file.path, ref.byte_offset, layout_of(ref))
 
     def _first(self, count: int) -> bytes:
         """The first bytes of the chunk."""
@@ -182,10 +187,10 @@ class ChunkFragment(DeferredFragment):
         except OSError as error:
             raise self._wrong(self._source, f"cannot be read ({error.strerror})") from error
 
-    def _head(self, length: int) -> _Head:
+    def _head(self, place: Place) -> _Head:
         """The head of a parsed chunk, which ends with the header of the elements' record."""
-        content = self._first(length)
-        return _Head(content, content.rindex(_RECORD) + _CHECKSUM_AT)
+        content = self._first(place.offset - self._chunk.extent.start)
+        return _Head(content, content.rindex(_RECORD) + _CHECKSUM_AT, place.layout)
 
     def _wrong(self, path: Path, fact: str) -> DamagedCheckpoint:
         return DamagedCheckpoint(fact, path=path, hint=STALE)
@@ -216,35 +221,6 @@ class ChunkFragment(DeferredFragment):
             except zstandard.ZstdError as error:
                 raise self._wrong(path, f"a compressed chunk is damaged ({error})") from error
         return copy
-
-    def _unfolded(self, path: Path, ref: TensorRef) -> Path:
-        """The elements of a permuted tensor in row-major order."""
-        import numpy
-
-        itemsize = ref.dtype.itemsize
-        last = sum((n - 1) * stride for n, stride in zip(ref.shape, ref.stride, strict=True))
-        place, start = self._on_this_machine(ref, (last + 1) * itemsize)
-        held = numpy.memmap(place, dtype=f"V{itemsize}", mode="r", offset=start, shape=(last + 1,))
-        whole = numpy.lib.stride_tricks.as_strided(
-            held, ref.shape, tuple(stride * itemsize for stride in ref.stride), writeable=False
-        )
-        rows = max(1, _BLOCK * ref.shape[0] // (ref.numel * itemsize))
-        with self._store.new_file(path) as (copy, stream):
-            for row in range(0, ref.shape[0], rows):
-                stream.write(whole[row : row + rows].tobytes())
-        return copy
-
-    def _on_this_machine(self, ref: TensorRef, length: int) -> tuple[Path, int]:
-        """A file that can be mapped, and the offset of the elements in it."""
-        path = ref.storage.path
-        if here := local_paths(path):
-            return here[0], ref.byte_offset
-        with (
-            self._store.new_file(path) as (copy, stream),
-            _run(path, ref.byte_offset, length) as elements,
-        ):
-            shutil.copyfileobj(elements, stream, _BLOCK)
-        return copy, 0
 
 
 def _run(path: Path, offset: int, length: int) -> io.BufferedReader:

@@ -5,17 +5,19 @@ each rank writes metadata (``__R.metadata``), which is merged here. :mod:`~ckpt_
 reads the bytes of a chunk, :mod:`~ckpt_tools.readers.dcp.names` interprets the names.
 
 Source: ``torch/distributed/checkpoint/metadata.py`` and ``filesystem.py`` (``_StorageInfo``, ``finish``),
-read at torch 2.13. The state of these classes has been the same since torch 2.0, but for fields that were
-added and are optional here.
+``_nested_dict.py`` (flat names), read at torch 2.13. The state of these classes has been the same since
+torch 2.0, but for fields that were added and are optional here.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -26,7 +28,7 @@ from ckpt_tools.tensors.dtypes import DType
 from ckpt_tools.tensors.threads import read_each
 
 GLOBAL_FILE = ".metadata"
-RANK_FILE = re.compile(r"__(\d+)\.metadata")
+RANK_FILE = re.compile(r"__(\d{1,6})\.metadata")
 DATA_FILE = re.compile(r"__(\d+)_\d+\.distcp")
 KeyPath = tuple[str | int, ...]
 
@@ -66,14 +68,16 @@ class SavedTensor:
     """A tensor of the checkpoint.
 
     Attributes:
-        dtype: element type; None if unknown.
+        dtype: element type; None if it is not one that is read.
         shape: sizes of the whole.
         chunks: its boxes, in no order, without proof that they tile it.
+        unknown_dtype: the name of an element type that is not read.
     """
 
     dtype: DType | None
     shape: Shape
     chunks: tuple[Chunk, ...]
+    unknown_dtype: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,7 +189,7 @@ def _read_file(path: Path) -> Metadata:
         raise
     except OSError as error:
         raise DamagedCheckpoint(f"cannot be read ({error.strerror})", path=path) from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise DamagedCheckpoint(
             f"not metadata of a torch Distributed Checkpoint ({type(error).__name__}: {error})",
             path=path,
@@ -208,21 +212,65 @@ def _parse(saved: Any, path: Path) -> Metadata:
     tensors: dict[str, SavedTensor] = {}
     objects: dict[str, Extent] = {}
     for name, entry in state["state_dict_metadata"].items():
+        if not isinstance(name, str):
+            raise ValueError("a name that is not text")
         if _class(entry) == "TensorStorageMetadata":
             tensors[name] = _tensor(name, entry.state, extents, path)
         elif _class(entry) == "BytesStorageMetadata":
             objects[name] = _lookup(extents, name, None, path)
         else:
             raise ValueError(f"an entry of class {_class(entry)}")
-    paths = state.get("planner_data")
+    held = {(name, chunk.offsets) for name, tensor in tensors.items() for chunk in tensor.chunks}
+    for name, place in extents.keys() - held - {(name, None) for name in objects}:
+        where = "" if place is None else f" at {place}"
+        raise _damaged(f"storage_data has a part{where} that state_dict_metadata lacks", path, name)
+    _refuse_shared_bytes(tensors, path)
+    # torch writes the key even where the value is None.
+    paths = state["planner_data"]
     known = paths if isinstance(paths, dict) else {}
+    for name in known and (tensors.keys() | objects.keys()) ^ known.keys():
+        raise _damaged("planner_data and state_dict_metadata do not both have it", path, name)
     return Metadata(
         tensors=tensors,
         objects=objects,
-        paths={n: tuple(p) for n, p in known.items() if isinstance(p, tuple | list)},
+        paths={n: _keys(n, p, path) for n, p in known.items() if isinstance(p, tuple | list)},
         version=state.get("version"),
         writer=writer,
     )
+
+
+def _keys(name: str, keys: Sequence[Any], path: Path) -> KeyPath:
+    """The keys of a flat name. The file has no checksum, but it has most names more than once."""
+    if not all(type(key) in (str, int) for key in keys):
+        raise _damaged("its keys in planner_data are not names and numbers", path, name)
+    if ".".join(map(str, keys)) != name:
+        raise _damaged(
+            f"its keys in planner_data, {list(keys)}, do not make up its name", path, name
+        )
+    return tuple(keys)
+
+
+def _refuse_shared_bytes(tensors: Mapping[str, SavedTensor], path: Path) -> None:
+    """Refuse parts that overlap. A safetensors file holds elements alone, and its places are relative."""
+    # A chunk that is listed twice is refused later, because its tensor is not tiled.
+    runs = {
+        (extent.file, extent.start, extent.start + extent.length, name, chunk.offsets)
+        for name, tensor in tensors.items()
+        for chunk in tensor.chunks
+        if (extent := chunk.extent).length != _nbytes(tensor.dtype, chunk.sizes)
+    }
+    for (file, _, stop, name, _), (other, start, _, after, _) in pairwise(sorted(runs)):
+        if file == other and start < stop:
+            raise _damaged(f"its bytes in {file} are also those of {name}", path, after)
+
+
+def _nbytes(dtype: DType | None, sizes: Shape) -> int | None:
+    return None if dtype is None else math.prod(sizes) * dtype.itemsize
+
+
+def _damaged(fact: str, path: Path, tensor: str) -> DamagedCheckpoint:
+    hint = "The metadata is damaged or was edited. Copy it anew from where it was written."
+    return DamagedCheckpoint(fact, path=path, tensor=tensor, hint=hint)
 
 
 def _class(value: Any) -> str:
@@ -243,9 +291,12 @@ def _extent(info: Mapping[str, Any], names: dict[Any, str]) -> Extent:
     name = names.get(info["relative_path"])
     if name is None:
         name = names[info["relative_path"]] = _inner_name(info["relative_path"])
-    if not isinstance(start, int) or not isinstance(length, int) or min(start, length) < 0:
-        raise ValueError(f"a run of bytes at {start!r} of {length!r}")
-    return Extent(name, start, length, tuple(info.get("transform_descriptors") or ()))
+    if not all(type(n) is int and 0 <= n < 1 << 63 for n in (start, length)):
+        raise ValueError("a run of bytes that is no range of numbers")
+    transforms = tuple(info.get("transform_descriptors") or ())
+    if not all(isinstance(one, str) for one in transforms):
+        raise ValueError("a transform without a name")
+    return Extent(name, start, length, transforms)
 
 
 def _inner_name(name: Any) -> str:
@@ -264,7 +315,10 @@ def _tensor(name: str, state: Mapping[str, Any], extents: _Extents, path: Path) 
         if len(offsets) != len(shape) or len(sizes) != len(shape):
             raise ValueError(f"a chunk of another rank in {name}")
         chunks.append(Chunk(offsets, sizes, _lookup(extents, name, offsets, path)))
-    return SavedTensor(dtype if isinstance(dtype, DType) else None, shape, tuple(chunks))
+    if isinstance(dtype, DType):
+        return SavedTensor(dtype, shape, tuple(chunks))
+    unknown = str(getattr(dtype, "global_name", dtype))
+    return SavedTensor(None, shape, tuple(chunks), unknown)
 
 
 def _lookup(extents: _Extents, name: str, offsets: Shape | None, path: Path) -> Extent:
@@ -272,12 +326,7 @@ def _lookup(extents: _Extents, name: str, offsets: Shape | None, path: Path) -> 
         return extents[name, offsets]
     except KeyError:
         where = "" if offsets is None else f" at {offsets}"
-        raise DamagedCheckpoint(
-            f"no file holds its part{where}",
-            path=path,
-            tensor=name,
-            hint="The metadata is damaged or was edited. Copy it anew from where it was written.",
-        ) from None
+        raise _damaged(f"no file holds its part{where}", path, name) from None
 
 
 def _merged(parts: list[Metadata], files: list[Path]) -> Metadata:

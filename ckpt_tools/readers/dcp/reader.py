@@ -16,7 +16,14 @@ import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from ckpt_tools.errors import CkptError, DamagedCheckpoint, UnsupportedLayout, UsageError, listed
+from ckpt_tools.errors import (
+    CkptError,
+    DamagedCheckpoint,
+    NoModel,
+    UnsupportedLayout,
+    UsageError,
+    listed,
+)
 from ckpt_tools.readers.containers.safetensors_file import SafetensorsFile, read_safetensors
 from ckpt_tools.readers.containers.torch_file import TorchFile
 from ckpt_tools.readers.dcp.chunks import (
@@ -167,14 +174,14 @@ def model_names(metadata: Metadata, location: Location) -> Mapping[str, str]:
     """Names in the model, each with its flat name in the checkpoint.
 
     Raises:
-        UnsupportedLayout: there is no model.
+        NoModel: there is no model.
         UsageError: there is no model with this name, or several without a choice.
     """
     found = models(metadata)
     if not found:
         keys = left_alone(metadata, ())
         beside = sorted(p.name for p in location.directory.parent.glob("pytorch_model_fsdp_*"))
-        raise UnsupportedLayout(
+        raise NoModel(
             f"it holds no model: its entries are {listed(keys) or 'none'}",
             path=location.directory,
             hint=f"The weights are in {listed(beside)} beside it."
@@ -213,8 +220,6 @@ class Saving:
         self._store = ChunkStore()
         self._paths: dict[str, Path] = {}
         self._shards: dict[tuple[str, int], SafetensorsFile] = {}
-        whole = directory / GLOBAL_FILE
-        self._source = whole if whole.is_file() else directory
         self.files = {
             entry: entry.stat().st_size for entry in sorted(directory.iterdir()) if entry.is_file()
         }
@@ -244,6 +249,7 @@ class Saving:
                     path=path,
                     hint=STALE,
                 )
+        self._note_gaps(wanted)
         strange = [
             path.name
             for path, size in self.files.items()
@@ -251,6 +257,26 @@ class Saving:
         ]
         if strange:
             self.remarks.append(f"data files that are not in the metadata: {listed(strange)}")
+
+    def _note_gaps(self, wanted: set[str]) -> None:
+        """Note files with bytes of no entry: torch writes one entry after the other, without a gap."""
+        if self._metadata.ranks is not None:
+            return  # ranks that save without collectives all write what is replicated
+        used: dict[str, int] = {}
+        for extent in self._metadata.extents():
+            used[extent.file] = used.get(extent.file, 0) + extent.length
+        for tensor in self._metadata.tensors.values():
+            for chunk in tensor.chunks:
+                if tensor.dtype is not None and is_bare(chunk, tensor.dtype):
+                    used.pop(chunk.extent.file, None)  # a safetensors file, with a header
+        unused = {
+            name: self.files[self._directory / name] - used[name]
+            for name in sorted(wanted & used.keys())
+        }
+        if gaps := [f"{name} ({count:,})" for name, count in unused.items() if count > 0]:
+            self.remarks.append(
+                f"data files with bytes of no entry of the metadata: {listed(gaps)}. An entry may be lost"
+            )
 
     def weight(self, flat: str) -> Weight:
         """A tensor of the model.
@@ -261,7 +287,12 @@ class Saving:
         """
         saved = self._metadata.tensors[flat]
         if saved.dtype is None:
-            raise UnsupportedLayout("its dtype is unknown", path=self._directory, tensor=flat)
+            raise UnsupportedLayout(
+                f"its dtype is {saved.unknown_dtype}, which ckpt-tools does not read",
+                path=self._directory,
+                tensor=flat,
+                hint="Cast it to another dtype in the training script, and save again.",
+            )
         stored = self._stored(flat, saved, saved.dtype)
         # The files do not state which tensors were trained, but only floating ones can be.
         kind: Kind = "parameter" if saved.dtype.is_floating else "buffer"
@@ -269,12 +300,13 @@ class Saving:
 
     def _stored(self, flat: str, saved: SavedTensor, dtype: DType) -> Stored:
         pieces = [self._piece(flat, chunk, dtype) for chunk in saved.chunks]
+        source = self._directory / GLOBAL_FILE
         return assembled(
             flat,
             dtype,
             saved.shape,
             pieces,
-            self._source,
+            source if source in self.files else self._directory,
             "The metadata is damaged, or that of a rank is missing. Copy it anew from where it was "
             "written, or pass the folder with the rest with --also DIR.",
         )
@@ -290,7 +322,7 @@ class Saving:
             return box, lambda region: held_whole(tensor, path, region)
 
         def deferred(region: Region) -> Fragment:
-            return ChunkFragment(region, path, chunk, dtype, self._store)
+            return ChunkFragment(region, path, chunk, dtype, flat, self._store)
 
         return box, deferred
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckpt_tools.errors import CkptError, DamagedCheckpoint, number_ranges
+from ckpt_tools.errors import CkptError, DamagedCheckpoint, listed, number_ranges
 from ckpt_tools.readers.containers.restricted_pickle import TensorRef
+from ckpt_tools.readers.counts import counted
 
 NODE_LOCAL = (
     "If the run saved to node-local storage, they are on the other machines: copy the folder of every "
@@ -64,7 +65,8 @@ def stated_world_size(
     counts: Counter[int] = Counter()
     for optim in optims:
         count = optim.get("partition_count")
-        counts[max(count, default=0) if isinstance(count, list) else int(count or 0)] += 1
+        stated = max(count, default=0) if isinstance(count, list) else count or 0
+        counts[counted(stated, "ranks", optim.path)] += 1
     if len(counts) > 1:
         raise mixed(
             directory, "world size", {o.path.name: o.get("partition_count") for o in optims}
@@ -72,7 +74,7 @@ def stated_world_size(
     stated = next(iter(counts), 0)
     dp = first.get("dp_world_size")
     if not stated:
-        return int(dp or max(len(optims), 1))
+        return counted(dp or max(len(optims), 1), "ranks", first.path)
     # MiCS saves one of the groups of ranks among which it partitions; the others hold the same.
     if stage == 3 and stated == _mics_group(first):
         return stated
@@ -178,11 +180,13 @@ def check_extra(
     for kind, states in kinds:
         extra = sorted({state.rank for state in states} - set(range(world_size)))
         if extra:
+            strays = [state.path for state in states if state.rank in extra]
             raise DamagedCheckpoint(
                 f"there are {kind}_states files of ranks {number_ranges(extra)}, but the save had "
                 f"{world_size} ranks",
-                path=directory,
-                hint=SAME_SAVE,
+                path=strays[0],
+                hint=f"The files of ranks 0 to {world_size - 1} belong together. Move these away: "
+                f"{listed([path.name for path in strays])}.",
             )
     if stage < 3 and len(models) > 1:
         raise DamagedCheckpoint(
@@ -240,7 +244,8 @@ def mixed(directory: Path, meaning: str, values: dict[str, Any]) -> DamagedCheck
     """The error for files of several saves; it names a file of the minority."""
     common, _ = Counter(map(repr, values.values())).most_common(1)[0]
     odd = {name: value for name, value in values.items() if repr(value) != common}
-    name, value = next(iter(odd.items()))
+    # Values may differ and look the same, as NaN does.
+    name, value = next(iter((odd or values).items()))
     more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
     shown = (
         (f" ({value!r} in {name}{more}, {common} in the others)")

@@ -21,6 +21,7 @@ from typing import Any
 from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout
 from ckpt_tools.readers.containers.restricted_pickle import TensorRef
 from ckpt_tools.readers.containers.torch_file import stored
+from ckpt_tools.readers.counts import counted
 from ckpt_tools.readers.deepspeed.agreement import NODE_LOCAL, SAME_SAVE, OptimState
 from ckpt_tools.readers.deepspeed.joining import Piece, joined, shifted, whole
 from ckpt_tools.readers.deepspeed.layout import (
@@ -56,33 +57,66 @@ def read_experts(names: SaveNames, shards: Sequence[ShardSet]) -> tuple[Save, Pa
         DamagedCheckpoint: an expert's file is missing.
         UnsupportedLayout: experts and tensor parallelism together.
     """
-    first = shards[0]
-    placed = {entry["module_path"]: entry for entry in first.first.get(_AUTOEP) or ()}
-    layout = "AutoEP" if placed else "native MoE"
-    if len(shards) > 1:
-        raise UnsupportedLayout(
-            f"experts and model parallelism together ({len(shards)} model-parallel ranks)",
-            path=names.directory,
-            hint="Convert it with DeepSpeed's ds_to_universal.py, and pass the universal checkpoint.",
-        )
+    first = alone(shards)
     held = _expert_files(names, first)
     dense, experts, doubts = _masters(first)
     if first.param_shapes is None:
         # Up to DeepSpeed 0.18 the model files of mixtures recorded no shapes, but the weights have them.
         dense, experts = _shaped(dense, first.first.content["module"]), _shaped(experts, held)
+    part = with_experts(first, {**dense, **experts}, held, doubts)
+    files = (*names.experts, *names.expert_optims)
+    sizes = {names.directory / name: (names.directory / name).stat().st_size for name in files}
+    return Save([first], "AutoEP" if _placed(first) else "native MoE", sizes), part
+
+
+def alone(shards: Sequence[ShardSet]) -> ShardSet:
+    """The one model-parallel rank of a save with experts.
+
+    Raises:
+        UnsupportedLayout: there are several.
+    """
+    if len(shards) > 1:
+        raise UnsupportedLayout(
+            f"experts and model parallelism together ({len(shards)} model-parallel ranks)",
+            path=shards[0].directory,
+            hint="Gather model.state_dict() in the training script, and save that with torch.save.",
+        )
+    return shards[0]
+
+
+def with_experts(
+    shards: ShardSet,
+    masters: Mapping[str, Stored],
+    held: Mapping[str, TensorRef],
+    doubts: list[str],
+) -> Part:
+    """All tensors of a save, experts under the names of the model.
+
+    Args:
+        shards: the files of all but the experts.
+        masters: of all tensors; of experts, by global names.
+        held: tensors of the files of experts, by name.
+        doubts: reasons to compare the masters in full.
+    """
+    placed = _placed(shards)
+    experts = {name: master for name, master in masters.items() if _is_expert(name)}
+    dense = {name: master for name, master in masters.items() if name not in experts}
     shapes = {
         name: shape
-        for group in _groups(first)
+        for group in _groups(shards)
         for name, shape in group.items()
         if not _is_expert(name)
     }
-    routers = _routers(first, placed)
-    part = sorted_part(_without_second_routers(first, routers), dense, doubts, shapes or None)
+    routers = _routers(shards, placed)
+    part = sorted_part(_without_second_routers(shards, routers), dense, doubts, shapes or None)
     weights = {routers.get(name, name): weight for name, weight in part.weights.items()}
-    weights |= _weights(first, experts, held, placed)
-    files = (*names.experts, *names.expert_optims)
-    sizes = {names.directory / name: (names.directory / name).stat().st_size for name in files}
-    return Save([first], layout, sizes), replace(part, weights=weights)
+    weights |= _weights(shards, experts, held, placed)
+    return replace(part, weights=weights)
+
+
+def _placed(shards: ShardSet) -> dict[str, Any]:
+    """AutoEP's record of each of its layers by the layer's name; nothing for native MoE."""
+    return {entry["module_path"]: entry for entry in shards.first.get(_AUTOEP) or ()}
 
 
 def _groups(shards: ShardSet) -> list[dict[str, Shape]]:
@@ -130,7 +164,7 @@ def _expert_files(names: SaveNames, shards: ShardSet) -> dict[str, TensorRef]:
         lacking = [
             f"layer_{layer}_expert_{expert}_mp_rank_00_model_states.pt"
             for layer, count in enumerate(counts)
-            for expert in range(count)
+            for expert in range(counted(count, "experts", shards.first.path))
             if expert not in found.get(layer, ())
         ]
         if lacking and names.experts and EXPERT_FILE.fullmatch(names.experts[0])["layer"]:  # type: ignore[index]
@@ -196,8 +230,11 @@ def _masters(shards: ShardSet) -> tuple[dict[str, Stored], dict[str, Stored], li
         holders = _holders(shards, index)
         if len(holders) == 1:
             found, doubt = _group(shards, holders[0], index, shapes)
-            dense |= found
             doubts += doubt
+            # Each rank may have all experts (expert parallelism of one rank).
+            every = {name: master for name, master in found.items() if _is_expert(name)}
+            dense |= {name: master for name, master in found.items() if name not in every}
+            experts |= _renumbered(shards, [every])
             continue
         slices = []
         for holder in holders:
@@ -291,6 +328,7 @@ def _placement(shards: ShardSet, name: str, counts: Sequence[int]) -> list[list[
             return [
                 list(map(int, rank["experts"])) for rank in sorted(ranks, key=lambda r: r["rank"])
             ]
+    counted(sum(counts), "experts", shards.directory)
     starts = [sum(counts[:index]) for index in range(len(counts))]
     return [list(range(start, start + n)) for start, n in zip(starts, counts, strict=True)]
 
@@ -334,10 +372,8 @@ def _fused(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
         elif match["leaf"] == "w1":
             up = tensors[f"{match['head']}.w3"]
             experts, size, *rest = tensor.shape
-            pieces = [
-                Piece(0, whole(tensor.shape), (0,) * len(tensor.shape)),
-                Piece(1, whole(up.shape), shifted(up.shape, 1, size)),
-            ]
+            first = Piece(0, whole(tensor.shape), (0,) * len(tensor.shape))
+            pieces = [first, Piece(1, whole(up.shape), shifted(up.shape, 1, size))]
             shape = (experts, size + up.shape[1], *rest)
             made[f"{match['head']}.gate_up_proj"] = joined([tensor, up], pieces, shape)
     return made
@@ -348,8 +384,7 @@ def _routers(shards: ShardSet, paths: Iterable[str]) -> dict[str, str]:
     called = {}
     for path in paths:
         pattern = re.compile(re.escape(path) + r"\.(?P<attribute>\w+)\.gate\.(?P<leaf>\w+)")
-        matches = list(filter(None, map(pattern.fullmatch, shards.first.content["module"])))
-        for match in matches:
+        for match in filter(None, map(pattern.fullmatch, shards.first.content["module"])):
             if match["attribute"] != "router":
                 router = f"{path}.router.gate.{match['leaf']}"
                 called[router] = f"{path}.{match['attribute']}.{match['leaf']}"
@@ -358,10 +393,7 @@ def _routers(shards: ShardSet, paths: Iterable[str]) -> dict[str, str]:
 
 def _without_second_routers(shards: ShardSet, called: Mapping[str, str]) -> ShardSet:
     """The shards without the second name that AutoEP's module has for each router."""
-    second = set()
-    for name in called.values():
-        path, _, leaf = name.rpartition(".")
-        second.add(f"{path}.gate.{leaf}")
+    second = {f"{p}.gate.{leaf}" for p, _, leaf in (n.rpartition(".") for n in called.values())}
     first = shards.first
     module = {name: value for name, value in first.content["module"].items() if name not in second}
     models = [replace(first, content={**first.content, "module": module}), *shards.models[1:]]

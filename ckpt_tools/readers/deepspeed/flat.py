@@ -10,11 +10,13 @@ from __future__ import annotations
 import math
 import struct
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
+from pathlib import Path
 from typing import Any
 
-from ckpt_tools.errors import DamagedCheckpoint
+from ckpt_tools.errors import DamagedCheckpoint, listed
 from ckpt_tools.readers.containers.restricted_pickle import TensorRef
 from ckpt_tools.storage.pool import read_at
 from ckpt_tools.tensors.catalogue import FlatRange, Fragment, Shape, Stored
@@ -56,9 +58,11 @@ class FlatVector:
         if stop > self.numel:
             raise DamagedCheckpoint(
                 f"it ends at element {stop:,}, but the partitions end at element {self.numel:,}",
-                path=self._files[-1],
+                path=self._suspect(),
                 tensor=name,
-                hint="The file of a rank belongs to another save, or is truncated.",
+                hint=self._togetherness(
+                    "The file of a rank belongs to another save, or is truncated."
+                ),
             )
         return Stored(self.dtype, shape, list(self._cut(start, stop)))
 
@@ -78,9 +82,46 @@ class FlatVector:
         if slack >= 2 * world_size:
             raise DamagedCheckpoint(
                 f"the partitions hold {slack:,} elements more than the parameters need",
-                path=self._files[-1],
-                hint="The model file and the optimizer files belong to different saves.",
+                path=self._suspect(),
+                hint=self._togetherness(
+                    "The model file and the optimizer files belong to different saves."
+                ),
             )
+
+    def _lengths(self) -> list[int]:
+        return [stop - start for start, stop in pairwise(self.starts)]
+
+    def _odd(self) -> int | None:
+        """The one rank whose partition has another length than all others; the last may be shorter."""
+        lengths = self._lengths()
+        common, count = Counter(lengths).most_common(1)[0]
+        last = len(lengths) - 1
+        odd = [
+            rank
+            for rank, length in enumerate(lengths)
+            if length != common and not (rank == last and length < common)
+        ]
+        return odd[0] if len(odd) == 1 and count > 1 else None
+
+    def _suspect(self) -> Path:
+        """The file whose length is wrong; the directory where that may be any file."""
+        if len(self._files) == 1:
+            return self._files[0]
+        odd = self._odd()
+        return self._files[0].parent if odd is None else self._files[odd]
+
+    def _togetherness(self, otherwise: str) -> str:
+        """The hint that says which files belong together, where their lengths show it."""
+        odd = self._odd()
+        if odd is None:
+            return otherwise
+        lengths = self._lengths()
+        common = Counter(lengths).most_common(1)[0][0]
+        others = listed([path.name for rank, path in enumerate(self._files) if rank != odd], 4)
+        return (
+            f"Its partition has {lengths[odd]:,} elements, those of the other ranks have {common:,}: it "
+            f"belongs to another save. These files belong together: {others}."
+        )
 
     def bits(self, start: int, count: int, dtype: DType) -> list[int]:
         """A few elements, cast to ``dtype``, as the integers of their bits; empty for an unknown cast.

@@ -7,12 +7,13 @@ Building the tensor proves that the boxes tile the whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from ckpt_tools.tensors.catalogue import Box, FlatRange, Fragment, Shape, Stored
-from ckpt_tools.tensors.regions import intersection, row_major_strides, window_slabs
+from ckpt_tools.errors import UnsupportedLayout
+from ckpt_tools.tensors.catalogue import Box, Fragment, Shape, Stored, Strided
+from ckpt_tools.tensors.regions import dot, intersection, row_major_strides, window_slabs
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,17 @@ def shifted(shape: Shape, axis: int, start: int) -> Shape:
     return tuple(start if index == axis else 0 for index in range(len(shape)))
 
 
+def copies(shapes: Sequence[Shape]) -> list[Piece]:
+    """The pieces of a tensor of which every rank has all."""
+    return [Piece(rank, whole(shape), (0,) * len(shape)) for rank, shape in enumerate(shapes)]
+
+
+def taken(slices: Sequence[Stored], piece: Piece) -> Stored:
+    """A piece of a slice as a tensor of its own."""
+    origin = (0,) * len(piece.offsets)
+    return joined(slices, [Piece(piece.rank, piece.box, origin)], piece.box.sizes)
+
+
 def joined(slices: Sequence[Stored], pieces: Sequence[Piece], shape: Shape) -> Stored:
     """The tensor of this shape that the pieces make up.
 
@@ -63,31 +75,52 @@ def _placed(stored: Stored, piece: Piece, shape: Shape) -> Iterator[Fragment]:
     """The fragments of a slice that hold a piece of it, at their places in the whole."""
     itemsize = stored.dtype.itemsize
     for fragment in stored.fragments:
-        position = fragment.offset
-        for region in _boxes(fragment.region, stored.shape):
+        layout, position = fragment.layout, fragment.offset
+        for region in _boxes(fragment, stored.shape):
             part = intersection(region, piece.box)
-            for run in _runs(part, region) if part is not None else ():
-                strides = row_major_strides(region.sizes)
-                local = sum(
-                    (low - base) * stride
-                    for low, base, stride in zip(run.offsets, region.offsets, strides, strict=True)
+            if part is None:
+                boxes: Iterable[Box] = ()
+            elif layout is None:
+                boxes = _runs(part, region)
+            else:
+                boxes = (part,)
+            strides = row_major_strides(region.sizes) if layout is None else layout.strides
+            for box in boxes:
+                first = dot(_minus(box.offsets, region.offsets), strides)
+                inside = _minus(box.offsets, piece.box.offsets)
+                offsets = tuple(low + to for low, to in zip(inside, piece.offsets, strict=True))
+                yield Fragment(
+                    fragment.file,
+                    position + first * itemsize,
+                    Box(offsets, box.sizes),
+                    None if layout is None else Strided(box.sizes, strides),
                 )
-                offsets = tuple(
-                    low - base + to
-                    for low, base, to in zip(
-                        run.offsets, piece.box.offsets, piece.offsets, strict=True
-                    )
-                )
-                yield Fragment(fragment.file, position + local * itemsize, Box(offsets, run.sizes))
             position += region.numel * itemsize
 
 
-def _boxes(region: FlatRange | Box, shape: Shape) -> Iterator[Box]:
-    """A region as boxes that follow each other in its bytes."""
+def _minus(indices: Shape, origin: Shape) -> Shape:
+    return tuple(index - low for index, low in zip(indices, origin, strict=True))
+
+
+def _boxes(fragment: Fragment, shape: Shape) -> Iterator[Box]:
+    """The region of a fragment as boxes that follow each other in its bytes.
+
+    Raises:
+        UnsupportedLayout: it is read by strides of another shape.
+    """
+    region = fragment.region
     if isinstance(region, Box):
         yield region
-    else:
+    elif fragment.layout is None:
         yield from window_slabs(shape, region.start, region.stop)
+    elif fragment.layout.sizes == shape:
+        yield whole(shape)
+    else:
+        raise UnsupportedLayout(
+            f"a slice of it is a strided tensor of another shape than {shape}",
+            path=fragment.file,
+            hint="Load the checkpoint in the training script, call contiguous() on its tensors, and save it.",
+        )
 
 
 def _runs(part: Box, region: Box) -> Iterator[Box]:

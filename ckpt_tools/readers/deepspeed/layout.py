@@ -30,6 +30,7 @@ from ckpt_tools.readers.containers.torch_file import contiguous
 from ckpt_tools.readers.deepspeed.agreement import OptimState
 from ckpt_tools.readers.deepspeed.flat import FlatVector, match_by_value, named_weights
 from ckpt_tools.readers.deepspeed.shards import ShardSet
+from ckpt_tools.readers.deepspeed.sub_groups import sub_groups
 from ckpt_tools.tensors.catalogue import FlatRange, Fragment, Shape, Stored
 from ckpt_tools.tensors.fragments import EvenSlices
 
@@ -223,53 +224,35 @@ def sliced_masters(
         DamagedCheckpoint: the sub-groups do not hold what the parameters need.
     """
     world_size = shards.world_size
-    files = [optim.path for optim in shards.optims]
-    lengths = [group.numel for group in shards.optims[0].flat_groups]
-    dtypes = [group.dtype for group in shards.optims[0].flat_groups]
-    for optim in shards.optims:
-        if len(optim.flat_groups) == len(dtypes) and dtypes != [g.dtype for g in optim.flat_groups]:
-            raise DamagedCheckpoint(
-                "the dtypes of its sub-groups differ from those of rank 0",
-                path=optim.path,
-                hint="The file belongs to another save or run. Keep the files of one save apart.",
-            )
-        found = [contiguous(group, "a flat group").numel for group in optim.flat_groups]
-        if found != lengths:
-            raise DamagedCheckpoint(
-                f"its sub-groups have {found} elements, those of rank 0 {lengths}",
-                path=optim.path,
-                hint="The file belongs to another save or run. Keep the files of one save apart.",
-            )
-    masters: dict[str, Stored] = {}
-    group, position, bases = -1, 0, [0] * world_size
-    dtype = None
     if groups is None:
         groups = group_shapes(shards.param_shapes, shards.first.path)
+    held = sub_groups(shards, groups)
+    masters: dict[str, Stored] = {}
+    group, position = -1, 0
     for shapes in groups:
         for name, shape in shapes.items():
             numel = math.prod(shape)
             count = math.ceil(numel / world_size)
-            while numel and (group < 0 or position == lengths[group]) and group + 1 < len(lengths):
+            while numel and (group < 0 or position == held[group].numel) and group + 1 < len(held):
                 group, position = group + 1, 0
-                refs = [optim.flat_groups[group] for optim in shards.optims]
-                bases = [ref.byte_offset for ref in refs]
-                dtype = refs[0].dtype
-            if dtype is None or (numel and position + count > lengths[group]):
+            if group < 0 or (numel and position + count > held[group].numel):
                 raise DamagedCheckpoint(
                     f"sub-group {group} ends before it",
-                    path=files[0],
+                    path=shards.optims[0].path,
                     tensor=name,
                     hint="The model files and the optimizer files belong to different saves.",
                 )
-            length = math.ceil(numel / len(files))
-            slices = EvenSlices(files, position * dtype.itemsize, length, numel, bases)
-            masters[name] = Stored(dtype, shape, slices)
+            part = held[group]
+            length = math.ceil(numel / len(part.files))
+            start = position * part.dtype.itemsize
+            slices = EvenSlices(part.files, start, length, numel, part.bases)
+            masters[name] = Stored(part.dtype, shape, slices)
             position += count
-    left = (lengths[group] - position if group >= 0 else 0) + sum(lengths[group + 1 :])
+    left = sum(part.numel for part in held[max(group, 0) :]) - position
     if left:
         raise DamagedCheckpoint(
             f"the sub-groups hold {left:,} elements a rank more than the parameters need",
-            path=files[0],
+            path=shards.optims[0].path,
             hint="The model files and the optimizer files belong to different saves.",
         )
     return masters

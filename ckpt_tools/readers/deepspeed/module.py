@@ -12,8 +12,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ckpt_tools.errors import UnsafePickle, UnsupportedLayout
+from ckpt_tools.errors import UnsupportedLayout
 from ckpt_tools.readers.containers.restricted_pickle import Opaque, TensorRef
+from ckpt_tools.readers.containers.subclasses import plain
 from ckpt_tools.readers.deepspeed.agreement import ModelState
 from ckpt_tools.tensors.regions import Shape
 
@@ -54,6 +55,7 @@ def matched_module(
         others: names that are not trained parameters.
 
     Raises:
+        UnsupportedLayout: a value is a tensor that is not plain.
         UnsafePickle: a value may be a weight, but only code from the file can rebuild it.
         UnsupportedLayout: no match of the names fits, or more than one.
     """
@@ -199,6 +201,7 @@ def _tensors(model: ModelState) -> dict[str, TensorRef]:
     """The tensors of `module`, without extra state.
 
     Raises:
+        UnsupportedLayout: a value is a tensor that is not plain.
         UnsafePickle: a value may be a weight, but only code from the file can rebuild it.
     """
     tensors = {}
@@ -206,10 +209,7 @@ def _tensors(model: ModelState) -> dict[str, TensorRef]:
         if isinstance(value, TensorRef):
             tensors[name] = value
         elif isinstance(value, Opaque) and not name.endswith("_extra_state"):
-            raise UnsafePickle(
-                f"it is not a plain tensor but a {value.global_name}",
-                path=model.path,
-                tensor=name,
-                hint="No code from the file was run. If it is a weight, please report its layout.",
-            )
+            ref = plain(value, model.path, name)
+            assert ref is not None
+            tensors[name] = ref
     return tensors

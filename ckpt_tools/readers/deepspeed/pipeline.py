@@ -32,7 +32,7 @@ from ckpt_tools.readers.deepspeed.saves import Save, joined, open_all
 from ckpt_tools.readers.deepspeed.shards import ShardSet
 from ckpt_tools.readers.deepspeed.weights import Part, default_dtype
 from ckpt_tools.tensors.catalogue import Stored
-from ckpt_tools.tensors.checkpoint import Weight
+from ckpt_tools.tensors.checkpoint import Location, Weight
 
 _TIED = "tied_modules."
 _PARALLEL = "checkpoint_parallel_dimensions"
@@ -40,7 +40,7 @@ _PARALLEL = "checkpoint_parallel_dimensions"
 Layers = dict[int, dict[str, TensorRef]]
 
 
-def read_pipeline(names: SaveNames) -> tuple[Save, Part]:
+def read_pipeline(names: SaveNames, location: Location) -> tuple[Save, Part]:
     """A pipeline.
 
     Raises:
@@ -73,7 +73,7 @@ def read_pipeline(names: SaveNames) -> tuple[Save, Part]:
         names.directory / name: (names.directory / name).stat().st_size for name in names.layers
     }
     layout = f"pipeline of {stages} stages" + (", tensor parallel" if width > 1 else "")
-    return Save(shards, layout, sizes), joined(shards[:width], parts)
+    return Save(shards, layout, sizes), joined(shards[:width], parts, location)
 
 
 def _layers(names: SaveNames) -> list[Layers]:

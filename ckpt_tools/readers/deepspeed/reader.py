@@ -7,9 +7,10 @@ files.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
-from ckpt_tools.errors import DamagedCheckpoint, UsageError
+from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout, UsageError
 from ckpt_tools.readers.deepspeed.experts import holds_experts, read_experts
 from ckpt_tools.readers.deepspeed.names import (
     UNIVERSAL,
@@ -107,9 +108,21 @@ def _follow_latest(root: Path, latest: Path, names: list[str]) -> Location:
             hint=hint,
         )
     others = [name for name in names if not is_universal(root / name)]
-    newer = [name for name in others if by_number(root / name) > by_number(root / tag)]
-    remarks = (f"newer than the checkpoint in `latest`: {', '.join(newer)}",) if newer else ()
+    # Several engines may save into one folder, each under tags of its own; `latest` names the last save.
+    strangers = [name for name in others if _stem(name) != _stem(tag)]
+    own = [name for name in others if name not in strangers]
+    newer = [name for name in own if by_number(root / name) > by_number(root / tag)]
+    remarks: tuple[str, ...] = ()
+    if newer:
+        remarks += (f"newer than the checkpoint in `latest`: {', '.join(newer)}",)
+    if strangers:
+        remarks += (f"`latest` names {tag}; --tag chooses others: {', '.join(strangers)}",)
     return _location(root / tag, root, remarks)
+
+
+def _stem(tag: str) -> str:
+    """A tag without its numbers: tags of one run differ in these alone."""
+    return re.sub(r"\d+", "", tag)
 
 
 def _is_directory(path: Path) -> bool:
@@ -127,11 +140,17 @@ def read(location: Location) -> Checkpoint:
         UnsupportedLayout: the layout is not supported.
     """
     if is_universal(location.directory):
-        return checkpoint(location, *read_universal(location.directory))
+        return checkpoint(location, *read_universal(location))
     names = names_in(location.directory)
+    if names.layers and names.experts:
+        raise UnsupportedLayout(
+            "a DeepSpeed pipeline with native MoE layers, whose experts are in files without stages",
+            path=location.directory,
+            hint="Gather model.state_dict() in the training script, and save that with torch.save.",
+        )
     if names.layers:
-        return checkpoint(location, *read_pipeline(names))
+        return checkpoint(location, *read_pipeline(names, location))
     shards = open_all(names)
     if names.experts or holds_experts(shards[0]):
         return checkpoint(location, *read_experts(names, shards))
-    return checkpoint(location, *read_ranks(shards))
+    return checkpoint(location, *read_ranks(shards, location))

@@ -13,7 +13,10 @@ from ckpt_tools.errors import DamagedCheckpoint
 from ckpt_tools.readers.deepspeed.agreement import NODE_LOCAL, SAME_SAVE, check_agreement
 from ckpt_tools.readers.deepspeed.names import SaveNames
 from ckpt_tools.readers.deepspeed.shards import ShardSet, open_shards
+from ckpt_tools.readers.deepspeed.sliced_shapes import ModelShapes, unrecorded
+from ckpt_tools.readers.deepspeed.sub_groups import swap_files
 from ckpt_tools.readers.deepspeed.tensor_parallel import INFO, SliceRecord
+from ckpt_tools.readers.deepspeed.tensor_ranks import TensorRanks
 from ckpt_tools.readers.deepspeed.weights import Part, integer, read_part, round_robin
 from ckpt_tools.tensors.checkpoint import Checkpoint, Location
 
@@ -80,7 +83,7 @@ def open_all(names: SaveNames) -> list[ShardSet]:
     return [shards[0], *(replace(one, shared=shared) for one in shards[1:])]
 
 
-def read_ranks(shards: Sequence[ShardSet]) -> tuple[Save, Part]:
+def read_ranks(shards: Sequence[ShardSet], location: Location) -> tuple[Save, Part]:
     """A save whose model-parallel ranks are tensor-parallel ranks; usually there is one."""
     bare = next((one.first for one in shards if one.first.content["module"] is None), None)
     if bare is not None:
@@ -91,15 +94,31 @@ def read_ranks(shards: Sequence[ShardSet]) -> tuple[Save, Part]:
             hint=NODE_LOCAL,
         )
     parts = [read_part(one) for one in shards]
-    return Save(shards, "tensor parallel" if len(shards) > 1 else ""), joined(shards, parts)
+    save = Save(shards, "tensor parallel" if len(shards) > 1 else "")
+    return save, joined(shards, parts, location)
 
 
-def joined(shards: Sequence[ShardSet], parts: Sequence[Part]) -> Part:
-    """The joined parts of tensor-parallel ranks."""
+def joined(shards: Sequence[ShardSet], parts: Sequence[Part], location: Location) -> Part:
+    """The joined parts of tensor-parallel ranks.
+
+    Raises:
+        UnsupportedLayout: neither a record nor the model's shapes say how slices are joined.
+    """
     if len(parts) == 1:
         return parts[0]
     first = shards[0].first
-    return SliceRecord(first.get(INFO), len(parts), first.path).part(parts)
+    info, ranks = first.get(INFO), len(parts)
+    if isinstance(info, Mapping):
+        return TensorRanks(SliceRecord(info, first.path).pieces, ranks, first.path.parent).part(
+            parts
+        )
+    shapes = location.model_shapes() if location.model_shapes is not None else None
+    if shapes is None:
+        raise unrecorded(ranks, first.path)
+    rule = ModelShapes(shapes, ranks, first.path)
+    part = TensorRanks(rule.pieces, ranks, first.path.parent).part(parts)
+    doubt = "the shapes of the model alone say how slices are joined"
+    return replace(part, remarks=[*part.remarks, rule.remark], doubts=[*part.doubts, doubt])
 
 
 def checkpoint(location: Location, save: Save, part: Part) -> Checkpoint:
@@ -111,7 +130,9 @@ def checkpoint(location: Location, save: Save, part: Part) -> Checkpoint:
         title=save.title,
         weights=part.weights,
         ties=part.ties,
-        files={path: n for one in save.shards for path, n in one.files.items()} | {**save.files},
+        files={path: n for one in save.shards for path, n in one.files.items()}
+        | {path: n for one in save.shards for path, n in swap_files(one).items()}
+        | {**save.files},
         step=integer(first.first.get("global_steps")),
         world_size=first.world_size * len(save.shards),
         framework=f"deepspeed {version}" if version else "deepspeed",
@@ -124,4 +145,5 @@ def checkpoint(location: Location, save: Save, part: Part) -> Checkpoint:
         remarks=(*location.remarks, *part.remarks),
         doubts=tuple(part.doubts),
         lost=part.lost,
+        replicas=tuple(part.replicas),
     )

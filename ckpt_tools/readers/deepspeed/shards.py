@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ckpt_tools.errors import CkptError, DamagedCheckpoint
+from ckpt_tools.errors import CkptError, DamagedCheckpoint, UnsupportedLayout
 from ckpt_tools.readers.containers.restricted_pickle import Opaque, TensorRef
 from ckpt_tools.readers.deepspeed.agreement import (
     NODE_LOCAL,
@@ -115,7 +115,7 @@ def open_shards(
     optims = read_each(_read_optim, [directory / optim_names[r] for r in sorted(optim_names)])
     if not models:
         raise DamagedCheckpoint(
-            "no *_model_states.pt file",
+            "a DeepSpeed checkpoint with no *_model_states.pt file, which has the names and shapes",
             path=directory,
             missing=["*_model_states.pt"],
             hint=NODE_LOCAL,
@@ -141,7 +141,7 @@ def open_shards(
     sizes = {path: path.stat().st_size for path in paths}
     check_extra(stage, world_size, directory, models, optims)
     check_agreement(directory, models, optims)
-    lost = lost or missing_optims(world_size, directory, optims)
+    lost = lost or missing_optims(world_size, directory, optims) or _selective(first, stage)
     if lost and stage == 3:
         raise lost
     remarks = check_models(world_size, directory, models) if stage == 3 else ()
@@ -157,6 +157,24 @@ def _kept_masters(first: ModelState, config_stage: int) -> bool:
     if isinstance(optimizer, dict):
         return "single_partition_of_fp32_groups" in optimizer
     return bool(config_stage) or first.get("param_shapes") is not None
+
+
+def _selective(first: ModelState, stage: int) -> CkptError | None:
+    """The error for ZenFlow, which updates the columns of large gradients in the 16-bit weights alone."""
+    config = first.get("ds_config")
+    zero = config.get("zero_optimization") if isinstance(config, dict) else None
+    if not isinstance(zero, dict) or not zero.get("zenflow"):
+        return None
+    advice = (
+        "Save the weights with engine.save_16bit_model and stage3_gather_16bit_weights_on_model_save."
+        if stage == 3
+        else "--weights model takes the 16-bit weights, which are whole."
+    )
+    return UnsupportedLayout(
+        f"a ZeRO-{stage} checkpoint of ZenFlow, whose masters lack the updates of the selected columns",
+        path=first.path,
+        hint=advice,
+    )
 
 
 T = TypeVar("T")
@@ -237,10 +255,10 @@ def _optimizer_step(state: dict[str, Any], base: Any) -> object:
     if "base_optimizer_state_step" in state:
         return state["base_optimizer_state_step"]
     groups = base if isinstance(base, list) else []
+    counters: list[object] = []
     if isinstance(base, dict):
-        for group in base.get("param_groups") or []:
-            if isinstance(group, dict) and isinstance(group.get("step"), int):
-                return group["step"]
+        # Of a group last: Muon's group for Adam has a counter that it never advances.
+        counters = [g.get("step") for g in base.get("param_groups") or [] if isinstance(g, dict)]
         groups = list((base.get("state") or {}).values())
     for entry in groups:
         step = entry.get("step") if isinstance(entry, dict) else None
@@ -248,7 +266,7 @@ def _optimizer_step(state: dict[str, Any], base: Any) -> object:
             return _scalar(step)
         if isinstance(step, int | float):
             return step
-    return None
+    return next((step for step in counters if isinstance(step, int) and step), None)
 
 
 def _scalar(ref: TensorRef) -> float:

@@ -18,10 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout
-from ckpt_tools.readers.deepspeed.joining import Piece, along, joined, shifted, whole
-from ckpt_tools.readers.deepspeed.weights import Part
-from ckpt_tools.tensors.catalogue import Box, Shape, Stored
-from ckpt_tools.tensors.checkpoint import Weight
+from ckpt_tools.readers.deepspeed.joining import Piece, along, copies, shifted
+from ckpt_tools.tensors.catalogue import Box, Shape
 from ckpt_tools.tensors.regions import row_major_strides
 
 INFO = "universal_checkpoint_info"
@@ -41,22 +39,14 @@ class SliceRecord:
 
     Args:
         info: the value of ``universal_checkpoint_info``.
-        ranks: number of tensor-parallel ranks.
         path: the file of the record, for errors.
 
     Raises:
-        UnsupportedLayout: there is no record, or its version is unknown.
+        UnsupportedLayout: its version is unknown.
     """
 
-    def __init__(self, info: Any, ranks: int, path: Path) -> None:
-        if not isinstance(info, Mapping):
-            raise UnsupportedLayout(
-                f"a tensor-parallel checkpoint of {ranks} ranks that does not record how its slices are cut",
-                path=path,
-                hint="Its model files have no `universal_checkpoint_info`. AutoTP of DeepSpeed 0.19 writes "
-                "it: load the checkpoint in the training script with that release and save it again.",
-            )
-        self._info, self._ranks, self._path = info, ranks, path
+    def __init__(self, info: Mapping[str, Any], path: Path) -> None:
+        self._info, self._path = info, path
         affine = info.get("affine_map") or {}
         if affine and int(affine.get("version", 1)) > _AFFINE_VERSION:
             raise UnsupportedLayout(
@@ -66,49 +56,19 @@ class SliceRecord:
             )
         self._affine: Mapping[str, Any] = affine.get("params") or {}
 
-    def tensor(self, name: str, slices: Sequence[Stored]) -> Stored:
-        """The whole tensor of these slices, one a rank."""
-        dtypes = {piece.dtype for piece in slices}
-        if len(dtypes) > 1:
-            raise DamagedCheckpoint(
-                "its slices differ in dtype", path=self._path.parent, tensor=name
-            )
+    def pieces(self, name: str, shapes: Sequence[Shape]) -> tuple[list[Piece], Shape]:
+        """The pieces of a tensor, and its shape; pieces at one place are copies.
+
+        Raises:
+            DamagedCheckpoint: the slices do not have the recorded shapes.
+            UnsupportedLayout: the record asks for more than putting pieces together.
+        """
         try:
-            pieces, shape = self._pieces(name, [piece.shape for piece in slices])
+            return self._pieces(name, shapes)
         except (IndexError, KeyError, TypeError, ValueError) as error:
             raise DamagedCheckpoint(
                 f"its slices are not cut as {INFO} says ({error})", path=self._path, tensor=name
             ) from error
-        return joined(slices, pieces, shape)
-
-    def weight(self, name: str, parts: Sequence[Weight]) -> Weight:
-        """The whole weight of the ranks' weights of one name."""
-        masters = [part.master for part in parts if part.master is not None]
-        models = [part.model for part in parts if part.model is not None]
-        whole = [
-            self.tensor(name, copies) if len(copies) == self._ranks else None
-            for copies in (masters, models)
-        ]
-        held = whole[0] or whole[1]
-        if held is None:
-            raise DamagedCheckpoint(
-                "not all tensor-parallel ranks hold it", path=self._path.parent, tensor=name
-            )
-        return Weight(parts[0].kind, held.shape, parts[0].dtype, *whole)
-
-    def part(self, parts: Sequence[Part]) -> Part:
-        """The joined parts of the tensor-parallel ranks."""
-        first = parts[0]
-        names = dict.fromkeys(name for part in parts for name in part.weights)
-        weights = {
-            name: self.weight(name, [p.weights[name] for p in parts if name in p.weights])
-            for name in names
-            if name not in first.ties
-        }
-        doubts = list(dict.fromkeys(doubt for part in parts for doubt in part.doubts))
-        remarks = list(dict.fromkeys(remark for part in parts for remark in part.remarks))
-        lost = next((part.lost for part in parts if part.lost is not None), None)
-        return Part(weights, first.ties, remarks, doubts, lost)
 
     def _pieces(self, name: str, shapes: Sequence[Shape]) -> tuple[list[Piece], Shape]:
         geometry = next((m for p, m in self._affine.items() if re.match(p, name)), None)
@@ -126,7 +86,7 @@ class SliceRecord:
         if self._says(_REPLICATED, name):
             if len(set(shapes)) > 1:
                 raise ValueError(f"replicated, but of shapes {shapes}")
-            return [Piece(0, whole(shapes[0]), (0,) * len(shapes[0]))], shapes[0]
+            return copies(shapes), shapes[0]
         if self._says(_TWO_HALVES, name):
             halves = [_halved(shape[0]) for shape in shapes]
             return _cut(shapes, 0, [halves, halves])
@@ -214,9 +174,9 @@ def _first_rows(pieces: Sequence[Piece], shape: Shape, rows: int) -> tuple[list[
 
 
 def _geometric(geometry: Mapping[str, Any], shapes: Sequence[Shape]) -> tuple[list[Piece], Shape]:
-    """The pieces in an affine map; of replicated pieces, those of the first rank."""
+    """The pieces in an affine map."""
     full = tuple(map(int, geometry["logical_shape"]))
-    pieces, seen = [], set()
+    pieces = []
     for rank, entry in sorted((int(r), e) for r, e in geometry["ranks"].items()):
         shape = tuple(map(int, entry["shard_shape"]))
         if shape != shapes[rank]:
@@ -224,10 +184,10 @@ def _geometric(geometry: Mapping[str, Any], shapes: Sequence[Shape]) -> tuple[li
         for piece in entry["pieces"]:
             sizes = tuple(map(int, piece["shape"]))
             offsets = _corner(piece["source"], sizes, full)
-            if offsets in seen or not math.prod(sizes):
-                continue
-            seen.add(offsets)
-            pieces.append(Piece(rank, Box(_corner(piece["dest"], sizes, shape), sizes), offsets))
+            if math.prod(sizes):
+                pieces.append(
+                    Piece(rank, Box(_corner(piece["dest"], sizes, shape), sizes), offsets)
+                )
     return pieces, full
 
 

@@ -15,31 +15,33 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ckpt_tools.errors import DamagedCheckpoint
 from ckpt_tools.readers.containers.restricted_pickle import TensorRef
 from ckpt_tools.readers.containers.torch_file import TorchFile, stored
+from ckpt_tools.readers.deepspeed.experts import alone, holds_experts, with_experts
 from ckpt_tools.readers.deepspeed.layout import group_shapes
 from ckpt_tools.readers.deepspeed.names import UNIVERSAL, names_in
 from ckpt_tools.readers.deepspeed.saves import Save, joined
 from ckpt_tools.readers.deepspeed.shards import ShardSet, open_shards
 from ckpt_tools.readers.deepspeed.weights import Part, default_dtype, sorted_part
 from ckpt_tools.tensors.catalogue import Stored
-from ckpt_tools.tensors.checkpoint import Weight
+from ckpt_tools.tensors.checkpoint import Location, Weight
 from ckpt_tools.tensors.regions import Shape
 
 MASTER = "fp32.pt"
 _CONVERT_AGAIN = "Run ds_to_universal.py again on the original checkpoint."
 
 
-def read_universal(directory: Path) -> tuple[Save, Part]:
+def read_universal(location: Location) -> tuple[Save, Part]:
     """The universal checkpoint in a folder.
 
     Raises:
         DamagedCheckpoint: files are missing, or do not fit each other.
     """
+    directory = location.directory
     names = names_in(directory)
     if not names.models:
         raise DamagedCheckpoint(
@@ -69,13 +71,19 @@ def read_universal(directory: Path) -> tuple[Save, Part]:
             missing=[f"{UNIVERSAL}/{name}/{MASTER}" for name in lacking],
             hint=_CONVERT_AGAIN,
         )
-    flat = shards[0].stage == 3
-    masters = {name: _shaped(held[name], shapes[name] if flat else None, name) for name in shapes}
+    masters = {name: _shaped(held[name], shapes[name], name) for name in shapes}
+    if holds_experts(shards[0]):
+        return save, with_experts(alone(shards), masters, {}, [])
     if len(shards) == 1:
         return save, sorted_part(shards[0], masters, [])
     # The slices of the ranks' model copies are joined here; the masters are already whole.
-    part = joined(shards, [sorted_part(one, {}, []) for one in shards])
-    return save, replace(part, weights=_with_masters(part.weights, masters))
+    part = joined(shards, [sorted_part(one, {}, []) for one in shards], location)
+    if shards[0].stage < 3:
+        return save, replace(part, weights=_with_masters(part.weights, masters))
+    # Stage 3 has no model copy: the joined tensors are frozen ones and buffers.
+    whole = sorted_part(shards[0], masters, [])
+    weights = {name: part.weights.get(name, weight) for name, weight in whole.weights.items()}
+    return save, replace(whole, weights=weights, replicas=part.replicas)
 
 
 def _with_masters(
@@ -95,11 +103,11 @@ def _with_masters(
     return both
 
 
-def _bare(shards: list[ShardSet], held: Mapping[str, TensorRef]) -> Part:
+def _bare(shards: list[ShardSet], held: Mapping[str, _Held]) -> Part:
     """The masters of a pipeline, whose weights in training dtype are not copied."""
     weights = {}
-    for name, ref in held.items():
-        master = stored(ref)
+    for name, one in held.items():
+        master = stored(one.ref)
         weights[name] = Weight(
             "parameter", master.shape, default_dtype(shards[0], master), master, None
         )
@@ -112,22 +120,33 @@ def _recorded(shards: ShardSet) -> dict[str, Shape]:
     return {name: shape for group in groups for name, shape in group.items()}
 
 
-def _tensor(path: Path) -> TensorRef:
+@dataclass(frozen=True)
+class _Held:
+    """The tensor of a file; a bare one is flat, a recorded one has its shape."""
+
+    ref: TensorRef
+    bare: bool
+
+
+def _tensor(path: Path) -> _Held:
     content = TorchFile(path).load()
     value = content.get("param") if isinstance(content, Mapping) else content
     if not isinstance(value, TensorRef):
         raise DamagedCheckpoint(
             "`param` is missing or is not a tensor", path=path, hint=_CONVERT_AGAIN
         )
-    return value
+    return _Held(value, not isinstance(content, Mapping))
 
 
-def _shaped(ref: TensorRef, shape: Shape | None, name: str) -> Stored:
-    if shape is not None and len(ref.shape) == 1 and ref.numel != math.prod(shape):
+def _shaped(held: _Held, shape: Shape, name: str) -> Stored:
+    ref = held.ref
+    if not held.bare:
+        return stored(ref)
+    if ref.numel != math.prod(shape):
         raise DamagedCheckpoint(
             f"it has {ref.numel:,} elements, but {shape} is recorded",
             path=ref.storage.path,
             tensor=name,
             hint=_CONVERT_AGAIN,
         )
-    return stored(ref, shape if len(ref.shape) == 1 else None)
+    return stored(ref, shape)

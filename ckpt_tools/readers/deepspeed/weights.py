@@ -23,7 +23,7 @@ from ckpt_tools.readers.deepspeed.layout import (
 from ckpt_tools.readers.deepspeed.module import matched_module
 from ckpt_tools.readers.deepspeed.shards import ShardSet
 from ckpt_tools.tensors.catalogue import Stored
-from ckpt_tools.tensors.checkpoint import Weight
+from ckpt_tools.tensors.checkpoint import Replica, Weight
 from ckpt_tools.tensors.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
 from ckpt_tools.tensors.regions import Shape
 
@@ -38,6 +38,7 @@ class Part:
         remarks: facts for the report that do not prevent reading.
         doubts: reasons to compare the masters with the model copy in full.
         lost: the reason why the masters cannot be read, if any.
+        replicas: pairs of copies that tensor-parallel ranks hold of the same elements.
     """
 
     weights: dict[str, Weight]
@@ -45,6 +46,7 @@ class Part:
     remarks: list[str] = field(default_factory=list)
     doubts: list[str] = field(default_factory=list)
     lost: CkptError | None = None
+    replicas: list[Replica] = field(default_factory=list)
 
 
 def masters_of(shards: ShardSet) -> tuple[dict[str, Stored], list[str]]:

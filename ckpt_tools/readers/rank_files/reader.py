@@ -1,7 +1,7 @@
 """Owns checkpoints of one torch file a rank, each with a part of every tensor: verl, Accelerate, plain loops.
 
 The files of a set are found by their names, must be complete, and must agree with each other.
-:mod:`~ckpt_tools.readers.rank_files.dtensor` finds the elements that a rank holds. A tensor that every rank
+:mod:`~ckpt_tools.readers.containers.dtensor` finds the elements that a rank holds. A tensor that every rank
 holds whole is taken from one rank. Files of optimizer and extra state have other names and are not opened.
 
 Sources: verl ``utils/checkpoint/fsdp_checkpoint_manager.py``; ``accelerate/utils/fsdp_utils.py``
@@ -18,16 +18,19 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
-from ckpt_tools.errors import DamagedCheckpoint, UnsafePickle, UnsupportedLayout, listed
-from ckpt_tools.readers.containers.restricted_pickle import Opaque
+from ckpt_tools.errors import DamagedCheckpoint, listed
+from ckpt_tools.readers.containers.dtensor import Part, Run, part_of
+from ckpt_tools.readers.containers.restricted_pickle import TensorRef
 from ckpt_tools.readers.containers.torch_file import TorchFile, refuse_exchanged
 from ckpt_tools.readers.rank_files.copies import differ
-from ckpt_tools.readers.rank_files.dtensor import Part, Run, part_of
+from ckpt_tools.readers.rank_files.local_state import KIND as FLAT
+from ckpt_tools.readers.rank_files.local_state import is_local, local_parts
 from ckpt_tools.readers.trainer_state import trainer_step
 from ckpt_tools.tensors.catalogue import Box, FlatRange, Stored
 from ckpt_tools.tensors.checkpoint import Checkpoint, Location, Weight
-from ckpt_tools.tensors.deferred import DeferredFragment
+from ckpt_tools.tensors.deferred import DeferredFragment, Place
 from ckpt_tools.tensors.fragments import assembled
 from ckpt_tools.tensors.threads import garbage_kept, read_each
 
@@ -40,8 +43,6 @@ _NAMES = {
 }
 _RANK = re.compile(r"\d+(?=\.\w+$)")
 _STEP = re.compile(r"global_step_(\d+)")
-# FSDP1's names for the flat parameter of a wrapped module; the second name is older.
-_FLAT = {"_flat_param", "flat_param"}
 # A file can claim any number of ranks, so the list of missing names has a limit.
 _NAMED = 1000
 _OTHER_NODES = (
@@ -100,7 +101,7 @@ def read(location: Location) -> Checkpoint:
 
     Raises:
         DamagedCheckpoint: ranks are missing, or of different saves.
-        UnsupportedLayout: FSDP1 LOCAL files, which do not record their parameters.
+        UnsupportedLayout: FSDP1 LOCAL files without the names of the parameters.
     """
     found = _sets(location.directory).get(location.part or "", {})
     if not found:
@@ -113,13 +114,21 @@ def read(location: Location) -> Checkpoint:
         named = int((location.part or "").rpartition("_")[2])
         _expect(found, named)
         config = _config(location.directory, named)
-    ranks = read_each(lambda named: _read_rank(*named), list(found.items()))
+    with garbage_kept():
+        ranks = _read_ranks(found)
     world_size = _world_size(ranks, named)
     _expect(found, world_size)
     with garbage_kept():
         joined = _Joined(ranks)
     kinds = {part.kind for file in ranks for part in file.parts.values()} - {"plain"}
-    version = config.get("FSDP_version", 1 if "ShardedTensor" in kinds else "")
+    version = config.get("FSDP_version", 1 if kinds & {"ShardedTensor", FLAT} else "")
+    shapeless = frozenset(joined.shapeless)
+    remarks = [*location.remarks, *joined.remarks]
+    if shapeless:
+        remarks.append(
+            f"an FSDP1 LOCAL state: the shapes of {len(shapeless)} parameters are not recorded; "
+            "consolidate takes them from the config of the model"
+        )
     return Checkpoint(
         location=location,
         title=f"FSDP{version} rank files",
@@ -130,7 +139,8 @@ def read(location: Location) -> Checkpoint:
         world_size=world_size,
         framework=writer,
         details={"kinds": sorted(kinds) or ["plain"]},
-        remarks=(*location.remarks, *joined.remarks),
+        remarks=tuple(remarks),
+        shapeless=shapeless,
     )
 
 
@@ -183,42 +193,40 @@ def _rank_in(name: str) -> int | None:
     return int(match[0]) if match is not None and known else None
 
 
-def _read_rank(rank: int, path: Path) -> _RankFile:
+def _load(path: Path) -> dict[str, Any]:
     file = TorchFile(path)
     content = file.load()
     refuse_exchanged(file, _rank_in)
     if not isinstance(content, dict):
         raise DamagedCheckpoint("its content is not a state dict", path=path)
-    flat = [name for name in content if str(name).rpartition(".")[2] in _FLAT]
-    if flat:
-        raise UnsupportedLayout(
-            f"an FSDP1 LOCAL state: {len(flat)} flat parameters of wrapped modules, without the shapes (in "
-            "older files also without the names) of the parameters in them",
-            path=path,
-            hint="A config does not state which modules were wrapped, so it is not enough. Load the state in "
-            "the training script, and save it with SHARDED_STATE_DICT or FULL_STATE_DICT.",
-        )
+    return {str(name): value for name, value in content.items()}
+
+
+def _read_ranks(found: Mapping[int, Path]) -> list[_RankFile]:
+    paths = list(found.values())
+    states = list(zip(paths, read_each(_load, paths), strict=True))
+    if any(is_local(content) for _, content in states):
+        parts = local_parts(states)
+    else:
+        parts = [_parts(path, content) for path, content in states]
+    ranks = []
+    for (rank, path), held in zip(found.items(), parts, strict=True):
+        _own_file(rank, path, held.values())
+        sizes = {part.world_size for part in held.values() if part.world_size is not None}
+        ranks.append(_RankFile(rank, path, held, max(sizes, default=None)))
+    return ranks
+
+
+def _parts(path: Path, content: Mapping[str, Any]) -> dict[str, Part]:
     parts: dict[str, Part] = {}
     for name, value in content.items():
-        part = part_of(value, path, str(name))
-        if part is not None:
-            parts[str(name)] = part
-        elif not str(name).endswith("_extra_state"):  # extra state of a module is not a weight
-            raise _not_a_tensor(value, path, str(name))
-    _own_file(rank, path, parts.values())
-    sizes = {part.world_size for part in parts.values() if part.world_size is not None}
-    return _RankFile(rank, path, parts, max(sizes, default=None))
-
-
-def _not_a_tensor(value: object, path: Path, name: str) -> DamagedCheckpoint:
-    if isinstance(value, Opaque):
-        return UnsafePickle(
-            f"it is not a plain tensor but a {value.global_name}",
-            path=path,
-            tensor=name,
-            hint="No code from the file was run. If it is a weight, please report its layout.",
-        )
-    return DamagedCheckpoint("it is not a tensor", path=path, tensor=name)
+        if name.endswith("_extra_state") and not isinstance(value, TensorRef):
+            continue  # extra state of a module is not a weight
+        part = part_of(value, path, name)
+        if part is None:
+            raise DamagedCheckpoint("it is not a tensor", path=path, tensor=name)
+        parts[name] = part
+    return parts
 
 
 def _own_file(rank: int, path: Path, parts: Iterable[Part]) -> None:
@@ -260,10 +268,9 @@ class _PartFragment(DeferredFragment):
         super().__init__(region)
         object.__setattr__(self, "_run", run)
 
-    def find_place(self) -> tuple[Path, int]:
+    def find_place(self) -> Place:
         """See the base class."""
-        ref = self._run.ref
-        return ref.storage.path, ref.byte_offset + self._run.start * ref.dtype.itemsize
+        return self._run.place
 
 
 class _Joined:
@@ -273,6 +280,7 @@ class _Joined:
         weights: every tensor, in the order of the first rank's state dict.
         ties: second names.
         remarks: names of tensors whose copies differ between ranks.
+        shapeless: names of tensors of which only the number of elements is known.
     """
 
     def __init__(self, ranks: Sequence[_RankFile]) -> None:
@@ -291,6 +299,9 @@ class _Joined:
                 self.weights[name] = self._weight(name, held[0][1], runs)
             else:
                 self.ties[name] = first
+        self.shapeless = {
+            name for file in ranks for name, part in file.parts.items() if part.kind == FLAT
+        } & self.weights.keys()
         self.remarks: list[str] = []
         if self._differing:
             names = listed(self._differing)

@@ -137,6 +137,7 @@ def test_a_run_that_never_ends_is_refused(times: tuple[str, str, str, str]) -> N
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step_time", [1e-9, 1e15])
 @pytest.mark.parametrize("save_time", [1e-9, 1e15])
 @pytest.mark.parametrize("mtbf", [1e-9, 1e15])

@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from ckpt_tools import open_checkpoint
+from ckpt_tools import consolidate, open_checkpoint
 from ckpt_tools.errors import CkptError, DamagedCheckpoint, UnsafePickle, UnsupportedLayout
 from ckpt_tools.readers.containers.restricted_pickle import Opaque, TensorRef, unpickle
 from ckpt_tools.readers.containers.torch_file import TorchFile, stored
@@ -216,13 +217,10 @@ def test_setting_state_on_what_the_pickle_was_handed_changes_nothing(poison: str
     assert torch.equal(loaded({"t": tensor})["t"], tensor)
 
 
-def test_attributes_set_on_an_allowed_function_are_gone_with_the_next_pickle() -> None:
+def test_an_allowed_function_takes_no_attributes() -> None:
     function = name("torch._utils", "_rebuild_tensor_v2")
-    marked = loads(function + value({"mark": 1}) + b"b")
-    assert marked.mark == 1
-    again = loads(function)
-    assert not hasattr(again, "mark")
-    assert again is not marked
+    with pytest.raises(DamagedCheckpoint, match="it tries to change a _Function"):
+        loads(function + value({"mark": 1}) + b"b")
 
 
 def test_inert_classes_are_made_anew_for_every_pickle() -> None:
@@ -305,7 +303,6 @@ LIES: dict[str, dict[str, bytes]] = {
     "size is a number": {"size": value(4)},
     "negative stride": {"stride": value((-1,))},
     "huge stride": {"size": value((2, 2)), "stride": value((2**62, 1))},
-    "stride that repeats an element": {"stride": value((0,))},
     "fewer strides than sizes": {"size": value((2, 2))},
     "a storage that is a dictionary": {"storage": value({})},
     "a storage that only looks like one": {
@@ -384,7 +381,7 @@ def test_a_bomb_where_nothing_is_needed_does_no_harm(bomb: str, tmp_path: Path) 
     assert_same(open_checkpoint(path.parent)["lm_head.weight"].load(), TRUTH, "lm_head.weight")
 
 
-@pytest.mark.parametrize("bomb", [b for b in BOMBS if b != "doubled sixty times"])
+@pytest.mark.parametrize("bomb", BOMBS)
 @pytest.mark.parametrize("key", ["module", "param_shapes", "buffer_names", "shared_params"])
 def test_a_bomb_where_something_is_needed_is_refused(bomb: str, key: str, tmp_path: Path) -> None:
     path = model_file(tmp_path)
@@ -468,12 +465,37 @@ def test_client_state_of_any_class_does_not_hinder_reading(kind: str, tmp_path: 
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("kind", ["complex numbers", "a dtype unknown here", "a quantised tensor"])
-def test_a_weight_of_an_unknown_dtype_is_refused_by_name(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "named"),
+    [
+        ("a dtype unknown here", "its dtype is torch.float8_e4m3fnuz"),
+        ("a quantised tensor", "a quantised tensor of torch"),
+        ("a sparse tensor", "a sparse tensor"),
+    ],
+)
+def test_a_weight_that_is_no_plain_tensor_is_refused_by_name(
+    kind: str, named: str, tmp_path: Path
+) -> None:
     path = model_file(tmp_path)
     damage.edit(path, lambda content: content["module"].update(odd=CLIENT_STATE[kind]()))
-    with pytest.raises(UnsafePickle, match="odd: it is not a plain tensor but a "):
+    with pytest.raises(UnsupportedLayout, match=f"odd: {named}"):
         open_checkpoint(path.parent)
+
+
+def test_a_weight_that_safetensors_cannot_hold_is_refused_only_where_it_is_written(
+    tmp_path: Path,
+) -> None:
+    path = model_file(tmp_path)
+    value = torch.tensor([1 + 2j, -0.0], dtype=torch.complex128)
+    damage.edit(path, lambda content: content["module"].update(odd=value))
+    checkpoint = open_checkpoint(path.parent)
+    assert_same(checkpoint["odd"].load(), value, "odd")
+    with pytest.raises(UnsupportedLayout, match="its dtype is complex128, which safetensors"):
+        consolidate(path.parent, tmp_path / "all", weights_only=True)
+    names = tmp_path / "names.json"
+    names.write_text('{"odd": null, "*": "*"}')
+    consolidate(path.parent, tmp_path / "rest", weights_only=True, key_map=names)
+    assert "odd" not in load_file(tmp_path / "rest" / "model.safetensors")
 
 
 # What is allowed means what it says.

@@ -114,15 +114,20 @@ def test_tensors_that_share_storage_have_the_same_place(container: str, tmp_path
 
 @pytest.mark.parametrize("container", CONTAINERS)
 @pytest.mark.parametrize("kind", STRIDED)
-def test_a_tensor_that_is_not_one_run_is_refused(kind: str, container: str, tmp_path: Path) -> None:
+def test_a_tensor_that_is_not_one_run_is_read_by_its_strides(
+    kind: str, container: str, tmp_path: Path
+) -> None:
     assert not STRIDED[kind].is_contiguous()
     path = save(tmp_path / "x.pt", STRIDED[kind], container=container)
     ref = TorchFile(path).load()
     assert not ref.is_contiguous
-    with pytest.raises(UnsupportedLayout, match="not contiguous") as caught:
-        stored(ref)
-    assert caught.value.exit_code == 5
-    assert caught.value.path == path
+    assert_same(stored(ref).load(), STRIDED[kind].contiguous(), kind)
+
+
+def test_an_expanded_tensor_of_any_size_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path / "x.pt", torch.zeros(1).expand(1 << 20, 1 << 20))
+    with pytest.raises(UnsupportedLayout, match="repeats its elements"):
+        stored(TorchFile(path).load())
 
 
 def test_another_number_of_elements_than_recorded_is_refused(tmp_path: Path) -> None:

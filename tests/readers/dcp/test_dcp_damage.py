@@ -177,7 +177,7 @@ def resize(metadata: Metadata, rows: int) -> None:
 @pytest.mark.parametrize(
     ("change", "fact"),
     [
-        (drop_chunk, "leave a hole or overlap"),
+        (drop_chunk, "storage_data has a part at (23, 0) that state_dict_metadata lacks"),
         (double_chunk, "leave a hole or overlap"),
         (grow_chunk, "leave a hole or overlap"),
         (lambda metadata: resize(metadata, 1), "fragments hold"),
@@ -196,7 +196,7 @@ def test_chunks_that_do_not_tile_their_tensor(
 @pytest.mark.parametrize(
     ("change", "fact"),
     [
-        (lambda chunks: chunks.pop(), "do not hold all of its elements"),
+        (lambda chunks: chunks.pop(), "that state_dict_metadata lacks"),
         (lambda chunks: chunks.append(chunks[0]), "two fragments hold the same elements"),
     ],
 )
@@ -208,6 +208,63 @@ def test_boxes_of_a_mesh_that_do_not_tile_their_tensor(
     edit(directory, lambda m: change(m.state_dict_metadata[name].chunks))  # type: ignore[union-attr]
     error = damaged(directory)
     assert (error.tensor, fact in error.fact) == (name, True)
+
+
+def redirect(metadata: Metadata) -> None:
+    """The first part of one norm is where that of another norm is."""
+    found = metadata.storage_data
+    norms = [i for i in found if "layernorm" in i.fqn and i.index == 0]
+    found[norms[0]] = found[norms[1]]
+
+
+def rename(metadata: Metadata) -> None:
+    keys = metadata.planner_data[HEAD]
+    metadata.planner_data[HEAD] = ("other", *keys[1:])
+
+
+def forget_the_keys(metadata: Metadata) -> None:
+    del metadata.planner_data[HEAD]
+
+
+def forget_a_tensor(metadata: Metadata) -> None:
+    del metadata.state_dict_metadata[HEAD]
+
+
+def forget_all_keys(metadata: Metadata) -> None:
+    del metadata.planner_data
+
+
+@pytest.mark.parametrize(
+    ("change", "fact"),
+    [
+        (redirect, "are also those of model.model.layers.0"),
+        (rename, "do not make up its name"),
+        (forget_the_keys, "planner_data and state_dict_metadata do not both have it"),
+        (forget_a_tensor, "that state_dict_metadata lacks"),
+        (forget_all_keys, "not metadata of a torch Distributed Checkpoint"),
+    ],
+)
+def test_metadata_that_contradicts_itself(
+    directory: Path, change: Callable[[Metadata], None], fact: str
+) -> None:
+    """The file has no checksum: a flipped bit can do each of these."""
+    edit(directory, change)
+    assert fact in damaged(directory).fact
+
+
+def test_a_tensor_that_is_lost_everywhere_leaves_a_remark(directory: Path) -> None:
+    """One string is all names of a tensor in a save of one process: a flipped bit makes it another's."""
+
+    def lose(metadata: Metadata) -> None:
+        forget_a_tensor(metadata)
+        forget_the_keys(metadata)
+        held = metadata.storage_data
+        metadata.storage_data = {i: v for i, v in held.items() if i.fqn != HEAD}
+
+    assert not open_checkpoint(directory).remarks
+    edit(directory, lose)
+    (remark,) = open_checkpoint(directory).remarks
+    assert "bytes of no entry of the metadata: __0_0.distcp (" in remark
 
 
 def test_a_chunk_that_no_file_holds(directory: Path) -> None:
@@ -275,13 +332,13 @@ def test_a_compressed_chunk_that_expands_without_end(tmp_path: Path) -> None:
 def put_in_place_of(directory: Path, name: str, content: bytes) -> None:
     """Let the metadata lead to other bytes, for every part of a tensor or for an object."""
     file = directory / "__0_0.distcp"
-    start = file.stat().st_size
-    with file.open("ab") as stream:
-        stream.write(content)
 
     def move(metadata: Metadata) -> None:
         for index, info in metadata.storage_data.items():
             if index.fqn == name:
+                start = file.stat().st_size
+                with file.open("ab") as stream:
+                    stream.write(content)
                 info.relative_path, info.offset, info.length = file.name, start, len(content)
 
     edit(directory, move)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ckpt_tools import open_checkpoint
 from ckpt_tools.conversion.masters import check_masters
@@ -124,7 +125,10 @@ def test_a_missing_model_file_is_said_to_be_missing(fixture: str, tmp_path: Path
     directory = damage.copy_of(fixture, tmp_path)
     (directory / MODEL).unlink()
     error = damaged(directory)
-    assert (error.fact, error.hint) == ("no *_model_states.pt file", ELSEWHERE)
+    assert (error.fact, error.hint) == (
+        "a DeepSpeed checkpoint with no *_model_states.pt file, which has the names and shapes",
+        ELSEWHERE,
+    )
 
 
 @pytest.mark.parametrize(("fixture", "stage"), [(STAGE_1, 1), (STAGE_2, 2), (STAGE_3, 3)])
@@ -296,6 +300,20 @@ def test_steps_that_were_skipped_are_no_steps_of_the_optimizer(tmp_path: Path) -
     assert (skipped.doubts, skipped.remarks) == ((), ())
 
 
+def test_a_counter_of_a_group_that_is_never_advanced_is_no_step(tmp_path: Path) -> None:
+    """Muon's group for Adam has ``step`` 0 for ever."""
+    directory = damage.copy_of("zero2-bf16-llama-sgd-2ranks", tmp_path)
+    for path in damage.optim_files(directory):
+        damage.edit(
+            path,
+            lambda content: content["optimizer_state_dict"]["base_optimizer_state"]["param_groups"][
+                0
+            ].update(step=0),
+        )
+    checkpoint = open_checkpoint(directory)
+    assert (checkpoint.doubts, checkpoint.remarks) == ((), ())
+
+
 def test_model_files_of_another_step_are_remarked_under_stage_3(tmp_path: Path) -> None:
     directory = damage.copy_of(STAGE_3, tmp_path)
     for path in damage.model_files(directory):
@@ -351,7 +369,28 @@ def test_a_surplus_rank_is_named(tmp_path: Path) -> None:
     damage.as_saved_here(directory / surplus)
     error = damaged(directory)
     assert error.fact == "there are optim_states files of ranks 3, but the save had 3 ranks"
-    assert error.hint == APART
+    assert error.path == directory / surplus
+    assert error.hint == f"The files of ranks 0 to 2 belong together. Move these away: {surplus}."
+
+
+@pytest.mark.parametrize("rank", [0, 2, 3])
+def test_a_partition_of_another_length_is_named_with_those_that_belong_together(
+    rank: int, tmp_path: Path
+) -> None:
+    directory = damage.copy_of("zero2-bf16-buffers-5ranks", tmp_path)
+    paths = damage.optim_files(directory)
+
+    def lengthen(held: damage.Content) -> None:
+        groups = held["optimizer_state_dict"]["single_partition_of_fp32_groups"]
+        groups[0] = torch.cat([groups[0], torch.zeros(64)])
+
+    damage.edit(paths[rank], lengthen)
+    error = damaged(directory)
+
+    assert error.path == paths[rank]
+    assert "These files belong together" in str(error.hint)
+    assert paths[rank].name not in str(error.hint)
+    assert all(path.name in str(error.hint) for path in paths if path != paths[rank])
 
 
 def test_optimizer_files_of_another_world_beside_the_model_file_are_found_out(

@@ -12,7 +12,8 @@ import torch
 from ckpt_tools.errors import DamagedCheckpoint
 from ckpt_tools.readers.deepspeed.joining import Piece, joined, whole
 from ckpt_tools.readers.deepspeed.tensor_parallel import SliceRecord
-from ckpt_tools.tensors.catalogue import FlatRange, Fragment, Stored
+from ckpt_tools.readers.deepspeed.tensor_ranks import TensorRanks
+from ckpt_tools.tensors.catalogue import Box, FlatRange, Fragment, Stored, Strided
 from ckpt_tools.tensors.dtypes import FLOAT32
 from tests.support.readers.contract import bits, in_pieces
 
@@ -29,6 +30,17 @@ def stored(tensor: torch.Tensor, parts: int, directory: Path, name: str) -> Stor
     return Stored(FLOAT32, tuple(tensor.shape), fragments)
 
 
+def turned(tensor: torch.Tensor, directory: Path, name: str) -> Stored:
+    """A slice that lies in one file with its axes in the reverse order."""
+    lying = tensor.permute(*reversed(range(tensor.dim()))).contiguous()
+    path = directory / f"{name}-turned"
+    path.write_bytes(b"\xff" * 12 + bits(lying))
+    shape = tuple(tensor.shape)
+    layout = Strided(shape, tuple(reversed(lying.stride())))
+    region = Box((0,) * len(shape), shape)
+    return Stored(FLOAT32, shape, [Fragment(path, 12, region, layout)] if tensor.numel() else [])
+
+
 def cut(full: torch.Tensor, axis: int, widths: Sequence[Sequence[int]]) -> list[torch.Tensor]:
     """Each rank's slice: its part of each sub-parameter, one after the other along the axis."""
     subs = full.split([sum(row) for row in widths], dim=axis)
@@ -37,15 +49,22 @@ def cut(full: torch.Tensor, axis: int, widths: Sequence[Sequence[int]]) -> list[
     return [torch.cat([part[rank] for part in parts], dim=axis) for rank in ranks]
 
 
+def record(info: Mapping[str, Any], ranks: int, directory: Path) -> TensorRanks:
+    return TensorRanks(SliceRecord(info, directory / "model").pieces, ranks, directory)
+
+
 def assert_joined(
     info: Mapping[str, Any], full: torch.Tensor, slices: Sequence[torch.Tensor], directory: Path
 ) -> None:
-    held = [stored(s, 3, directory, f"rank{rank}") for rank, s in enumerate(slices)]
-    tensor = SliceRecord(info, len(slices), directory / "model").tensor("w", held)
-    assert tensor.shape == tuple(full.shape)
-    assert bits(tensor.load()) == bits(full)
-    for step in (1, 7, 64):
-        assert in_pieces(tensor, step) == bits(full)
+    dense = [stored(s, 3, directory, f"rank{rank}") for rank, s in enumerate(slices)]
+    strided = [turned(s, directory, f"rank{rank}") for rank, s in enumerate(slices)]
+    for held in (dense, strided):
+        tensor = record(info, len(slices), directory).tensor("w", "master", held)
+        assert tensor is not None
+        assert tensor.shape == tuple(full.shape)
+        assert bits(tensor.load()) == bits(full)
+        for step in (1, 7, 64):
+            assert in_pieces(tensor, step) == bits(full)
 
 
 FULL = torch.arange(12 * 10, dtype=torch.float32).reshape(12, 10)
@@ -127,7 +146,7 @@ def test_a_record_that_does_not_fit_its_slices_is_refused(
 ) -> None:
     held = [stored(part, 1, tmp_path, str(at)) for at, part in enumerate(cut(FULL, 0, [[5, 7]]))]
     with pytest.raises(DamagedCheckpoint, match="its slices are not cut as"):
-        SliceRecord(info, 2, tmp_path / "model").tensor("w", held)
+        record(info, 2, tmp_path).tensor("w", "master", held)
 
 
 def test_pieces_that_leave_a_hole_are_no_tensor(tmp_path: Path) -> None:

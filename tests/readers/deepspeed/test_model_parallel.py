@@ -158,7 +158,7 @@ def drop(directory: Path, pattern: str) -> str:
 @pytest.mark.parametrize(
     ("fixture", "lost", "fact"),
     [
-        (AUTOTP, "mp_rank_01_model*", "no *_model_states.pt file"),
+        (AUTOTP, "mp_rank_01_model*", "a DeepSpeed checkpoint with no *_model_states.pt file"),
         (MEGATRON, "layer_02-model_01*", "the layers [2] lack the file of tensor-parallel rank 1"),
         (MOE, "layer_1_expert_2_*", "1 files of experts are missing"),
         (AUTOEP, "layer_0_expert_3_*", "1 files of experts are missing"),

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement, Replicate, Shard, _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from ckpt_tools import inspect, open_checkpoint, readers
+from ckpt_tools import consolidate, extract_lora, inspect, open_checkpoint, readers
 from ckpt_tools.errors import (
     AmbiguousCheckpoint,
     CkptError,
@@ -29,7 +29,9 @@ from ckpt_tools.errors import (
     UnsupportedLayout,
     UsageError,
 )
-from ckpt_tools.tensors.catalogue import FlatRange
+from ckpt_tools.readers.containers.torch_file import TorchFile
+from ckpt_tools.readers.rank_files.local_state import local_parts
+from ckpt_tools.tensors.catalogue import Box, FlatRange
 from ckpt_tools.tensors.checkpoint import Checkpoint
 from ckpt_tools.tensors.deferred import settle
 from tests.support import damage
@@ -70,7 +72,7 @@ CASES = [
         *FILES.glob("*/facts.json"),
         *FIXTURES.glob("accelerate/*-rank-files-*/facts.json"),
     ]
-    if path.parent.name != "flat-param-2ranks"
+    if not path.parent.name.startswith("flat-param")
 ]
 
 
@@ -141,7 +143,10 @@ def test_the_config_beside_the_files_is_near() -> None:
 
 
 def save_ranks(
-    directory: Path, mesh: tuple[int, ...], state: dict[str, tuple[torch.Tensor, list[Placement]]]
+    directory: Path,
+    mesh: tuple[int, ...],
+    state: dict[str, tuple[torch.Tensor, list[Placement]]],
+    turned: bool = False,
 ) -> Path:
     """Save each rank's part of the tensors; a list of placements may be empty for a plain tensor."""
     directory.mkdir()
@@ -151,7 +156,7 @@ def save_ranks(
         try:
             on = init_device_mesh("cpu", mesh)
             saved = {
-                name: shard(value, on, at, placements) if placements else value
+                name: shard(value, on, at, placements, turned) if placements else value
                 for name, (value, placements) in state.items()
             }
             torch.save(saved, directory / f"model_world_size_{world}_rank_{rank}.pt")
@@ -160,13 +165,18 @@ def save_ranks(
     return directory
 
 
-def shard(value: torch.Tensor, mesh: Any, at: Any, placements: list[Placement]) -> DTensor:
+def shard(
+    value: torch.Tensor, mesh: Any, at: Any, placements: list[Placement], turned: bool
+) -> DTensor:
     local = value
     for parts, index, placement in zip(mesh.shape, at, placements, strict=True):
         if isinstance(placement, Shard | _StridedShard):
             local = placement._split_tensor(local, parts, with_padding=False)[0][index]
+    local = local.detach().clone(memory_format=torch.contiguous_format)
+    if turned:
+        local = local.mT.contiguous().mT
     return DTensor.from_local(
-        local.detach().clone(memory_format=torch.contiguous_format),
+        local,
         mesh,
         placements,
         run_check=False,
@@ -189,9 +199,11 @@ def shard(value: torch.Tensor, mesh: Any, at: Any, placements: list[Placement]) 
     ],
     ids=str,
 )
+@pytest.mark.parametrize("turned", [False, True], ids=["", "turned"])
 def test_every_way_to_shard(
-    tmp_path: Path, mesh: tuple[int, ...], placements: list[Placement]
+    tmp_path: Path, mesh: tuple[int, ...], placements: list[Placement], turned: bool
 ) -> None:
+    """A turned part lies with its last two axes exchanged."""
     generator = torch.Generator().manual_seed(0)
     zoo = {
         "cube": torch.randn(5, 7, 3, generator=generator),
@@ -202,7 +214,7 @@ def test_every_way_to_shard(
     state = {name: (value, placements) for name, value in zoo.items()}
     scale = torch.tensor(-0.0)
     checkpoint = open_checkpoint(
-        save_ranks(tmp_path / "saved", mesh, {**state, "scale": (scale, [])})
+        save_ranks(tmp_path / "saved", mesh, {**state, "scale": (scale, [])}, turned)
     )
     assert list(checkpoint) == [*zoo, "scale"]
     for name, value in (*zoo.items(), ("scale", scale)):
@@ -401,6 +413,24 @@ def test_a_replica_in_another_place_of_its_file_is_the_same(tmp_path: Path) -> N
     )
 
 
+@pytest.mark.parametrize("change", [0, 1])
+def test_a_replica_that_lies_otherwise_is_compared_by_its_elements(
+    tmp_path: Path, change: int
+) -> None:
+    def turn(state: dict[str, Any]) -> None:
+        part = state["lm_head.weight"]
+        part._local_tensor = part._local_tensor.T.contiguous().T
+        part._local_tensor[-1, -1] += change
+
+    directory = copy_of("rank_files/verl-hsdp-fsdp2-4ranks", tmp_path)
+    edit(directory / "model_world_size_4_rank_3.pt", turn)
+    if change:
+        assert "same elements with different values" in damaged(directory).fact
+    else:
+        truth = RankCase(FILES / "verl-hsdp-fsdp2-4ranks").model["lm_head.weight"]
+        assert_same(open_checkpoint(directory)["lm_head.weight"].load(), truth, "lm_head.weight")
+
+
 @pytest.fixture
 def awkward(tmp_path: Path) -> Path:
     return copy_of("rank_files/verl-awkward-2ranks", tmp_path)
@@ -441,11 +471,48 @@ def test_legacy_files_are_read(awkward: Path) -> None:
 
 
 @pytest.mark.parametrize("fixture", LOCAL)
-def test_a_local_state_of_fsdp1_is_told_by_its_content_and_refused(fixture: str) -> None:
-    error = refusal(FIXTURES / fixture / "checkpoint")
+def test_a_local_state_of_fsdp1_has_every_element_and_no_shape(fixture: str) -> None:
+    checkpoint = open_checkpoint(FIXTURES / fixture / "checkpoint")
+    truth = RankCase(FIXTURES / fixture).model
+    assert set(checkpoint) == set(truth)
+    assert checkpoint.shapeless == truth.keys()
+    for name, value in truth.items():
+        assert_same(checkpoint[name].load(), value.flatten(), name)
+    assert "the shapes of 21 parameters are not recorded" in checkpoint.remarks[0]
+
+
+def test_a_local_state_needs_the_config_of_its_model(tmp_path: Path) -> None:
+    source, config = FILES / "flat-param-2ranks" / "checkpoint", FILES / "flat-param-2ranks" / "hf"
+    with pytest.raises(UsageError, match="do not record the shapes of 21 parameters"):
+        consolidate(source, tmp_path / "bare", weights_only=True)
+    with pytest.raises(UnsupportedLayout, match="do not record the shapes of 21 parameters"):
+        extract_lora(source, tmp_path / "part")
+    wider = json.loads((config / "config.json").read_text()) | {"intermediate_size": 27}
+    (tmp_path / "config.json").write_text(json.dumps(wider))
+    with pytest.raises(UsageError, match=r"260 elements, but the config describes \(27, 10\)"):
+        consolidate(source, tmp_path / "other", config=tmp_path / "config.json")
+
+
+def test_a_range_that_two_ranks_hold_or_none_is_refused(tmp_path: Path) -> None:
+    directory = copy_of("rank_files/flat-param-2ranks", tmp_path)
+    files = [directory / f"model_rank{rank}.pt" for rank in (0, 1)]
+    name = "model.layers.0.mlp.gate_proj.weight"
+    contents = [TorchFile(path).load() for path in files]
+    assert [content[name].shape for content in contents] == [(161,), (99,)]
+    states = [*zip(files, contents, strict=True)]
+    assert [part[name].shape for part in local_parts(states)] == [(260,), (260,)]
+    contents[1][name] = contents[1]["model.layers.0.mlp.up_proj.weight"]
+    starts = [part[name].runs[0].box for part in local_parts(states)]
+    assert starts == [Box((0,), (161,)), Box((260,), (260,))], (
+        "the hole between them is refused later"
+    )
+
+
+def test_a_local_state_without_names_is_refused_with_the_way_out() -> None:
+    error = refusal(FILES / "flat-param-nameless-2ranks" / "checkpoint")
     assert isinstance(error, UnsupportedLayout)
-    assert "FSDP1 LOCAL" in error.fact
-    assert "shapes" in error.fact
+    assert "an FSDP1 LOCAL state with 3 flat parameters" in error.fact
+    assert "use_orig_params=False" in error.fact
     assert "SHARDED_STATE_DICT or FULL_STATE_DICT" in str(error.hint)
 
 

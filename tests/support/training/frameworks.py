@@ -353,8 +353,8 @@ def accelerate_zero(recipe: Any, stage: int) -> Trained:
         del os.environ["ACCELERATE_USE_DEEPSPEED"]
 
 
-def accelerate_fsdp(recipe: Any, version: int) -> Trained:
-    """Accelerate's FSDP plugin, sharded."""
+def accelerate_fsdp(recipe: Any, version: int, precision: str | None = None) -> Trained:
+    """Accelerate's FSDP plugin, sharded; with mixed precision if one is named."""
     from accelerate.utils import FullyShardedDataParallelPlugin
 
     os.environ["ACCELERATE_USE_FSDP"] = "true"
@@ -367,7 +367,8 @@ def accelerate_fsdp(recipe: Any, version: int) -> Trained:
         use_orig_params=True if version == 1 else None,
     )
     try:
-        return accelerate(recipe, fsdp_plugin=plugin)
+        mixed = {} if precision is None else {"mixed_precision": precision}
+        return accelerate(recipe, fsdp_plugin=plugin, **mixed)
     finally:
         del os.environ["ACCELERATE_USE_FSDP"]
 
@@ -396,5 +397,6 @@ FRAMEWORKS: dict[str, Callable[[Any], Trained]] = {
     "accelerate-zero3": functools.partial(accelerate_zero, stage=3),
     "accelerate-zero2": functools.partial(accelerate_zero, stage=2),
     "accelerate-fsdp1": functools.partial(accelerate_fsdp, version=1),
+    "accelerate-fsdp1-bf16": functools.partial(accelerate_fsdp, version=1, precision="bf16"),
     "accelerate-fsdp2": functools.partial(accelerate_fsdp, version=2),
 }

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from ckpt_tools import training
+from ckpt_tools.cli.signals import leave_at_once
 from tests.support.training.frameworks import FRAMEWORKS, subject
 from tests.support.warm import warm_children
 
@@ -74,3 +75,5 @@ if __name__ == "__main__":
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+        # A thread of gloo may abort an interpreter that shuts down.
+        leave_at_once(0)

@@ -19,10 +19,13 @@ from typing import Any
 
 from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout
 from ckpt_tools.readers.containers.restricted_pickle import Opaque, TensorRef
-from ckpt_tools.readers.containers.torch_file import contiguous
-from ckpt_tools.tensors.catalogue import Box, Shape
+from ckpt_tools.readers.containers.subclasses import class_of, plain
+from ckpt_tools.readers.containers.torch_file import layout_of, stored
+from ckpt_tools.tensors.catalogue import Box, Fragment, Shape, Stored, Strided
+from ckpt_tools.tensors.deferred import Place
 from ckpt_tools.tensors.dtypes import DType
 from ckpt_tools.tensors.placements import Sharding, local_boxes, local_spans
+from ckpt_tools.tensors.regions import digits, dot
 
 # A strided placement makes a span of each chunk; there are as many as ranks of a tensor-parallel group.
 _MOST_CHUNKS = 1 << 16
@@ -35,12 +38,20 @@ class Run:
     Attributes:
         box: the elements.
         ref: the tensor in the file.
-        start: element of ``ref`` at which the box starts; it is stored row-major from there.
+        start: flat element of ``ref`` at which the box starts; its elements follow each other from there.
     """
 
     box: Box
     ref: TensorRef
     start: int = 0
+
+    @property
+    def place(self) -> Place:
+        """The bytes of the box."""
+        ref = self.ref
+        first = dot(digits(self.start, ref.shape), ref.stride)
+        layout = None if layout_of(ref) is None else Strided(self.box.sizes, ref.stride)
+        return Place(ref.storage.path, ref.byte_offset + first * ref.dtype.itemsize, layout)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +81,39 @@ def whole(ref: TensorRef) -> Part:
     return Part(ref.dtype, ref.shape, runs, "plain")
 
 
+def whole_of(value: object, path: Path, name: str) -> Stored | None:
+    """The tensor that one file holds whole: a plain tensor, or the part of the only rank that has any.
+
+    Raises:
+        UnsupportedLayout: the file holds the part of one rank of several, or the tensor is not plain.
+        UnsafePickle: it is an object that only code from the file can build.
+    """
+    if not _is_sharded(value):
+        ref = plain(value, path, name)
+        return None if ref is None else stored(ref)
+    part = part_of(value, path, name)
+    assert part is not None
+    held = sum(run.box.numel for run in part.runs)
+    if held != math.prod(part.shape):
+        raise UnsupportedLayout(
+            f"a {part.kind} of which this file holds the part of one rank: {held:,} of "
+            f"{math.prod(part.shape):,} elements",
+            path=path,
+            tensor=name,
+            hint="Save full_tensor() of each DTensor, or save a file of each rank as model_rank0.pt, "
+            "model_rank1.pt and so on.",
+        )
+    fragments = []
+    for run in part.runs:
+        file, offset, layout = run.place
+        fragments.append(Fragment(file, offset, run.box, layout))
+    return Stored(part.dtype, part.shape, fragments)
+
+
+def _is_sharded(value: object) -> bool:
+    return (class_of(value) or "").rpartition(".")[2] in _SHARDED
+
+
 def part_of(value: object, path: Path, name: str) -> Part | None:
     """The part of a tensor that a rank holds.
 
@@ -79,45 +123,34 @@ def part_of(value: object, path: Path, name: str) -> Part | None:
         name: the name of the tensor, for errors.
 
     Returns:
-        The part, or None if the value is not a tensor of a known kind.
+        The part, or None if the value has nothing of a tensor.
 
     Raises:
-        UnsupportedLayout: the tensor is partial (a sum that was not reduced), or its local part is not plain.
+        UnsupportedLayout: the tensor is partial (a sum that was not reduced), or not plain.
+        UnsafePickle: it is an object that only code from the file can build.
         DamagedCheckpoint: the local tensor does not have the size in the spec.
     """
-    if isinstance(value, TensorRef):
-        return whole(contiguous(value, name))
-    if (
-        not isinstance(value, Opaque)
-        or value.global_name != "torch._utils._rebuild_wrapper_subclass"
-    ):
-        return None
-    kind = "tensor subclass"
+    if not isinstance(value, Opaque) or not _is_sharded(value):
+        ref = plain(value, path, name)
+        return None if ref is None else whole(ref)
+    kind = value.args[0].global_name.rpartition(".")[2]
     try:
-        kind = value.args[0].global_name.rpartition(".")[2]
-        if kind == "DTensor":
-            return _of_dtensor(value, path, name)
-        if kind == "ShardedTensor":
-            return _of_sharded_tensor(value, path, name)
+        return _SHARDED[kind](value, path, name)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise DamagedCheckpoint(
             f"its {kind} does not have the form that torch writes ({type(error).__name__}: {error})",
             path=path,
             tensor=name,
         ) from error
-    return None
 
 
 def _of_dtensor(value: Opaque, path: Path, name: str) -> Part:
     dtype, shape = value.args[1], _shape(value.args[2])
     slots = value.state[1]
-    local, spec = slots["_local_tensor"], slots["_spec"].state
+    local, spec = plain(slots["_local_tensor"], path, name), slots["_spec"].state
     mesh = spec["mesh"].state
-    if not isinstance(local, TensorRef):
-        found = getattr(local, "global_name", type(local).__name__)
-        raise UnsupportedLayout(
-            f"its local part is not a plain tensor but a {found}", path=path, tensor=name
-        )
+    if local is None:
+        raise ValueError("its local part is not a tensor")
     world_size = _world_size(mesh)
     rank = mesh.get("_rank")
     coordinate = mesh["_coordinate_on_dim"]
@@ -134,7 +167,6 @@ def _of_dtensor(value: Opaque, path: Path, name: str) -> Part:
             tensor=name,
             hint="The file was changed after it was saved, or torch shards it in an unknown way.",
         )
-    contiguous(local, name)
     runs = tuple(Run(box, local, start) for box, start in local_boxes(spans))
     return Part(dtype, shape, runs, "DTensor", rank, world_size)
 
@@ -185,7 +217,10 @@ def _of_sharded_tensor(value: Opaque, path: Path, name: str) -> Part:
     shards, _, group = value.state[:3]
     runs = []
     for shard in shards:
-        local, metadata = (shard.state[1][key] for key in ("tensor", "metadata"))
+        local = plain(shard.state[1]["tensor"], path, name)
+        metadata = shard.state[1]["metadata"]
+        if local is None:
+            raise ValueError("a shard is not a tensor")
         placed = metadata.state[1]
         box = Box(_shape(placed["shard_offsets"]), _shape(placed["shard_sizes"]))
         if (local.dtype, local.shape) != (dtype, box.sizes):
@@ -195,10 +230,13 @@ def _of_sharded_tensor(value: Opaque, path: Path, name: str) -> Part:
                 tensor=name,
             )
         if box.numel:
-            runs.append(Run(box, contiguous(local, name)))
+            runs.append(Run(box, local))
     ranks = group.state
     rank, world_size = ranks["global_rank"], ranks["global_world_size"]
     return Part(dtype, shape, tuple(runs), "ShardedTensor", rank, world_size)
+
+
+_SHARDED = {"DTensor": _of_dtensor, "ShardedTensor": _of_sharded_tensor}
 
 
 def _shape(sizes: Any) -> Shape:

@@ -1,0 +1,108 @@
+"""Owns the tokens at which a chat template closes an assistant's turn.
+
+The template is rendered by transformers in a child process, because a template may fail or never end.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ckpt_tools.errors import CkptError, UsageError
+from ckpt_tools.hub.reference.process import ask, question_and_answers
+from ckpt_tools.hub.tokenizer import Role, Tokenizer
+
+_TEMPLATE_SECONDS = 20
+_ROLES: tuple[Role, ...] = ("eos", "bos", "pad")
+# Words that no template changes, and that are not tokens of any tokenizer.
+_ASKED, _ANSWERED = "Sentinelquestion", "Sentinelanswer"
+
+
+def closing_tokens(tokenizer: Tokenizer) -> dict[str, int]:
+    """The token that follows an assistant's words, with its id: in a later turn, and at the end.
+
+    A template may close the last turn with another token than the turns before it, as OLMo's does.
+
+    Raises:
+        UsageError: the template cannot be rendered.
+    """
+    special = {f"{role}_token": tokenizer.special(role) for role in _ROLES}
+    question = {
+        "template": tokenizer.chat_template,
+        "special": {key: token for key, token in special.items() if token is not None},
+    }
+    try:
+        answer = ask(__name__, json.dumps(question))
+    except CkptError as error:
+        answer = {"failure": error.fact}
+    if "failure" in answer:
+        raise UsageError(
+            f"the chat template cannot be rendered: {answer['failure']}",
+            path=tokenizer.template,
+            hint="Correct the template, or pass --generation-config none|FILE, which does not render it.",
+        )
+    added = {token: number for token, number in tokenizer.added_tokens.items() if token.strip()}
+    closing = (_first(tail, added) for tail in answer["tails"])
+    return {token: added[token] for token in closing if token is not None}
+
+
+def _first(text: str, tokens: Iterable[str]) -> str | None:
+    """The first token in a text; the longest of those that begin at one place."""
+    pattern = "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True))
+    found = re.search(pattern, text) if pattern else None
+    return None if found is None else found[0]
+
+
+def _main() -> None:
+    """In the child: render the template of the question."""
+    sys.modules["torch"] = None  # type: ignore[assignment]  # saves a second; no tensor is made
+    with question_and_answers() as (question, answers):
+        json.dump(_rendered(question), answers)
+
+
+def _rendered(question: Mapping[str, Any]) -> dict[str, Any]:
+    """The text after an assistant's words, in the middle of a conversation and at its end."""
+    import signal
+
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    def text(words: list[str], system: bool, parts: bool) -> str:
+        said = list(zip(["user", "assistant"] * 2, words, strict=False))
+        if system:
+            said.insert(0, ("system", "Earlier"))
+        chat = [
+            {"role": role, "content": [{"type": "text", "text": word}] if parts else word}
+            for role, word in said
+        ]
+        rendered = render_jinja_template(
+            conversations=[chat], chat_template=question["template"], **question["special"]
+        )
+        return str(rendered[0][0])
+
+    def give_up(*_: object) -> None:
+        raise TimeoutError(f"it was not rendered within {_TEMPLATE_SECONDS} seconds")
+
+    signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(_TEMPLATE_SECONDS)
+    failure = "no part of a conversation appears in its text"
+    # Templates differ in the form of content, and in whether they need a system turn.
+    for system, parts in ((False, False), (True, False), (False, True), (True, True)):
+        try:
+            last = text([_ASKED, _ANSWERED], system, parts)
+            middle = text(["Earlier", _ANSWERED, _ASKED], system, parts)
+        except TimeoutError as error:
+            return {"failure": str(error)}
+        except Exception as error:  # a template raises errors of any class
+            failure = str(error) or type(error).__name__
+            continue
+        if _ANSWERED in last:
+            between = middle.partition(_ANSWERED)[2].partition(_ASKED)[0]
+            return {"tails": [between, last.rpartition(_ANSWERED)[2]]}
+    return {"failure": failure}
+
+
+if __name__ == "__main__":
+    _main()

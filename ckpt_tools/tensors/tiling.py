@@ -1,0 +1,93 @@
+"""Owns fragments, the runs of file bytes that hold parts of a tensor, and the proof that they tile it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+from ckpt_tools.errors import DamagedCheckpoint
+from ckpt_tools.tensors.regions import Box, FlatRange, Shape
+from ckpt_tools.tensors.runs import Strided
+
+
+@dataclass(frozen=True, slots=True)
+class Fragment:
+    """The bytes in a file that hold one region of a tensor.
+
+    Attributes:
+        file: the file.
+        offset: first byte of the run.
+        region: which elements it holds.
+        layout: how the elements lie from ``offset`` on; None for row-major order. The row-major order of its
+            sizes is that of the region.
+    """
+
+    file: Path
+    offset: int
+    region: FlatRange | Box
+    layout: Strided | None = None
+
+
+def prove_ranges_tile(fragments: Sequence[Fragment], numel: int) -> None:
+    """Prove that flat ranges, in rising order, hold each of ``numel`` elements once.
+
+    Raises:
+        DamagedCheckpoint: they do not.
+    """
+    end = 0
+    for fragment in fragments:
+        region = fragment.region
+        if not isinstance(region, FlatRange):
+            raise DamagedCheckpoint("it has flat and boxed fragments", path=fragment.file)
+        if region.start != end or region.stop < region.start:
+            raise DamagedCheckpoint(
+                f"its fragments leave a hole or overlap at element {min(end, region.start):,}",
+                path=fragment.file,
+            )
+        end = region.stop
+    if end != numel:
+        where = fragments[-1].file if fragments else None
+        raise DamagedCheckpoint(f"its fragments hold {end:,} of {numel:,} elements", path=where)
+
+
+def prove_boxes_tile(fragments: Sequence[Fragment], shape: Shape) -> None:
+    """Prove that boxes hold each element of a tensor once.
+
+    The tensor is cut along every border of every box: each cell must lie in one box.
+
+    Raises:
+        DamagedCheckpoint: they do not.
+    """
+    boxes = [fragment.region for fragment in fragments]
+    cuts = []
+    for axis, size in enumerate(shape):
+        borders = {0, size}
+        for fragment, box in zip(fragments, boxes, strict=True):
+            if not isinstance(box, Box) or len(box.sizes) != len(shape):
+                raise DamagedCheckpoint(
+                    "a fragment has another number of dimensions", path=fragment.file
+                )
+            low, high = box.offsets[axis], box.offsets[axis] + box.sizes[axis]
+            if low < 0 or high > size or high < low:
+                raise DamagedCheckpoint("a fragment reaches outside it", path=fragment.file)
+            borders |= {low, high}
+        cuts.append({border: index for index, border in enumerate(sorted(borders))})
+    covered: set[tuple[int, ...]] = set()
+    for fragment, box in zip(fragments, boxes, strict=True):
+        assert isinstance(box, Box)
+        if not box.numel:
+            continue
+        spans = [
+            range(cut[low], cut[low + size])
+            for cut, low, size in zip(cuts, box.offsets, box.sizes, strict=True)
+        ]
+        for cell in product(*spans):
+            if cell in covered:
+                raise DamagedCheckpoint("two fragments hold the same elements", path=fragment.file)
+            covered.add(cell)
+    if math.prod(shape) and len(covered) != math.prod(len(cut) - 1 for cut in cuts):
+        where = fragments[-1].file if fragments else None
+        raise DamagedCheckpoint("its fragments do not hold all of its elements", path=where)

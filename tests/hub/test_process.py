@@ -1,0 +1,44 @@
+"""Children end: at a limit of time, of processor time or of memory that their parent sets."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+
+from ckpt_tools.errors import UsageError
+from ckpt_tools.hub import reference
+from ckpt_tools.hub.reference import process
+
+CHILD = "tests.support.hungry_child"
+
+
+@pytest.mark.slow
+def test_a_child_that_waits_is_killed_with_what_it_started() -> None:
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.run_child(CHILD, "wait", timeout=1)
+
+
+@pytest.mark.slow
+def test_a_child_that_takes_memory_is_refused_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "_MEMORY", 1 << 28)
+
+    done = process.run_child(CHILD, "take", timeout=60)
+
+    assert done.returncode == 1
+    assert process.failure_of(done) == "MemoryError"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"num_hidden_layers": 10**9},
+        {"text_config": {"n_layer": 10**9}},
+        {"num_local_experts": 10**7},
+    ],
+)
+def test_a_config_that_asks_for_endless_layers_is_refused(config: dict[str, object]) -> None:
+    whole = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **config}
+
+    with pytest.raises(UsageError, match="no model has more than 10,000"):
+        reference.start(whole)
