@@ -17,8 +17,8 @@ from ckpt_tools.conversion.request import AdapterOptions, ModelOptions, Request
 
 FIELDS = {field.name: field for field in fields(Request)}
 # Options of the command line alone: how it speaks, how long its ranks wait for each other, and the variable
-# that it sets for its process.
-SPOKEN = {"timeout", "quiet", "as_json", "debug", "help", "no_cache"}
+# that it sets for its process; `format` is the old name of `source_format`.
+SPOKEN = {"timeout", "quiet", "verbose", "as_json", "debug", "help", "no_cache", "format"}
 WRITING = ["consolidate", "extract-attr", "extract-lora", "merge-lora", "average"]
 
 
