@@ -166,8 +166,7 @@ def read(location: Location) -> Checkpoint:
 
 
 def _part(metadata: Metadata) -> str | None:
-    (name,) = models(metadata)
-    return None if name == TOP else name
+    return next((name for name in models(metadata) if name != TOP), None)
 
 
 def model_names(metadata: Metadata, location: Location) -> Mapping[str, str]:
