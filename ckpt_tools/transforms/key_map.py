@@ -141,7 +141,8 @@ def _rule(pattern: str, target: object) -> Rule:
             or heads in (0, "")
         ):
             raise UsageError(
-                f'the rule {pattern!r} is an object without "name" and "{_HEADS}"', hint=_EXAMPLE
+                f'the rule {pattern!r} is an object without "name" and "{_HEADS}"',
+                hint=f'For example {{"wq.*": {{"name": "q_proj.*", "{_HEADS}": 32}}}}.',
             )
         target = target["name"]
     names = [target] if isinstance(target, str) else [] if target is None else target

@@ -268,10 +268,8 @@ class Saving:
             for chunk in tensor.chunks:
                 if tensor.dtype is not None and is_bare(chunk, tensor.dtype):
                     used.pop(chunk.extent.file, None)  # a safetensors file, with a header
-        unused = {
-            name: self.files[self._directory / name] - used[name]
-            for name in sorted(wanted & used.keys())
-        }
+        held = {name: self.files[self._directory / name] for name in sorted(wanted & used.keys())}
+        unused = {name: size - used[name] for name, size in held.items()}
         if gaps := [f"{name} ({count:,})" for name, count in unused.items() if count > 0]:
             self.remarks.append(
                 f"data files with bytes of no entry of the metadata: {listed(gaps)}. An entry may be lost"
@@ -377,15 +375,13 @@ class Saving:
 
     def _scalar(self, flat: str) -> int | None:
         saved = self._metadata.tensors[flat]
-        if saved.dtype is None or saved.dtype.name not in _SCALARS:
+        if saved.dtype is None or (code := _SCALARS.get(saved.dtype.name)) is None:
             return None
         try:
             fragment = self._stored(flat, saved, saved.dtype).fragments[0]
             with fragment.file.open("rb") as stream:
                 stream.seek(fragment.offset)
-                (value,) = struct.unpack(
-                    _SCALARS[saved.dtype.name], stream.read(saved.dtype.itemsize)
-                )
+                (value,) = struct.unpack(code, stream.read(saved.dtype.itemsize))
         except (CkptError, OSError, struct.error, IndexError):
             return None
         return int(value)
