@@ -14,6 +14,8 @@ from tests.support.warm import warm_children
 # Before anything imports huggingface_hub, which reads them once. Child processes inherit them.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# No test depends on what another run left; tests of the cache name a directory of their own.
+os.environ["CKPT_TOOLS_CACHE"] = "off"
 # pytest-xdist sets it for its workers; what is printed would depend on their number.
 os.environ.pop("COLUMNS", None)
 

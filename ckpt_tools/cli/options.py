@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import click
 
 from ckpt_tools.cli import completing
+from ckpt_tools.cli.caching import no_cache
 from ckpt_tools.cli.text import say
 from ckpt_tools.cli.usage import Unusable
 from ckpt_tools.tensors.dtypes import short_name
@@ -159,8 +160,7 @@ def source_format(function: F) -> F:
     return add(add_old(function))
 
 
-# Key of the value of `--format` in the context.
-_FORMAT = "ckpt_tools.format"
+_FORMAT = "ckpt_tools.format"  # key of the value of `--format` in the context
 
 
 def _renamed(context: click.Context, _: click.Parameter, value: str | None) -> None:
@@ -277,6 +277,7 @@ _ADAPTERS: dict[str, Decorator[Any]] = {
         "--resume", is_flag=True, help="Continue what an earlier run that failed has left."
     ),
     "workers": workers,
+    "no_cache": no_cache,
     "timeout": timeout,
     "quiet": option("-q", "--quiet", is_flag=True, help="Print nothing but errors (and --json)."),
     "verbose": option(

@@ -26,6 +26,7 @@ from ckpt_tools.tensors.catalogue import Box, Shape, Stored
 from ckpt_tools.tensors.checkpoint import Checkpoint, Kind, Location, Weight
 from ckpt_tools.tensors.dtypes import DType
 from ckpt_tools.tensors.fragments import Piece, assembled
+from ckpt_tools.tensors.threads import read_each
 
 NAME = "torch-dcp-huggingface"
 _SHARD = re.compile(r"shard-(\d{1,6})-model-(\d{1,6})-of-(\d{1,6})\.safetensors")
@@ -89,7 +90,7 @@ def read(location: Location) -> Checkpoint:
     directory = location.directory
     shards = _shards(directory)
     gaps = _gaps(shards, directory)
-    files = [read_safetensors(path) for path in shards.values()]
+    files = read_each(read_safetensors, list(shards.values()))
     hint = "Copy the shards of every rank into one directory, or pass the other folders with --also DIR."
     if gaps:
         hint += f" These numbers are missing: {listed(gaps)}."

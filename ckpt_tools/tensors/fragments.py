@@ -77,7 +77,8 @@ def assembled(
         DamagedCheckpoint: the pieces overlap, leave a hole or reach outside the tensor.
     """
     held = [(box, make) for box, make in pieces if box.numel]
-    ranges = [_rows(shape, box) for box, _ in held]
+    rest, inner = shape[1:], math.prod(shape[1:])
+    ranges = [_rows(shape, rest, inner, box) for box, _ in held]
     regions: list[Region] = [box for box, _ in held]
     if all(flat is not None for flat in ranges):
         order = sorted(range(len(held)), key=lambda i: held[i][0].offsets)
@@ -92,11 +93,18 @@ def assembled(
         ) from error
 
 
-def _rows(shape: Shape, box: Box) -> FlatRange | None:
-    """The box as a range of the flattened tensor, where it is whole in all axes but the first."""
-    if box.sizes[1:] != shape[1:] or any(box.offsets[1:]):
+def _rows(shape: Shape, rest: Shape, inner: int, box: Box) -> FlatRange | None:
+    """The box as a range of the flattened tensor, where it is whole in all axes but the first.
+
+    Args:
+        shape: sizes of the whole.
+        rest: its sizes without the first.
+        inner: their product.
+        box: the box.
+    """
+    if box.sizes[1:] != rest or any(box.offsets[1:]):
         return None
     if not shape:
         return FlatRange(0, 1)
-    inner = math.prod(shape[1:])
-    return FlatRange(box.offsets[0] * inner, (box.offsets[0] + box.sizes[0]) * inner)
+    start = box.offsets[0] * inner
+    return FlatRange(start, start + box.sizes[0] * inner)

@@ -4,6 +4,9 @@ Each worker is a thread with one block buffer and one ``Gatherer``. It takes the
 digests it, and writes it to the planned place. Reading, casting, digesting and writing release the
 interpreter lock, so threads are enough within a machine. Each thread casts on one core, because the other
 workers use the other cores.
+
+The kernel lets one thread at a time write into a file, and a thread that waits for that burns its core. So
+workers take blocks of different files while there are several, and those of one file write in turns.
 """
 
 from __future__ import annotations
@@ -13,10 +16,11 @@ import os
 import resource
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 
@@ -125,6 +129,7 @@ class Outputs:
         self._directory = directory
         self._stack = ExitStack()
         self._fds: list[int] = []
+        self._turns = [threading.Lock() for _ in plan.files]
         try:
             for file in plan.files:
                 fd = os.open(directory / file.name, os.O_RDWR | os.O_CLOEXEC)
@@ -148,8 +153,9 @@ class Outputs:
             self._stack.close()
 
     def write(self, file: int, data: memoryview, offset: int) -> None:
-        """Write ``data`` at byte ``offset`` of file number ``file``."""
-        _write_all(self._fds[file], data, offset, self._directory)
+        """Write ``data`` at byte ``offset`` of file number ``file``, when no other thread writes there."""
+        with self._turns[file]:
+            _write_all(self._fds[file], data, offset, self._directory)
 
     def read(self, file: int, into: memoryview, offset: int) -> bool:
         """Fill ``into`` from byte ``offset`` of file number ``file``; False where the disk cannot."""
@@ -216,7 +222,7 @@ def write(
         OutputFailed: the disk is full or refused a write.
     """
     started = time.monotonic()
-    blocks = _Shared(block for part in todo for block in units.blocks(part))
+    blocks = _Shared(units, todo)
     stop = threading.Event()
     touched: set[int] = set()
 
@@ -225,7 +231,8 @@ def write(
         done = 0
         own = None if log is None else ReadLog()
         with Gatherer(own) as gatherer:
-            while not stop.is_set() and (block := blocks.take()) is not None:
+            block: Block | None = None
+            while not stop.is_set() and (block := blocks.take(block)) is not None:
                 if ended is not None and ended.is_set():
                     break
                 view = memoryview(buffer)[: block.nbytes]
@@ -268,15 +275,47 @@ def _clear_gaps(view: memoryview, block: Block) -> None:
 
 
 class _Shared:
-    """An iterator of blocks that threads share."""
+    """The blocks that threads share, in the order of each file.
 
-    def __init__(self, blocks: Iterator[Block]) -> None:
-        self._blocks = blocks
+    Args:
+        units: the plan's units.
+        todo: the units to write.
+    """
+
+    def __init__(self, units: Units, todo: Iterable[range]) -> None:
+        parts: dict[int, list[range]] = {}
+        for part in todo:
+            for file, within in units.by_file(part):
+                parts.setdefault(file, []).append(within)
+        # Of each file that has blocks left; the first file that no thread works at is among the first few.
+        self._blocks = {
+            file: chain.from_iterable(map(units.blocks, within)) for file, within in parts.items()
+        }
+        self._threads = dict.fromkeys(parts, 0)
         self._lock = threading.Lock()
 
-    def take(self) -> Block | None:
+    def take(self, done: Block | None) -> Block | None:
+        """The next block of the file with the fewest threads; a thread stays at its file if it can.
+
+        Args:
+            done: the block that the thread took before.
+        """
         with self._lock:
-            return next(self._blocks, None)
+            if done is not None:
+                self._threads[done.file] -= 1
+            while self._blocks:
+                file = self._least_busy()
+                block = next(self._blocks[file], None)
+                if block is not None:
+                    self._threads[file] += 1
+                    return block
+                del self._blocks[file]
+            return None
+
+    def _least_busy(self) -> int:
+        free = (file for file in self._blocks if not self._threads[file])
+        first = next(free, None)
+        return min(self._blocks, key=self._threads.__getitem__) if first is None else first
 
 
 def _write_all(fd: int, data: bytes | memoryview, offset: int, path: Path) -> None:

@@ -123,6 +123,15 @@ class Units:
             unit = min(self._bases[index] + number - header // self.nbytes, self._bases[index + 1])
         return unit
 
+    def by_file(self, units: range) -> Iterator[tuple[int, range]]:
+        """Index of each file with some of these units, and those."""
+        first = units.start
+        while first < units.stop:
+            index = bisect_right(self._bases, first) - 1
+            last = min(self._bases[index + 1], units.stop)
+            yield index, range(first, last)
+            first = last
+
     def blocks(self, units: range) -> Iterator[Block]:
         """Consecutive units in the largest runs that fit in a buffer of ``plan.block_bytes``."""
         step = max(self.plan.block_bytes // self.nbytes, 1)

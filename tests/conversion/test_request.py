@@ -16,9 +16,9 @@ from ckpt_tools.cli import cli
 from ckpt_tools.conversion.request import AdapterOptions, ModelOptions, Request
 
 FIELDS = {field.name: field for field in fields(Request)}
-# Options of the command line alone: how it speaks, and how long its ranks wait for each other.
-# What the command line owns; --format is the name that --source-format had.
-SPOKEN = {"timeout", "quiet", "verbose", "as_json", "debug", "help", "format", "attr"}
+# Options of the command line alone: how it speaks, how long its ranks wait for each other, and the variable
+# that it sets for its process; `format` is the old name of `source_format`.
+SPOKEN = {"timeout", "quiet", "verbose", "as_json", "debug", "help", "no_cache", "format", "attr"}
 WRITING = ["consolidate", "extract-attr", "extract-lora", "merge-lora", "average"]
 
 

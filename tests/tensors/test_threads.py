@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ckpt_tools.tensors.threads import pool
+from ckpt_tools.tensors.threads import pool, read_each
 from tests.support.waiting import wait_until
 
 SCRIPT = """
@@ -109,3 +110,22 @@ def test_hangups_that_nohup_ignores_stay_ignored() -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     assert done.stdout == "went on\n"
+
+
+def test_many_files_are_read_at_once_in_order_and_without_collecting_garbage() -> None:
+    meeting = threading.Barrier(4, timeout=60)
+
+    def read(number: int) -> tuple[int, bool]:
+        meeting.wait()
+        return -number, gc.isenabled()
+
+    assert gc.isenabled()
+    assert read_each(read, range(8)) == [(-number, False) for number in range(8)]
+    assert read_each(abs, [-1]) == [1]
+    assert gc.isenabled()
+
+
+def test_the_first_file_that_is_refused_is_the_error() -> None:
+    with pytest.raises(ZeroDivisionError):
+        read_each(lambda number: 1 // number if number < 5 else [][number], range(9))
+    assert gc.isenabled()

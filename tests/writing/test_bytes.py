@@ -456,6 +456,72 @@ def test_each_block_is_recorded_once_it_is_written_with_the_digests_of_its_bytes
     assert sorted(recorded) == list(range(len(units)))
 
 
+class Turn:
+    """A lock that counts the threads that wait for it."""
+
+    def __init__(self) -> None:
+        self.lock, self.waiting = threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        if not self.lock.acquire(blocking=False):
+            self.waiting += 1
+            self.lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.lock.release()
+
+
+def test_no_thread_waits_in_the_kernel_for_another_that_writes_the_same_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = with_blocks_of(plan({"x": one_run(tmp_path / "source", torch.ones(4_096))}), 1_024)
+    units = Units(layout)
+    lay_out(layout, tmp_path)
+    turn, inside = Turn(), set[int]()
+    pwrite = os.pwrite
+
+    def watched(fd: int, data: memoryview, offset: int) -> int:
+        assert not inside, "two threads in the kernel"
+        inside.add(fd)
+        if offset == units.span(0)[1]:
+            wait_until(lambda: turn.waiting > 0)
+        inside.remove(fd)
+        return pwrite(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", watched)
+    with Outputs(layout, tmp_path) as outputs:
+        outputs._turns = [turn]  # type: ignore[list-item]
+        write(units, outputs, [range(len(units))], workers=2)
+
+    assert load_file(tmp_path / "model.safetensors")["x"].eq(1).all()
+
+
+def test_several_threads_write_several_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = {f"t{i}": torch.full((1_000,), i + 1.0) for i in range(3)}
+    layout = plan(on_disk(tmp_path / "source", tensors), max_shard_size=4_000)
+    units = Units(layout)
+    lay_out(layout, tmp_path)
+    meeting = threading.Barrier(3, timeout=60)
+    firsts = {units.span(part.start)[1] for _, part in units.by_file(range(len(units)))}
+    pwrite = os.pwrite
+
+    def watched(fd: int, data: memoryview, offset: int) -> int:
+        if offset in firsts:
+            meeting.wait()
+        return pwrite(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", watched)
+    with Outputs(layout, tmp_path) as outputs:
+        write(units, outputs, [range(len(units))], workers=3)
+
+    assert len(layout.files) == 3
+    for file in layout.files:
+        for name, value in load_file(tmp_path / file.name).items():
+            assert value.eq(tensors[name]).all()
+
+
 def test_a_write_that_is_ended_begins_no_further_block(tmp_path: Path) -> None:
     source = one_run(tmp_path / "source", torch.ones(100_000))
     layout = with_blocks_of(plan({"x": source}), 1_024)

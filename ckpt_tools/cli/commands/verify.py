@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from ckpt_tools.cli import options
+from ckpt_tools.cli import caching, options
 from ckpt_tools.cli.outcome import joined_ranks, print_traceback, reports_errors
 from ckpt_tools.cli.progress import shown_progress
 from ckpt_tools.cli.text import drawn, say
@@ -76,6 +76,7 @@ SUMMARY = "Everything that is wrong with a finished directory."
     help="Run custom code that lies in DIR, in a process of its own.",
 )
 @options.workers
+@caching.no_cache
 @options.option(
     "--format",
     "form",

@@ -2,7 +2,7 @@
 
 A child process (``child.py``) finds the answer with transformers, so this process imports neither
 transformers nor torch. :func:`start` starts the child and returns at once; the caller reads metadata while
-the child works. Answers are kept for the life of the process.
+the child works. Answers are kept for the life of the process, and on disk (``kept.py``).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ckpt_tools.errors import UsageError
-from ckpt_tools.hub.reference.process import ask
+from ckpt_tools.hub.reference.kept import ask
 from ckpt_tools.hub.reference.recipes import (
     Joined,
     Live,

@@ -17,7 +17,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from ckpt_tools.errors import CkptError
-from ckpt_tools.hub.reference.process import ask
+from ckpt_tools.hub.reference import kept, process
 from ckpt_tools.hub.reference.recipes import Shape
 from ckpt_tools.tensors.catalogue import Computed, Tensor, Values
 from ckpt_tools.tensors.dtypes import DType
@@ -158,7 +158,7 @@ def _shapes(found: Mapping[str, Sequence[int]]) -> dict[str, Shape]:
 
 @lru_cache(maxsize=8)  # a training run saves the same adapter many times
 def _answers(question: str) -> list[dict[str, Any]]:
-    answers = ask(_CHILD, question, "peft")["adapters"]
+    answers = kept.ask(_CHILD, question, "peft")["adapters"]
     assert isinstance(answers, list)
     return answers
 
@@ -176,7 +176,7 @@ def _value_made(question: str, saved: str, held: bytes) -> torch.Tensor:
         values.write_bytes(held)
         data = json.loads(question)
         data["adapters"][0] |= {"values": str(values), "into": str(into), "saved": saved}
-        (answer,) = ask(_CHILD, json.dumps(data), "peft")["adapters"]
+        (answer,) = process.ask(_CHILD, json.dumps(data), "peft")["adapters"]
         if "failure" in answer:
             raise CkptError(f"PEFT failed to make {saved}: {answer['failure']}")
         return load_file(into)[saved]

@@ -8,12 +8,13 @@ meta device. The child reads one JSON object on standard input and prints one on
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ckpt_tools.hub.reference.child import build_on_meta, find_classes
-from ckpt_tools.hub.reference.process import question_and_answers
+from ckpt_tools.hub.reference.process import imported_files, question_and_answers
 
 # They set values that do not matter here, and may read the base's values or files.
 _STARTS = (
@@ -39,10 +40,15 @@ _REASONS = {
 def main() -> None:
     """Answer the question on standard input."""
     with question_and_answers() as (question, answers):
+        # As in the other child: imports make no garbage.
+        gc.disable()
         import peft  # noqa: F401  (if it is absent, the parent reports this import's error)
 
         found = [_answer(question["config"], adapter) for adapter in question["adapters"]]
-        json.dump({"adapters": found}, answers)
+        answer: dict[str, Any] = {"adapters": found}
+        if not any("failure" in one for one in found):
+            answer["files"] = imported_files()
+        json.dump(answer, answers)
 
 
 def _answer(config: Mapping[str, Any], adapter: Mapping[str, Any]) -> dict[str, Any]:

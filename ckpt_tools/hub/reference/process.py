@@ -26,6 +26,9 @@ _TIMEOUT_SECONDS = 600
 # in the address space alone.
 _MEMORY, _ADDRESS_SPACE = 6 << 30, 64 << 30
 
+# Packages whose files may be edited in place; of other packages a version has one content.
+_MAKERS = ("__main__", "ckpt_tools", "transformers", "peft")
+
 _QUIET = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
@@ -97,6 +100,17 @@ def question_and_answers() -> Iterator[tuple[Any, TextIO]]:
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
         os.dup2(2, 1)
         yield json.load(sys.stdin), answers
+
+
+def imported_files() -> list[tuple[str, int, int]]:
+    """In the child: the imported files that make its answer, each with its size and time of change."""
+    paths = {
+        module.__file__
+        for name, module in tuple(sys.modules.items())
+        if name.partition(".")[0] in _MAKERS and getattr(module, "__file__", None)
+    }
+    found = [(path, os.stat(path)) for path in sorted(filter(None, paths))]
+    return [(path, each.st_size, each.st_mtime_ns) for path, each in found]
 
 
 def failure_of(child: subprocess.CompletedProcess[str]) -> str:

@@ -103,8 +103,10 @@ def _parsed(text: bytes) -> dict[str, Any]:
     Raises:
         ValueError: the library does not take it for a header.
     """
+    # A call for each of a million numbers takes as long as the rest.
+    integer = _integer if b"-0" in text else int
     header = json.loads(
-        text.decode(), object_pairs_hook=_Object, parse_int=_integer, parse_constant=_no_number
+        text.decode(), object_pairs_hook=_Object, parse_int=integer, parse_constant=_no_number
     )
     if not isinstance(header, _Object):
         raise ValueError("it is not a mapping")

@@ -20,6 +20,7 @@ from ckpt_tools.readers.containers.restricted_pickle import TensorRef
 from ckpt_tools.readers.containers.safetensors_file import read_safetensors
 from ckpt_tools.readers.containers.torch_file import TorchFile
 from ckpt_tools.tensors.catalogue import Stored
+from ckpt_tools.tensors.threads import read_each
 
 # PEFT's names for an adapter's weights, the preferred first.
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -69,11 +70,13 @@ def read_weight_files(entry: Path) -> WeightFiles:
     names = sorted(set(weight_map.values())) if weight_map is not None else [entry.name]
     tensors: dict[str, Stored] = {}
     ties: dict[str, str] = {}
-    for name in names:
-        path = entry.parent / name
+    paths = [entry.parent / name for name in names]
+    for path in paths:
         if not path.is_file():
-            raise DamagedCheckpoint("a shard in the index is missing", path=path, missing=[name])
-        held, shared = _read_file(path)
+            raise DamagedCheckpoint(
+                "a shard in the index is missing", path=path, missing=[path.name]
+            )
+    for path, (held, shared) in zip(paths, read_each(_read_file, paths), strict=True):
         for key in held.keys() & tensors.keys():
             raise DamagedCheckpoint("it is in two shards", path=path, tensor=key)
         tensors |= held

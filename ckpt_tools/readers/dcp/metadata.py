@@ -11,8 +11,6 @@ torch 2.0, but for fields that were added and are optional here.
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import io
 import math
 import re
@@ -27,6 +25,7 @@ from ckpt_tools.errors import CkptError, DamagedCheckpoint, listed
 from ckpt_tools.readers.containers.restricted_pickle import Opaque, unpickle
 from ckpt_tools.tensors.catalogue import Shape
 from ckpt_tools.tensors.dtypes import DType
+from ckpt_tools.tensors.threads import read_each
 
 GLOBAL_FILE = ".metadata"
 RANK_FILE = re.compile(r"__(\d{1,6})\.metadata")
@@ -81,9 +80,9 @@ class SavedTensor:
     unknown_dtype: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Metadata:
-    """The metadata of one save.
+    """The metadata of one save. It is equal to itself alone, so that answers about it can be kept.
 
     Attributes:
         tensors: every tensor, with optimizer states, by flat name.
@@ -176,7 +175,7 @@ def _metadata_files(directory: Path) -> list[Path]:
 
 @lru_cache(maxsize=1)
 def _read_files(stamps: tuple[tuple[Path, int, int], ...]) -> Metadata:
-    parts = [_read_file(path) for path, _, _ in stamps]
+    parts = read_each(_read_file, [path for path, _, _ in stamps])
     if stamps[0][0].name == GLOBAL_FILE:
         return parts[0]
     return _merged(parts, [path for path, _, _ in stamps])
@@ -184,7 +183,7 @@ def _read_files(stamps: tuple[tuple[Path, int, int], ...]) -> Metadata:
 
 def _read_file(path: Path) -> Metadata:
     try:
-        with path.open("rb") as stream, _garbage_kept():
+        with path.open("rb") as stream:
             return _parse(unpickle(io.BytesIO(stream.read()), str(path)), path)
     except CkptError:
         raise
@@ -196,18 +195,6 @@ def _read_file(path: Path) -> Metadata:
             path=path,
             hint="The file is damaged or has another format. Copy it anew from where it was written.",
         ) from error
-
-
-@contextlib.contextmanager
-def _garbage_kept() -> Iterator[None]:
-    """Switch the garbage collector off: with a million new small objects it doubles the time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _parse(saved: Any, path: Path) -> Metadata:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 
 from ckpt_tools.readers.dcp.metadata import KeyPath, Metadata
 
@@ -46,8 +47,9 @@ _STEP_KEYS = {"step", "global_step", "current_step"}
 TOP = "top"
 
 
-def models(metadata: Metadata) -> dict[str, dict[str, str]]:
-    """The models of a checkpoint.
+@lru_cache(maxsize=1)
+def models(metadata: Metadata) -> Mapping[str, Mapping[str, str]]:
+    """The models of a checkpoint; the last result is kept, because several steps need it.
 
     Returns:
         For each model, by its keys (``app.model``, or ``top`` for a flat model): name in the model to flat
@@ -129,6 +131,7 @@ def _in_order(names: Mapping[str, object], order: Mapping[str, object]) -> Itera
     yield from (name for name in names if name not in order)
 
 
+@lru_cache(maxsize=1)
 def _optimizer_roots(metadata: Metadata) -> frozenset[KeyPath]:
     """The keys of optimizers: the parents of each ``param_groups``, nested or flattened into one key."""
     roots = set()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ckpt_tools.errors import (
@@ -166,11 +166,10 @@ def read(location: Location) -> Checkpoint:
 
 
 def _part(metadata: Metadata) -> str | None:
-    (name,) = models(metadata)
-    return None if name == TOP else name
+    return next((name for name in models(metadata) if name != TOP), None)
 
 
-def model_names(metadata: Metadata, location: Location) -> dict[str, str]:
+def model_names(metadata: Metadata, location: Location) -> Mapping[str, str]:
     """Names in the model, each with its flat name in the checkpoint.
 
     Raises:
@@ -304,7 +303,7 @@ class Saving:
             dtype,
             saved.shape,
             pieces,
-            source if source.is_file() else self._directory,
+            source if source in self.files else self._directory,
             "The metadata is damaged, or that of a rank is missing. Copy it anew from where it was "
             "written, or pass the folder with the rest with --also DIR.",
         )

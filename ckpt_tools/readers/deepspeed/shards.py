@@ -10,7 +10,7 @@ Sources: ``deepspeed/runtime/engine.py`` (``_get_ckpt_name``, ``_get_zero_ckpt_n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,7 +32,7 @@ from ckpt_tools.readers.deepspeed.agreement import (
 )
 from ckpt_tools.readers.deepspeed.names import MODEL_FILE, OPTIM_FILE, SaveNames, load_own
 from ckpt_tools.storage.pool import read_at
-from ckpt_tools.tensors.threads import pool
+from ckpt_tools.tensors.threads import read_each
 
 
 @dataclass(frozen=True)
@@ -110,9 +110,9 @@ def open_shards(
     model_ranks = sorted(model_names)
     models = [
         *(_read_model(directory / model_names[rank], whole=True) for rank in model_ranks[:1]),
-        *_in_parallel(_read_model, [directory / model_names[rank] for rank in model_ranks[1:]]),
+        *read_each(_read_model, [directory / model_names[rank] for rank in model_ranks[1:]]),
     ]
-    optims = _in_parallel(_read_optim, [directory / optim_names[r] for r in sorted(optim_names)])
+    optims = read_each(_read_optim, [directory / optim_names[r] for r in sorted(optim_names)])
     if not models:
         raise DamagedCheckpoint(
             "a DeepSpeed checkpoint with no *_model_states.pt file, which has the names and shapes",
@@ -178,14 +178,6 @@ def _selective(first: ModelState, stage: int) -> CkptError | None:
 
 
 T = TypeVar("T")
-
-
-def _in_parallel(read: Callable[[Path], T], paths: Sequence[Path]) -> list[T]:
-    """Read many small pickles in threads, because a shared file system is slow for each of them."""
-    if len(paths) < 4:
-        return [read(path) for path in paths]
-    with pool(16) as threads:
-        return list(threads.map(read, paths))
 
 
 def _read_model(path: Path, *, whole: bool = False) -> ModelState:

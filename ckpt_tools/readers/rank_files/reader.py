@@ -32,6 +32,7 @@ from ckpt_tools.tensors.catalogue import Box, FlatRange, Stored
 from ckpt_tools.tensors.checkpoint import Checkpoint, Location, Weight
 from ckpt_tools.tensors.deferred import DeferredFragment, Place
 from ckpt_tools.tensors.fragments import assembled
+from ckpt_tools.tensors.threads import garbage_kept, read_each
 
 NAME = "rank-files"
 # For each writer the names of its files; the group is the set that a file belongs to.
@@ -113,10 +114,12 @@ def read(location: Location) -> Checkpoint:
         named = int((location.part or "").rpartition("_")[2])
         _expect(found, named)
         config = _config(location.directory, named)
-    ranks = _read_ranks(found)
+    with garbage_kept():
+        ranks = _read_ranks(found)
     world_size = _world_size(ranks, named)
     _expect(found, world_size)
-    joined = _Joined(ranks)
+    with garbage_kept():
+        joined = _Joined(ranks)
     kinds = {part.kind for file in ranks for part in file.parts.values()} - {"plain"}
     version = config.get("FSDP_version", 1 if kinds & {"ShardedTensor", FLAT} else "")
     shapeless = frozenset(joined.shapeless)
@@ -200,7 +203,8 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _read_ranks(found: Mapping[int, Path]) -> list[_RankFile]:
-    states = [(path, _load(path)) for path in found.values()]
+    paths = list(found.values())
+    states = list(zip(paths, read_each(_load, paths), strict=True))
     if any(is_local(content) for _, content in states):
         parts = local_parts(states)
     else:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from safetensors.torch import load_file
 from ckpt_tools import inspect, open_checkpoint, readers
 from ckpt_tools.errors import AmbiguousCheckpoint, CkptError, UnsupportedLayout, UsageError
 from ckpt_tools.readers import dcp
+from ckpt_tools.readers.dcp import names
 from ckpt_tools.tensors.catalogue import FlatRange
 from ckpt_tools.tensors.checkpoint import Checkpoint
 from ckpt_tools.tensors.deferred import DeferredFragment, settle
@@ -274,6 +278,34 @@ def test_inspecting_reads_no_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(DeferredFragment, "place", fail)
     for name in ("fsdp2-model-3ranks", "fsdp-tp-4ranks", "zstd-2ranks"):
         assert inspect(DCP / name / "checkpoint").problems == ()
+
+
+def test_the_work_for_a_tensor_is_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file system is asked as often for many tensors as for few, and the model is looked for once."""
+    counts = []
+    for number in (3, 300):
+        state = {f"layers.{i}.weight": torch.ones(2, 2) for i in range(number)}
+        path = save(tmp_path / str(number), {"model": state})
+        calls: Counter[str] = Counter()
+        with monkeypatch.context() as patch:
+            for name in ("stat", "open", "scandir", "listdir"):
+                patch.setattr(os, name, counted(getattr(os, name), name, calls))
+            patch.setattr(names, "_in_order", counted(names._in_order, "models", calls))
+            assert len(open_checkpoint(path)) == number
+        counts.append(calls)
+
+    assert counts[0] == counts[1]
+    assert counts[1]["models"] == 1
+
+
+def counted(function: Any, name: str, calls: Counter[str]) -> Any:
+    def call(*arguments: Any, **options: Any) -> Any:
+        calls[name] += 1
+        return function(*arguments, **options)
+
+    return call
 
 
 def test_reading_imports_no_torch() -> None:
