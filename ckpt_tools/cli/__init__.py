@@ -18,7 +18,7 @@ import click
 
 from ckpt_tools._version import __version__
 from ckpt_tools.cli import commands
-from ckpt_tools.cli.signals import end_on_signals, is_later_rank, leave_at_once
+from ckpt_tools.cli.signals import end_on_signals, ignore_signals, is_later_rank, leave_at_once
 from ckpt_tools.cli.usage import show_usage_error
 
 # The order of `--help`; a command that is not listed comes after these.
@@ -124,5 +124,6 @@ def main(args: list[str] | None = None) -> None:
     try:
         cli.main(args=args, prog_name="ckpt-tools")
     except SystemExit as end:
+        ignore_signals()
         leave_at_once(end.code)
         raise

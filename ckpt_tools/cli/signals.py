@@ -27,6 +27,12 @@ def end_on_signals() -> None:
         signal.signal(signal.SIGHUP, _end)
 
 
+def ignore_signals() -> None:
+    """Ignore the signals that end a command: it has ended, and its status is known."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def leave_at_once(status: object) -> None:
     """End the process where ``status`` is that of a signal, or where it is a rank of several.
 

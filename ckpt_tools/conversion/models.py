@@ -174,13 +174,15 @@ class _Model:
 def prepare_model(sources: Sequence[Checkpoint], request: Request) -> _Model:
     """Combine the states of the sources, and ask which model the config describes."""
     names = read_key_map(request.key_map)
-    found = _config(request)
+    # A key map may need numbers of the config. Otherwise a wrong attribute is told before a missing config.
+    found = None if names is None else _config(request)
     if names is not None and found is not None:
         names = names.with_numbers(partial(text_value, found.data))
     states = [
         model_state(source, request.weights, request.attribute, names, flat=True)
         for source in sources
     ]
+    found = _config(request) if names is None else found
     states = [with_shapes(state, found, trust=request.trust_remote_code) for state in states]
     if request.dequantize:
         states = [

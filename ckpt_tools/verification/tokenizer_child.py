@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from ckpt_tools.hub.reference.process import question_and_answers
@@ -192,7 +193,7 @@ def _in_time(render: Callable[[], object]) -> dict[str, Any]:
     reader, writer = os.pipe()
     process = os.fork()
     if process == 0:
-        resource.setrlimit(resource.RLIMIT_DATA, (_TEMPLATE_BYTES, _TEMPLATE_BYTES))
+        _limit_memory(_TEMPLATE_BYTES)
         resource.setrlimit(resource.RLIMIT_CPU, (_TEMPLATE_SECONDS, _TEMPLATE_SECONDS))
         with os.fdopen(writer, "wb") as answers:
             answers.write(json.dumps(_attempt(render)).encode())
@@ -213,6 +214,16 @@ def _in_time(render: Callable[[], object]) -> dict[str, Any]:
     if "missing" in answer:
         raise ImportError(answer["missing"])
     return answer
+
+
+def _limit_memory(more: int) -> None:
+    """Let this process take ``more`` bytes beyond what it has; it shares what its parent has imported."""
+    # The sixth number is pages of data and stack: see proc_pid_statm(5).
+    pages = int(Path("/proc/self/statm").read_text().split()[5])
+    most = pages * resource.getpagesize() + more
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    if hard == resource.RLIM_INFINITY or most < hard:
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
 
 
 def _attempt(render: Callable[[], object]) -> dict[str, Any]:

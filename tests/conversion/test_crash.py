@@ -266,13 +266,16 @@ def test_no_signal_is_lost_while_torch_is_imported(
         wait_until(partial(has_used, run, until))
         run.send_signal(number)
 
-        assert shell_status(run) == status, (tmp_path / "log").read_text()
+        ended, log = shell_status(run), (tmp_path / "log").read_text()
         left = sorted(path.name for path in tmp_path.iterdir())
+        assert "Traceback" not in log
         if left == ["log", "out"]:
             # The run had published its output before the signal came; later moments come later still.
+            assert ended in (0, status), log
             assert (tmp_path / "out" / "ckpt_tools_manifest.json").exists()
             assert moment >= 2
             break
+        assert ended == status, log
         assert left == ["log"]
 
 

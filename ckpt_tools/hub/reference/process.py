@@ -62,7 +62,7 @@ def run_child(
         encoding="utf-8",
         errors="replace",
         # `-m` imports from the working directory first, so that must be where the package lies.
-        cwd=Path(__file__).resolve().parent.parent.parent,
+        cwd=Path(__file__).resolve().parents[3],
         env={**os.environ, **_QUIET, "OMP_NUM_THREADS": str(threads)},
         # Ctrl-C in a terminal must reach the parent alone: a killed child would look like a failure.
         start_new_session=True,
