@@ -124,6 +124,8 @@ def main(args: list[str] | None = None) -> None:
     try:
         cli.main(args=args, prog_name="ckpt-tools")
     except SystemExit as end:
-        ignore_signals()
+        if args is None:
+            # The process ends. Called with arguments, the caller's process goes on.
+            ignore_signals()
         leave_at_once(end.code)
         raise
