@@ -178,10 +178,7 @@ def prepare_model(sources: Sequence[Checkpoint], request: Request) -> _Model:
     found = None if names is None else _config(request)
     if names is not None and found is not None:
         names = names.with_numbers(partial(text_value, found.data))
-    states = [
-        model_state(source, request.weights, request.attribute, names, flat=True)
-        for source in sources
-    ]
+    states = [model_state(s, request.weights, request.attribute, names, flat=True) for s in sources]
     found = _config(request) if names is None else found
     states = [with_shapes(state, found, trust=request.trust_remote_code) for state in states]
     if request.dequantize:
