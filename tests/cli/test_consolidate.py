@@ -90,6 +90,7 @@ def test_json_is_all_there_is_on_stdout(tmp_path: Path, capfd: pytest.CaptureFix
     assert "no tokenizer was found" in report["warnings"][0]
 
 
+@pytest.mark.slow
 def test_quiet_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     done = run("consolidate", CASE / "checkpoint", tmp_path / "out", "--config", CASE / "hf", "-q")
 

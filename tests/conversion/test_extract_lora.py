@@ -58,6 +58,7 @@ def test_rules_alone_give_pefts_directory(case: str, fixtures: Path, tmp_path: P
     assert report.files == {n: len(b) for n, b in files(tmp_path / "out").items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ASKED)
 def test_peft_itself_gives_the_same_names(case: str, fixtures: Path, tmp_path: Path) -> None:
     source = fixtures / "peft" / case

@@ -41,6 +41,7 @@ def test_the_derived_parts_are_those_of_the_program() -> None:
         assert path.read_text() == text, f"{path.name}: `make pages` puts it right"
 
 
+@pytest.mark.slow
 def test_every_class_of_errors_has_messages() -> None:
     found = {error for error, _, _ in error_messages.Source.of_the_package().errors()}
     raised = {

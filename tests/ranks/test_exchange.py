@@ -293,6 +293,7 @@ def test_an_answer_may_take_longer_than_to_connect(monkeypatch: pytest.MonkeyPat
     assert together(ranks_of(2), body) == [b"1"] * 2
 
 
+@pytest.mark.slow
 def test_nobody_waits_longer_than_asked_for_an_answer() -> None:
     done = threading.Event()
 
@@ -310,6 +311,7 @@ def test_nobody_waits_longer_than_asked_for_an_answer() -> None:
     assert isinstance(other, RankFailed)
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_while_it_is_asked_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
     """It does not leave, and closes nothing: as one that is stopped, or behind a broken cable."""
     monkeypatch.setattr(session, "DEAD_SECONDS", 2.0)

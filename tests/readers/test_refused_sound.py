@@ -284,6 +284,7 @@ def every_message() -> set[tuple[type[CkptError], str, str]]:
     return set(module.Source.of_the_package().errors())
 
 
+@pytest.mark.slow
 def test_no_message_about_an_unread_layout_blames_the_files() -> None:
     """`UnsupportedLayout` and `NotACheckpoint` are said of sound files alone; each has a next step."""
     said = [one for one in every_message() if one[0] in (UnsupportedLayout, NotACheckpoint)]

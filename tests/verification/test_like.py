@@ -171,6 +171,7 @@ def test_a_directory_without_config_is_refused(good: Path, tmp_path: Path) -> No
     assert caught.value.path == tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("renamed", [{"torch_dtype": "bfloat16"}, {"layer_types": None}])
 def test_transformers_fills_in_what_versions_write_differently(
     tmp_path: Path, renamed: dict[str, Any], monkeypatch: pytest.MonkeyPatch

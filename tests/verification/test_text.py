@@ -541,6 +541,7 @@ class TestTemplates:
         assert findings.problems == []
         assert "tokenizer (it needs: jinja2>=3.1.6)" in findings.skipped
 
+    @pytest.mark.slow
     def test_a_template_that_never_ends_is_given_up(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -550,6 +551,7 @@ class TestTemplates:
         (path / "chat_template.jinja").write_text(loops)
         assert "not rendered within 1 seconds" in the_problem(path).detail
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("template", "reason"),
         [

@@ -140,6 +140,7 @@ def test_a_nest_of_tuples_that_is_no_key_gives_way() -> None:
     assert done.stdout.split() == [b"built", b"and", b"freed"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", SMUGGLED)
 def test_no_function_makes_tuples_that_nobody_counts(way: str) -> None:
     with pytest.raises(DamagedCheckpoint, match=r"that is not a number|that is not a tensor"):

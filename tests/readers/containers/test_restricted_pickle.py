@@ -374,6 +374,7 @@ BOMBS: dict[str, bytes] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_a_bomb_where_nothing_is_needed_does_no_harm(bomb: str, tmp_path: Path) -> None:
     path = model_file(tmp_path)
@@ -381,6 +382,7 @@ def test_a_bomb_where_nothing_is_needed_does_no_harm(bomb: str, tmp_path: Path) 
     assert_same(open_checkpoint(path.parent)["lm_head.weight"].load(), TRUTH, "lm_head.weight")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bomb", BOMBS)
 @pytest.mark.parametrize("key", ["module", "param_shapes", "buffer_names", "shared_params"])
 def test_a_bomb_where_something_is_needed_is_refused(bomb: str, key: str, tmp_path: Path) -> None:

@@ -481,6 +481,7 @@ def test_a_local_state_of_fsdp1_has_every_element_and_no_shape(fixture: str) -> 
     assert "the shapes of 21 parameters are not recorded" in checkpoint.remarks[0]
 
 
+@pytest.mark.slow
 def test_a_local_state_needs_the_config_of_its_model(tmp_path: Path) -> None:
     source, config = FILES / "flat-param-2ranks" / "checkpoint", FILES / "flat-param-2ranks" / "hf"
     with pytest.raises(UsageError, match="do not record the shapes of 21 parameters"):
