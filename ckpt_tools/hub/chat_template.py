@@ -6,7 +6,10 @@ The template is rendered by transformers in a child process, because a template 
 from __future__ import annotations
 
 import json
+import math
 import re
+import resource
+import signal
 import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -65,8 +68,6 @@ def _main() -> None:
 
 def _rendered(question: Mapping[str, Any]) -> dict[str, Any]:
     """The text after an assistant's words, in the middle of a conversation and at its end."""
-    import signal
-
     from transformers.utils.chat_template_utils import render_jinja_template
 
     def text(words: list[str], system: bool, parts: bool) -> str:
@@ -87,6 +88,10 @@ def _rendered(question: Mapping[str, Any]) -> dict[str, Any]:
 
     signal.signal(signal.SIGALRM, give_up)
     signal.alarm(_TEMPLATE_SECONDS)
+    # No handler runs within one step of the interpreter, such as a power; then the system ends the process.
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    most = math.ceil(used.ru_utime + used.ru_stime) + _TEMPLATE_SECONDS + 1
+    resource.setrlimit(resource.RLIMIT_CPU, (most, most))
     failure = "no part of a conversation appears in its text"
     # Templates differ in the form of content, and in whether they need a system turn.
     for system, parts in ((False, False), (True, False), (False, True), (True, True)):
