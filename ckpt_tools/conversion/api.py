@@ -40,7 +40,7 @@ from ckpt_tools.hub.tokenizer import find_tokenizer
 from ckpt_tools.model.combining import Combination
 from ckpt_tools.ranks import pooled_machines
 from ckpt_tools.readers.opening import open_weights
-from ckpt_tools.storage.addresses import PathLike, as_path
+from ckpt_tools.storage.addresses import PathLike, as_path, is_address
 from ckpt_tools.storage.folders import places_of, read_as_one
 from ckpt_tools.tensors.checkpoint import Checkpoint
 from ckpt_tools.writing.delivery import follow
@@ -248,6 +248,11 @@ def _together(
 ) -> Report:
     """Carry out a request; of several ranks the leader does, and the others help it to write."""
     ranks = request.ranks
+    if request.node_local and any(is_address(str(path)) for path in paths_of(checkpoints)):
+        raise UsageError(
+            "--node-local is for files that lie on each machine, and a store is the same for all",
+            hint="Leave out --node-local.",
+        )
     if ranks is None:
         return _carried_out(checkpoints, request, prepare)
     with ExitStack() as stack:
