@@ -82,13 +82,13 @@ def _is_told_elsewhere(by_default: bool = False) -> bool:
     return by_default if told is None else told
 
 
-def _say_what_is_left(out: Path | None) -> None:
+def _say_what_is_left(out: Path | str | None) -> None:
     """Report what an interruption left behind; only one of several ranks reports it."""
     from ckpt_tools.writing.publish import how_to_go_on, leftovers
 
     if _is_told_elsewhere(by_default=is_later_rank()):
         return
-    left = leftovers(out) if out is not None else []
+    left = leftovers(out) if isinstance(out, Path) else []
     kept = "".join(f". {how_to_go_on(path)}" for path in left) or "; nothing was left behind."
     say(f"Interrupted{kept}", err=True)
 

@@ -32,6 +32,7 @@ from ckpt_tools.conversion.request import (
     paths_of,
     requested,
 )
+from ckpt_tools.conversion.sending import sent
 from ckpt_tools.conversion.signature import states_options
 from ckpt_tools.errors import UsageError
 from ckpt_tools.hub.links import refuse_any_leaving, refuse_leaving
@@ -254,7 +255,7 @@ def _together(
             hint="Leave out --node-local.",
         )
     if ranks is None:
-        return _carried_out(checkpoints, request, prepare)
+        return sent(checkpoints, request, lambda asked: _carried_out(checkpoints, asked, prepare))
     with ExitStack() as stack:
         stack.enter_context(
             ranks.session("--node-local" if request.node_local else "no --node-local")
@@ -268,7 +269,7 @@ def _together(
             seen = iter([read_as_one(path, request.also) for path in paths])
         if ranks.leads:
             found = [each if isinstance(each, Checkpoint) else next(seen) for each in checkpoints]
-            report = _carried_out(found, request, prepare)
+            report = sent(found, request, lambda asked: _carried_out(found, asked, prepare))
             ranks.put("report", report)
             return report
         done: Report = follow(ranks, request.workers)
