@@ -157,7 +157,7 @@ timeout = option(
     default=1800,
     show_default=True,
     metavar="SECONDS",
-    help="Under torchrun: how long ranks wait for one that makes no progress.",
+    help="How long ranks of torchrun wait for one without progress, and requests of stores are repeated.",
 )
 
 _ADAPTERS: dict[str, Decorator[Any]] = {

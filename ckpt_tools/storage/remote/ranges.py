@@ -18,11 +18,11 @@ from ckpt_tools.storage.remote.failures import Patience
 from ckpt_tools.storage.remote.stores import Store
 
 # Requests under way in a process, and their bytes. Beside them are the buffers of the threads that convert:
-# for each of 8 threads a block of 16 MiB, and its source of twice the size while elements are cast to half
+# for each of 4 threads a block of 16 MiB, and its source of twice the size while elements are cast to half
 # their size. That is less than 500 MB in all.
 AT_ONCE = 64
 BYTES_AT_ONCE = 96 << 20
-REMOTE = Requests(nbytes=8 << 20, gap_bytes=128 << 10, at_once=32, threads=8, block_bytes=16 << 20)
+REMOTE = Requests(nbytes=8 << 20, gap_bytes=128 << 10, at_once=32, threads=4, block_bytes=16 << 20)
 
 # A pickle lies at the start of a torch file, the directory of a zip at the end.
 _HEAD_BYTES = 128 << 10
