@@ -477,13 +477,15 @@ def test_no_thread_waits_in_the_kernel_for_another_that_writes_the_same_file(
     layout = with_blocks_of(plan({"x": one_run(tmp_path / "source", torch.ones(4_096))}), 1_024)
     units = Units(layout)
     lay_out(layout, tmp_path)
-    turn, inside = Turn(), set[int]()
+    turn, inside, first = Turn(), set[int](), threading.Event()
     pwrite = os.pwrite
 
     def watched(fd: int, data: memoryview, offset: int) -> int:
         assert not inside, "two threads in the kernel"
         inside.add(fd)
-        if offset == units.span(0)[1]:
+        if not first.is_set():
+            # The other blocks wait for this one, whichever thread took it: the second thread must come.
+            first.set()
             wait_until(lambda: turn.waiting > 0)
         inside.remove(fd)
         return pwrite(fd, data, offset)
