@@ -29,7 +29,7 @@ from ckpt_tools.writing.bytes import Outputs, Written, laid_out, lay_out, write
 from ckpt_tools.writing.layout import Plan, PlannedFile, Slot, plan
 from ckpt_tools.writing.publish import partial_directory
 from ckpt_tools.writing.units import Block, Units
-from tests.support.waiting import wait_until
+from tests.support.waiting import LONGEST_SECONDS, wait_until
 from tests.writing.test_layout import FORMAT, our_dtype, raw, with_blocks_of, zoo
 
 
@@ -505,7 +505,7 @@ def test_several_threads_write_several_files(
     layout = plan(on_disk(tmp_path / "source", tensors), max_shard_size=4_000)
     units = Units(layout)
     lay_out(layout, tmp_path)
-    meeting = threading.Barrier(3, timeout=60)
+    meeting = threading.Barrier(3, timeout=LONGEST_SECONDS)
     firsts = {units.span(part.start)[1] for _, part in units.by_file(range(len(units)))}
     pwrite = os.pwrite
 
