@@ -29,6 +29,7 @@ _FIRST = (
     "extract-lora",
     "merge-lora",
     "average",
+    "watch",
     "verify",
     "diff",
     "interval",

@@ -284,6 +284,12 @@ _MODELS: dict[str, Decorator[Any]] = {
 }
 
 
+# Names of the options that adapters do not have.
+OF_MODELS = frozenset(_MODELS)
+# What means one checkpoint, or one call.
+_OF_ONE = {"tag", "also", "node_local", "dry_run", "resume", "skip_complete", "timeout"}
+
+
 def adapter_writing(function: F) -> F:
     """The options of a command that writes adapters."""
     return _all(_ADAPTERS.values(), function)
@@ -299,6 +305,20 @@ def mean_writing(function: F) -> F:
     options = _MODELS | _ADAPTERS
     del options["also"]
     return _all(options.values(), function)
+
+
+def watch_writing(function: F) -> F:
+    """Those of a command that converts one checkpoint after the other."""
+    options = _MODELS | _ADAPTERS
+    return _all((add for name, add in options.items() if name not in _OF_ONE), function)
+
+
+base_model = option(
+    "--base-model",
+    group=READ,
+    metavar="NAME",
+    help="Name of the base, on the Hub or a directory, if no config states it.",
+)
 
 
 def of_adapter(adapter_help: str) -> Callable[[F], F]:

@@ -32,9 +32,14 @@ def write_directory(
     if as_json:
         print_json(report.to_json())
     elif not quiet:
-        _show(report)
-        if verbose and not report.complete:
-            _show_details(report)
+        show_report(report, verbose)
+
+
+def show_report(report: Report, verbose: bool) -> None:
+    """Print what was done."""
+    _show(report)
+    if verbose and not report.complete:
+        _show_details(report)
 
 
 def _show(report: Report) -> None:

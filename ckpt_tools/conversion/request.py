@@ -115,13 +115,11 @@ class Request(AssetOptions, Writing):
         return [path for path in named if path is not None]
 
 
-class AdapterOptions(TypedDict, total=False):
-    """The options of :func:`ckpt_tools.extract_lora`: fields of :class:`Request`, for type checkers."""
+class ConversionOptions(TypedDict, total=False):
+    """The options of every function that converts: fields of :class:`Request`, for type checkers."""
 
-    tag: str | None
     model: int | str | None
     source_format: str | None
-    also: Sequence[PathLike]
     weights: Copy
     check_all_masters: bool
     dtype: DTypeChoice
@@ -129,23 +127,30 @@ class AdapterOptions(TypedDict, total=False):
     tokenizer: PathLike | None
     chat_template: PathLike | None
     workers: int | None
-    dry_run: bool
     overwrite: bool
-    skip_complete: bool
     marker: str | None
     progress: Progress | None
-    resume: bool
     sha256: bool
     verify: bool
     check_source: bool
-    ranks: Ranks | None
-    node_local: bool
     follow_links: bool
     strict: bool
 
 
-class ModelOptions(AdapterOptions, total=False):
-    """The options of every function that writes a model directory."""
+class AdapterOptions(ConversionOptions, total=False):
+    """The options of :func:`ckpt_tools.extract_lora`: also those of one call about one checkpoint."""
+
+    tag: str | None
+    also: Sequence[PathLike]
+    dry_run: bool
+    skip_complete: bool
+    resume: bool
+    ranks: Ranks | None
+    node_local: bool
+
+
+class _OfModels(TypedDict, total=False):
+    """The options of whole models."""
 
     key_map: PathLike | None
     generation_config: str
@@ -157,10 +162,18 @@ class ModelOptions(AdapterOptions, total=False):
     trust_remote_code: bool
 
 
+class ModelOptions(AdapterOptions, _OfModels, total=False):
+    """The options of every function that writes a model directory."""
+
+
+class WatchOptions(ConversionOptions, _OfModels, total=False):
+    """The options of :func:`ckpt_tools.watch`."""
+
+
 def requested(
     command: str,
     output: PathLike,
-    accepted: type[AdapterOptions],
+    accepted: type[ConversionOptions],
     options: Mapping[str, Any],
     **named: Any,
 ) -> Request:

@@ -19,12 +19,7 @@ SUMMARY = "A PEFT adapter becomes a directory of its own."
 @click.argument("ckpt", type=options.PATH)
 @click.argument("out", type=options.PATH)
 @options.of_adapter("Which adapter, where there are several; `all` writes each, in PEFT's folders.")
-@options.option(
-    "--base-model",
-    group=options.READ,
-    metavar="NAME",
-    help="Name of the base, on the Hub or a directory, if no config states it.",
-)
+@options.base_model
 @options.adapter_writing
 @reports_errors
 def command(ckpt: Path, out: Path, **asked: Any) -> None:
