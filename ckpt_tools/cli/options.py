@@ -134,6 +134,14 @@ _ADAPTERS: dict[str, Decorator[Any]] = {
         help="auto: each tensor in its training dtype. keep: each as stored. The others cast floating "
         "tensors.",
     ),
+    "output_format": option(
+        "--output-format",
+        group=WRITE,
+        type=click.Choice(["safetensors", "bin"]),
+        default="safetensors",
+        show_default=True,
+        help="The container of the weights; bin is that of torch.save.",
+    ),
     "config": option(
         "--config",
         group=ASSETS,

@@ -19,6 +19,7 @@ from ckpt_tools.model.state import DTypeChoice
 from ckpt_tools.tensors.checkpoint import Checkpoint, Copy
 from ckpt_tools.tensors.dtypes import short_name
 from ckpt_tools.tensors.threads import default_workers
+from ckpt_tools.writing.layout import OutputFormat
 from ckpt_tools.writing.output import Progress, Writing
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class Request(AssetOptions, Writing):
         dtype: ``auto`` gives each tensor its training dtype, ``keep`` leaves each as stored, ``fp32``,
             ``bf16`` and ``fp16`` cast every floating tensor. Torch's names and a ``torch.dtype`` are
             understood too.
+        output_format: the container of the weights: ``safetensors``, or ``bin`` as ``torch.save`` writes it.
         max_shard_size: bytes, or a number with a decimal unit.
         weights_only: write weights alone: no config, no tokenizer, names as stored.
         dequantize: write quantised weights as the 16-bit weights that their quantiser makes of them.
@@ -90,6 +92,7 @@ class Request(AssetOptions, Writing):
     base_model: str | None = None
     base: Path | None = None
     dtype: DTypeChoice = "auto"
+    output_format: OutputFormat = "safetensors"
     max_shard_size: int | str = "5GB"
     weights_only: bool = False
     dequantize: bool = False
@@ -123,6 +126,7 @@ class ConversionOptions(TypedDict, total=False):
     weights: Copy
     check_all_masters: bool
     dtype: DTypeChoice
+    output_format: OutputFormat
     config: PathLike | None
     tokenizer: PathLike | None
     chat_template: PathLike | None

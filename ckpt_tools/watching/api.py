@@ -56,7 +56,7 @@ def watch(
     that is being written is never read; docs/watch.md has the rules.
 
     Args:
-        run: the directory in which the checkpoints appear side by side; it may not exist yet.
+        run: the directory in which the checkpoints appear side by side.
         output: the directory that gets one directory for each checkpoint, of the same name.
         keep: of how many checkpoints the outputs are kept; by default of all.
         every: convert the checkpoints whose number is a multiple of this one; by default all.
@@ -110,11 +110,11 @@ def watch(
         settle,
         time.monotonic,
     )
-    if once and not run.is_dir():
+    if not run.is_dir():
         raise NotACheckpoint(
             "the directory of the run does not exist",
             path=run,
-            hint="Check the path. Without --once, ckpt-tools watch waits for it.",
+            hint="Check the path, or make the directory before training begins.",
         )
     with watched.records.alone():
         _go_on(watched, once=once, settle=settle, poll=poll, stop=stop)

@@ -90,11 +90,7 @@ class Watch:
         Raises:
             CkptError: nothing can be converted, as the error says.
         """
-        asked = self.asked
-        if not asked.run.is_dir():
-            self._say("waiting", Save(asked.run), "the run has not begun")
-            return False
-        look = look_at(asked.run, asked.out)
+        look = look_at(self.asked.run, self.asked.out)
         now = self._now()
         self._stillness.see(look.saves, now)
         finished, waiting = [], False

@@ -113,7 +113,7 @@ def _make(path: Path, start: bytes, size: int) -> None:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
             os.ftruncate(fd, size)
-            _write_all(fd, start, 0, path)
+            write_all(fd, start, 0, path)
             os.fsync(fd)
         finally:
             os.close(fd)
@@ -155,7 +155,7 @@ class Outputs:
     def write(self, file: int, data: memoryview, offset: int) -> None:
         """Write ``data`` at byte ``offset`` of file number ``file``, when no other thread writes there."""
         with self._turns[file]:
-            _write_all(self._fds[file], data, offset, self._directory)
+            write_all(self._fds[file], data, offset, self._directory)
 
     def read(self, file: int, into: memoryview, offset: int) -> bool:
         """Fill ``into`` from byte ``offset`` of file number ``file``; False where the disk cannot."""
@@ -318,7 +318,8 @@ class _Shared:
         return min(self._blocks, key=self._threads.__getitem__) if first is None else first
 
 
-def _write_all(fd: int, data: bytes | memoryview, offset: int, path: Path) -> None:
+def write_all(fd: int, data: bytes | memoryview, offset: int, path: Path) -> None:
+    """Write all of ``data`` at byte ``offset``; raises OutputFailed."""
     view = memoryview(data)
     while view:
         try:

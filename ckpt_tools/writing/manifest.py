@@ -152,7 +152,8 @@ def manifest_text(
     Raises:
         OutputFailed: a file cannot be read back.
     """
-    headers = {file.name: file.header for file in plan.files}
+    # Of a file that is closed at the end, the bytes around the data matter as well.
+    headers = {file.name: file.header for file in plan.files if file.closing is None}
     files: dict[str, dict[str, object]] = {}
     for name in _names(directory, NAME):
         if name in headers:

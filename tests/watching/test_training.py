@@ -49,7 +49,7 @@ Trainer(model, arguments, train_dataset=rows, callbacks=[Truth()]).train()
 
 def test_a_training_that_saves_is_watched(tmp_path: Path) -> None:
     run, out, truth, log = (tmp_path / name for name in ("run", "out", "truth", "log"))
-    truth.mkdir()
+    run.mkdir(), truth.mkdir()
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command = f'basename "$CKPT_TOOLS_OUTPUT" >> {log}; touch {truth}/go-on'
     options = ("--verify", "--quiet", "--poll", "0.05", "--exec", command)

@@ -459,6 +459,7 @@ def test_a_watch_ends_when_it_is_told_to(tmp_path: Path) -> None:
             saved(tmp_path / "run" / "step-1")
         return len(asked) > 3
 
+    (tmp_path / "run").mkdir()
     reports = ckpt_tools.watch(
         tmp_path / "run", tmp_path / "out", poll=0.01, stop=stop, weights_only=True
     )
