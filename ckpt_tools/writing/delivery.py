@@ -226,7 +226,7 @@ def _shown(job: Job, writing: Writing) -> Iterator[Callable[[int], None] | None]
     if progress is None:
         yield None
         return
-    total = sum(units.plan.tensor_bytes for units in job.units)
+    total = sum(units.plan.data_bytes for units in job.units)
     done, lock = 0, threading.Lock()
     progress(done, total)
 

@@ -110,6 +110,11 @@ class Plan:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     @property
+    def data_bytes(self) -> int:
+        """Bytes between the headers and the ends of the data, gaps between tensors included."""
+        return sum(file.end - len(file.header) for file in self.files)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all weight files and the index."""
         return sum(file.size for file in self.files) + (len(self.index[1]) if self.index else 0)
