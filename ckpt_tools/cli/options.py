@@ -7,7 +7,6 @@ Owns flags, value types and help texts. What the options mean is stated in
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,25 +17,40 @@ from ckpt_tools.cli import completing
 from ckpt_tools.cli.caching import no_cache
 from ckpt_tools.cli.text import say
 from ckpt_tools.cli.usage import Unusable
+from ckpt_tools.errors import UsageError
+from ckpt_tools.storage.addresses import is_address, parsed
 from ckpt_tools.tensors.dtypes import short_name
 
 F = TypeVar("F", bound=Callable[..., Any])
 Decorator = Callable[[F], F]
 
 
-class LocalPath(click.Path):
-    """A path of a file system."""
+class Place(click.Path):
+    """A path of a file system, or the address of a store."""
 
     def __init__(self) -> None:
         super().__init__(path_type=Path)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The path; the address of an object store is refused, because a path would change it."""
-        scheme = _SCHEME.match(value) if isinstance(value, str) else None
-        if scheme is not None:
+        """The path; the text of an address."""
+        if not is_address(value):
+            return super().convert(value, param, ctx)
+        try:
+            address = parsed(value)
+        except UsageError as error:
+            raise Unusable(error.fact, hint=error.hint or "") from None
+        return str(address)
+
+
+class LocalPath(Place):
+    """A path of a file system, which is written."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path; an address is refused, because a path would change it."""
+        if is_address(value):
             raise Unusable(
-                f"{value} is not a path, and {scheme[1]}:// is not read",
-                hint="Copy the checkpoint into a folder first, and name that folder.",
+                "the address of a store is not written here",
+                hint="Name a file or folder of this machine.",
             )
         return super().convert(value, param, ctx)
 
@@ -49,9 +63,8 @@ class DTypeName(click.Choice):  # type: ignore[type-arg]
         return super().convert(short_name(value), param, ctx)
 
 
-_SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://")
-
-PATH = LocalPath()
+PATH = Place()
+LOCAL = LocalPath()
 
 READ = "What to read"
 WRITE = "What to write"

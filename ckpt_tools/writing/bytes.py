@@ -25,6 +25,7 @@ from pathlib import Path
 from types import TracebackType
 
 from ckpt_tools.errors import OutputFailed
+from ckpt_tools.storage.places import LOCAL, Requests
 from ckpt_tools.tensors.checksums import ReadLog
 from ckpt_tools.tensors.gather import Gatherer
 from ckpt_tools.tensors.threads import MAX_WORKERS, casting_on_one_core, default_workers, pool
@@ -204,6 +205,7 @@ def write(
     record: Record | None = None,
     ended: threading.Event | None = None,
     log: ReadLog | None = None,
+    requests: Requests = LOCAL,
 ) -> Written:
     """Write units of a plan, and wait until they are on disk.
 
@@ -216,18 +218,21 @@ def write(
         record: called with each written block and its digests, from any worker's thread.
         ended: once it is set, no further block is started, and the write is incomplete.
         log: takes the checksums of the bytes that are read.
+        requests: how the sources are read best. A store is slow for one request and fast for many, so
+            blocks are larger then, and the number of threads does not depend on the processors.
 
     Raises:
         DamagedCheckpoint: a source file ended early or cannot be read.
         OutputFailed: the disk is full or refused a write.
     """
     started = time.monotonic()
-    blocks = _Shared(units, todo)
+    block_bytes = units.block_bytes_for(requests)
+    blocks = _Shared(units, todo, block_bytes)
     stop = threading.Event()
     touched: set[int] = set()
 
     def work() -> tuple[int, int, ReadLog | None]:
-        buffer = bytearray(units.block_bytes)
+        buffer = bytearray(block_bytes)
         done = 0
         own = None if log is None else ReadLog()
         with Gatherer(own) as gatherer:
@@ -248,7 +253,7 @@ def write(
                     progress(block.nbytes)
             return gatherer.bytes_read, done, own
 
-    count = workers or default_workers()
+    count = requests.threads or workers or default_workers()
     with casting_on_one_core(), pool(count) as threads:
         try:
             jobs = [threads.submit(work) for _ in range(count)]
@@ -280,16 +285,18 @@ class _Shared:
     Args:
         units: the plan's units.
         todo: the units to write.
+        block_bytes: bytes of the largest block.
     """
 
-    def __init__(self, units: Units, todo: Iterable[range]) -> None:
+    def __init__(self, units: Units, todo: Iterable[range], block_bytes: int) -> None:
         parts: dict[int, list[range]] = {}
         for part in todo:
             for file, within in units.by_file(part):
                 parts.setdefault(file, []).append(within)
         # Of each file that has blocks left; the first file that no thread works at is among the first few.
         self._blocks = {
-            file: chain.from_iterable(map(units.blocks, within)) for file, within in parts.items()
+            file: chain.from_iterable(units.blocks(part, block_bytes) for part in within)
+            for file, within in parts.items()
         }
         self._threads = dict.fromkeys(parts, 0)
         self._lock = threading.Lock()

@@ -17,7 +17,7 @@ SUMMARY = "A checkpoint becomes a Hugging Face directory."
 
 @click.command("consolidate", cls=options.Command)
 @click.argument("ckpt", type=options.PATH)
-@click.argument("out", type=options.PATH)
+@click.argument("out", type=options.LOCAL)
 @options.model_writing
 @reports_errors
 def command(ckpt: Path, out: Path, **asked: Any) -> None:
