@@ -33,7 +33,7 @@ def write_directory(
         print_json(report.to_json())
     elif not quiet:
         _show(report)
-        if verbose:
+        if verbose and not report.complete:
             _show_details(report)
 
 
@@ -42,6 +42,9 @@ def _show(report: Report) -> None:
         say(f"note: {note}")
     for warning in report.warnings:
         say(warning, label="warning: ", color="yellow", err=True)
+    if report.complete:
+        say(f"{report.output} is complete, written by the same request. Nothing was done.")
+        return
     if report.dry_run:
         for file in report.plan:
             tensors = counted(len(file["tensors"]), "tensor")

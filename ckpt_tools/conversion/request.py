@@ -65,6 +65,7 @@ class Request(AssetOptions, Writing):
             the model's layout.
         node_local: each machine sees only its own files of the checkpoint; the ranks pool them.
         strict: refuse checkpoints whose pickles name functions that no known framework writes.
+        skip_complete: do nothing, and say so, where the same request has written the output already.
         names_base: an adapter without the name of its base is refused; PEFT itself writes it.
     """
 
@@ -94,6 +95,7 @@ class Request(AssetOptions, Writing):
     trust_remote_code: bool = False
     node_local: bool = False
     strict: bool = False
+    skip_complete: bool = False
     names_base: bool = True
 
     @property
@@ -127,6 +129,8 @@ class AdapterOptions(TypedDict, total=False):
     workers: int | None
     dry_run: bool
     overwrite: bool
+    skip_complete: bool
+    marker: str | None
     progress: Progress | None
     resume: bool
     sha256: bool
