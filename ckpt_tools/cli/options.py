@@ -6,7 +6,6 @@ Owns flags, value types and help texts. What the options mean is stated in
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,6 +15,14 @@ import click
 
 from ckpt_tools.cli import completing
 from ckpt_tools.cli.caching import no_cache
+from ckpt_tools.cli.groups import ASSETS as ASSETS
+from ckpt_tools.cli.groups import CHECK as CHECK
+from ckpt_tools.cli.groups import READ as READ
+from ckpt_tools.cli.groups import RUN as RUN
+from ckpt_tools.cli.groups import WRITE as WRITE
+from ckpt_tools.cli.groups import Command as Command
+from ckpt_tools.cli.groups import Option as Option
+from ckpt_tools.cli.groups import option as option
 from ckpt_tools.cli.text import say
 from ckpt_tools.cli.usage import Unusable
 from ckpt_tools.tensors.dtypes import short_name
@@ -52,58 +59,6 @@ class DTypeName(click.Choice):  # type: ignore[type-arg]
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://")
 
 PATH = LocalPath()
-
-READ = "What to read"
-WRITE = "What to write"
-ASSETS = "Files beside the weights"
-CHECK = "Checking"
-RUN = "Running"
-GROUPS = (READ, WRITE, ASSETS, CHECK, RUN)
-
-
-class Option(click.Option):
-    """An option that ``--help`` lists in a group."""
-
-    def __init__(self, *args: Any, group: str = RUN, **attributes: Any) -> None:
-        super().__init__(*args, **attributes)
-        self.group = group
-
-    def resolve_envvar_value(self, ctx: click.Context) -> str | None:
-        """The value in the environment: the variable is named as the option is typed."""
-        flag = max(self.opts, key=len).lstrip("-").replace("-", "_").upper()
-        return os.environ.get(f"{ctx.auto_envvar_prefix}_{flag}") or None
-
-    def value_from_envvar(self, ctx: click.Context) -> Any:
-        """The value in the environment; for a flag, a true value means that it is typed."""
-        if not self.is_flag:
-            return super().value_from_envvar(ctx)
-        text = self.resolve_envvar_value(ctx)
-        if text is None:
-            return None
-        typed = click.BOOL.convert(text, self, ctx)
-        return (self.flag_value if self.flag_value is False else True) if typed else None
-
-
-class Command(click.Command):
-    """A command whose ``--help`` lists the options by group."""
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """A section of help for each group."""
-        rows: dict[str, list[tuple[str, str]]] = {group: [] for group in GROUPS}
-        for parameter in self.get_params(ctx):
-            record = parameter.get_help_record(ctx)
-            if isinstance(parameter, click.Option) and record is not None:
-                rows[getattr(parameter, "group", RUN)].append(record)
-        for group, records in rows.items():
-            if records:
-                with formatter.section(group):
-                    formatter.write_dl(records)
-
-
-def option(*flags: str, group: str = RUN, **attributes: Any) -> Callable[[F], F]:
-    """An option of a command, in a group of its help."""
-    return click.option(*flags, cls=Option, group=group, **attributes)
-
 
 also = option(
     "--also",

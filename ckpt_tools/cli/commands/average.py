@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ckpt_tools.cli import options
+from ckpt_tools.cli import options, reporting
 from ckpt_tools.cli.outcome import reports_errors
 from ckpt_tools.cli.writing import write_directory
 
@@ -33,6 +33,7 @@ SUMMARY = "The mean of several checkpoints becomes a directory."
     callback=_numbers,
     help="One for each CKPT, adding up to 1. Default: all equal.",
 )
+@reporting.page_with_statistics
 @options.mean_writing
 @reports_errors
 def command(

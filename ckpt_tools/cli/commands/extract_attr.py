@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ckpt_tools.cli import completing, options
+from ckpt_tools.cli import completing, options, reporting
 from ckpt_tools.cli.outcome import reports_errors
 from ckpt_tools.cli.usage import Unusable
 from ckpt_tools.cli.writing import write_directory
@@ -53,6 +53,7 @@ SUMMARY = "One attribute of a composite model becomes a directory of its own."
     shell_complete=completing.attributes,
     help="The attribute, where it is not the first argument.",
 )
+@reporting.page_with_statistics
 @options.model_writing
 @reports_errors
 def command(attr: str, ckpt: Path, out: Path, **asked: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ckpt_tools.cli import options
+from ckpt_tools.cli import options, reporting
 from ckpt_tools.cli.outcome import reports_errors
 from ckpt_tools.cli.writing import write_directory
 
@@ -25,6 +25,7 @@ SUMMARY = "A PEFT adapter becomes a directory of its own."
     metavar="NAME",
     help="Name of the base, on the Hub or a directory, if no config states it.",
 )
+@reporting.page_with_statistics
 @options.adapter_writing
 @reports_errors
 def command(ckpt: Path, out: Path, **asked: Any) -> None:
