@@ -47,7 +47,6 @@ def page_of_conversion(
         report.output, statistics=statistics, workers=workers, progress=progress
     )
     warnings = [Notice("warning", "warning", text) for text in report.warnings]
-    notes = [Notice("good", "note", text) for text in report.notes]
     problems = [*weights.notices, *warnings]
     level, verdict = _verdict(problems, verified)
     output, checkpoint = str(report.output), str(report.checkpoint)
@@ -56,7 +55,7 @@ def page_of_conversion(
         level=level,
         verdict=verdict,
         facts=list(_facts(report, _manifest(report))),
-        notices=[*sorted(problems, key=lambda one: one.level != "error"), *notes],
+        notices=sorted(problems, key=lambda one: one.level != "error"),
         pictures=weights.pictures(),
         tables=weights.tables(),
     )
@@ -104,6 +103,7 @@ def _facts(report: Report, manifest: dict[str, Any]) -> Iterator[tuple[str, str]
     yield "bytes", f"{nbytes_text(report.bytes_read)} read, {written}"
     yield "time", f"{report.seconds.get('total', 0):.1f} s"
     yield from _checks(report)
+    yield from (("note", note) for note in report.notes)
     for name, value in (manifest.get("options") or {}).items():
         if name not in ("weights",) and value not in (None, "", [], False):
             yield f"option {name}", value if isinstance(value, str) else json.dumps(value)

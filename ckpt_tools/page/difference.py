@@ -29,7 +29,7 @@ def page_of_difference(found: Difference, command: str) -> Page:
         level="good" if found.is_empty else "warning",
         verdict=_verdict(found),
         facts=list(_facts(found)),
-        notices=[*_odd(found), *(Notice("good", "note", note) for note in found.notes)],
+        notices=list(_odd(found)),
         pictures=[picture] if picture is not None else (),
         tables=tables,
     )
@@ -69,6 +69,7 @@ def _facts(found: Difference) -> Iterator[tuple[str, str]]:
         yield "tolerance", f"|a - b| ≤ {found.atol:g} + {found.rtol:g} |b|"
     else:
         yield "tolerance", "none: every bit counts"
+    yield from (("note", note) for note in found.notes)
 
 
 def _odd(found: Difference) -> Iterator[Notice]:

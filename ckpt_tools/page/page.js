@@ -3,6 +3,14 @@
 // the document as text alone.
 const ROWS = 100;
 
+// A line may end after each dot of a name.
+function write(cell, text) {
+  text.split(".").forEach((part, at, parts) => {
+    cell.append(at + 1 < parts.length ? `${part}.` : part);
+    if (at + 1 < parts.length) cell.append(document.createElement("wbr"));
+  });
+}
+
 function start(figure) {
   const data = JSON.parse(figure.querySelector("script").textContent);
   const body = figure.querySelector("tbody");
@@ -46,7 +54,8 @@ function start(figure) {
       const line = document.createElement("tr");
       data.forEach((one, at) => {
         const cell = line.insertCell();
-        cell.textContent = one.cells[row];
+        if (at) cell.textContent = one.cells[row];
+        else write(cell, one.cells[row]);
         cell.className = one.keys ? "number" : at ? "" : "wrap";
       });
       return line;
@@ -58,6 +67,15 @@ function start(figure) {
       : "no row has this text";
     back.disabled = !first;
     on.disabled = last >= state.order.length;
+    figure.querySelector(".scroll").scrollTop = 0;
+  }
+
+  function turn(by) {
+    state.page += by;
+    show();
+    // A button that is switched off loses the focus: the other one takes it.
+    if (by > 0 && on.disabled) back.focus();
+    if (by < 0 && back.disabled) on.focus();
   }
 
   heads.forEach((head, at) => {
@@ -76,9 +94,11 @@ function start(figure) {
     });
   });
   filter.addEventListener("input", arrange);
-  back.addEventListener("click", () => { state.page -= 1; show(); });
-  on.addEventListener("click", () => { state.page += 1; show(); });
+  back.addEventListener("click", () => turn(-1));
+  on.addEventListener("click", () => turn(1));
   figure.querySelector(".controls").hidden = false;
+  filter.hidden = count <= 10;
+  back.hidden = on.hidden = count <= ROWS;
   show();
 }
 

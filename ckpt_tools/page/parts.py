@@ -14,10 +14,10 @@ Level = Literal["good", "warning", "error"]
 
 @dataclass(frozen=True)
 class Notice:
-    """A problem, or a remark.
+    """A problem.
 
     Attributes:
-        level: how bad it is; ``good`` is a remark.
+        level: how bad it is.
         title: what kind of problem.
         text: the fact.
         where: the file or tensor.

@@ -19,6 +19,8 @@ from ckpt_tools.text import nbytes_text
 _ROWS = 24
 _COLUMNS = 96
 _HUES = 6
+# So many layers have a row each; upright bars of so few would be blocks.
+_FEW = 8
 
 # Levels of a relative change, each with its upper limit.
 _LEVELS = ((1e-6, "1"), (1e-4, "2"), (1e-2, "3"), (1.0, "4"), (math.inf, "5"))
@@ -85,11 +87,18 @@ def of_layers(sizes: Sequence[Size]) -> Picture | None:
         else:
             totals[bins.column(place.layer)] += nbytes
     largest, width = max(totals) or 1, 1 / len(bins)
+    outside_note = f"Outside of layers: {nbytes_text(outside)}."
+    if len(bins) <= _FEW:
+        few = [
+            Row(bins.label(at), nbytes_text(total), (Mark(0, total / largest, "hue0", ""),))
+            for at, total in enumerate(totals)
+        ]
+        return Picture("bars", "Bytes by layer", few, outside_note)
     marks = [
         Mark(at * width, total / largest, "hue0", f"{bins.label(at)}: {nbytes_text(total)}", width)
         for at, total in enumerate(totals)
     ]
-    note = f"The highest bar is {nbytes_text(largest)}. Outside of layers: {nbytes_text(outside)}."
+    note = f"The highest bar is {nbytes_text(largest)}. {outside_note}"
     return Picture("columns", "Bytes by layer", [Row("", "", marks)], note, bins.ends)
 
 
@@ -199,7 +208,8 @@ def _strip(
         said = {"level0": "the same", "only": "added, removed or reshaped"}.get(styles[worst])
         said = said or (number_text(change) if isinstance(change, float) else "not a number")
         where = kind if at < 0 else bins.label(at)
-        start, size = (0.0, 1.0) if at < 0 else (at * width, width)
+        # Outside of layers, one cell, so that a wide mark does not look like many layers.
+        start, size = (0.0, min(width, 1 / 16)) if at < 0 else (at * width, width)
         marks.append(Mark(start, 1.0, styles[worst], f"{where}: {said}", size))
     moved = sum(1 for names in held.values() for n in names if _level(changes[n]) != "level0")
     return Row(kind, f"{moved:,} of {sum(map(len, held.values())):,}", marks)

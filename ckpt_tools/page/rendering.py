@@ -8,6 +8,7 @@ are JSON, of which a browser builds a hundred rows at a time.
 from __future__ import annotations
 
 import json
+import re
 from base64 import b64encode
 from collections.abc import Iterator
 from functools import cache
@@ -16,7 +17,7 @@ from importlib.resources import files
 from typing import Any, NamedTuple
 
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from ckpt_tools._version import __version__
 from ckpt_tools.page.parts import Page, Table
@@ -37,7 +38,7 @@ def rendered(page: Page) -> str:
     environment = Environment(
         autoescape=True, finalize=_shown, undefined=StrictUndefined, keep_trailing_newline=True
     )
-    environment.filters |= {"first_rows": _first_rows, "data": _data}
+    environment.filters |= {"breakable": _breakable, "data": _data, "first_rows": _first_rows}
     style, script = _own("page.css"), _own("page.js")
     return environment.from_string(_own("page.html")).render(
         page=page,
@@ -72,6 +73,11 @@ def _cut(text: str) -> str:
     if len(text) <= _LONGEST:
         return text
     return f"{text[:_LONGEST]}… ({len(text):,} characters)"
+
+
+def _breakable(text: str) -> Markup:
+    """A name in which a line may end after each dot."""
+    return Markup("<wbr>").join(escape(part) for part in re.split(r"(?<=\.)", printable(text)))
 
 
 def _first_rows(table: Table) -> Iterator[list[_Cell]]:

@@ -86,7 +86,8 @@ def _section(
     except CkptError:
         weights = None  # it went away meanwhile; the verdict stands
     level, said = _told(verdict, strict)
-    notices = [_notice(problem) for problem in verdict.problems]
+    found = [*map(_notice, verdict.problems), *(weights.notices if weights is not None else ())]
+    notices = sorted(found, key=lambda notice: _RANK[notice.level])
     tables = list(weights.tables()) if weights is not None else []
     if len(notices) > _NOTICES:
         tables.insert(0, _problems(verdict.problems))
@@ -95,7 +96,7 @@ def _section(
         level,
         said,
         facts=list(_facts(verdict)),
-        notices=[*notices[:_NOTICES], *_rest(notices), *(weights.notices if weights else ())],
+        notices=[*notices[:_NOTICES], *_rest(notices)],
         pictures=weights.pictures() if weights is not None else (),
         tables=tables,
     )

@@ -111,7 +111,7 @@ class Weights:
             numbers("max", [each.high for each in held]),
             numbers("norm", [each.norm if each.count else None for each in held]),
             counts("NaN", [each.nan for each in held]),
-            counts("infinite", [each.inf for each in held]),
+            *([counts("infinite", inf)] if any(inf := [each.inf for each in held]) else []),
             shares("zeros", [each.share_of_zeros for each in held]),
         ]
 
