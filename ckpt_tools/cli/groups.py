@@ -15,6 +15,8 @@ WRITE = "What to write"
 ASSETS = "Files beside the weights"
 CHECK = "Checking"
 RUN = "Running"
+# The widest column of names; a longer name has a line of its own, so that the text beside it keeps its width.
+_WIDEST = 24
 GROUPS = (READ, WRITE, ASSETS, CHECK, RUN)
 
 
@@ -44,6 +46,12 @@ class Option(click.Option):
         typed = click.BOOL.convert(text, self, ctx)
         return (self.flag_value if self.flag_value is False else True) if typed else None
 
+    def get_help_extra(self, ctx: click.Context) -> Any:
+        """The default alone: what values a number takes is told when another one is typed."""
+        extra: Any = super().get_help_extra(ctx)
+        extra.pop("range", None)
+        return extra
+
 
 class Command(click.Command):
     """A command whose ``--help`` lists the options by group."""
@@ -58,7 +66,7 @@ class Command(click.Command):
         for group, records in rows.items():
             if records:
                 with formatter.section(group):
-                    formatter.write_dl(records)
+                    formatter.write_dl(records, col_max=_WIDEST)
 
 
 def option(*flags: str, group: str = RUN, **attributes: Any) -> Callable[[F], F]:

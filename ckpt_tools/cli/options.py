@@ -311,12 +311,12 @@ def adapter_writing(function: F) -> F:
 
 def model_writing(function: F) -> F:
     """The options of a command that writes a model directory."""
-    return _all((_MODELS | _ADAPTERS).values(), function)
+    return _all((_ADAPTERS | _MODELS).values(), function)
 
 
 def mean_writing(function: F) -> F:
     """Those of several checkpoints; ``--also`` would not say which one the folder belongs to."""
-    options = _MODELS | _ADAPTERS
+    options = _ADAPTERS | _MODELS
     del options["also"]
     return _all(options.values(), function)
 

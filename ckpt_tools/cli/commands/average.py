@@ -33,8 +33,8 @@ SUMMARY = "The mean of several checkpoints becomes a directory."
     callback=_numbers,
     help="One for each CKPT, adding up to 1. Default: all equal.",
 )
-@reporting.page_with_statistics
 @options.mean_writing
+@reporting.page_with_statistics
 @reports_errors
 def command(
     ckpts: tuple[Path, ...], out: Path, coefficients: list[float] | None, **asked: Any

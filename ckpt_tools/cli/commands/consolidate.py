@@ -18,8 +18,8 @@ SUMMARY = "A checkpoint becomes a Hugging Face directory."
 @click.command("consolidate", cls=options.Command)
 @click.argument("ckpt", type=options.PATH)
 @click.argument("out", type=options.PATH)
-@reporting.page_with_statistics
 @options.model_writing
+@reporting.page_with_statistics
 @reports_errors
 def command(ckpt: Path, out: Path, **asked: Any) -> None:
     """Write the training checkpoint CKPT as a Hugging Face directory OUT.

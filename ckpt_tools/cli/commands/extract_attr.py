@@ -53,8 +53,8 @@ SUMMARY = "One attribute of a composite model becomes a directory of its own."
     shell_complete=completing.attributes,
     help="The attribute, where it is not the first argument.",
 )
-@reporting.page_with_statistics
 @options.model_writing
+@reporting.page_with_statistics
 @reports_errors
 def command(attr: str, ckpt: Path, out: Path, **asked: Any) -> None:
     """Write one attribute ATTR of a composite model as a Hugging Face directory OUT.

@@ -25,8 +25,8 @@ SUMMARY = "A PEFT adapter becomes a directory of its own."
     metavar="NAME",
     help="Name of the base, on the Hub or a directory, if no config states it.",
 )
-@reporting.page_with_statistics
 @options.adapter_writing
+@reporting.page_with_statistics
 @reports_errors
 def command(ckpt: Path, out: Path, **asked: Any) -> None:
     """Write an adapter as a directory OUT, as PEFT's save_pretrained writes it.

@@ -41,8 +41,8 @@ SUMMARY = "A LoRA adapter and its base become one model."
     metavar="DIR",
     help="A Hugging Face directory of the base: tensors that CKPT lacks come from it.",
 )
-@reporting.page_with_statistics
 @options.model_writing
+@reporting.page_with_statistics
 @reports_errors
 def command(ckpt: Path, out: Path, **asked: Any) -> None:
     """Merge a LoRA adapter into its base and write the model as a Hugging Face directory OUT.
