@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ckpt_tools.cli import options
+from ckpt_tools.cli import options, reporting
 from ckpt_tools.cli.outcome import reports_errors
 from ckpt_tools.cli.writing import write_directory
 
@@ -26,6 +26,7 @@ SUMMARY = "A PEFT adapter becomes a directory of its own."
     help="Name of the base, on the Hub or a directory, if no config states it.",
 )
 @options.adapter_writing
+@reporting.page_with_statistics
 @reports_errors
 def command(ckpt: Path, out: Path, **asked: Any) -> None:
     """Write an adapter as a directory OUT, as PEFT's save_pretrained writes it.
