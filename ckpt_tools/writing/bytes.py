@@ -28,6 +28,7 @@ from ckpt_tools.errors import OutputFailed
 from ckpt_tools.tensors.checksums import ReadLog
 from ckpt_tools.tensors.gather import Gatherer
 from ckpt_tools.tensors.threads import MAX_WORKERS, casting_on_one_core, default_workers, pool
+from ckpt_tools.writing.behind import Behind
 from ckpt_tools.writing.layout import Plan
 from ckpt_tools.writing.units import Block, Units
 
@@ -125,16 +126,20 @@ class Outputs:
     """The open files of one plan. Close it after use."""
 
     def __init__(self, plan: Plan, directory: Path) -> None:
-        _allow_open_files(len(plan.files))
+        _allow_open_files(2 * len(plan.files))
         self._directory = directory
         self._stack = ExitStack()
         self._fds: list[int] = []
+        self._behind: list[Behind] = []
         self._turns = [threading.Lock() for _ in plan.files]
         try:
             for file in plan.files:
                 fd = os.open(directory / file.name, os.O_RDWR | os.O_CLOEXEC)
                 self._stack.callback(os.close, fd)
                 self._fds.append(fd)
+                behind = Behind(directory / file.name)
+                self._stack.callback(behind.close)
+                self._behind.append(behind)
         except OSError as error:
             self._stack.close()
             raise refused(error, directory) from error
@@ -156,6 +161,10 @@ class Outputs:
         """Write ``data`` at byte ``offset`` of file number ``file``, when no other thread writes there."""
         with self._turns[file]:
             _write_all(self._fds[file], data, offset, self._directory)
+        try:
+            self._behind[file].wrote(offset, len(data))
+        except OSError as error:
+            raise refused(error, self._directory) from error
 
     def read(self, file: int, into: memoryview, offset: int) -> bool:
         """Fill ``into`` from byte ``offset`` of file number ``file``; False where the disk cannot."""
@@ -182,6 +191,11 @@ class Outputs:
                 list(threads.map(os.fsync, fds))
         except OSError as error:
             raise refused(error, self._directory) from error
+
+    def drop(self, files: Iterable[int]) -> None:
+        """Let the page cache forget these files, which were synced."""
+        for file in files:
+            self._behind[file].synced()
 
 
 def _allow_open_files(count: int) -> None:
@@ -258,6 +272,7 @@ def write(
         done = [job.result() for job in jobs]
     moved = time.monotonic()
     outputs.sync(touched)
+    outputs.drop(touched)
     for _, _, own in done:
         if log is not None and own is not None:
             log.include(own)
