@@ -134,6 +134,7 @@ def main(args: list[str] | None = None) -> None:
         if args is None:
             # The process ends. Called with arguments, the caller's process goes on.
             ignore_signals()
-        if args is None or end.code in STATUSES or is_rank():
+        is_slow = args is None and "torch" in sys.modules
+        if is_slow or end.code in STATUSES or is_rank():
             leave_at_once(end.code)
         raise

@@ -25,6 +25,7 @@ from pathlib import Path
 from types import TracebackType
 
 from ckpt_tools.errors import OutputFailed
+from ckpt_tools.storage.residence import Residence
 from ckpt_tools.tensors.checksums import ReadLog
 from ckpt_tools.tensors.gather import Gatherer
 from ckpt_tools.tensors.threads import MAX_WORKERS, casting_on_one_core, default_workers, pool
@@ -239,12 +240,13 @@ def write(
     blocks = _Shared(units, todo)
     stop = threading.Event()
     touched: set[int] = set()
+    residence = Residence()
 
     def work() -> tuple[int, int, ReadLog | None]:
         buffer = bytearray(units.block_bytes)
         done = 0
         own = None if log is None else ReadLog()
-        with Gatherer(own) as gatherer:
+        with Gatherer(own, residence) as gatherer:
             block: Block | None = None
             while not stop.is_set() and (block := blocks.take(block)) is not None:
                 if ended is not None and ended.is_set():
