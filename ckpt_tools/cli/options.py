@@ -13,16 +13,17 @@ import click
 
 from ckpt_tools.cli import completing
 from ckpt_tools.cli.caching import no_cache
-from ckpt_tools.cli.kinds import ASSETS as ASSETS
-from ckpt_tools.cli.kinds import CHECK as CHECK
+from ckpt_tools.cli.groups import ASSETS as ASSETS
+from ckpt_tools.cli.groups import CHECK as CHECK
+from ckpt_tools.cli.groups import READ as READ
+from ckpt_tools.cli.groups import RUN as RUN
+from ckpt_tools.cli.groups import WRITE as WRITE
+from ckpt_tools.cli.groups import Command as Command
+from ckpt_tools.cli.groups import Option as Option
+from ckpt_tools.cli.groups import option as option
+from ckpt_tools.cli.kinds import LOCAL as LOCAL
 from ckpt_tools.cli.kinds import PATH as PATH
-from ckpt_tools.cli.kinds import READ as READ
-from ckpt_tools.cli.kinds import RUN as RUN
-from ckpt_tools.cli.kinds import WRITE as WRITE
-from ckpt_tools.cli.kinds import Command as Command
 from ckpt_tools.cli.kinds import DTypeName as DTypeName
-from ckpt_tools.cli.kinds import Option as Option
-from ckpt_tools.cli.kinds import option as option
 from ckpt_tools.cli.text import say
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -305,19 +306,19 @@ def adapter_writing(function: F) -> F:
 
 def model_writing(function: F) -> F:
     """The options of a command that writes a model directory."""
-    return _all((_MODELS | _ADAPTERS).values(), function)
+    return _all((_ADAPTERS | _MODELS).values(), function)
 
 
 def mean_writing(function: F) -> F:
     """Those of several checkpoints; ``--also`` would not say which one the folder belongs to."""
-    options = _MODELS | _ADAPTERS
+    options = _ADAPTERS | _MODELS
     del options["also"]
     return _all(options.values(), function)
 
 
 def watch_writing(function: F) -> F:
     """Those of a command that converts one checkpoint after the other."""
-    options = _MODELS | _ADAPTERS
+    options = _ADAPTERS | _MODELS
     return _all((add for name, add in options.items() if name not in _OF_ONE), function)
 
 

@@ -127,8 +127,8 @@ def _print_unforeseen(error: Exception) -> None:
 
 def _print_error(error: CkptError) -> None:
     say(error.fact, label="error: ", color="red", bold=True, err=True)
-    if error.path is not None:
-        say(str(error.path), label="  in: ", err=True)
+    if error.where is not None:
+        say(error.where, label="  in: ", err=True)
     if error.tensor is not None:
         say(str(error.tensor), label="  tensor: ", err=True)
     if error.hint:
@@ -139,7 +139,7 @@ def _as_json(error: CkptError) -> dict[str, Any]:
     return {
         "kind": type(error).__name__,
         "fact": error.fact,
-        "path": None if error.path is None else str(error.path),
+        "path": error.where,
         "tensor": error.tensor,
         "hint": error.hint,
         "exit_code": error.exit_code,

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ckpt_tools.text import nbytes_text as nbytes_text
 from ckpt_tools.text import neutral
 from ckpt_tools.text import printable as printable
 
@@ -91,15 +92,6 @@ def folded(text: str, width: int) -> str:
 def counted(count: int, noun: str) -> str:
     """A number of things: ``1 tensor``, ``2 tensors``."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
-
-
-def nbytes_text(nbytes: float) -> str:
-    """Bytes for a person, in decimal units as ``--max-shard-size`` takes them."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(nbytes) < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.3g} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.4g} TB"
 
 
 def count_text(count: int) -> str:

@@ -28,6 +28,7 @@ from ckpt_tools.storage.folders import folders_of
 from ckpt_tools.tensors.catalogue import Tensor
 from ckpt_tools.tensors.checkpoint import Checkpoint
 from ckpt_tools.tensors.deferred import settle
+from ckpt_tools.tensors.threads import threads_for
 from ckpt_tools.verification import verify
 from ckpt_tools.writing.bytes import Written
 from ckpt_tools.writing.delivery import Delivered, deliver
@@ -119,7 +120,8 @@ def run(sources: Sequence[Checkpoint], request: Request, prepare: Prepare, clock
     checks = _Checks()
     checks.add(file for source in sources for file in source.files)
     pending = prepare(sources, request)
-    settle(pending.tensors, request.workers)
+    held = (file for source in sources for file in source.files)
+    settle(pending.tensors, max(request.workers, threads_for(held)))
     suspicions = _suspicions(sources, request)
     clock.lap("read")
     checked = 0

@@ -7,7 +7,6 @@ line, the Python functions and :func:`ckpt_tools.training.save` all build a :cla
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from ckpt_tools.hub.sources import AssetOptions
 from ckpt_tools.model.combining import Combination
 from ckpt_tools.model.state import DTypeChoice
+from ckpt_tools.storage.addresses import PathLike, as_path
 from ckpt_tools.tensors.checkpoint import Checkpoint, Copy
 from ckpt_tools.tensors.dtypes import short_name
 from ckpt_tools.tensors.threads import default_workers
@@ -24,8 +24,6 @@ from ckpt_tools.writing.output import Progress, Writing
 
 if TYPE_CHECKING:
     from ckpt_tools.ranks import Ranks
-
-PathLike = str | os.PathLike[str]
 
 _PATHS = (
     *("config", "key_map", "tokenizer", "chat_template", "like"),
@@ -207,11 +205,6 @@ def requested(
         values["dtype"] = short_name(values["dtype"])
     values["workers"] = values.get("workers") or default_workers()
     return Request(command=command, output=Path(output), **values)
-
-
-def as_path(value: PathLike) -> Path:
-    """The path; the same object where it is one already, because it may be the path of a pool."""
-    return value if isinstance(value, Path) else Path(value)
 
 
 def paths_of(checkpoints: Sequence[PathLike | Checkpoint]) -> list[Path]:

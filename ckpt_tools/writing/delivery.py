@@ -20,6 +20,7 @@ import xxhash
 from ckpt_tools._version import __version__
 from ckpt_tools.errors import DamagedCheckpoint, OutputFailed, RankFailed, listed
 from ckpt_tools.ranks import Ranks
+from ckpt_tools.storage.reading import slowest
 from ckpt_tools.tensors.checksums import ReadLog
 from ckpt_tools.writing import journal
 from ckpt_tools.writing.bytes import Written, laid_out, lay_out
@@ -94,7 +95,8 @@ def deliver(
             try:
                 directories = tuple(partial.path / output.folder for output in outputs)
                 noted = _laid_out(partial, directories, units)
-                job = Job(partial.home, directories, units, noted, writing.check_source)
+                reads = slowest(provenance.files())
+                job = Job(partial.home, directories, units, noted, writing.check_source, reads)
                 with writing.ranks.ending_all() if writing.ranks is not None else nullcontext():
                     if writing.ranks is not None:
                         # Units are most of the job, and all ranks hold them since they agreed on the plan.

@@ -21,7 +21,7 @@ import xxhash
 
 from ckpt_tools._version import __version__
 from ckpt_tools.errors import OutputFailed
-from ckpt_tools.storage.folders import local_paths
+from ckpt_tools.storage.folders import assets_near
 from ckpt_tools.tensors.catalogue import Catalogue, Stored, Tensor
 from ckpt_tools.tensors.checkpoint import LIVE, Checkpoint, Copy, Location
 from ckpt_tools.tensors.threads import pool
@@ -122,7 +122,7 @@ def _where(location: Location) -> dict[str, Any]:
     if location.format == LIVE:
         return {"path": None}
     path = str(location.directory.absolute())
-    folders = (str(folder.absolute()) for folder in local_paths(location.directory))
+    folders = (str(folder.absolute()) for folder in assets_near(location.directory))
     also = [folder for folder in folders if folder != path]
     return {"path": path, "also": also} if also else {"path": path}
 

@@ -16,6 +16,7 @@ from itertools import accumulate
 
 import xxhash
 
+from ckpt_tools.storage.places import Requests
 from ckpt_tools.tensors.gather import Slice
 from ckpt_tools.writing.layout import Plan, PlannedFile, Slot
 
@@ -132,9 +133,9 @@ class Units:
             yield index, range(first, last)
             first = last
 
-    def blocks(self, units: range) -> Iterator[Block]:
-        """Consecutive units in the largest runs that fit in a buffer of ``plan.block_bytes``."""
-        step = max(self.plan.block_bytes // self.nbytes, 1)
+    def blocks(self, units: range, block_bytes: int | None = None) -> Iterator[Block]:
+        """Consecutive units in the largest runs that fit in a buffer of ``block_bytes``."""
+        step = max((block_bytes or self.block_bytes) // self.nbytes, 1)
         first = units.start
         while first < units.stop:
             index, start, _ = self.span(first)
@@ -147,6 +148,16 @@ class Units:
     def block_bytes(self) -> int:
         """Bytes of the largest block."""
         return max(self.plan.block_bytes // self.nbytes, 1) * self.nbytes
+
+    def block_bytes_for(self, requests: Requests) -> int:
+        """Bytes of the largest block, of sources that are read by such requests.
+
+        A block keeps all requests of a thread under way, of sources with elements of twice the size.
+        """
+        if requests.at_once == 1:
+            return self.block_bytes
+        wanted = max(requests.nbytes * requests.at_once // 2, self.block_bytes)
+        return min(wanted, -(-self.plan.tensor_bytes // self.nbytes) * self.nbytes) or self.nbytes
 
     def _slices(self, index: int, start: int, stop: int) -> tuple[Slice, ...]:
         slices = []

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ckpt_tools.cli import options
+from ckpt_tools.cli import options, reporting
 from ckpt_tools.cli.outcome import reports_errors
 from ckpt_tools.cli.writing import write_directory
 
@@ -17,10 +17,11 @@ SUMMARY = "A PEFT adapter becomes a directory of its own."
 
 @click.command("extract-lora", cls=options.Command)
 @click.argument("ckpt", type=options.PATH)
-@click.argument("out", type=options.PATH)
+@click.argument("out", type=options.LOCAL)
 @options.of_adapter("Which adapter, where there are several; `all` writes each, in PEFT's folders.")
 @options.base_model
 @options.adapter_writing
+@reporting.page_with_statistics
 @reports_errors
 def command(ckpt: Path, out: Path, **asked: Any) -> None:
     """Write an adapter as a directory OUT, as PEFT's save_pretrained writes it.

@@ -15,6 +15,7 @@ from ckpt_tools.cli.signals import is_rank
 from ckpt_tools.cli.text import json_line, say
 from ckpt_tools.cli.usage import Unusable
 from ckpt_tools.cli.writing import show_report
+from ckpt_tools.storage.addresses import is_address
 
 if TYPE_CHECKING:
     from ckpt_tools.watching.events import Event, Tell
@@ -28,7 +29,7 @@ SUMMARY = "Each checkpoint of a training that runs becomes a directory."
 
 @click.command("watch", cls=options.Command)
 @click.argument("run", type=options.PATH)
-@click.argument("out", type=options.PATH)
+@click.argument("out", type=options.LOCAL)
 @options.option(
     "--once",
     is_flag=True,
@@ -90,7 +91,9 @@ SUMMARY = "Each checkpoint of a training that runs becomes a directory."
 @options.base_model
 @options.watch_writing
 @partial(reports_errors, goes_on=True)
-def command(run: Path, out: Path, quiet: bool, verbose: bool, as_json: bool, **asked: Any) -> None:
+def command(
+    run: Path | str, out: Path, quiet: bool, verbose: bool, as_json: bool, **asked: Any
+) -> None:
     """Convert each finished checkpoint of the training that writes to RUN, once and in order.
 
     RUN is the directory in which the checkpoints appear side by side. OUT gets a directory of the same name
@@ -107,6 +110,11 @@ def command(run: Path, out: Path, quiet: bool, verbose: bool, as_json: bool, **a
     if is_rank():
         raise Unusable(
             "watch is one process", hint="Start it without torchrun. Threads divide its work."
+        )
+    if is_address(run):
+        raise Unusable(
+            "a run in a store is not watched",
+            hint="Name a folder of this machine, or convert each checkpoint with ckpt-tools consolidate.",
         )
     context = click.get_current_context()
     if asked["lora"]:
