@@ -30,12 +30,13 @@ _RANKS = "ckpt_tools.ranks"
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def reports_errors(function: F, trouble: int = 1) -> F:
+def reports_errors(function: F, trouble: int = 1, goes_on: bool = False) -> F:
     """End the command with a message and the error's exit status instead of a traceback.
 
     Args:
         function: the command.
         trouble: the exit status after a failure that was not foreseen.
+        goes_on: whether the same command goes on where an interruption stopped it.
     """
 
     @functools.wraps(function)
@@ -53,11 +54,11 @@ def reports_errors(function: F, trouble: int = 1) -> F:
                 _print_error(error)
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
-            _say_what_is_left(kwargs.get("out"))
+            _say_what_is_left(kwargs.get("out"), goes_on)
             sys.exit(130)
         except SystemExit as end:
             if end.code in STATUSES:
-                _say_what_is_left(kwargs.get("out"))
+                _say_what_is_left(kwargs.get("out"), goes_on)
             raise
         except BrokenPipeError:
             # The reader of our output is gone (`ckpt-tools inspect | head`).
@@ -83,11 +84,14 @@ def _is_told_elsewhere(by_default: bool = False) -> bool:
     return by_default if told is None else told
 
 
-def _say_what_is_left(out: Path | str | None) -> None:
+def _say_what_is_left(out: Path | str | None, goes_on: bool) -> None:
     """Report what an interruption left behind; only one of several ranks reports it."""
     from ckpt_tools.writing.publish import how_to_go_on, leftovers
 
     if _is_told_elsewhere(by_default=is_later_rank()):
+        return
+    if goes_on:
+        say("Interrupted. The same command goes on where it was.", err=True)
         return
     left = leftovers(out) if isinstance(out, Path) else []
     kept = "".join(f". {how_to_go_on(path)}" for path in left) or "; nothing was left behind."

@@ -167,6 +167,10 @@ class LocalFile:
         """See :meth:`Readable.read_into`."""
         return os.preadv(self._fd, [view], offset)
 
+    def fileno(self) -> int:
+        """Its file descriptor."""
+        return self._fd
+
     def close(self) -> None:
         """See :meth:`Readable.close`."""
         fd, self._fd = self._fd, -1

@@ -26,9 +26,11 @@ from types import TracebackType
 
 from ckpt_tools.errors import OutputFailed
 from ckpt_tools.storage.places import LOCAL, Requests
+from ckpt_tools.storage.residence import Residence
 from ckpt_tools.tensors.checksums import ReadLog
 from ckpt_tools.tensors.gather import Gatherer
 from ckpt_tools.tensors.threads import MAX_WORKERS, casting_on_one_core, default_workers, pool
+from ckpt_tools.writing.behind import Behind
 from ckpt_tools.writing.layout import Plan
 from ckpt_tools.writing.units import Block, Units
 
@@ -114,7 +116,7 @@ def _make(path: Path, start: bytes, size: int) -> None:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
             os.ftruncate(fd, size)
-            _write_all(fd, start, 0, path)
+            write_all(fd, start, 0, path)
             os.fsync(fd)
         finally:
             os.close(fd)
@@ -126,16 +128,20 @@ class Outputs:
     """The open files of one plan. Close it after use."""
 
     def __init__(self, plan: Plan, directory: Path) -> None:
-        _allow_open_files(len(plan.files))
+        _allow_open_files(2 * len(plan.files))
         self._directory = directory
         self._stack = ExitStack()
         self._fds: list[int] = []
+        self._behind: list[Behind] = []
         self._turns = [threading.Lock() for _ in plan.files]
         try:
             for file in plan.files:
                 fd = os.open(directory / file.name, os.O_RDWR | os.O_CLOEXEC)
                 self._stack.callback(os.close, fd)
                 self._fds.append(fd)
+                behind = Behind(directory / file.name)
+                self._stack.callback(behind.close)
+                self._behind.append(behind)
         except OSError as error:
             self._stack.close()
             raise refused(error, directory) from error
@@ -156,7 +162,11 @@ class Outputs:
     def write(self, file: int, data: memoryview, offset: int) -> None:
         """Write ``data`` at byte ``offset`` of file number ``file``, when no other thread writes there."""
         with self._turns[file]:
-            _write_all(self._fds[file], data, offset, self._directory)
+            write_all(self._fds[file], data, offset, self._directory)
+        try:
+            self._behind[file].wrote(offset, len(data))
+        except OSError as error:
+            raise refused(error, self._directory) from error
 
     def read(self, file: int, into: memoryview, offset: int) -> bool:
         """Fill ``into`` from byte ``offset`` of file number ``file``; False where the disk cannot."""
@@ -183,6 +193,11 @@ class Outputs:
                 list(threads.map(os.fsync, fds))
         except OSError as error:
             raise refused(error, self._directory) from error
+
+    def drop(self, files: Iterable[int]) -> None:
+        """Let the page cache forget these files, which were synced."""
+        for file in files:
+            self._behind[file].synced()
 
 
 def _allow_open_files(count: int) -> None:
@@ -230,12 +245,13 @@ def write(
     blocks = _Shared(units, todo, block_bytes)
     stop = threading.Event()
     touched: set[int] = set()
+    residence = Residence()
 
     def work() -> tuple[int, int, ReadLog | None]:
         buffer = bytearray(block_bytes)
         done = 0
         own = None if log is None else ReadLog()
-        with Gatherer(own) as gatherer:
+        with Gatherer(own, residence) as gatherer:
             block: Block | None = None
             while not stop.is_set() and (block := blocks.take(block)) is not None:
                 if ended is not None and ended.is_set():
@@ -263,6 +279,7 @@ def write(
         done = [job.result() for job in jobs]
     moved = time.monotonic()
     outputs.sync(touched)
+    outputs.drop(touched)
     for _, _, own in done:
         if log is not None and own is not None:
             log.include(own)
@@ -325,7 +342,8 @@ class _Shared:
         return min(self._blocks, key=self._threads.__getitem__) if first is None else first
 
 
-def _write_all(fd: int, data: bytes | memoryview, offset: int, path: Path) -> None:
+def write_all(fd: int, data: bytes | memoryview, offset: int, path: Path) -> None:
+    """Write all of ``data`` at byte ``offset``; raises OutputFailed."""
     view = memoryview(data)
     while view:
         try:

@@ -67,7 +67,7 @@ class Units:
         self.nbytes = nbytes
         counts = [_units_of(file, nbytes) for file in plan.files]
         self._bases = [0, *accumulate(counts)]
-        self._data = [0, *accumulate(file.size - len(file.header) for file in plan.files)]
+        self._data = [0, *accumulate(file.end - len(file.header) for file in plan.files)]
         self._offsets = [[slot.offset for slot in file.slots] for file in plan.files]
 
     def __len__(self) -> int:
@@ -79,7 +79,7 @@ class Units:
         file = self.plan.files[index]
         number = unit - self._bases[index] + len(file.header) // self.nbytes
         start = max(number * self.nbytes, len(file.header))
-        return index, start, min((number + 1) * self.nbytes, file.size)
+        return index, start, min((number + 1) * self.nbytes, file.end)
 
     def share(self, rank: int, machines: Sequence[int]) -> range:
         """The units that one of several ranks writes: consecutive, with the same number of bytes.
@@ -206,7 +206,7 @@ class Units:
             header = len(file.header)
             shift = self._bases[index] - header // self.nbytes
             before, at = -1, 0
-            for slot, low, _ in self._pieces(index, header, file.size):
+            for slot, low, _ in self._pieces(index, header, file.end):
                 unit = low // self.nbytes + shift
                 before, at = unit, at + DIGEST_BYTES if unit == before else 0
                 pieces[slot.name] += digests[unit][at : at + DIGEST_BYTES]
@@ -219,4 +219,4 @@ def _joined(pieces: bytearray) -> bytes:
 
 def _units_of(file: PlannedFile, nbytes: int) -> int:
     first = len(file.header) // nbytes
-    return -(-file.size // nbytes) - first if file.size > len(file.header) else 0
+    return -(-file.end // nbytes) - first if file.end > len(file.header) else 0

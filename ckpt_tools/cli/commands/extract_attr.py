@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ckpt_tools.cli import completing, options
+from ckpt_tools.cli import completing, options, reporting
 from ckpt_tools.cli.outcome import reports_errors
 from ckpt_tools.cli.usage import Unusable
 from ckpt_tools.cli.writing import write_directory
@@ -55,6 +55,7 @@ SUMMARY = "One attribute of a composite model becomes a directory of its own."
     help="The attribute, where it is not the first argument.",
 )
 @options.model_writing
+@reporting.page_with_statistics
 @reports_errors
 def command(attr: str, ckpt: Path, out: Path, **asked: Any) -> None:
     """Write one attribute ATTR of a composite model as a Hugging Face directory OUT.

@@ -1,4 +1,7 @@
-"""Owns what a command line may name: paths of this machine, and addresses of stores."""
+"""The value types of options: paths, addresses of stores, dtypes.
+
+:mod:`ckpt_tools.cli.options` has the options themselves.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import click
 from ckpt_tools.cli.usage import Unusable
 from ckpt_tools.errors import UsageError
 from ckpt_tools.storage.addresses import is_address, parsed
+from ckpt_tools.tensors.dtypes import short_name
 
 
 class Place(click.Path):
@@ -40,6 +44,14 @@ class LocalPath(Place):
                 hint="Name a file or folder of this machine.",
             )
         return super().convert(value, param, ctx)
+
+
+class DTypeName(click.Choice):  # type: ignore[type-arg]
+    """The dtype of an output: short names, and those of torch."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The short name."""
+        return super().convert(short_name(value), param, ctx)
 
 
 PATH = Place()
