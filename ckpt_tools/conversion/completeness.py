@@ -19,7 +19,7 @@ import xxhash
 
 from ckpt_tools.conversion.request import Request
 from ckpt_tools.errors import UsageError
-from ckpt_tools.storage.addresses import as_path
+from ckpt_tools.storage.naming import as_path
 from ckpt_tools.tensors.checkpoint import LIVE, Checkpoint
 from ckpt_tools.writing.manifest import NAME, SUMS_NAME
 from ckpt_tools.writing.output import Output

@@ -18,7 +18,8 @@ from ckpt_tools._version import __version__
 from ckpt_tools.conversion.report import Report
 from ckpt_tools.conversion.request import Request
 from ckpt_tools.errors import CkptError, UsageError
-from ckpt_tools.storage.addresses import Address, PathLike, as_path, parsed
+from ckpt_tools.storage.addresses import Address, PathLike, parsed
+from ckpt_tools.storage.naming import as_path
 from ckpt_tools.tensors.checkpoint import Checkpoint
 
 _MANIFEST = "ckpt_tools_manifest.json"

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ckpt_tools.errors import UsageError, listed
-from ckpt_tools.storage.addresses import as_path
+from ckpt_tools.storage.naming import as_path
 from ckpt_tools.storage.parts import Folder, StoreFolder, folder_of
 from ckpt_tools.storage.places import DirectoryPlace
 from ckpt_tools.storage.pool import Pool, PooledPath

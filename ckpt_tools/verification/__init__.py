@@ -19,7 +19,8 @@ from typing import Protocol, cast
 
 from ckpt_tools.errors import UsageError
 from ckpt_tools.ranks import Ranks
-from ckpt_tools.storage.addresses import as_path, is_address
+from ckpt_tools.storage.addresses import is_address
+from ckpt_tools.storage.naming import as_path
 from ckpt_tools.tensors.checkpoint import Checkpoint
 from ckpt_tools.tensors.threads import pool
 from ckpt_tools.verification.config import read_config

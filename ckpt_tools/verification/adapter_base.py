@@ -13,7 +13,7 @@ from typing import Any
 
 from ckpt_tools.errors import CkptError
 from ckpt_tools.readers.containers.weight_files import entry_in, read_weight_files
-from ckpt_tools.storage.addresses import as_path
+from ckpt_tools.storage.naming import as_path
 from ckpt_tools.verification.directory import CONFIG
 
 _FILES = ("model.safetensors", "pytorch_model.bin")

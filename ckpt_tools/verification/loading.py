@@ -17,7 +17,7 @@ from typing import Any
 
 from ckpt_tools.hub.adapter_config import NAME as ADAPTER_CONFIG
 from ckpt_tools.hub.reference.process import failure_of, run_child
-from ckpt_tools.storage.addresses import as_path
+from ckpt_tools.storage.naming import as_path
 from ckpt_tools.verification.adapter_base import find_base
 from ckpt_tools.verification.container import Entry
 from ckpt_tools.verification.directory import CONFIG, Directory

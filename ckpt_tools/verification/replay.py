@@ -15,7 +15,8 @@ from typing import Any
 from ckpt_tools import readers
 from ckpt_tools.errors import CkptError, DamagedCheckpoint
 from ckpt_tools.readers.opening import open_weights
-from ckpt_tools.storage.addresses import as_path, is_address
+from ckpt_tools.storage.addresses import is_address
+from ckpt_tools.storage.naming import as_path
 from ckpt_tools.tensors.catalogue import Tensor
 from ckpt_tools.tensors.checkpoint import Checkpoint, Copy
 from ckpt_tools.tensors.derived import cast

@@ -189,7 +189,7 @@ def test_the_files_of_the_aws_command_line_are_read(
 
 
 def test_inspect_asks_for_metadata_alone(store: S3) -> None:
-    from ckpt_tools.storage.addresses import as_path
+    from ckpt_tools.storage.naming import as_path
     from ckpt_tools.storage.remote.trees import StoreTree
 
     address = store.put(ZERO3 / "checkpoint", "metadata")
