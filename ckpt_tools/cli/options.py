@@ -220,6 +220,28 @@ _ADAPTERS: dict[str, Decorator[Any]] = {
     "resume": option(
         "--resume", is_flag=True, help="Continue what an earlier run that failed has left."
     ),
+    "scratch": option(
+        "--scratch",
+        group=WRITE,
+        type=LOCAL,
+        metavar="DIR",
+        help="Where an OUT that is an address is made before it is uploaded.",
+    ),
+    "push_to_hub": option(
+        "--push-to-hub",
+        group=WRITE,
+        metavar="ORG/REPO",
+        help="Upload OUT to this repository of the Hub too, as one commit.",
+    ),
+    "revision": option(
+        "--revision",
+        group=WRITE,
+        metavar="R",
+        help="With --push-to-hub: the branch. Default: main.",
+    ),
+    "private": option(
+        "--private", group=WRITE, is_flag=True, help="Make a new repository of the Hub private."
+    ),
     "workers": workers,
     "no_cache": no_cache,
     "timeout": timeout,

@@ -101,7 +101,8 @@ def read_container(directory: Path, file: str, findings: Findings) -> Container 
     """
     try:
         with (directory / file).open("rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
+            size = stream.seek(0, os.SEEK_END)
+            stream.seek(0)
             start = stream.read(64)
             length = int.from_bytes(start[:8], "little")
             stream.seek(8)
