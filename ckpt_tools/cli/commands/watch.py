@@ -15,7 +15,6 @@ from ckpt_tools.cli.signals import is_rank
 from ckpt_tools.cli.text import json_line, say
 from ckpt_tools.cli.usage import Unusable
 from ckpt_tools.cli.writing import show_report
-from ckpt_tools.storage.addresses import is_address
 
 if TYPE_CHECKING:
     from ckpt_tools.watching.events import Event, Tell
@@ -110,11 +109,6 @@ def command(
     if is_rank():
         raise Unusable(
             "watch is one process", hint="Start it without torchrun. Threads divide its work."
-        )
-    if is_address(run):
-        raise Unusable(
-            "a run in a store is not watched",
-            hint="Name a folder of this machine, or convert each checkpoint with ckpt-tools consolidate.",
         )
     context = click.get_current_context()
     if asked["lora"]:
