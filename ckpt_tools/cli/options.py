@@ -276,6 +276,12 @@ _MODELS: dict[str, Decorator[Any]] = {
         help="olmo: greedy, no bos, <|im_end|> and <|endoftext|> end a text. auto: olmo for OLMo chat models "
         "whose tokenizer has both tokens, else the source's own.",
     ),
+    "compat": option(
+        "--compat",
+        group=ASSETS,
+        type=click.Choice(["transformers-4"]),
+        help="Write config, tokenizer and processor files that transformers 4.57 reads as well as 5.",
+    ),
     "card": option(
         "--no-card",
         "card",
@@ -301,25 +307,25 @@ _OF_ONE = {"tag", "also", "node_local", "dry_run", "resume", "skip_complete", "t
 
 def adapter_writing(function: F) -> F:
     """The options of a command that writes adapters."""
-    return _all(_ADAPTERS.values(), function)
+    return added(_ADAPTERS.values(), function)
 
 
 def model_writing(function: F) -> F:
     """The options of a command that writes a model directory."""
-    return _all((_ADAPTERS | _MODELS).values(), function)
+    return added((_ADAPTERS | _MODELS).values(), function)
 
 
 def mean_writing(function: F) -> F:
     """Those of several checkpoints; ``--also`` would not say which one the folder belongs to."""
     options = _ADAPTERS | _MODELS
     del options["also"]
-    return _all(options.values(), function)
+    return added(options.values(), function)
 
 
 def watch_writing(function: F) -> F:
     """Those of a command that converts one checkpoint after the other."""
     options = _ADAPTERS | _MODELS
-    return _all((add for name, add in options.items() if name not in _OF_ONE), function)
+    return added((add for name, add in options.items() if name not in _OF_ONE), function)
 
 
 base_model = option(
@@ -330,35 +336,8 @@ base_model = option(
 )
 
 
-def of_adapter(adapter_help: str) -> Callable[[F], F]:
-    """The options that name an adapter and its config."""
-    options = (
-        option(
-            "--adapter",
-            group=READ,
-            metavar="NAME",
-            shell_complete=completing.adapters,
-            help=adapter_help,
-        ),
-        option(
-            "--adapter-config",
-            group=READ,
-            type=PATH,
-            metavar="FILE|DIR",
-            help="The adapter's adapter_config.json. Default: near the checkpoint.",
-        ),
-        option(
-            "--lora-alpha",
-            group=READ,
-            type=float,
-            metavar="X",
-            help="lora_alpha of the training run, where no config says it.",
-        ),
-    )
-    return lambda function: _all(options, function)
-
-
-def _all(options: Iterable[Decorator[F]], function: F) -> F:
+def added(options: Iterable[Decorator[F]], function: F) -> F:
+    """A command with further options, listed in this order."""
     for add in reversed(tuple(options)):
         function = add(function)
     return function

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from ckpt_tools.hub.sources import AssetOptions
+from ckpt_tools.hub.sources import AssetOptions, Compat
 from ckpt_tools.model.combining import Combination
 from ckpt_tools.model.state import DTypeChoice
 from ckpt_tools.storage.addresses import PathLike, as_path
@@ -156,6 +156,7 @@ class _OfModels(TypedDict, total=False):
 
     key_map: PathLike | None
     generation_config: str
+    compat: Compat | None
     like: PathLike | None
     max_shard_size: int | str
     weights_only: bool
