@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckpt_tools.cli import completing, options
+from ckpt_tools.cli.adapter_options import base_model, of_adapter
 from ckpt_tools.cli.outcome import reports_errors
 from ckpt_tools.cli.progress import shown_progress
 from ckpt_tools.cli.signals import is_rank
@@ -86,8 +87,8 @@ SUMMARY = "Each checkpoint of a training that runs becomes a directory."
 @options.option(
     "--lora", is_flag=True, group=options.READ, help="Write the adapter, as extract-lora does."
 )
-@options.of_adapter("With --lora: which adapter, where there are several; `all` writes each.")
-@options.base_model
+@of_adapter("With --lora: which adapter, where there are several; `all` writes each.")
+@base_model
 @options.watch_writing
 @partial(reports_errors, goes_on=True)
 def command(
