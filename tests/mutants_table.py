@@ -1004,6 +1004,30 @@ _ASSETS = (
 
 _WRITING = (
     _mutant(
+        "torch-container-checksum-first",
+        "writing/torch_container.py",
+        "        yield self.end, self._directory(crcs)\n",
+        "        yield self.end, self._directory([0 for _ in crcs])\n",
+        "the records of a torch file have no checksums in the directory",
+        "writing/test_torch_container.py",
+    ),
+    _mutant(
+        "torch-container-unaligned",
+        "writing/torch_container.py",
+        "-(-first // _ALIGNMENT) * _ALIGNMENT",
+        "first",
+        "the data of a torch file lies where it cannot be mapped",
+        "writing/test_torch_container.py",
+    ),
+    _mutant(
+        "complete-without-sizes",
+        "conversion/completeness.py",
+        'if not file.is_file() or file.stat().st_size != record["bytes"]:',
+        "if not file.is_file():",
+        "an output that was cut off counts as complete",
+        "conversion/test_completeness.py",
+    ),
+    _mutant(
         "plan-header-unaligned",
         "writing/header.py",
         'text += b" " * (-(8 + len(text)) % alignment)',
@@ -1669,6 +1693,57 @@ _CLI = (
     ),
 )
 
+_WATCHING = (
+    _mutant(
+        "watch-latest-is-enough",
+        "watching/finished.py",
+        "    if latest == name:\n        return Judgement(State.SETTLING,",
+        "    if latest == name:\n        return Judgement(State.FINISHED,",
+        "a save whose other ranks still write is read when rank 0 has written latest",
+        "watching/test_finished.py",
+    ),
+    _mutant(
+        "watch-old-metadata",
+        "watching/finished.py",
+        "    if late <= 0:\n",
+        "    if late <= 2 * SKEW_NS:\n",
+        "a save that is written over an earlier one counts as finished",
+        "watching/test_finished.py",
+    ),
+    _mutant(
+        "watch-settling-is-finished",
+        "watching/watch.py",
+        "if not is_proven and not self._stillness.stands(save, now) and not self._is_done(save):",
+        "if False:",
+        "a save whose files do not stand still yet is read",
+        "watching/test_watch.py",
+    ),
+    _mutant(
+        "watch-prunes-latest",
+        "watching/pruning.py",
+        "        elif save.name == look.latest:\n",
+        "        elif False:\n",
+        "the save that training resumes from is removed",
+        "watching/test_watch.py",
+    ),
+    _mutant(
+        "watch-prunes-unproven",
+        "watching/pruning.py",
+        "    if doubts:\n",
+        "    if False:\n",
+        "a save is removed though its output differs from it",
+        "watching/test_watch.py",
+    ),
+    _mutant(
+        "watch-command-again",
+        "watching/watch.py",
+        "        if record is None:\n            return self.records.is_written(save)\n",
+        "        if record is None:\n            return False\n",
+        "an output whose command was not run is converted again, and refused because it exists",
+        "watching/test_watch.py",
+    ),
+)
+
 MUTANTS = (
     *_READERS,
     *_TENSORS,
@@ -1678,6 +1753,7 @@ MUTANTS = (
     *_WRITING,
     *_RANKS,
     *_TRAINING,
+    *_WATCHING,
     *_VERIFICATION,
     *_ANALYSIS,
     *_CLI,
