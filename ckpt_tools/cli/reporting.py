@@ -127,5 +127,5 @@ def write_page(file: Path, made: Page) -> None:
         raise OutputFailed(
             f"the page cannot be written ({error.strerror})",
             path=file,
-            hint="The output is complete. Run ckpt-tools verify with --report for a page of it.",
+            hint="All else is done. Name a file in a directory that exists and can be written.",
         ) from error

@@ -73,10 +73,9 @@ def _section(
 ) -> Section:
     title = str(one.directory)
     if one.verdict is None:
-        error = one.error or CkptError("it was not checked")
-        notice = Notice(
-            "error", "could not be checked", error.fact, str(error.path or ""), error.hint or ""
-        )
+        error = one.error
+        fact, where, hint = ("", "", "") if error is None else (error.fact, error.path, error.hint)
+        notice = Notice("error", "could not be checked", fact, str(where or ""), hint or "")
         return Section(title, "error", "Could not be checked", notices=[notice])
     verdict = one.verdict
     try:
