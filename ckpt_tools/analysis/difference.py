@@ -13,13 +13,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby, product
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckpt_tools.analysis.change import Sums, Tolerance, measure
 from ckpt_tools.errors import AmbiguousCheckpoint, UsageError
 from ckpt_tools.model.matching import Matched, Side, Weights, alike, match, side_of
 from ckpt_tools.readers.opening import FILE, open_weights
+from ckpt_tools.storage.addresses import as_path
 from ckpt_tools.tensors.catalogue import Tensor
 from ckpt_tools.tensors.checkpoint import Checkpoint
 from ckpt_tools.tensors.deferred import settle
@@ -253,7 +253,7 @@ def _opened(checkpoint: PathLike | Checkpoint, tag: str | None, side: str) -> Ch
     if isinstance(checkpoint, Checkpoint):
         return checkpoint
     try:
-        return open_weights(Path(checkpoint), tag)
+        return open_weights(as_path(checkpoint), tag)
     except AmbiguousCheckpoint as error:
         if error.hint is not None:
             # This command has a tag option for each side.

@@ -52,7 +52,7 @@ def _writable(_: click.Context, __: click.Parameter, file: Path | None) -> Path 
 page = options.option(
     "--report",
     group=options.WRITE,
-    type=options.PATH,
+    type=options.LOCAL,
     metavar="FILE",
     callback=_writable,
     is_eager=True,

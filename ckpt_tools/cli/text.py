@@ -62,6 +62,11 @@ def json_text(value: Any) -> str:
     return json.dumps(value, indent=2).replace("##", "#\\u0023") + "\n"
 
 
+def json_line(value: Any) -> str:
+    """A value as JSON on one line, which is no command to a workflow's runner."""
+    return json.dumps(value).replace("##", "#\\u0023")
+
+
 def drawn(draw: Callable[[Console], None]) -> str:
     """The text that a function draws on a console as wide as the terminal, or as a log."""
     from rich.console import Console

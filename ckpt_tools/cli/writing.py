@@ -27,8 +27,6 @@ def write_directory(
     **options: Any,
 ) -> None:
     """Carry out ``convert``, print what was done, and write the page for a browser."""
-    from ckpt_tools.page.conversion import page_of_conversion
-
     if report is not None:
         reporting.refuse_misplaced(report)
     ranks = joined_ranks(timeout)
@@ -40,10 +38,10 @@ def write_directory(
     if as_json:
         print_json(done.to_json())
     elif not quiet:
-        _show(done)
-        if verbose:
-            _show_details(done)
+        show_report(done, verbose)
     if report is not None:
+        from ckpt_tools.page.conversion import page_of_conversion
+
         with shown_progress(quiet or as_json or not statistics, "reading") as progress:
             page = page_of_conversion(
                 done,
@@ -56,11 +54,21 @@ def write_directory(
         reporting.write_page(report, page)
 
 
+def show_report(report: Report, verbose: bool) -> None:
+    """Print what was done."""
+    _show(report)
+    if verbose and not report.complete:
+        _show_details(report)
+
+
 def _show(report: Report) -> None:
     for note in report.notes:
         say(f"note: {note}")
     for warning in report.warnings:
         say(warning, label="warning: ", color="yellow", err=True)
+    if report.complete:
+        say(f"{report.output} is complete, written by the same request. Nothing was done.")
+        return
     if report.dry_run:
         for file in report.plan:
             tensors = counted(len(file["tensors"]), "tensor")

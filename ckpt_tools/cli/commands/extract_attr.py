@@ -12,6 +12,7 @@ from ckpt_tools.cli import completing, options, reporting
 from ckpt_tools.cli.outcome import reports_errors
 from ckpt_tools.cli.usage import Unusable
 from ckpt_tools.cli.writing import write_directory
+from ckpt_tools.storage.addresses import is_address
 
 
 def _told_apart(context: click.Context, _: click.Parameter, words: tuple[Path, ...]) -> None:
@@ -25,7 +26,7 @@ def _told_apart(context: click.Context, _: click.Parameter, words: tuple[Path, .
     if asked.get("attr") is None or len(words) != 2:
         raise click.UsageError("the arguments are ATTR CKPT OUT, or CKPT OUT with --attr", context)
     attr, ckpt, out = asked["attr"], *words
-    if Path(attr).exists() and not ckpt.exists():
+    if Path(attr).exists() and not is_address(str(ckpt)) and not Path(ckpt).exists():
         raise Unusable(
             f"the attribute is the first argument, and {attr} is a path",
             hint=f"Type: ckpt-tools extract-attr {ckpt} {attr} {out}",

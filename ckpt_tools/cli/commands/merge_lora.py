@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from ckpt_tools.cli import options, reporting
+from ckpt_tools.cli.adapter_options import of_adapter
 from ckpt_tools.cli.outcome import reports_errors
 from ckpt_tools.cli.writing import write_directory
 
@@ -17,8 +18,8 @@ SUMMARY = "A LoRA adapter and its base become one model."
 
 @click.command("merge-lora", cls=options.Command)
 @click.argument("ckpt", type=options.PATH)
-@click.argument("out", type=options.PATH)
-@options.of_adapter("Which adapter, where there are several; or several with weights: a=0.7,b=0.3.")
+@click.argument("out", type=options.LOCAL)
+@of_adapter("Which adapter, where there are several; or several with weights: a=0.7,b=0.3.")
 @options.option(
     "--combination",
     group=options.READ,

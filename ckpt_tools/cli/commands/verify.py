@@ -88,7 +88,7 @@ SUMMARY = "Everything that is wrong with a finished directory."
 @options.option(
     "--output",
     group=options.WRITE,
-    type=options.PATH,
+    type=options.LOCAL,
     metavar="FILE",
     help="Write the report to FILE: JSON for .json, JUnit for .xml, otherwise --format. stdout then shows "
     "text, or the annotations.",
