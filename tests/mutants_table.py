@@ -1744,7 +1744,59 @@ _WATCHING = (
     ),
 )
 
+_PAGE = (
+    _mutant(
+        "page-markup-in-data",
+        "page/rendering.py",
+        'for character in "<>&":',
+        'for character in "":',
+        "a name ends the script that holds the cells of a table",
+        "page/test_rendering.py",
+    ),
+    _mutant(
+        "page-escapes-shown",
+        "page/rendering.py",
+        "value if isinstance(value, Markup) else printable(str(value))",
+        "value",
+        "characters that are not printable reach the page",
+        "page/test_rendering.py",
+    ),
+    _mutant(
+        "page-digest-of-style",
+        "page/rendering.py",
+        "script_digest=_digest(script)",
+        "script_digest=_digest(style)",
+        "the policy of the page does not allow its own script",
+        "page/test_rendering.py",
+    ),
+    _mutant(
+        "page-digests-by-name",
+        "page/weights.py",
+        'digests.get((entry.file, entry.name), "")',
+        "next(iter(digests.values()))",
+        "a tensor is shown with the digest of another",
+        "page/test_commands.py",
+    ),
+    _mutant(
+        "statistics-zeros-of-finite",
+        "analysis/statistics.py",
+        "        zeros=self.zeros + later.zeros,\n",
+        "        zeros=self.zeros,\n",
+        "zeros of later windows are not counted",
+        "analysis/test_statistics.py",
+    ),
+    _mutant(
+        "peft-types-half-installed",
+        "verification/peft_types.py",
+        "(ImportError, OSError, SyntaxError, ValueError, RecursionError)",
+        "(ImportError, OSError)",
+        "verify ends with a failure of its own where PEFT is damaged",
+        "test_packaging.py",
+    ),
+)
+
 MUTANTS = (
+    *_PAGE,
     *_READERS,
     *_TENSORS,
     *_TRANSFORMS,
