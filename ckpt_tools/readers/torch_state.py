@@ -13,13 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout
+from ckpt_tools.readers.containers.quantised_classes import quantised_remarks
 from ckpt_tools.readers.containers.restricted_pickle import Opaque, TensorRef
 from ckpt_tools.readers.containers.torch_file import TorchFile
-from ckpt_tools.readers.containers.weight_files import (
-    ADAPTER_FILES,
-    quantised_remarks,
-    tensors_of,
-)
+from ckpt_tools.readers.containers.weight_files import ADAPTER_FILES, tensors_of
 from ckpt_tools.tensors.checkpoint import Checkpoint, Location, Weight
 
 NAME = "torch"

@@ -13,10 +13,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from ckpt_tools.errors import listed
 from ckpt_tools.readers.containers.pickled import Opaque, TensorRef
 from ckpt_tools.readers.containers.subclasses import class_of
 from ckpt_tools.readers.containers.torch_file import stored
-from ckpt_tools.tensors.catalogue import Shape
+from ckpt_tools.tensors.catalogue import Shape, Tensor
 from ckpt_tools.tensors.dequantise import Dequantised, Setting, fits
 from ckpt_tools.tensors.dtypes import FLOAT32, DType
 
@@ -95,3 +96,13 @@ def _block(
         return None
     points = refs.get("zero_point")
     return tuple(block) if points is None or points.numel == math.prod(grid) else None
+
+
+def quantised_remarks(tensors: Mapping[str, Tensor | None]) -> tuple[str, ...]:
+    """What to say of quantised tensors among those that were read."""
+    names = [name for name, tensor in tensors.items() if isinstance(tensor, Dequantised)]
+    if not names:
+        return ()
+    return (
+        f"quantised by torchao, and read as the weights that its dequantize() gives: {listed(names)}",
+    )

@@ -41,8 +41,8 @@ _WRAPPERS = {
 _MOST_NESTED = 8
 _DENSE = "Call to_dense() on it in the training script, and save again."
 _DEQUANTIZE = (
-    "Load the file in Python with its library installed, replace the tensor by tensor.dequantize(), and save "
-    "the state dict again."
+    "Load the state dict in Python with its library installed (a distributed checkpoint into the quantised "
+    "model), replace each such tensor by tensor.dequantize(), and save it with torch.save."
 )
 _PLAIN = "Replace it by a plain tensor in the training script, and save the state dict again."
 _KINDS = {

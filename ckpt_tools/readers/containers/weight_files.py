@@ -16,6 +16,7 @@ from typing import Any
 
 from ckpt_tools.errors import CkptError, DamagedCheckpoint, listed
 from ckpt_tools.readers.containers.dtensor import whole_of
+from ckpt_tools.readers.containers.quantised_classes import quantised_remarks
 from ckpt_tools.readers.containers.restricted_pickle import TensorRef
 from ckpt_tools.readers.containers.safetensors_file import read_safetensors
 from ckpt_tools.readers.containers.torch_file import TorchFile
@@ -90,16 +91,6 @@ def read_weight_files(entry: Path) -> WeightFiles:
         return WeightFiles(tensors, ties, files, remarks=quantised_remarks(tensors))
     unlisted, remarks = _left_out(entry, files, {*tensors, *ties})
     return WeightFiles(tensors, ties, files, unlisted, (*quantised_remarks(tensors), *remarks))
-
-
-def quantised_remarks(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """What to say of quantised tensors among those of a file."""
-    names = [name for name, tensor in tensors.items() if isinstance(tensor, Dequantised)]
-    if not names:
-        return ()
-    return (
-        f"quantised by torchao, and read as the weights that its dequantize() gives: {listed(names)}",
-    )
 
 
 def _left_out(

@@ -1,4 +1,4 @@
-"""torchao's quantised tensors in a file of torch, against what torchao's own ``dequantize()`` gave."""
+"""torchao's quantised tensors, against what torchao's own ``dequantize()`` gave."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from tests.support.readers.contract import assert_same
 
 CASE = Path(__file__).resolve().parents[3] / "fixtures" / "torchao" / "quantised-classes"
 FILE = CASE / "checkpoint" / "model.pt"
+DCP = CASE.parent / "quantised-dcp" / "checkpoint"
 
 
 @pytest.fixture
@@ -24,10 +25,12 @@ def value() -> Any:
     return TorchFile(FILE).load()["int8_groups_bfloat16.weight"]
 
 
-def test_the_weights_are_those_that_torchao_dequantises(tmp_path: Path) -> None:
-    report = consolidate(FILE, tmp_path / "out", weights_only=True, dtype="keep")
+@pytest.mark.parametrize("path", [FILE, DCP], ids=["file", "dcp"])
+def test_the_weights_are_those_that_torchao_dequantises(path: Path, tmp_path: Path) -> None:
+    report = consolidate(path, tmp_path / "out", weights_only=True, dtype="keep", verify=True)
 
-    truth = load_file(CASE / "truth" / "model.safetensors")
+    case = path if path.is_dir() else path.parent
+    truth = load_file(case.parent / "truth" / "model.safetensors")
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert found.keys() == truth.keys()
     for name, wanted in truth.items():
@@ -35,8 +38,9 @@ def test_the_weights_are_those_that_torchao_dequantises(tmp_path: Path) -> None:
     assert any("quantised by torchao" in warning for warning in report.warnings)
 
 
-def test_inspect_finds_nothing_odd_in_the_file() -> None:
-    assert inspect(FILE).problems == ()
+@pytest.mark.parametrize("path", [FILE, DCP], ids=["file", "dcp"])
+def test_inspect_finds_nothing_odd(path: Path) -> None:
+    assert inspect(path).problems == ()
 
 
 @pytest.mark.parametrize(
