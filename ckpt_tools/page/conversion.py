@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ckpt_tools.page.commands import shell_line
 from ckpt_tools.page.parts import Notice, Page, Section
 from ckpt_tools.page.weights import Progress, read_directory
+from ckpt_tools.storage.addresses import as_path
 from ckpt_tools.text import nbytes_text
 from ckpt_tools.verification.directory import MANIFEST, SHA256SUMS
 
@@ -44,7 +45,7 @@ def page_of_conversion(
         UsageError: the directory that was written cannot be listed.
     """
     weights = read_directory(
-        report.output, statistics=statistics, workers=workers, progress=progress
+        as_path(report.output), statistics=statistics, workers=workers, progress=progress
     )
     warnings = [Notice("warning", "warning", text) for text in report.warnings]
     problems = [*weights.notices, *warnings]
@@ -136,7 +137,7 @@ def _manifest(report: Report) -> dict[str, Any]:
     """The manifest of the directory, or of its first adapter."""
     for name in sorted(name for name in report.files if name.rpartition("/")[2] == MANIFEST):
         try:
-            content = json.loads((report.output / name).read_bytes())
+            content = json.loads((as_path(report.output) / name).read_bytes())
         except (OSError, ValueError):
             continue
         if isinstance(content, dict):
