@@ -28,6 +28,7 @@ from ckpt_tools.verification.directory import list_directory
 from ckpt_tools.verification.layout import read_weights
 from ckpt_tools.verification.like import refuse_no_model
 from ckpt_tools.verification.manifest import is_of_weights_alone, read_manifests
+from ckpt_tools.verification.other_readers import READERS
 from ckpt_tools.verification.problem import (
     KINDS,
     Findings,
@@ -55,6 +56,7 @@ def verify(
     workers: int | None = None,
     progress: Progress | None = None,
     ranks: Ranks | None = None,
+    readers: Sequence[str] = (),
 ) -> Verdict:
     """Check a finished directory.
 
@@ -73,13 +75,15 @@ def verify(
         workers: threads that read data; by default one for each processor, up to 16.
         progress: called with bytes done and bytes in all, while data is read.
         ranks: the ranks that make the same call together; they divide the bytes that are read.
+        readers: what else must read the directory: ``transformers-4``, ``vllm``, ``sglang``, ``llama.cpp``,
+            ``peft`` (its oldest supported version).
 
     Returns:
         All problems, what was checked, and what could not be checked.
 
     Raises:
-        UsageError: there is no such directory, ``like`` has no config, or ``also`` names no folders of a
-            checkpoint's path.
+        UsageError: there is no such directory or reader, ``like`` has no config, or ``also`` names no
+            folders of a checkpoint's path.
         CkptError: what to compare it with cannot be read, or another rank failed.
     """
     if also and (against is None or isinstance(against, Checkpoint)):
@@ -95,9 +99,13 @@ def verify(
         )
     if like is not None:
         refuse_no_model(like)
-    request = Request(
-        against, also, read_data, load, base, like, trust_remote_code, workers, progress, ranks
-    )
+    if unknown := [name for name in readers if name not in READERS]:
+        raise UsageError(
+            f"no rules for the reader {unknown[0]!r}",
+            hint=f"There are rules for {', '.join(READERS)}.",
+        )
+    options = (against, also, read_data, load, base, like, trust_remote_code)
+    request = Request(*options, workers, progress, ranks, readers)
     if ranks is None:
         return _verdict(as_path(directory), request)
     with ranks.session():

@@ -42,6 +42,7 @@ class Request:
     workers: int | None = None
     progress: Progress | None = None
     ranks: Ranks | None = None
+    readers: Sequence[str] = ()
 
 
 @dataclass

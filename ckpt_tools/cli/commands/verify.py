@@ -67,6 +67,14 @@ SUMMARY = "Everything that is wrong with a finished directory."
     help="Compare config, tokenizer, chat template and generation config with those of MODEL: the base, or "
     "the directory that the training run loaded.",
 )
+@options.option(
+    "--for",
+    "readers",
+    group=options.CHECK,
+    type=click.Choice(["transformers-4", "vllm", "sglang", "llama.cpp", "peft"]),
+    multiple=True,
+    help="What this reader will not take; repeatable. docs/verify.md lists the rules and versions.",
+)
 @options.option("--strict", group=options.CHECK, is_flag=True, help="Warnings fail too.")
 @options.option(
     "--trust-remote-code",
