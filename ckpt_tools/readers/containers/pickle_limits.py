@@ -147,14 +147,15 @@ def follow(file: io.BufferedIOBase | io.BytesIO) -> Followed:
         file.seek(start)
         data = file.read(window)
         try:
-            end, *facts = _follow(data)
+            end, is_odd, has_containers, shares = _follow(data)
             break
         except EOFError:
             if len(data) < window or window == _LARGEST_WINDOW:
                 raise
         window *= 4
     file.seek(start + end)
-    return Followed(data if end == len(data) else data[:end], *facts)
+    held = data if end == len(data) else data[:end]
+    return Followed(held, is_odd, has_containers, shares)
 
 
 def is_plain_key(key: object, depth: int = 4) -> bool:
