@@ -23,6 +23,7 @@ from ckpt_tools.errors import CkptError, UsageError
 from ckpt_tools.readers import dcp
 from ckpt_tools.readers.containers.torch_file import TorchFile
 from ckpt_tools.readers.dcp.metadata import is_dcp_directory, read_metadata
+from ckpt_tools.storage.regular import content_of
 from ckpt_tools.tensors.checkpoint import Checkpoint, Location
 
 NAME = "olmo-core"
@@ -194,7 +195,7 @@ def _block_kinds(model: Mapping[str, Any]) -> set[str]:
 def _object(path: Path) -> dict[str, Any]:
     """A JSON object; empty if the file cannot be read, because its facts are not essential."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(content_of(path).decode())
     except (OSError, ValueError):
         return {}
     return data if isinstance(data, dict) else {}

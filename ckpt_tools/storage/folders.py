@@ -16,6 +16,7 @@ from pathlib import Path
 from ckpt_tools.errors import UsageError, listed
 from ckpt_tools.storage.places import DirectoryPlace
 from ckpt_tools.storage.pool import Pool, PooledPath
+from ckpt_tools.storage.regular import content_of
 
 # A checkpoint's directory is at most this many levels below the directory that people name.
 _LEVELS = 3
@@ -170,7 +171,7 @@ def _below(root: Path, folder: Path, known: Sequence[DirectoryPlace]) -> Iterato
 
 def _latest(root: Path) -> str | None:
     try:
-        return (root / "latest").read_text(encoding="utf-8").strip()
+        return content_of(root / "latest").decode().strip()
     except (OSError, ValueError):
         return None
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_tools.errors import UsageError
+from ckpt_tools.storage.regular import content_of
 from ckpt_tools.storage.replaced import how_to_restore
 from ckpt_tools.verification.container import Container, Entry, parse_json
 from ckpt_tools.verification.problem import Findings
@@ -148,7 +149,7 @@ def read_object(
 ) -> dict[str, Any] | None:
     """The object in a JSON file; None, and a problem of ``kind``, if there is none."""
     try:
-        value, repeated = parse_json((directory.path / file).read_bytes().decode())
+        value, repeated = parse_json(content_of(directory.path / file).decode())
     except OSError as error:
         findings.add("file-unreadable", f"cannot be read ({error.strerror})", file=file)
         return None

@@ -17,6 +17,7 @@ from typing import Any
 
 from ckpt_tools.hub.adapter_config import NAME as ADAPTER_CONFIG
 from ckpt_tools.hub.reference.process import failure_of, run_child
+from ckpt_tools.storage.regular import content_of
 from ckpt_tools.verification.adapter_base import find_base
 from ckpt_tools.verification.container import Entry
 from ckpt_tools.verification.directory import CONFIG, Directory
@@ -80,7 +81,7 @@ def _load_adapter(
     path = directory.path / folder
     file = f"{folder}/{ADAPTER_CONFIG}".lstrip("/")
     try:
-        named = json.loads((path / ADAPTER_CONFIG).read_bytes()).get("base_model_name_or_path")
+        named = json.loads(content_of(path / ADAPTER_CONFIG)).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError):
         findings.skipped.append(f"loading ({file} cannot be read)")
         return
