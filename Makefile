@@ -13,6 +13,8 @@ LOAD ?= 0
 SECONDS ?= 600
 KILLS ?= 200
 FAULTS ?= 100
+# How many ranks of a torchrun it kills or stops; RANKS is that of `make bench`.
+RANKS_ENDED ?= 50
 
 # What `make bench` measures; kept in build/ for the next time.
 STAGE ?= 3
@@ -36,7 +38,8 @@ help:
 	@echo "make quick      the tests to run before each commit: every part of the package, under 90 s on two cores"
 	@echo "make test       run the whole test suite (JOBS=$(JOBS) processes; LOAD=2: beside two that burn the processor)"
 	@echo "make fuzz       feed hostile bytes to every reader for SECONDS=$(SECONDS); findings go to build/fuzz"
-	@echo "make faults     kill KILLS=$(KILLS) conversions, and let system calls fail in FAULTS=$(FAULTS) others"
+	@echo "make faults     kill KILLS=$(KILLS) conversions, and let system calls fail in FAULTS=$(FAULTS) others,"
+	@echo "                and kill or stop RANKS_ENDED=$(RANKS_ENDED) ranks under torchrun"
 	@echo "make lint       ruff and mypy"
 	@echo "make fix        let ruff repair and format what it can"
 	@echo "make docs       build the documentation as a site with search, in build/site"
@@ -75,7 +78,7 @@ fuzz: $(STAMP)
 	@$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
 
 faults: $(STAMP)
-	@$(BIN)/python -m tests.faults --kills $(KILLS) --faults $(FAULTS)
+	@$(BIN)/python -m tests.faults --kills $(KILLS) --faults $(FAULTS) --ranks $(RANKS_ENDED)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check --quiet && echo "ruff check: ok"

@@ -40,7 +40,6 @@ from ckpt_tools.model.merging import merged_state
 from ckpt_tools.model.quantised import KEY, plain_state, quantised_names, quantizer_of
 from ckpt_tools.model.shapes import with_shapes
 from ckpt_tools.model.state import State, cast_state, main_dtype, mean_state, model_state
-from ckpt_tools.storage.regular import content_of
 from ckpt_tools.tensors.catalogue import Catalogue, Tensor
 from ckpt_tools.tensors.checkpoint import Checkpoint
 from ckpt_tools.tensors.derived import cast
@@ -212,7 +211,7 @@ def read_key_map(path: Path | None) -> KeyMap | None:
     if path is None:
         return None
     try:
-        content = json.loads(content_of(path).decode())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(
             f"the key map cannot be read: {error}",
