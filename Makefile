@@ -19,6 +19,8 @@ LOAD ?= 0
 SECONDS ?= 600
 KILLS ?= 200
 FAULTS ?= 100
+# How many ranks of a torchrun it kills or stops; RANKS is that of `make bench`.
+RANKS_ENDED ?= 50
 
 # What `make bench` measures; kept in build/ for the next time.
 STAGE ?= 3
@@ -44,7 +46,8 @@ help:
 	@echo "make pythons    make quick with each of PYTHONS that this machine has, each in build/PYTHON"
 	@echo "make package    build the distributions into dist/ and check them with twine"
 	@echo "make fuzz       feed hostile bytes to every reader for SECONDS=$(SECONDS); findings go to build/fuzz"
-	@echo "make faults     kill KILLS=$(KILLS) conversions, and let system calls fail in FAULTS=$(FAULTS) others"
+	@echo "make faults     kill KILLS=$(KILLS) conversions, and let system calls fail in FAULTS=$(FAULTS) others,"
+	@echo "                and kill or stop RANKS_ENDED=$(RANKS_ENDED) ranks under torchrun"
 	@echo "make lint       ruff and mypy"
 	@echo "make fix        let ruff repair and format what it can"
 	@echo "make docs       build the documentation as a site with search, in build/site"
@@ -100,7 +103,7 @@ fuzz: $(STAMP)
 	@$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
 
 faults: $(STAMP)
-	@$(BIN)/python -m tests.faults --kills $(KILLS) --faults $(FAULTS)
+	@$(BIN)/python -m tests.faults --kills $(KILLS) --faults $(FAULTS) --ranks $(RANKS_ENDED)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check --quiet && echo "ruff check: ok"
