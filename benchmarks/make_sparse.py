@@ -1,4 +1,4 @@
-"""Writes a ZeRO-3 checkpoint of a huge model whose metadata is real and whose values are holes in sparse files.
+"""Writes a ZeRO-3 checkpoint of a huge model: its metadata is real, its values are holes in sparse files.
 
 Owns the huge models. The layout is that of `make_zero.py`. All ranks of such a run have the same metadata, so
 it is made once and saved under the name of each rank.

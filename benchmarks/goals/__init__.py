@@ -6,7 +6,7 @@
 from pathlib import Path
 from typing import Protocol
 
-from goals import cold, ranks, slow, start, whole
+from goals import cold, peers, ranks, slow, start, whole
 from goals.raw import Line
 from goals.simulated import Simulated
 
@@ -29,4 +29,5 @@ GROUPS: dict[str, tuple[Group, int]] = {
     "405B": (Simulated("405B", 1024), 1),
     "1T": (Simulated("1T", 2048), 1),
     "ranks": (ranks, 3),
+    "peers": (peers, 2),
 }

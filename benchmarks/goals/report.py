@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from compare import machine
-from goals.notes import BEFORE_AND_AFTER, MISSED, TRIED
+
 from goals.raw import Line
 
 TITLES = {
@@ -20,24 +20,27 @@ TITLES = {
     9: "torchrun",
     10: "Other tools on the same files",
 }
+INTRODUCTION = (
+    "`make bench` writes this page and the picture from its raw data in `build/bench`. Change "
+    "`benchmarks/goals/`, not the page. `benchmarks/README.md` says how it is measured."
+)
+MEANING = (
+    "Measurements are medians, with the smallest and the largest in brackets. A ratio is the median divided "
+    "by what it is compared with, or the inverse where it says *times as fast*."
+)
 BAR, LABEL, ROW = 360, 470, 22
 
 
 def write(directory: Path, lines: Sequence[Line]) -> None:
     """Write both files."""
-    shown = machine()
-    packages = ", ".join(f"{name} {number}" for name, number in shown["packages"].items())
     text = [
         "# Results",
         "",
-        "`make bench` writes this page and the picture from its raw data in `build/bench`. Change "
-        "`benchmarks/goals/`, not the page. `benchmarks/README.md` says how it is measured.",
+        INTRODUCTION,
         "",
-        f"Machine: {shown['cores']} cores, {shown['ram_gib']} GiB, Linux {shown['kernel'].partition('-')[0]}; "
-        f"Python {shown['python']}, {packages}.",
+        machine_text(),
         "",
-        "Seconds are medians, with the smallest and the largest in brackets. A ratio is the median divided by what "
-        "it is compared with, or the inverse where it says *times as fast*.",
+        MEANING,
         "",
         "![Ratios and their goals](results.svg)",
         "",
@@ -53,11 +56,22 @@ def write(directory: Path, lines: Sequence[Line]) -> None:
                 *map(row, own),
                 "",
             ]
-    text += ["## Before and after", "", BEFORE_AND_AFTER, "## What was tried", "", TRIED]
-    text += ["## What is missed, and why", "", MISSED]
+    # What measurements alone do not say: before and after, what was tried, why goals are missed.
+    text.append((Path(__file__).parent / "notes.md").read_text())
     (directory / "RESULTS.md").write_text("\n".join(text).rstrip() + "\n")
     (directory / "results.svg").write_text(
         picture([line for line in lines if line.ratio and goal_of(line)])
+    )
+
+
+def machine_text() -> str:
+    """The machine and the versions."""
+    shown = machine()
+    packages = ", ".join(f"{name} {number}" for name, number in shown["packages"].items())
+    kernel = shown["kernel"].partition("-")[0]
+    return (
+        f"Machine: {shown['cores']} cores, {shown['ram_gib']} GiB, Linux {kernel}; "
+        f"Python {shown['python']}, {packages}."
     )
 
 
@@ -95,12 +109,12 @@ def picture(lines: Sequence[Line]) -> str:
     """A bar for each ratio: its part of the largest that the goal allows; the line is the goal."""
     height = ROW * (len(lines) + 2)
     width = LABEL + BAR + 130
+    title = "Cost as a share of what the goal allows (line: all of it)"
+    size = f'width="{width}" height="{height}"'
     shapes = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" '
-        'font-size="12">',
-        f'<rect width="{width}" height="{height}" fill="white"/>',
-        f'<text x="8" y="{ROW - 6}" font-weight="bold">Cost as a share of what the goal allows (line: all of '
-        "it)</text>",
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">',
+        f'<rect {size} fill="white"/>',
+        f'<text x="8" y="{ROW - 6}" font-weight="bold">{title}</text>',
     ]
     for index, line in enumerate(lines):
         y = ROW * (index + 1) + 6
