@@ -18,6 +18,7 @@ import click
 
 from ckpt_tools._version import __version__
 from ckpt_tools.cli import commands
+from ckpt_tools.cli.reporting import TYPED
 from ckpt_tools.cli.signals import (
     STATUSES,
     end_on_signals,
@@ -36,6 +37,7 @@ _FIRST = (
     "extract-lora",
     "merge-lora",
     "average",
+    "watch",
     "verify",
     "diff",
     "interval",
@@ -84,6 +86,11 @@ class _Lazy(click.Group):
         command = _module(cmd_name).command
         assert isinstance(command, click.Command)
         return command
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Keep the words for whoever repeats the command line."""
+        ctx.meta[TYPED] = tuple(args)
+        return super().parse_args(ctx, args)
 
     def main(  # type: ignore[override]
         self, args: Sequence[str] | None = None, *, standalone_mode: bool = True, **extra: Any

@@ -28,9 +28,7 @@ from ckpt_tools.conversion.report import Report
 from ckpt_tools.conversion.request import (
     AdapterOptions,
     ModelOptions,
-    PathLike,
     Request,
-    as_path,
     paths_of,
     requested,
 )
@@ -42,6 +40,7 @@ from ckpt_tools.hub.tokenizer import find_tokenizer
 from ckpt_tools.model.combining import Combination
 from ckpt_tools.ranks import pooled_machines
 from ckpt_tools.readers.opening import open_weights
+from ckpt_tools.storage.addresses import PathLike, as_path
 from ckpt_tools.storage.folders import places_of, read_as_one
 from ckpt_tools.tensors.checkpoint import Checkpoint
 from ckpt_tools.writing.delivery import follow

@@ -37,6 +37,7 @@ class Report:
         notes: what was decided or changed.
         warnings: what to look at.
         dry_run: nothing was written.
+        complete: the output was complete before, by the same request; nothing was read or written.
         plan: of a dry run, each weight file with its bytes and tensors.
     """
 
@@ -59,6 +60,7 @@ class Report:
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     dry_run: bool = False
+    complete: bool = False
     plan: tuple[Mapping[str, Any], ...] = field(default=())
 
     def to_json(self) -> dict[str, Any]:

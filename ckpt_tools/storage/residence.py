@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 
 from ckpt_tools.storage.places import LocalFile, Readable
-from ckpt_tools.storage.pool import open_for_reading
+from ckpt_tools.storage.reading import open_for_reading
 
 # Dropping a shorter run costs more than it frees.
 _SHORTEST = 128 << 10

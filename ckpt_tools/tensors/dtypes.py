@@ -44,6 +44,9 @@ class DType:
     def __str__(self) -> str:
         return self.name
 
+    def __repr__(self) -> str:
+        return f"torch.{self.name}"
+
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy is the entry of the table itself."""
         return _named, (self.name,)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from ckpt_tools.errors import DamagedCheckpoint
 from ckpt_tools.storage.places import LOCAL, Readable, Requests
-from ckpt_tools.storage.pool import open_for_reading, requests_for
+from ckpt_tools.storage.reading import open_for_reading, requests_for
 from ckpt_tools.storage.residence import Residence
 from ckpt_tools.tensors.catalogue import Computed, Move, Tensor, row_major_strides, window_slabs
 from ckpt_tools.tensors.checksums import ReadLog

@@ -120,6 +120,11 @@ def _names_in_layout(
         name = hub_names.get(live, live) if found == "hub" else live
         if alias in state and alias not in known and name not in state:
             in_state[name] = in_state.pop(alias)
+    if found == "hub":
+        # Names that the hub's directories took over from the live model, before transformers renamed them.
+        for live, name in hub_names.items():
+            if live in state and live not in known and name not in state and live in in_state:
+                in_state[name] = in_state.pop(live)
     for alias, kept in (model.hub_ties if found == "hub" else model.ties).items():
         if kept not in in_state and alias in in_state:
             in_state[kept] = in_state[alias]

@@ -19,6 +19,7 @@ from typing import Protocol, cast
 
 from ckpt_tools.errors import UsageError
 from ckpt_tools.ranks import Ranks
+from ckpt_tools.storage.addresses import as_path
 from ckpt_tools.tensors.checkpoint import Checkpoint
 from ckpt_tools.tensors.threads import pool
 from ckpt_tools.verification.config import read_config
@@ -92,14 +93,14 @@ def verify(
         against, also, read_data, load, base, like, trust_remote_code, workers, progress, ranks
     )
     if ranks is None:
-        return _verdict(Path(directory), request)
+        return _verdict(as_path(directory), request)
     with ranks.session():
         if ranks.leads:
-            verdict = _verdict(Path(directory), request)
+            verdict = _verdict(as_path(directory), request)
             ranks.put("verdict", verdict)
             return verdict
         if read_data:
-            _help(Path(directory), ranks, workers)
+            _help(as_path(directory), ranks, workers)
         found: Verdict = ranks.get("verdict")
         return found
 
@@ -175,4 +176,4 @@ def _opened(checkpoint: str | Path | Checkpoint, also: Sequence[str | Path]) -> 
     from ckpt_tools.readers.opening import open_weights
     from ckpt_tools.storage.folders import read_as_one
 
-    return open_weights(read_as_one(Path(checkpoint), also))
+    return open_weights(read_as_one(as_path(checkpoint), also))

@@ -17,6 +17,7 @@ from typing import Any
 
 from ckpt_tools.hub.adapter_config import NAME as ADAPTER_CONFIG
 from ckpt_tools.hub.reference.process import failure_of, run_child
+from ckpt_tools.storage.addresses import as_path
 from ckpt_tools.verification.adapter_base import find_base
 from ckpt_tools.verification.container import Entry
 from ckpt_tools.verification.directory import CONFIG, Directory
@@ -35,7 +36,7 @@ def check(run: Run) -> None:
     """Load the directory, if that was asked for."""
     base = run.request.base
     if run.request.load:
-        check_loading(run.directory, run.findings, None if base is None else Path(base))
+        check_loading(run.directory, run.findings, None if base is None else as_path(base))
 
 
 def check_loading(directory: Directory, findings: Findings, base: Path | None = None) -> None:
@@ -62,7 +63,7 @@ def _load_model(directory: Directory, findings: Findings) -> None:
         findings.skipped.append("loading (there is no readable config)")
         return
     question = {
-        "directory": str(directory.path.resolve()),
+        "directory": os.fspath(directory.path.resolve()),
         "base": None,
         "trust_remote_code": directory.trust_remote_code,
     }
@@ -91,8 +92,8 @@ def _load_adapter(
         )
         return
     question = {
-        "directory": str(path.resolve()),
-        "base": str(found.resolve()),
+        "directory": os.fspath(path.resolve()),
+        "base": os.fspath(found.resolve()),
         "trust_remote_code": directory.trust_remote_code,
         "rows": _rows(
             tensors, r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|shared)\.weight$"
