@@ -5,6 +5,7 @@ python slow_place.py DIRECTORY
 
 from __future__ import annotations
 
+import shutil
 import sys
 import tempfile
 import time
@@ -25,7 +26,7 @@ from ckpt_tools.writing.units import Units
 from goals.raw import add
 from goals.slow import DELAY_SECONDS, DEPTHS, NAME, REQUEST_BYTES, WORKERS
 
-FILES, TENSORS = 8, 16
+FILES, TENSORS = 8, 64
 ROWS, WIDTH = 1024, 2048  # 8 MB a tensor, 1 MiB of it in each file
 
 
@@ -49,7 +50,7 @@ class Far:
     def __init__(self, root: Path, depth: int) -> None:
         self._place = DirectoryPlace(root)
         self.label = "a far place"
-        self.requests = Requests(REQUEST_BYTES, 64 << 10, depth)
+        self.requests = Requests(REQUEST_BYTES, 64 << 10, depth, WORKERS)
 
     def listing(self) -> Mapping[str, FileFacts]:
         return self._place.listing()
@@ -67,7 +68,8 @@ def measured(directory: Path) -> None:
         for number in range(FILES):
             torch.randn(part * TENSORS).numpy().tofile(root / f"{number}")
         for depth in DEPTHS:
-            pool = Pool(root, [Far(root, depth)])
+            place = Far(root, depth)
+            pool = Pool(root, [place])
             tensors = {
                 f"t{index:02}": Stored(
                     FLOAT32,
@@ -89,7 +91,8 @@ def measured(directory: Path) -> None:
             lay_out(layout, out)
             units = Units(layout)
             with Outputs(layout, out) as outputs:
-                done = write(units, outputs, [range(len(units))], workers=WORKERS)
+                done = write(units, outputs, [range(len(units))], requests=place.requests)
+            shutil.rmtree(out)
             rate = done.bytes_read / done.move_seconds
             print(f"depth {depth}: {rate / 1e6:.0f} MB/s", file=sys.stderr)
             add(NAME, [{"contender": f"{depth}", "rate": rate}])
