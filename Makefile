@@ -6,6 +6,12 @@ JOBS ?= 2
 # What pip takes for PyTorch before all else, such as the path of a CPU wheel; empty for what the index gives.
 TORCH ?=
 
+# What is installed of the package's extras.
+EXTRAS ?= dev
+
+# The interpreters of `make pythons`.
+PYTHONS ?= python3.10 python3.11 python3.12 python3.13
+
 # How many processes burn the processor beside the tests.
 LOAD ?= 0
 
@@ -29,12 +35,14 @@ PIP := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_D
 	$(BIN)/python -m pip
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo quick test fuzz faults lint fix docs pages bench clean distclean
+.PHONY: help venv demo quick test pythons package fuzz faults lint fix docs pages bench clean distclean
 
 help:
 	@echo "make demo       convert the shipped ZeRO-3 checkpoint, load the result, generate from it"
 	@echo "make quick      the tests to run before each commit: every part of the package, under 90 s on two cores"
 	@echo "make test       run the whole test suite (JOBS=$(JOBS) processes; LOAD=2: beside two that burn the processor)"
+	@echo "make pythons    make quick with each of PYTHONS that this machine has, each in build/PYTHON"
+	@echo "make package    build the distributions into dist/ and check them with twine"
 	@echo "make fuzz       feed hostile bytes to every reader for SECONDS=$(SECONDS); findings go to build/fuzz"
 	@echo "make faults     kill KILLS=$(KILLS) conversions, and let system calls fail in FAULTS=$(FAULTS) others"
 	@echo "make lint       ruff and mypy"
@@ -55,7 +63,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing pinned dependencies into $(VENV) (a minute or more; PyTorch is the largest) ..."
 	@$(PYTHON) -m venv $(VENV)
 	@test -z "$(TORCH)" || $(PIP) install -qq --no-deps $(TORCH)
-	@$(PIP) install -qq --constraint constraints.txt --editable '.[dev]'
+	@$(PIP) install -qq --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	@touch $@
 	@echo "Installed: $$($(BIN)/python --version), $$($(PIP) list --format=freeze | wc -l) packages."
 
@@ -68,6 +76,23 @@ quick: $(STAMP)
 test: $(STAMP)
 	@$(BIN)/python -m tests.support.loaded $(LOAD) \
 		$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
+
+# The environments have no linters, and no DeepSpeed, which is built from source.
+pythons:
+	@for python in $(PYTHONS); do \
+		if $$python -c '' 2>/dev/null; then \
+			$(MAKE) --no-print-directory quick VENV=build/$$python PYTHON=$$python \
+				EXTRAS=peft,plot,test,zstd || exit 1; \
+		else \
+			echo "$$python: not on this machine, so not run."; \
+		fi; \
+	done
+
+package: $(STAMP)
+	@$(PIP) install -qq --constraint constraints.txt --editable '.[package]'
+	@rm -rf dist
+	@$(BIN)/python -m build --outdir dist .
+	@$(BIN)/python -m twine check --strict dist/*
 
 fuzz: $(STAMP)
 	@$(PIP) install -qq --constraint constraints.txt --editable '.[fuzz]' || \

@@ -220,6 +220,28 @@ _ADAPTERS: dict[str, Decorator[Any]] = {
     "resume": option(
         "--resume", is_flag=True, help="Continue what an earlier run that failed has left."
     ),
+    "scratch": option(
+        "--scratch",
+        group=WRITE,
+        type=LOCAL,
+        metavar="DIR",
+        help="Where an OUT that is an address is made before it is uploaded.",
+    ),
+    "push_to_hub": option(
+        "--push-to-hub",
+        group=WRITE,
+        metavar="ORG/REPO",
+        help="Upload OUT to this repository of the Hub too, as one commit.",
+    ),
+    "revision": option(
+        "--revision",
+        group=WRITE,
+        metavar="R",
+        help="With --push-to-hub: the branch. Default: main.",
+    ),
+    "private": option(
+        "--private", group=WRITE, is_flag=True, help="Make a new repository of the Hub private."
+    ),
     "workers": workers,
     "no_cache": no_cache,
     "timeout": timeout,
@@ -326,14 +348,6 @@ def watch_writing(function: F) -> F:
     """Those of a command that converts one checkpoint after the other."""
     options = _ADAPTERS | _MODELS
     return added((add for name, add in options.items() if name not in _OF_ONE), function)
-
-
-base_model = option(
-    "--base-model",
-    group=READ,
-    metavar="NAME",
-    help="Name of the base, on the Hub or a directory, if no config states it.",
-)
 
 
 def added(options: Iterable[Decorator[F]], function: F) -> F:

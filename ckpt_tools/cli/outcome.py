@@ -83,7 +83,7 @@ def _is_told_elsewhere(by_default: bool = False) -> bool:
     return by_default if told is None else told
 
 
-def _say_what_is_left(out: Path | None, goes_on: bool) -> None:
+def _say_what_is_left(out: Path | str | None, goes_on: bool) -> None:
     """Report what an interruption left behind; only one of several ranks reports it."""
     from ckpt_tools.writing.publish import how_to_go_on, leftovers
 
@@ -92,7 +92,7 @@ def _say_what_is_left(out: Path | None, goes_on: bool) -> None:
     if goes_on:
         say("Interrupted. The same command goes on where it was.", err=True)
         return
-    left = leftovers(out) if out is not None else []
+    left = leftovers(out) if isinstance(out, Path) else []
     kept = "".join(f". {how_to_go_on(path)}" for path in left) or "; nothing was left behind."
     say(f"Interrupted{kept}", err=True)
 

@@ -41,7 +41,7 @@ def by_number(path: Path) -> tuple[int, str]:
 
 def searched(path: Path) -> list[str]:
     """Labels of all places that are searched for what is under a path; none for a plain path."""
-    if isinstance(path, PooledPath) and path.within is not None:
+    if is_joined(path) and isinstance(path, PooledPath) and path.within is not None:
         return [place.label for place in path.pool.places]
     return []
 

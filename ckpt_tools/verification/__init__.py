@@ -19,7 +19,7 @@ from typing import Protocol, cast
 
 from ckpt_tools.errors import UsageError
 from ckpt_tools.ranks import Ranks
-from ckpt_tools.storage.addresses import as_path
+from ckpt_tools.storage.addresses import as_path, is_address
 from ckpt_tools.tensors.checkpoint import Checkpoint
 from ckpt_tools.tensors.threads import pool
 from ckpt_tools.verification.config import read_config
@@ -86,6 +86,12 @@ def verify(
         raise UsageError(
             "also needs the checkpoint that the directory is compared with",
             hint="Name the path of that checkpoint with --against.",
+        )
+    if load and any(is_address(named) for named in (directory, base)):
+        raise UsageError(
+            "a directory in a store cannot be loaded with --load",
+            path=directory,
+            hint="Copy it into a folder of this machine for --load. All other checks read it where it lies.",
         )
     if like is not None:
         refuse_no_model(like)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_tools.hub.adapter_config import NAME as ADAPTER_CONFIG
-from ckpt_tools.hub.reference.process import failure_of, run_child
+from ckpt_tools.hub.reference.process import INSTALLED_BY, failure_of, is_installed, run_child
 from ckpt_tools.storage.addresses import as_path
 from ckpt_tools.verification.adapter_base import find_base
 from ckpt_tools.verification.container import Entry
@@ -78,6 +78,10 @@ def _load_adapter(
     base: Path | None,
     findings: Findings,
 ) -> None:
+    if not is_installed("peft"):
+        install = f'pip install "{INSTALLED_BY["peft"]}"'
+        findings.skipped.append(f"loading (the package `peft` is not installed: {install})")
+        return
     path = directory.path / folder
     file = f"{folder}/{ADAPTER_CONFIG}".lstrip("/")
     try:

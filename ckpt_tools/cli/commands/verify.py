@@ -160,6 +160,7 @@ def command(
             _write(output, _report(written, outcomes, strict))
     except OutputFailed as error:
         say(f"{error.path}: {error.fact}", label="error: ", color="red", bold=True, err=True)
+        say(error.hint or "", label="  next: ", err=True)
         status = UNCHECKED
     shown = "text" if output is not None and form in _DOCUMENTS else form
     if shown != "text" or not quiet:
@@ -209,4 +210,8 @@ def _write(output: Path, text: str) -> None:
     try:
         write_whole(output, text)
     except OSError as error:
-        raise OutputFailed(f"it cannot be written ({error.strerror})", path=output) from error
+        raise OutputFailed(
+            f"it cannot be written ({error.strerror})",
+            path=output,
+            hint="Name a file in a directory that exists and can be written.",
+        ) from error

@@ -30,6 +30,8 @@ _TAIL_BYTES = 64 << 10
 # The header of a record is shorter.
 _MIDDLE_BYTES = 4 << 10
 _LONGEST_BYTES = 8 << 20
+# What is longer is no metadata, or a pickle that is read once.
+_LONG_BYTES = 1 << 20
 _KEPT_BYTES = 64 << 20
 
 
@@ -85,6 +87,9 @@ class Ranges:
     def peek(self, path: str, view: memoryview, offset: int, facts: FileFacts) -> int:
         """Fill ``view`` with metadata, as far as one request goes; returns the number of bytes."""
         held = self._held(path, offset)
+        if held is None and len(view) >= _LONG_BYTES:
+            self.read(path, view, offset, facts)
+            return len(view)
         if held is None:
             start, stop = self._near(path, offset, len(view), facts.size)
             data = bytearray(stop - start)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ckpt_tools.errors import StoreFailed, UsageError
@@ -166,6 +167,16 @@ class Bucket:
         """See :meth:`Store.read`."""
         address = f"{self._root}/{path}"
         read_range(self._obstore, self._bucket, path, view, offset, facts, lambda: address)
+
+    def put(self, path: str, file: Path, part_bytes: int, parts_at_once: int) -> None:
+        """Write a file of this machine; it appears whole."""
+        self._obstore.put(
+            self._bucket, path, file, chunk_size=part_bytes, max_concurrency=parts_at_once
+        )
+
+    def remove(self, path: str) -> None:
+        """Remove a file."""
+        self._obstore.delete(self._bucket, path)
 
 
 def read_range(

@@ -122,6 +122,11 @@ def _tree_of(address: Address) -> StoreTree:
 _patience_seconds = 1800.0
 
 
+def patience() -> Patience:
+    """How long the requests of an upload are repeated."""
+    return Patience(_patience_seconds)
+
+
 def be_patient(seconds: float) -> None:
     """Set how long requests of stores that are opened from now on are repeated."""
     global _patience_seconds
