@@ -353,14 +353,6 @@ def watch_writing(function: F) -> F:
     return added((add for name, add in options.items() if name not in _OF_ONE), function)
 
 
-base_model = option(
-    "--base-model",
-    group=READ,
-    metavar="NAME",
-    help="Name of the base, on the Hub or a directory, if no config states it.",
-)
-
-
 def added(options: Iterable[Decorator[F]], function: F) -> F:
     """A command with further options, listed in this order."""
     for add in reversed(tuple(options)):

@@ -20,7 +20,8 @@ from typing import Any
 
 from ckpt_tools.errors import CkptError
 from ckpt_tools.readers.containers.weight_files import read_weight_files
-from ckpt_tools.tensors.catalogue import FlatRange, Stored
+from ckpt_tools.tensors.catalogue import FlatRange, Stored, Tensor
+from ckpt_tools.tensors.dequantise import Dequantised
 from ckpt_tools.tensors.dtypes import BY_SAFETENSORS_NAME, DType
 from ckpt_tools.verification.problem import Findings
 
@@ -279,8 +280,11 @@ def read_pickled(directory: Path, file: str, findings: Findings) -> dict[str, En
     }
 
 
-def _pickled_entry(name: str, tensor: Stored, file: str) -> Entry:
+def _pickled_entry(name: str, tensor: Tensor, file: str) -> Entry:
     start = 0
+    if isinstance(tensor, Dequantised):
+        tensor = tensor.parts["codes"]
+    assert isinstance(tensor, Stored)
     for fragment in tensor.fragments:
         assert isinstance(fragment.region, FlatRange)
         start = fragment.offset

@@ -38,12 +38,14 @@ class _Pattern(NamedTuple):
         magnitude: the mask of all bits except the sign.
         infinity: the pattern of infinity; None if there is none.
         nan: the smallest pattern of a NaN.
+        only: the one pattern of a NaN, where the larger ones are numbers.
     """
 
     integer: Any
     magnitude: int
     infinity: int | None
     nan: int
+    only: int | None = None
 
 
 _PATTERNS = {
@@ -55,6 +57,9 @@ _PATTERNS = {
     "F8_E5M2": _Pattern(np.uint8, 0x7F, 0x7C, 0x7D),
     "F8_E4M3": _Pattern(np.uint8, 0x7F, None, 0x7F),
     "F8_E8M0": _Pattern(np.uint8, 0xFF, None, 0xFF),
+    # These have no negative zero; its pattern is the NaN.
+    "F8_E4M3FNUZ": _Pattern(np.uint8, 0xFF, None, 0x80, only=0x80),
+    "F8_E5M2FNUZ": _Pattern(np.uint8, 0xFF, None, 0x80, only=0x80),
 }
 
 
@@ -239,7 +244,8 @@ def _look(view: memoryview, base: int, entry: Entry, low: int, high: int) -> Sum
         summary.largest = max(summary.largest, largest)
         summary.zero_steps += not largest and len(part) == len(without_sign)
         if largest >= pattern.nan or largest == pattern.infinity:
-            summary.nans += int((into >= pattern.nan).sum())
+            is_nan = into >= pattern.nan if pattern.only is None else into == pattern.only
+            summary.nans += int(is_nan.sum())
             if pattern.infinity is not None:
                 summary.infinities += int((into == pattern.infinity).sum())
         at += end

@@ -17,7 +17,7 @@ from ckpt_tools.conversion.request import (
 )
 from ckpt_tools.conversion.signature import states_options
 from ckpt_tools.errors import NotACheckpoint, UsageError
-from ckpt_tools.storage.addresses import PathLike
+from ckpt_tools.storage.addresses import PathLike, is_address
 from ckpt_tools.watching.events import Tell
 from ckpt_tools.watching.watch import Asked, Convert, Watch
 
@@ -87,6 +87,12 @@ def watch(
         CkptError: the first error about one checkpoint or command, when all others are done; any other at
             once. See :mod:`ckpt_tools.errors`.
     """
+    for place in (run, output):
+        if is_address(place):
+            raise UsageError(
+                f"{place} is in a store, where no run is watched",
+                hint="Name folders of this machine, or convert each checkpoint with ckpt-tools consolidate.",
+            )
     run, out = Path(run), Path(output)
     given: dict[str, Any] = {"attribute": attribute} if not lora else {}
     adapters = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import ckpt_tools
 from ckpt_tools.conversion.api import consolidate
@@ -26,9 +28,11 @@ from ckpt_tools.errors import (
     OutputExists,
     UsageError,
 )
+from ckpt_tools.watching.command import run_command
 from ckpt_tools.watching.events import Event
 from ckpt_tools.watching.records import Records
 from ckpt_tools.watching.watch import Asked, Watch
+from tests.cli.test_consolidate import run as typed
 from tests.conftest import FIXTURES
 from tests.support.outputs import contents, partials
 
@@ -493,6 +497,8 @@ def test_where_and_who(tmp_path: Path) -> None:
     saved(tmp_path / "run" / "step-1")
     with pytest.raises(UsageError, match="among the checkpoints"):
         ckpt_tools.watch(tmp_path / "run", tmp_path / "run", once=True)
+    with pytest.raises(UsageError, match="s3://runs/a is in a store"):
+        ckpt_tools.watch("s3://runs/a", tmp_path / "out", once=True)
     with pytest.raises(TypeError, match=r"unexpected option 'verfy'\. Did you mean 'verify'"):
         ckpt_tools.watch(tmp_path / "run", tmp_path / "out", verfy=True)  # type: ignore[call-arg]
     with (
@@ -506,3 +512,40 @@ def test_where_and_who(tmp_path: Path) -> None:
         ckpt_tools.watch(
             tmp_path / "run", tmp_path / "out", once=True, weights_only=True, exec="exit 7"
         )
+
+
+def test_a_signal_ends_the_command_too(tmp_path: Path) -> None:
+    """The command stops its watch, and would go on for ever."""
+
+    def ended(*_: object) -> None:
+        raise SystemExit(143)
+
+    before = signal.signal(signal.SIGUSR1, ended)
+    pid = tmp_path / "pid"
+    try:
+        with pytest.raises(SystemExit):
+            run_command(f"echo $$ > {pid}; kill -USR1 $PPID; exec sleep 100000", {})
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+
+
+def test_adapters_are_written_and_told_as_json(tmp_path: Path) -> None:
+    source, out = FIXTURES / "accelerate" / "trainer-lora" / "checkpoint", tmp_path / "out"
+    options = ("--lora", "--base-model", "owner/base", "--settle", 0)
+    done = typed("watch", source, out, "--once", "--json", *options)
+
+    assert done.exit_code == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    event = json.loads(line)
+    assert (event["event"], event["checkpoint"]) == ("converted", "checkpoint-2")
+    assert event["report"]["output"] == str(out / "checkpoint-2")
+    name = "adapter_model.safetensors"
+    found, truth = (load_file(each / "checkpoint-2" / name) for each in (out, source))
+    assert found.keys() == truth.keys()
+    assert all(torch.equal(found[key], truth[key]) for key in truth)
+
+    refused = typed("watch", source, out, "--lora", "--max-shard-size", "1GB", "--once")
+    assert refused.exit_code == 2
+    assert "--max-shard-size is of models, and --lora writes adapters" in refused.stderr

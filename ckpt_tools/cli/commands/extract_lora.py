@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ckpt_tools.cli import options, reporting
-from ckpt_tools.cli.adapter_options import of_adapter
+from ckpt_tools.cli.adapter_options import base_model, of_adapter
 from ckpt_tools.cli.outcome import reports_errors
 from ckpt_tools.cli.writing import write_directory
 
@@ -20,7 +20,7 @@ SUMMARY = "A PEFT adapter becomes a directory of its own."
 @click.argument("ckpt", type=options.PATH)
 @click.argument("out", type=options.PATH)
 @of_adapter("Which adapter, where there are several; `all` writes each, in PEFT's folders.")
-@options.base_model
+@base_model
 @options.adapter_writing
 @reporting.page_with_statistics
 @reports_errors

@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckpt_tools.cli import completing, options
-from ckpt_tools.cli.adapter_options import of_adapter
+from ckpt_tools.cli.adapter_options import base_model, of_adapter
 from ckpt_tools.cli.outcome import reports_errors
 from ckpt_tools.cli.progress import shown_progress
 from ckpt_tools.cli.signals import is_rank
 from ckpt_tools.cli.text import json_line, say
 from ckpt_tools.cli.usage import Unusable
 from ckpt_tools.cli.writing import show_report
-from ckpt_tools.storage.addresses import is_address
 
 if TYPE_CHECKING:
     from ckpt_tools.watching.events import Event, Tell
@@ -89,7 +88,7 @@ SUMMARY = "Each checkpoint of a training that runs becomes a directory."
     "--lora", is_flag=True, group=options.READ, help="Write the adapter, as extract-lora does."
 )
 @of_adapter("With --lora: which adapter, where there are several; `all` writes each.")
-@options.base_model
+@base_model
 @options.watch_writing
 @partial(reports_errors, goes_on=True)
 def command(
@@ -111,11 +110,6 @@ def command(
     if is_rank():
         raise Unusable(
             "watch is one process", hint="Start it without torchrun. Threads divide its work."
-        )
-    if is_address(run):
-        raise Unusable(
-            "a run in a store is not watched",
-            hint="Name a folder of this machine, or convert each checkpoint with ckpt-tools consolidate.",
         )
     context = click.get_current_context()
     if asked["lora"]:
