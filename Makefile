@@ -19,12 +19,14 @@ LOAD ?= 0
 SECONDS ?= 600
 KILLS ?= 200
 FAULTS ?= 100
+# How many ranks of a torchrun it kills or stops; RANKS is that of `make bench`.
+RANKS_ENDED ?= 50
 
-# What `make bench` measures; kept in build/ for the next time.
-STAGE ?= 3
+# What `make bench` measures; kept in build/ for the next time. GOALS=whole,cold: one more round of these alone.
 PARAMS ?= 1.5e9
 RANKS ?= 8
-BENCH := build/bench-zero$(STAGE)-$(PARAMS)-$(RANKS)ranks
+GOALS ?=
+BENCH := build/bench-zero3-$(PARAMS)-$(RANKS)ranks
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -44,12 +46,13 @@ help:
 	@echo "make pythons    make quick with each of PYTHONS that this machine has, each in build/PYTHON"
 	@echo "make package    build the distributions into dist/ and check them with twine"
 	@echo "make fuzz       feed hostile bytes to every reader for SECONDS=$(SECONDS); findings go to build/fuzz"
-	@echo "make faults     kill KILLS=$(KILLS) conversions, and let system calls fail in FAULTS=$(FAULTS) others"
+	@echo "make faults     kill KILLS=$(KILLS) conversions, and let system calls fail in FAULTS=$(FAULTS) others,"
+	@echo "                and kill or stop RANKS_ENDED=$(RANKS_ENDED) ranks under torchrun"
 	@echo "make lint       ruff and mypy"
 	@echo "make fix        let ruff repair and format what it can"
 	@echo "make docs       build the documentation as a site with search, in build/site"
 	@echo "make pages      derive the pages of docs/ anew, and what their commands print"
-	@echo "make bench      time ckpt-tools, zero_to_fp32.py and cp on a checkpoint of PARAMS=$(PARAMS) parameters"
+	@echo "make bench      measure every goal of speed and size beside other tools; writes benchmarks/RESULTS.md"
 	@echo "make venv       install the pinned dependencies into $(VENV) (the others do it when needed);"
 	@echo "                PYTHON=python3.12 names another interpreter, TORCH=FILE.whl a build of PyTorch"
 	@echo "make clean      remove what demo, test, lint and bench left"
@@ -100,7 +103,7 @@ fuzz: $(STAMP)
 	@$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
 
 faults: $(STAMP)
-	@$(BIN)/python -m tests.faults --kills $(KILLS) --faults $(FAULTS)
+	@$(BIN)/python -m tests.faults --kills $(KILLS) --faults $(FAULTS) --ranks $(RANKS_ENDED)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check --quiet && echo "ruff check: ok"
@@ -121,11 +124,11 @@ pages: $(STAMP)
 
 bench: $(STAMP)
 	@$(MAKE) --no-print-directory $(BENCH)/benchmark.json
-	@$(BIN)/python benchmarks/compare.py $(BENCH)
+	@$(BIN)/python benchmarks/bench.py $(BENCH) $(if $(GOALS),--only $(GOALS))
 
 $(BENCH)/benchmark.json:
 	@rm -rf $(BENCH) && mkdir -p build
-	@$(BIN)/python benchmarks/make_zero.py $(BENCH) --stage $(STAGE) --params $(PARAMS) --ranks $(RANKS)
+	@$(BIN)/python benchmarks/make_zero.py $(BENCH) --no-moments --params $(PARAMS) --ranks $(RANKS)
 
 clean:
 	@rm -rf demo-output build dist .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

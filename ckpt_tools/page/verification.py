@@ -55,7 +55,10 @@ def page_of_verification(
         workers: number of threads that read them.
         progress: called with bytes done and bytes in all.
     """
-    sections = [_section(one, strict, statistics, workers, progress) for one in verified]
+    sections = [
+        _section(one, strict, statistics, workers, progress)
+        for one in sorted(verified, key=lambda one: one.verdict is not None)
+    ]
     clean = sum(1 for section in sections if section.level == "good")
     first, many = str(verified[0].directory), f"{len(sections):,} directories"
     one = len(sections) == 1

@@ -38,7 +38,7 @@ from ckpt_tools.verification.problem import (
     Verdict,
     ordered,
 )
-from ckpt_tools.verification.run import Progress, Request, Run
+from ckpt_tools.verification.run import LOAD_SECONDS, Progress, Request, Run
 
 __all__ = ["KINDS", "Findings", "Kind", "Problem", "Progress", "Severity", "Verdict", "verify"]
 
@@ -50,6 +50,8 @@ def verify(
     also: Sequence[str | Path] = (),
     read_data: bool = False,
     load: bool = False,
+    load_seconds: float = LOAD_SECONDS,
+    load_memory: int | None = None,
     base: str | Path | None = None,
     like: str | Path | None = None,
     trust_remote_code: bool = False,
@@ -67,6 +69,8 @@ def verify(
         read_data: read every byte, and not only the structure.
         load: load the directory with transformers or PEFT, run a forward pass, and generate. This needs
             the memory of the model.
+        load_seconds: when the process that loads is ended.
+        load_memory: bytes of memory of that process; by default some gigabytes and 8 times the weights.
         base: the model that an adapter is for; by default the one that it names, where that is a
             directory.
         like: a directory of the same model, such as its base or the training run's own. Config, tokenizer
@@ -104,8 +108,21 @@ def verify(
             f"no rules for the reader {unknown[0]!r}",
             hint=f"There are rules for {', '.join(READERS)}.",
         )
-    options = (against, also, read_data, load, base, like, trust_remote_code)
-    request = Request(*options, workers, progress, ranks, readers)
+    request = Request(
+        against=against,
+        also=also,
+        read_data=read_data,
+        load=load,
+        load_seconds=load_seconds,
+        load_memory=load_memory,
+        base=base,
+        like=like,
+        trust_remote_code=trust_remote_code,
+        workers=workers,
+        progress=progress,
+        ranks=ranks,
+        readers=readers,
+    )
     if ranks is None:
         return _verdict(as_path(directory), request)
     with ranks.session():
