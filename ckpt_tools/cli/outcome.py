@@ -29,12 +29,13 @@ _RANKS = "ckpt_tools.ranks"
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def reports_errors(function: F, trouble: int = 1) -> F:
+def reports_errors(function: F, trouble: int = 1, goes_on: bool = False) -> F:
     """End the command with a message and the error's exit status instead of a traceback.
 
     Args:
         function: the command.
         trouble: the exit status after a failure that was not foreseen.
+        goes_on: whether the same command goes on where an interruption stopped it.
     """
 
     @functools.wraps(function)
@@ -52,11 +53,11 @@ def reports_errors(function: F, trouble: int = 1) -> F:
                 _print_error(error)
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
-            _say_what_is_left(kwargs.get("out"))
+            _say_what_is_left(kwargs.get("out"), goes_on)
             sys.exit(130)
         except SystemExit as end:
             if end.code in STATUSES:
-                _say_what_is_left(kwargs.get("out"))
+                _say_what_is_left(kwargs.get("out"), goes_on)
             raise
         except BrokenPipeError:
             # The reader of our output is gone (`ckpt-tools inspect | head`).
@@ -82,13 +83,16 @@ def _is_told_elsewhere(by_default: bool = False) -> bool:
     return by_default if told is None else told
 
 
-def _say_what_is_left(out: Path | None) -> None:
+def _say_what_is_left(out: Path | str | None, goes_on: bool) -> None:
     """Report what an interruption left behind; only one of several ranks reports it."""
     from ckpt_tools.writing.publish import how_to_go_on, leftovers
 
     if _is_told_elsewhere(by_default=is_later_rank()):
         return
-    left = leftovers(out) if out is not None else []
+    if goes_on:
+        say("Interrupted. The same command goes on where it was.", err=True)
+        return
+    left = leftovers(out) if isinstance(out, Path) else []
     kept = "".join(f". {how_to_go_on(path)}" for path in left) or "; nothing was left behind."
     say(f"Interrupted{kept}", err=True)
 
@@ -123,8 +127,8 @@ def _print_unforeseen(error: Exception) -> None:
 
 def _print_error(error: CkptError) -> None:
     say(error.fact, label="error: ", color="red", bold=True, err=True)
-    if error.path is not None:
-        say(str(error.path), label="  in: ", err=True)
+    if error.where is not None:
+        say(error.where, label="  in: ", err=True)
     if error.tensor is not None:
         say(str(error.tensor), label="  tensor: ", err=True)
     if error.hint:
@@ -135,7 +139,7 @@ def _as_json(error: CkptError) -> dict[str, Any]:
     return {
         "kind": type(error).__name__,
         "fact": error.fact,
-        "path": None if error.path is None else str(error.path),
+        "path": error.where,
         "tensor": error.tensor,
         "hint": error.hint,
         "exit_code": error.exit_code,

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 
 from ckpt_tools.errors import DamagedCheckpoint
 from ckpt_tools.storage.places import LOCAL, Readable, Requests
-from ckpt_tools.storage.pool import open_for_reading, requests_for
+from ckpt_tools.storage.reading import open_for_reading, requests_for
+from ckpt_tools.storage.residence import Residence
 from ckpt_tools.tensors.catalogue import Computed, Move, Tensor, row_major_strides, window_slabs
 from ckpt_tools.tensors.checksums import ReadLog
 from ckpt_tools.tensors.threads import load_torch
@@ -53,9 +54,10 @@ class Gatherer:
 
     Args:
         log: where the checksums of the bytes that are read are noted, if they are wanted.
+        residence: opens the files, where they are read once.
     """
 
-    def __init__(self, log: ReadLog | None = None) -> None:
+    def __init__(self, log: ReadLog | None = None, residence: Residence | None = None) -> None:
         load_torch()
         import torch
 
@@ -65,6 +67,7 @@ class Gatherer:
         self._scratch: list[bytearray] = []
         self._threads: ThreadPoolExecutor | None = None
         self._log = log
+        self._open_file = open_for_reading if residence is None else residence.open
         self.bytes_read = 0
 
     def __enter__(self) -> Gatherer:
@@ -196,7 +199,7 @@ class Gatherer:
             if len(self._files) >= _OPEN_FILES:
                 self._files.popitem(last=False)[1].close()
             try:
-                file = open_for_reading(path)
+                file = self._open_file(path)
             except OSError as error:
                 raise DamagedCheckpoint(
                     f"cannot be opened ({error.strerror})", path=path

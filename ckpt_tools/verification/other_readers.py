@@ -294,7 +294,9 @@ _V4 = "transformers-4"
 RULES = (
     Rule(_V4, "transformers-4-refuses", "model", "models/auto/configuration_auto.py", v4_type),
     Rule(_V4, "transformers-4-differs", "model", "modeling_rope_utils.py", v4_rope, _COMPAT),
-    Rule(_V4, "transformers-4-differs", "model", "models/*/configuration_*.py", v4_renamed, _COMPAT),
+    Rule(
+        _V4, "transformers-4-differs", "model", "models/*/configuration_*.py", v4_renamed, _COMPAT
+    ),
     Rule(
         *(_V4, "transformers-4-refuses", "model", "models/auto/tokenization_auto.py"),
         v4_tokenizer,

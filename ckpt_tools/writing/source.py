@@ -7,7 +7,6 @@ are few. A record of which only a part was read, as for an adapter, is counted a
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import NamedTuple
 
 from ckpt_tools.errors import DamagedCheckpoint, listed
 from ckpt_tools.readers.containers.records import Record, Records
+from ckpt_tools.storage.folders import local_paths
 from ckpt_tools.tensors.catalogue import Computed, Tensor
 from ckpt_tools.tensors.checksums import ReadLog, joined
 
@@ -205,13 +205,11 @@ class Stamps:
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:
     try:
-        # A path of a pool knows facts of its listing; its file on this machine tells the present.
-        found = os.stat(path)
+        # A path of a pool knows facts of its listing; its file on this machine tells the present. Each range
+        # of a file in a store is demanded in the version of the listing.
+        found = next(iter(local_paths(path)), path).stat()
     except OSError:
-        try:
-            found = path.stat()
-        except OSError:
-            return None
+        return None
     return found.st_size, found.st_mtime_ns, found.st_ino
 
 
