@@ -150,10 +150,6 @@ class ConversionOptions(TypedDict, total=False):
     check_source: bool
     follow_links: bool
     strict: bool
-    scratch: PathLike | None
-    push_to_hub: str | None
-    revision: str | None
-    private: bool
 
 
 class AdapterOptions(ConversionOptions, total=False):
@@ -166,6 +162,10 @@ class AdapterOptions(ConversionOptions, total=False):
     resume: bool
     ranks: Ranks | None
     node_local: bool
+    scratch: PathLike | None
+    push_to_hub: str | None
+    revision: str | None
+    private: bool
 
 
 class _OfModels(TypedDict, total=False):

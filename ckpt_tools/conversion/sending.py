@@ -38,6 +38,11 @@ def sent(sources: Sources, request: Request, convert: Callable[[Request], Report
     Raises:
         CkptError: see :mod:`ckpt_tools.errors`.
     """
+    if request.skip_complete and (request.destination or request.push_to_hub):
+        raise UsageError(
+            "--skip-complete looks at an OUT on this machine, and nothing is known of what was uploaded",
+            hint="Leave out --skip-complete.",
+        )
     if request.push_to_hub is not None:
         return _pushed(request, convert)
     address = request.destination

@@ -53,6 +53,7 @@ def converted(base: str | Path, source: Path, out: Path) -> dict[str, Any] | tup
     manifest = json.loads(found.pop(MANIFEST))
     assert manifest["sources"][0].pop("path").startswith(str(base))
     manifest.pop("xxh3_128")
+    manifest.pop("request", None)
     return found | {MANIFEST: manifest}
 
 
