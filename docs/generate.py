@@ -22,6 +22,7 @@ import error_messages
 import ckpt_tools
 from ckpt_tools import errors
 from ckpt_tools.cli import cli
+from ckpt_tools.verification.other_readers import RULES, VERSIONS
 from ckpt_tools.verification.problem import KINDS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -255,6 +256,18 @@ def kinds() -> str:
     return table(("kind", "severity", "meaning"), rows)
 
 
+# -- other readers ----------------------------------------------------------------------------------
+
+
+def readers() -> str:
+    """Every rule of ``verify --for``, with its source."""
+    rows = [
+        (VERSIONS[rule.reader], rule.of, f"`{rule.kind}`", rule.about, f"`{rule.source}`")
+        for rule in RULES
+    ]
+    return table(("reader", "of", "kind", "what", "source"), rows)
+
+
 # -- security ---------------------------------------------------------------------------------------
 
 
@@ -269,6 +282,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "kinds": kinds,
     "messages": messages,
     "others": others,
+    "readers": readers,
     "security": security,
 }
 

@@ -78,6 +78,11 @@ class Rule:
     find: Callable[[Facts], str | None]
     hint: str | None = None
 
+    @property
+    def about(self) -> str:
+        """What it looks at, for a list of rules."""
+        return (self.find.__doc__ or "").partition(":")[0].rstrip(".")
+
 
 def check(run: Run) -> None:
     """Apply the rules of each reader that was named."""
@@ -126,7 +131,12 @@ def _architecture(facts: Facts) -> str | None:
 
 def _is(key: str, text: str) -> Callable[[Facts], str | None]:
     """The fact where a key of the config is set."""
-    return lambda facts: text if facts.config.get(key) else None
+
+    def find(facts: Facts) -> str | None:
+        return text if facts.config.get(key) else None
+
+    find.__doc__ = f"{key}."
+    return find
 
 
 def _unlisted(reader: str, text: str) -> Callable[[Facts], str | None]:
@@ -139,16 +149,19 @@ def _unlisted(reader: str, text: str) -> Callable[[Facts], str | None]:
             return None
         return text.format(name=name)
 
+    find.__doc__ = "An architecture that it lacks."
     return find
 
 
 def _vllm_dropped(facts: Facts) -> str | None:
+    """An architecture that was dropped."""
     name = _architecture(facts)
     last = table("vllm")["dropped"].get(name)
     return f"has dropped {name}; {last} was the last version with it" if last else None
 
 
 def _vllm_quantization(facts: Facts) -> str | None:
+    """A quantisation method that it lacks."""
     quantization = facts.config.get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if method is None or str(method).lower() in table("vllm")["quantization"]:
@@ -157,6 +170,7 @@ def _vllm_quantization(facts: Facts) -> str | None:
 
 
 def _vllm_modules(facts: Facts) -> str | None:
+    """Modules in `modules_to_save` but classifier and score."""
     saved = facts.config.get("modules_to_save") or ()
     others = [name for name in saved if name not in ("classifier", "score")]
     return (
@@ -167,6 +181,7 @@ def _vllm_modules(facts: Facts) -> str | None:
 
 
 def _vllm_init(facts: Facts) -> str | None:
+    """A value of init_lora_weights that changes the base."""
     init = facts.config.get("init_lora_weights")
     fine = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
     if not isinstance(init, str) or init.lower() in fine:
@@ -175,6 +190,7 @@ def _vllm_init(facts: Facts) -> str | None:
 
 
 def _vllm_names(facts: Facts) -> str | None:
+    """Names of tensors that it does not read."""
     endings = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
     heads = tuple(
         f"{module}.{end}" for module in ("score", "classifier") for end in ("weight", "bias")
@@ -186,6 +202,7 @@ def _vllm_names(facts: Facts) -> str | None:
 
 
 def _not_lora(facts: Facts) -> str | None:
+    """No r, lora_alpha or target_modules."""
     missing = [
         key for key in ("r", "lora_alpha", "target_modules") if facts.config.get(key) is None
     ]
@@ -193,6 +210,7 @@ def _not_lora(facts: Facts) -> str | None:
 
 
 def _vllm_rank(facts: Facts) -> str | None:
+    """A rank above 16."""
     pattern = facts.config.get("rank_pattern")
     ranks = [facts.config.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())]
     rank = max((rank for rank in ranks if isinstance(rank, int)), default=0)
@@ -204,6 +222,7 @@ def _vllm_rank(facts: Facts) -> str | None:
 
 
 def _sglang_tokens(facts: Facts) -> str | None:
+    """Added tokens."""
     added = facts.read("added_tokens.json")
     return (
         f"takes no adapter that adds tokens; added_tokens.json has {len(added)}" if added else None
@@ -211,6 +230,7 @@ def _sglang_tokens(facts: Facts) -> str | None:
 
 
 def _sglang_targets(facts: Facts) -> str | None:
+    """A pattern in target_modules."""
     targets = facts.config.get("target_modules")
     if not isinstance(targets, str) or targets in ("all", "all-linear"):
         return None
@@ -218,6 +238,7 @@ def _sglang_targets(facts: Facts) -> str | None:
 
 
 def _sglang_ignores(facts: Facts) -> str | None:
+    """Any of use_rslora, patterns, lora_bias, layer_replication, modules_to_save."""
     keys = ("use_rslora", "alpha_pattern", "rank_pattern", "lora_bias", "layer_replication")
     found = [key for key in (*keys, "modules_to_save") if facts.config.get(key)]
     return (
@@ -228,6 +249,7 @@ def _sglang_ignores(facts: Facts) -> str | None:
 
 
 def _llama_scale(facts: Facts) -> str | None:
+    """Any of use_rslora and alpha_pattern."""
     found = [key for key in ("use_rslora", "alpha_pattern") if facts.config.get(key)]
     return (
         f"scales every module by lora_alpha / rank and does not read {listed(found)}"
@@ -237,6 +259,7 @@ def _llama_scale(facts: Facts) -> str | None:
 
 
 def _llama_names(facts: Facts) -> str | None:
+    """Tensors that are neither lora_A nor lora_B."""
     parts = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
     fine = (*parts, ".base_layer.weight", "_layernorm", ".norm")
     odd = [name for name in facts.tensors if not any(part in name for part in fine)]
@@ -244,11 +267,13 @@ def _llama_names(facts: Facts) -> str | None:
 
 
 def _peft_type(facts: Facts) -> str | None:
+    """A peft_type that it lacks."""
     kind = facts.config.get("peft_type")
     return f"has no type {kind}" if isinstance(kind, str) and kind not in _PEFT_TYPES else None
 
 
 def _peft_keys(facts: Facts) -> str | None:
+    """Keys that it lacks."""
     if facts.config.get("peft_type") != "LORA":
         return None
     found = [key for key in _PEFT_NEW if facts.config.get(key)]
@@ -269,7 +294,9 @@ _V4 = "transformers-4"
 RULES = (
     Rule(_V4, "transformers-4-refuses", "model", "models/auto/configuration_auto.py", v4_type),
     Rule(_V4, "transformers-4-differs", "model", "modeling_rope_utils.py", v4_rope, _COMPAT),
-    Rule(_V4, "transformers-4-differs", "model", "the classes of configs", v4_renamed, _COMPAT),
+    Rule(
+        _V4, "transformers-4-differs", "model", "models/*/configuration_*.py", v4_renamed, _COMPAT
+    ),
     Rule(
         *(_V4, "transformers-4-refuses", "model", "models/auto/tokenization_auto.py"),
         v4_tokenizer,

@@ -45,7 +45,7 @@ def table(reader: str) -> Mapping[str, Any]:
 
 
 def v4_type(facts: Facts) -> str | None:
-    """The model type, if version 4 lacks it."""
+    """A model type that it lacks."""
     name = facts.config.get("model_type")
     if "auto_map" in facts.config or name in table("transformers-4")["rope_keys"]:
         return None
@@ -53,7 +53,7 @@ def v4_type(facts: Facts) -> str | None:
 
 
 def v4_rope(facts: Facts) -> str | None:
-    """Rope that the config states for version 5 alone: version 4 would take its defaults."""
+    """rope_parameters without the keys of version 4: it would take its defaults."""
     keys = table("transformers-4")["rope_keys"]
     parts = {"": facts.config} | {k: v for k, v in facts.config.items() if isinstance(v, dict)}
     for where, part in parts.items():
@@ -78,7 +78,7 @@ def v4_rope(facts: Facts) -> str | None:
 
 
 def v4_tokenizer(facts: Facts) -> str | None:
-    """What version 4 does not read in ``tokenizer_config.json``."""
+    """A tokenizer class that it lacks, a list of extra_special_tokens."""
     data = facts.read("tokenizer_config.json")
     name = data.get("tokenizer_class")
     known = (*table("transformers-4")["tokenizer_classes"], "PreTrainedTokenizerFast")
@@ -90,7 +90,7 @@ def v4_tokenizer(facts: Facts) -> str | None:
 
 
 def v4_processor(facts: Facts) -> str | None:
-    """Configs of processors where version 4 does not look for them."""
+    """Configs of processors inside processor_config.json."""
     data = facts.read("processor_config.json")
     nested = [k for k in ("image_processor", "feature_extractor", "video_processor") if k in data]
     if nested and not {"preprocessor_config.json", "video_preprocessor_config.json"} & facts.files:
@@ -101,7 +101,7 @@ def v4_processor(facts: Facts) -> str | None:
 
 
 def v4_renamed(facts: Facts) -> str | None:
-    """Keys that version 5 renamed: version 4 would take its defaults."""
+    """Keys that version 5 renamed: it would take its defaults."""
     renamed = table("transformers-4")["renamed"]
     for part in (facts.config, *(v for v in facts.config.values() if isinstance(v, dict))):
         for old, new in renamed.get(str(part.get("model_type")), {}).items():
