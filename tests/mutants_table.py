@@ -308,8 +308,8 @@ _READERS = (
     _mutant(
         "shards-views-tied",
         "readers/containers/weight_files.py",
-        "place = (tensor.dtype, tensor.shape, *tensor.fragments) if tensor.numel else key",
-        "place = tensor.fragments[0].offset if tensor.numel else key",
+        "place = (tensor.dtype, tensor.shape, *fragments) if tensor.numel else key",
+        "place = fragments[0].offset if tensor.numel else key",
         "views of one storage are taken for one tensor",
         "readers/test_huggingface.py",
     ),
@@ -400,8 +400,32 @@ _READERS = (
         "readers/test_dcp_huggingface.py",
     ),
     _mutant(
+        "olmo-hybrid-norms-of-attention",
+        "readers/olmo_core_names.py",
+        '"attention_norm": "attention_layer_norm"',
+        '"attention_norm": "feedforward_layer_norm"',
+        "the norms of a gated delta net change places",
+        "readers/test_olmo_core.py",
+    ),
+    _mutant(
+        "torchao-zero-point-ignored",
+        "readers/containers/quantised_classes.py",
+        'parts["zero_point"] = state["zero_point"]',
+        "pass",
+        "zero points of torchao's tensors are not subtracted",
+        "readers/containers/test_quantised_classes.py",
+    ),
+    _mutant(
+        "key-map-keeps-all-rows",
+        "transforms/key_map.py",
+        "shape = (rule.rows, *tensor.shape[1:])",
+        "shape = tensor.shape",
+        "the padding of a vocabulary is not cut",
+        "conversion/test_layouts_end_to_end.py::test_the_padding_of_a_vocabulary_is_cut_where_a_key_map_says_so",
+    ),
+    _mutant(
         "olmo-gate-and-up-swapped",
-        "readers/olmo_core.py",
+        "readers/olmo_core_names.py",
         '"feed_forward.w1": "mlp.gate_proj",\n'
         '    "feed_forward.w2": "mlp.down_proj",\n'
         '    "feed_forward.w3": "mlp.up_proj",',
@@ -1744,7 +1768,59 @@ _WATCHING = (
     ),
 )
 
+_PAGE = (
+    _mutant(
+        "page-markup-in-data",
+        "page/rendering.py",
+        'for character in "<>&":',
+        'for character in "":',
+        "a name ends the script that holds the cells of a table",
+        "page/test_rendering.py",
+    ),
+    _mutant(
+        "page-escapes-shown",
+        "page/rendering.py",
+        "value if isinstance(value, Markup) else printable(str(value))",
+        "value",
+        "characters that are not printable reach the page",
+        "page/test_rendering.py",
+    ),
+    _mutant(
+        "page-digest-of-style",
+        "page/rendering.py",
+        "script_digest=_digest(script)",
+        "script_digest=_digest(style)",
+        "the policy of the page does not allow its own script",
+        "page/test_rendering.py",
+    ),
+    _mutant(
+        "page-digests-by-name",
+        "page/weights.py",
+        'digests.get((entry.file, entry.name), "")',
+        "next(iter(digests.values()))",
+        "a tensor is shown with the digest of another",
+        "page/test_commands.py",
+    ),
+    _mutant(
+        "statistics-zeros-of-finite",
+        "analysis/statistics.py",
+        "        zeros=self.zeros + later.zeros,\n",
+        "        zeros=self.zeros,\n",
+        "zeros of later windows are not counted",
+        "analysis/test_statistics.py",
+    ),
+    _mutant(
+        "peft-types-half-installed",
+        "verification/peft_types.py",
+        "(ImportError, OSError, SyntaxError, ValueError, RecursionError)",
+        "(ImportError, OSError)",
+        "verify ends with a failure of its own where PEFT is damaged",
+        "test_packaging.py",
+    ),
+)
+
 MUTANTS = (
+    *_PAGE,
     *_READERS,
     *_TENSORS,
     *_TRANSFORMS,

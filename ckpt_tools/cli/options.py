@@ -104,7 +104,7 @@ timeout = option(
     default=1800,
     show_default=True,
     metavar="SECONDS",
-    help="Under torchrun: how long ranks wait for one that makes no progress.",
+    help="How long ranks of torchrun wait for one without progress, and requests of stores are repeated.",
 )
 
 _ADAPTERS: dict[str, Decorator[Any]] = {
@@ -220,6 +220,28 @@ _ADAPTERS: dict[str, Decorator[Any]] = {
     "resume": option(
         "--resume", is_flag=True, help="Continue what an earlier run that failed has left."
     ),
+    "scratch": option(
+        "--scratch",
+        group=WRITE,
+        type=LOCAL,
+        metavar="DIR",
+        help="Where an OUT that is an address is made before it is uploaded.",
+    ),
+    "push_to_hub": option(
+        "--push-to-hub",
+        group=WRITE,
+        metavar="ORG/REPO",
+        help="Upload OUT to this repository of the Hub too, as one commit.",
+    ),
+    "revision": option(
+        "--revision",
+        group=WRITE,
+        metavar="R",
+        help="With --push-to-hub: the branch. Default: main.",
+    ),
+    "private": option(
+        "--private", group=WRITE, is_flag=True, help="Make a new repository of the Hub private."
+    ),
     "workers": workers,
     "no_cache": no_cache,
     "timeout": timeout,
@@ -302,7 +324,10 @@ _MODELS: dict[str, Decorator[Any]] = {
 # Names of the options that adapters do not have.
 OF_MODELS = frozenset(_MODELS)
 # What means one checkpoint, or one call.
-_OF_ONE = {"tag", "also", "node_local", "dry_run", "resume", "skip_complete", "timeout"}
+_OF_ONE = {
+    *("tag", "also", "node_local", "dry_run", "resume", "skip_complete", "timeout"),
+    *("scratch", "push_to_hub", "revision", "private"),
+}
 
 
 def adapter_writing(function: F) -> F:

@@ -18,6 +18,7 @@ import click
 from ckpt_tools.cli.signals import STATUSES, is_later_rank, is_rank, speak_undisturbed
 from ckpt_tools.cli.text import print_json, say
 from ckpt_tools.errors import CkptError
+from ckpt_tools.storage.patience import be_patient
 
 if TYPE_CHECKING:
     from ckpt_tools.ranks import Ranks
@@ -83,7 +84,7 @@ def _is_told_elsewhere(by_default: bool = False) -> bool:
     return by_default if told is None else told
 
 
-def _say_what_is_left(out: Path | None, goes_on: bool) -> None:
+def _say_what_is_left(out: Path | str | None, goes_on: bool) -> None:
     """Report what an interruption left behind; only one of several ranks reports it."""
     from ckpt_tools.writing.publish import how_to_go_on, leftovers
 
@@ -92,13 +93,14 @@ def _say_what_is_left(out: Path | None, goes_on: bool) -> None:
     if goes_on:
         say("Interrupted. The same command goes on where it was.", err=True)
         return
-    left = leftovers(out) if out is not None else []
+    left = leftovers(out) if isinstance(out, Path) else []
     kept = "".join(f". {how_to_go_on(path)}" for path in left) or "; nothing was left behind."
     say(f"Interrupted{kept}", err=True)
 
 
 def joined_ranks(timeout: float) -> Ranks | None:
     """The ranks of the torchrun that started this process; None without torchrun."""
+    be_patient(timeout)
     if not is_rank():
         return None
     # torch prints a stack for each broken connection; our error says what it means.

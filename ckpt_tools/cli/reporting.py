@@ -52,7 +52,7 @@ def _writable(_: click.Context, __: click.Parameter, file: Path | None) -> Path 
 page = options.option(
     "--report",
     group=options.WRITE,
-    type=options.PATH,
+    type=options.LOCAL,
     metavar="FILE",
     callback=_writable,
     is_eager=True,
@@ -127,5 +127,5 @@ def write_page(file: Path, made: Page) -> None:
         raise OutputFailed(
             f"the page cannot be written ({error.strerror})",
             path=file,
-            hint="The output is complete. Run ckpt-tools verify with --report for a page of it.",
+            hint="All else is done. Name a file in a directory that exists and can be written.",
         ) from error

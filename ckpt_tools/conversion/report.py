@@ -17,7 +17,7 @@ class Report:
 
     Attributes:
         checkpoint: directory that was read.
-        output: directory that was written.
+        output: directory that was written; the address of one that was uploaded.
         source: what the checkpoint is, for a person.
         step: optimizer step, where known.
         world_size: ranks that wrote the checkpoint, where known.
@@ -42,7 +42,7 @@ class Report:
     """
 
     checkpoint: Path
-    output: Path
+    output: Path | str
     source: str
     step: int | None
     world_size: int | None

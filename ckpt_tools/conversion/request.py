@@ -7,15 +7,18 @@ line, the Python functions and :func:`ckpt_tools.training.save` all build a :cla
 from __future__ import annotations
 
 import difflib
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
+import xxhash
+
 from ckpt_tools.hub.sources import AssetOptions, Compat
 from ckpt_tools.model.combining import Combination
 from ckpt_tools.model.state import DTypeChoice
-from ckpt_tools.storage.addresses import PathLike, as_path
+from ckpt_tools.storage.addresses import Address, PathLike, as_path, is_address, parsed
 from ckpt_tools.tensors.checkpoint import Checkpoint, Copy
 from ckpt_tools.tensors.dtypes import short_name
 from ckpt_tools.tensors.threads import default_workers
@@ -27,7 +30,7 @@ if TYPE_CHECKING:
 
 _PATHS = (
     *("config", "key_map", "tokenizer", "chat_template", "like"),
-    *("adapter_dir", "adapter_config", "base"),
+    *("adapter_dir", "adapter_config", "base", "scratch"),
 )
 
 
@@ -68,6 +71,11 @@ class Request(AssetOptions, Writing):
         node_local: each machine sees only its own files of the checkpoint; the ranks pool them.
         strict: refuse checkpoints whose pickles name functions that no known framework writes.
         skip_complete: do nothing, and say so, where the same request has written the output already.
+        destination: the address that the output is uploaded to; ``output`` is on this machine.
+        scratch: the folder in which an output is made that is uploaded; the system's own by default.
+        push_to_hub: the repository of the Hub, ``ORG/REPO``, to which the output is uploaded too.
+        revision: the branch of that repository; ``main`` by default.
+        private: a repository of the Hub that does not exist is made private.
         names_base: an adapter without the name of its base is refused; PEFT itself writes it.
     """
 
@@ -100,6 +108,11 @@ class Request(AssetOptions, Writing):
     strict: bool = False
     skip_complete: bool = False
     names_base: bool = True
+    destination: Address | None = None
+    scratch: Path | None = None
+    push_to_hub: str | None = None
+    revision: str | None = None
+    private: bool = False
 
     @property
     def named_inputs(self) -> list[Path]:
@@ -149,6 +162,10 @@ class AdapterOptions(ConversionOptions, total=False):
     resume: bool
     ranks: Ranks | None
     node_local: bool
+    scratch: PathLike | None
+    push_to_hub: str | None
+    revision: str | None
+    private: bool
 
 
 class _OfModels(TypedDict, total=False):
@@ -205,7 +222,16 @@ def requested(
     if "dtype" in values:
         values["dtype"] = short_name(values["dtype"])
     values["workers"] = values.get("workers") or default_workers()
+    if is_address(output):
+        values["destination"] = parsed(str(output))
+        output = staged(values["destination"], values.get("scratch"))
     return Request(command=command, output=Path(output), **values)
+
+
+def staged(address: Address, scratch: Path | None) -> Path:
+    """The directory on this machine that is made before it is uploaded; the same in every run."""
+    digest = xxhash.xxh3_64_hexdigest(str(address).encode())
+    return (scratch or Path(tempfile.gettempdir())) / f"ckpt-tools-upload-{digest}" / "output"
 
 
 def paths_of(checkpoints: Sequence[PathLike | Checkpoint]) -> list[Path]:

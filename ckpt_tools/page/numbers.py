@@ -29,7 +29,7 @@ def share_text(share: float | None) -> str:
         return NOTHING
     if share in (0, 1):
         return f"{share:.0%}"
-    return f"{100 * min(max(share, 1e-6), 0.9999):.3g}%"
+    return f"{100 * min(max(share, 1e-6), 0.999):.3g}%"
 
 
 def counts(head: str, values: Iterable[int]) -> Column:

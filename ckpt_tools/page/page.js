@@ -97,6 +97,7 @@ function start(figure) {
   back.addEventListener("click", () => turn(-1));
   on.addEventListener("click", () => turn(1));
   figure.querySelector(".controls").hidden = false;
+  figure.querySelector(".bare").hidden = true;
   filter.hidden = count <= 10;
   back.hidden = on.hidden = count <= ROWS;
   show();

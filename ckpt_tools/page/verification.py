@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Protocol
 
 from ckpt_tools.errors import CkptError
 from ckpt_tools.page.numbers import texts
 from ckpt_tools.page.parts import Level, Notice, Page, Section, Table
 from ckpt_tools.page.weights import Progress, Weights, read_directory
+from ckpt_tools.storage.addresses import as_path
 from ckpt_tools.text import nbytes_text
 
 if TYPE_CHECKING:
@@ -23,8 +24,8 @@ class Verified(Protocol):
     """One directory, as it was named, with its verdict or the reason why there is none."""
 
     @property
-    def directory(self) -> Path:
-        """The directory."""
+    def directory(self) -> Path | str:
+        """The directory, or its address in a store."""
 
     @property
     def verdict(self) -> Verdict | None:
@@ -54,12 +55,16 @@ def page_of_verification(
         workers: number of threads that read them.
         progress: called with bytes done and bytes in all.
     """
-    sections = [_section(one, strict, statistics, workers, progress) for one in verified]
+    sections = [
+        _section(one, strict, statistics, workers, progress)
+        for one in sorted(verified, key=lambda one: one.verdict is not None)
+    ]
     clean = sum(1 for section in sections if section.level == "good")
+    first, many = str(verified[0].directory), f"{len(sections):,} directories"
     one = len(sections) == 1
     return Page(
-        title=f"Verification of {verified[0].directory.name if one else f'{len(sections):,} directories'}",
-        lead=str(verified[0].directory) if one else f"{clean:,} of {len(sections):,} are clean.",
+        title=f"Verification of {PurePath(first).name or first if one else many}",
+        lead=first if one else f"{clean:,} of {len(sections):,} are clean.",
         sections=sorted(sections, key=lambda section: _RANK[section.level]),
         commands=[("The same again:", command)],
     )
@@ -73,15 +78,14 @@ def _section(
 ) -> Section:
     title = str(one.directory)
     if one.verdict is None:
-        error = one.error or CkptError("it was not checked")
-        notice = Notice(
-            "error", "could not be checked", error.fact, str(error.path or ""), error.hint or ""
-        )
+        error = one.error
+        fact, where, hint = ("", "", "") if error is None else (error.fact, error.path, error.hint)
+        notice = Notice("error", "could not be checked", fact, str(where or ""), hint or "")
         return Section(title, "error", "Could not be checked", notices=[notice])
     verdict = one.verdict
     try:
         weights: Weights | None = read_directory(
-            one.directory, statistics=statistics, workers=workers, progress=progress
+            as_path(one.directory), statistics=statistics, workers=workers, progress=progress
         )
     except CkptError:
         weights = None  # it went away meanwhile; the verdict stands

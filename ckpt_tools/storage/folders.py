@@ -18,6 +18,7 @@ from ckpt_tools.storage.addresses import as_path
 from ckpt_tools.storage.parts import Folder, StoreFolder, folder_of
 from ckpt_tools.storage.places import DirectoryPlace
 from ckpt_tools.storage.pool import Pool, PooledPath
+from ckpt_tools.storage.regular import content_of
 
 # A checkpoint's directory is at most this many levels below the directory that people name.
 _LEVELS = 3
@@ -41,7 +42,7 @@ def by_number(path: Path) -> tuple[int, str]:
 
 def searched(path: Path) -> list[str]:
     """Labels of all places that are searched for what is under a path; none for a plain path."""
-    if isinstance(path, PooledPath) and path.within is not None:
+    if is_joined(path) and isinstance(path, PooledPath) and path.within is not None:
         return [place.label for place in path.pool.places]
     return []
 
@@ -200,7 +201,7 @@ def _same(a: Path, b: Path) -> bool:
 
 def _latest(root: Path) -> str | None:
     try:
-        return (root / "latest").read_text(encoding="utf-8").strip()
+        return content_of(root / "latest").decode().strip()
     except (OSError, ValueError):
         return None
 

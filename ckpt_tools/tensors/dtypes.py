@@ -78,6 +78,8 @@ ALL = (
     DType("float8_e4m3fn", "F8_E4M3", 1, True),
     DType("float8_e5m2", "F8_E5M2", 1, True),
     DType("float8_e8m0fnu", "F8_E8M0", 1, True),
+    DType("float8_e4m3fnuz", "F8_E4M3FNUZ", 1, True),
+    DType("float8_e5m2fnuz", "F8_E5M2FNUZ", 1, True),
     DType("complex64", "C64", 8, False),
     DType("int64", "I64", 8, False),
     DType("int32", "I32", 4, False),

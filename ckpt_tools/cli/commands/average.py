@@ -25,7 +25,7 @@ SUMMARY = "The mean of several checkpoints becomes a directory."
 
 @click.command("average", cls=options.Command)
 @click.argument("ckpts", nargs=-1, required=True, metavar="CKPT...", type=options.PATH)
-@click.argument("out", type=options.LOCAL)
+@click.argument("out", type=options.PATH)
 @options.option(
     "--coefficients",
     group=options.READ,

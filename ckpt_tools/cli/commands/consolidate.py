@@ -17,7 +17,7 @@ SUMMARY = "A checkpoint becomes a Hugging Face directory."
 
 @click.command("consolidate", cls=options.Command)
 @click.argument("ckpt", type=options.PATH)
-@click.argument("out", type=options.LOCAL)
+@click.argument("out", type=options.PATH)
 @options.model_writing
 @reporting.page_with_statistics
 @reports_errors

@@ -18,7 +18,7 @@ SUMMARY = "A PEFT adapter becomes a directory of its own."
 
 @click.command("extract-lora", cls=options.Command)
 @click.argument("ckpt", type=options.PATH)
-@click.argument("out", type=options.LOCAL)
+@click.argument("out", type=options.PATH)
 @of_adapter("Which adapter, where there are several; `all` writes each, in PEFT's folders.")
 @base_model
 @options.adapter_writing

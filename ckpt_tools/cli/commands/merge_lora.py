@@ -18,7 +18,7 @@ SUMMARY = "A LoRA adapter and its base become one model."
 
 @click.command("merge-lora", cls=options.Command)
 @click.argument("ckpt", type=options.PATH)
-@click.argument("out", type=options.LOCAL)
+@click.argument("out", type=options.PATH)
 @of_adapter("Which adapter, where there are several; or several with weights: a=0.7,b=0.3.")
 @options.option(
     "--combination",
