@@ -22,6 +22,7 @@ import error_messages
 import ckpt_tools
 from ckpt_tools import errors
 from ckpt_tools.cli import cli
+from ckpt_tools.verification import checks
 from ckpt_tools.verification.other_readers import RULES, VERSIONS
 from ckpt_tools.verification.problem import KINDS
 
@@ -252,6 +253,7 @@ def messages() -> str:
 
 def kinds() -> str:
     """Every kind of problem that verify can find."""
+    checks()  # they bring kinds of their own
     rows = [(f"`{kind}`", severity, meaning) for kind, (severity, meaning) in KINDS.items()]
     return table(("kind", "severity", "meaning"), rows)
 
