@@ -22,18 +22,8 @@ from ckpt_tools.hub.adapter_config import AdapterConfig, with_given
 from ckpt_tools.hub.card import CardFacts, model_card
 from ckpt_tools.hub.config import of_attribute, text_value
 from ckpt_tools.hub.reference import Answer
-from ckpt_tools.model.adapter import (
-    Adapter,
-    read_adapter_directory,
-    state_names,
-    trained_dtype,
-)
-from ckpt_tools.model.combining import (
-    Weighted,
-    combined,
-    read_adapter_directories,
-    weights_of,
-)
+from ckpt_tools.model.adapter import Adapter, read_adapter_directory, state_names, trained_dtype
+from ckpt_tools.model.combining import Weighted, combined, read_adapter_directories, weights_of
 from ckpt_tools.model.fit import Fitted, ask_model, fit_to_model
 from ckpt_tools.model.live_names import Layouts, in_one_layout
 from ckpt_tools.model.merging import merged_state
@@ -106,7 +96,8 @@ class _Model:
                 dtype=main_dtype(fitted.catalogue),
                 untied=bool(fitted.untied),
             )
-        layout = plan(fitted.catalogue, max_shard_size=request.max_shard_size)
+        size, format = request.max_shard_size, request.output_format
+        layout = plan(fitted.catalogue, max_shard_size=size, format=format)
         files = assets.files
         if request.card and self.config is not None:
             files += (self._card(layout, fitted, assets),)
@@ -133,6 +124,7 @@ class _Model:
                 main_dtype(self.catalogue),
                 trust=self.request.trust_remote_code,
                 answer=self.answer,
+                second_names=self.request.output_format == "bin",
             )
         except DamagedCheckpoint as error:
             _refuse_unlisted(error, self.sources)
@@ -146,6 +138,8 @@ class _Model:
             "dtype": request.dtype,
             "attribute": request.attribute,
         }
+        if request.compat is not None:
+            options["compat"] = request.compat
         if request.key_map is not None:
             options["key_map"] = json.loads(request.key_map.read_text(encoding="utf-8"))
         return Provenance(request.command, every, options, self.combined.beside)
@@ -389,8 +383,9 @@ def _unused(request: Request) -> Iterator[str]:
         "--tokenizer": request.tokenizer,
         "--chat-template": request.chat_template,
         "--like": request.like,
+        "--compat": request.compat,
     }
-    unused = [option for option, path in named.items() if path is not None]
+    unused = [option for option, given in named.items() if given is not None]
     if request.weights_only and unused:
         yield (
             f"{', '.join(unused)} had no effect: --weights-only writes the tensors of the checkpoint "

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckpt_tools.errors import UsageError
+from ckpt_tools.hub import transformers_4
 from ckpt_tools.hub.companions import companion_files, left_behind
 from ckpt_tools.hub.config import (
     CONFIG_NAME,
@@ -76,6 +77,7 @@ def collect(
         UsageError: a token id is not a row of the embedding, or two sources have different contents for
             one file.
         DamagedCheckpoint: a JSON or Python file of the source is damaged.
+        UnsupportedLayout: transformers 4 cannot read the model, and ``--compat`` asks for it.
     """
     finished = finish(config, tensors, dtype=dtype, untied=untied)
     notes, warnings = list(finished.notes), list(finished.warnings)
@@ -100,13 +102,17 @@ def collect(
             f"config.json uses code of the Hub repository {repository}, which was not copied"
         )
 
-    finished_config = AssetFile(CONFIG_NAME, content=json_bytes(finished.data))
     made = (generation.file,) if generation.file is not None else ()
-    files = _each_once((finished_config, *made, *beside, *code))
+    files = _each_once((*made, *beside, *code))
+    written = finished.data
+    if options.compat == transformers_4.NAME:
+        written, files, changes = transformers_4.for_transformers_4(written, config.path, files)
+        notes += changes
+    files = _each_once((AssetFile(CONFIG_NAME, content=json_bytes(written)), *files))
     homes = [home, *([] if tokenizer is None else [tokenizer.directory])]
     return Assets(
         files=files,
-        config=finished.data,
+        config=written,
         notes=(*notes, *generation.notes, *left_behind(homes, files)),
         warnings=(*warnings, *generation.warnings),
     )

@@ -9,8 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from ckpt_tools.errors import MissingAsset
+
+Compat = Literal["transformers-4"]
 
 # verl writes config and tokenizer to this folder beside the shards of each role.
 _BESIDE_SHARDS = "huggingface"
@@ -27,6 +30,7 @@ class AssetOptions:
         like: ``--like``, a Hugging Face directory from which every asset is taken.
         generation_config: ``--generation-config``: ``auto``, ``olmo``, ``none``, or a path.
         search: directories near the checkpoint, nearest first.
+        compat: ``--compat``: an older reader that must read the directory too, or None.
         follow_links: copy files and follow tags whose links lead out of the directory that was named.
     """
 
@@ -36,6 +40,7 @@ class AssetOptions:
     like: Path | None = None
     generation_config: str = "auto"
     search: tuple[Path, ...] = ()
+    compat: Compat | None = None
     follow_links: bool = False
 
 

@@ -7,6 +7,7 @@ transformers; it is imported only for vocabularies in other forms.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -206,7 +207,7 @@ class Tokenizer:
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(
-                str(self.directory), local_files_only=True, trust_remote_code=False
+                os.fspath(self.directory), local_files_only=True, trust_remote_code=False
             )
             vocabulary: Mapping[str, int] = tokenizer.get_vocab()
         except Exception as error:  # backends of transformers raise errors of any class

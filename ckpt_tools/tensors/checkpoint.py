@@ -51,7 +51,7 @@ class Weight:
     shape: Shape
     dtype: DType
     master: Stored | None = None
-    model: Stored | None = None
+    model: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

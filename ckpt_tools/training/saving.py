@@ -19,6 +19,7 @@ from ckpt_tools.conversion.models import prepare_model
 from ckpt_tools.conversion.pipeline import Clock, run
 from ckpt_tools.conversion.request import Request
 from ckpt_tools.errors import UsageError
+from ckpt_tools.hub.sources import Compat
 from ckpt_tools.model.state import DTypeChoice
 from ckpt_tools.ranks import Ranks, from_process_group
 from ckpt_tools.tensors.threads import default_workers
@@ -33,7 +34,7 @@ from ckpt_tools.writing.delivery import follow
 
 if TYPE_CHECKING:
     from ckpt_tools.conversion.report import Report
-    from ckpt_tools.conversion.request import PathLike
+    from ckpt_tools.storage.addresses import PathLike
 
 TIMEOUT_SECONDS = 600.0
 
@@ -44,9 +45,11 @@ def save(
     *,
     accelerator: Any = None,
     tokenizer: Any = None,
+    chat_template: PathLike | None = None,
     attribute: str | None = None,
     adapter: str | None = None,
     generation_config: str | os.PathLike[str] = "auto",
+    compat: Compat | None = None,
     dtype: DTypeChoice = "auto",
     max_shard_size: int | str = "5GB",
     config: Any = None,
@@ -74,9 +77,11 @@ def save(
         output_dir: the directory to make; the same for all ranks.
         accelerator: the accelerator that prepared the model, if one did.
         tokenizer: a tokenizer or processor, or the directory of one.
+        chat_template: a file with the chat template to save in the place of the tokenizer's own.
         attribute: dotted path of the part of a composite model to save, such as ``policy``.
         adapter: save this adapter alone, as PEFT does; ``all`` saves each.
         generation_config: ``auto``, ``olmo``, ``none``, or a file or directory.
+        compat: ``transformers-4`` saves files beside the weights that transformers 4.57 reads as well as 5.
         dtype: ``auto`` saves each tensor in the dtype that it trains in; ``keep`` and ``fp32`` save the
             optimizer's fp32 masters where it keeps any; ``bf16`` and ``fp16`` cast those.
         max_shard_size: bytes, or a number with a decimal unit.
@@ -96,7 +101,7 @@ def save(
 
     Raises:
         UnsupportedLayout: tensors that cannot be read: on NVMe, cut by pipeline, tensor or expert
-            parallelism of DeepSpeed, quantised slices.
+            parallelism of DeepSpeed, quantised slices; or ``compat`` names a reader that lacks the model.
         MissingAsset: the model has no config, or OLMo's end tokens are not in the tokenizer.
         RankFailed: another rank failed, was lost, or made no progress; no output appears.
         CkptError: see :mod:`ckpt_tools.errors`; no output appears.
@@ -140,7 +145,9 @@ def save(
             names_base=False,
             config=files.config,
             tokenizer=files.tokenizer,
+            chat_template=None if chat_template is None else Path(chat_template),
             generation_config=os.fspath(generation_config),
+            compat=compat,
             dtype=dtype,
             max_shard_size=max_shard_size,
             weights_only=weights_only,

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_tools.hub.adapter_config import NAME as ADAPTER_CONFIG
-from ckpt_tools.hub.reference.process import failure_of, run_child
+from ckpt_tools.hub.reference.process import INSTALLED_BY, failure_of, is_installed, run_child
+from ckpt_tools.storage.addresses import as_path
 from ckpt_tools.storage.regular import content_of
 from ckpt_tools.verification.adapter_base import find_base
 from ckpt_tools.verification.container import Entry
@@ -64,7 +65,7 @@ def check(run: Run) -> None:
     base = run.request.base
     if run.request.load:
         limits = Limits(run.request.load_seconds, run.request.load_memory)
-        check_loading(run.directory, run.findings, None if base is None else Path(base), limits)
+        check_loading(run.directory, run.findings, None if base is None else as_path(base), limits)
 
 
 def check_loading(
@@ -95,7 +96,7 @@ def _load_model(directory: Directory, findings: Findings, limits: Limits) -> Non
         findings.skipped.append("loading (there is no readable config)")
         return
     question = {
-        "directory": str(directory.path.resolve()),
+        "directory": os.fspath(directory.path.resolve()),
         "base": None,
         "trust_remote_code": directory.trust_remote_code,
     }
@@ -112,6 +113,10 @@ def _load_adapter(
     findings: Findings,
     limits: Limits,
 ) -> None:
+    if not is_installed("peft"):
+        install = f'pip install "{INSTALLED_BY["peft"]}"'
+        findings.skipped.append(f"loading (the package `peft` is not installed: {install})")
+        return
     path = directory.path / folder
     file = f"{folder}/{ADAPTER_CONFIG}".lstrip("/")
     try:
@@ -126,8 +131,8 @@ def _load_adapter(
         )
         return
     question = {
-        "directory": str(path.resolve()),
-        "base": str(found.resolve()),
+        "directory": os.fspath(path.resolve()),
+        "base": os.fspath(found.resolve()),
         "trust_remote_code": directory.trust_remote_code,
         "rows": _rows(
             tensors, r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|shared)\.weight$"

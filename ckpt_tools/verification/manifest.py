@@ -22,9 +22,11 @@ from ckpt_tools.verification.run import Run
 ORDER = 40
 VERSION = 1
 _KEYS = (
-    *("version", "tool", "command", "sources", "options", "versions"),
+    *("version", "tool", "command", "sources", "options", "request", "versions"),
     *("unit_bytes", "tensors", "files", "xxh3_128"),
 )
+# Written before there was a digest of the request.
+_EARLIER_KEYS = tuple(key for key in _KEYS if key != "request")
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 _SUM = re.compile(r"([0-9a-f]{64})  (.+)")
 _WRITE_ANEW = "Write the directory again, or compare it with the checkpoint with --against CKPT."
@@ -90,7 +92,7 @@ def _text(data: Mapping[str, Any]) -> bytes:
 
 
 def _parsed(data: dict[str, Any], folder: str) -> Manifest:
-    if tuple(data) != _KEYS:
+    if tuple(data) not in (_KEYS, _EARLIER_KEYS):
         raise ValueError(f"its keys are {listed([*data])}")
     unit = data["unit_bytes"]
     if type(unit) is not int or not 1 <= unit < 1 << 63:

@@ -46,6 +46,7 @@ class Request:
     workers: int | None = None
     progress: Progress | None = None
     ranks: Ranks | None = None
+    readers: Sequence[str] = ()
 
 
 @dataclass

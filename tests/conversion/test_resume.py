@@ -28,7 +28,7 @@ from tests.conftest import FIXTURES
 from tests.conversion.test_crash import shell_status
 from tests.support.outputs import contents, partials, proven_units, units_in
 from tests.support.ranks.in_threads import each, made
-from tests.support.waiting import cpu_seconds, wait_until
+from tests.support.waiting import LONGEST_SECONDS, cpu_seconds, wait_until
 from tests.writing.test_bytes import small_disk
 
 __all__ = ["small_disk"]
@@ -180,7 +180,7 @@ def test_units_that_changed_on_disk_are_written_again_by_several_ranks(
     damaged = damage(stopped(CASE / "checkpoint", out, 0.7), 1.0)
 
     reports = each(
-        made(Clock(), 3, store=HashStore()),
+        made(Clock(), 3, timeout=LONGEST_SECONDS, store=HashStore()),
         lambda own: resumed(CASE / "checkpoint", out, ranks=own),
     )
 

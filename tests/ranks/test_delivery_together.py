@@ -34,7 +34,7 @@ def consolidated(
     """What the call returns or raises on each rank."""
     settled = {"weights_only": True, "workers": 1, **options}
     return each(
-        ranks or made(Clock(), size, store=HashStore()),
+        ranks or made(Clock(), size, timeout=LONGEST_SECONDS, store=HashStore()),
         lambda own: ckpt_tools.consolidate(source, out, ranks=own, **settled),
     )
 
@@ -63,7 +63,7 @@ def test_nothing_is_removed_while_another_rank_writes_there(
 ) -> None:
     """The leader's disk is full while a follower is in the middle of a block."""
     monkeypatch.setattr(session, "_STOP_SECONDS", LONGEST_SECONDS)
-    ranks = made(Clock(), 2, store=HashStore())
+    ranks = made(Clock(), 2, timeout=LONGEST_SECONDS, store=HashStore())
     source = source_of(tmp_path / "source", (4_000_000,))
     writing, events = threading.Event(), []
     original, remove = write.Outputs.write, shutil.rmtree

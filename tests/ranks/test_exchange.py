@@ -66,7 +66,7 @@ class Held:
         pass
 
 
-def ranks_of(size: int, timeout: float = 20) -> list[Ranks]:
+def ranks_of(size: int, timeout: float = LONGEST_SECONDS) -> list[Ranks]:
     return made(Clock(), size, timeout=timeout, store=HashStore())
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from ckpt_tools.tensors.threads import pool, read_each
-from tests.support.waiting import wait_until
+from tests.support.waiting import LONGEST_SECONDS, wait_until
 
 SCRIPT = """
 from ckpt_tools.cli.signals import end_on_signals, leave_at_once
@@ -113,7 +113,7 @@ def test_hangups_that_nohup_ignores_stay_ignored() -> None:
 
 
 def test_many_files_are_read_at_once_in_order_and_without_collecting_garbage() -> None:
-    meeting = threading.Barrier(4, timeout=60)
+    meeting = threading.Barrier(4, timeout=LONGEST_SECONDS)
 
     def read(number: int) -> tuple[int, bool]:
         meeting.wait()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from ckpt_tools.tensors.catalogue import FlatRange, Fragment, Stored, Tensor
 from ckpt_tools.tensors.derived import cast
 from ckpt_tools.tensors.dtypes import BFLOAT16, BY_NAME, DType
 from ckpt_tools.tensors.windows import Meter, Window, same_bits, visit_windows, windows_of
+from tests.support.waiting import LONGEST_SECONDS
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "scalar": (),
@@ -78,11 +80,12 @@ def test_all_elements_are_seen_in_order(
     groups = groups_of(values, tmp_path)
     before = torch.get_num_threads()
     threads: set[int] = set()
-    barrier = threading.Barrier(min(workers, 2))
+    barrier = threading.Barrier(min(workers, 2), timeout=LONGEST_SECONDS)
+    calls = itertools.count()
 
     def visit(window: Window, elements: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        if not threads:
-            barrier.wait(30)  # as many as there are do work at the same time
+        if next(calls) < barrier.parties:
+            barrier.wait()  # the first two come from two threads
         threads.add(threading.get_ident())
         assert torch.get_num_threads() == 1  # so that a sum has one order, and cores are left alone
         assert all(each.data_ptr() % each.element_size() == 0 for each in elements)
@@ -173,19 +176,25 @@ def test_a_window_that_cannot_be_read_stops_no_other(
 
 
 def test_a_caller_that_stops_early_stops_the_readers(
-    values: dict[str, torch.Tensor], tmp_path: Path
+    values: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     groups = [(stored(tmp_path / str(i), values["more"]),) for i in range(40)]
     looked: list[Window] = []
     go_on = threading.Event()
+    shutdown = ThreadPoolExecutor.shutdown
+
+    def cancelled(threads: ThreadPoolExecutor, wait: bool = True, **options: bool) -> None:
+        shutdown(threads, wait=False, **options)
+        go_on.set()
+        shutdown(threads, wait=wait)
 
     def visit(window: Window, _: Sequence[torch.Tensor]) -> None:
-        assert window.group == 0 or go_on.wait(30)
+        assert window.group == 0 or go_on.wait(LONGEST_SECONDS)
         looked.append(window)
 
     found = visit_windows(groups, visit, workers=1)
     next(found)
-    threading.Timer(0.2, go_on.set).start()
+    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", cancelled)
     found.close()  # type: ignore[attr-defined]
 
     # What was read ahead of the caller, and nothing that only waited for its turn.

@@ -27,6 +27,7 @@ from ckpt_tools.training.facts import Facts
 from ckpt_tools.training.holding import Held, Holding, Piece, dtype_of, whole
 from ckpt_tools.training.live import offered, part_of
 from tests.support.ranks.in_threads import hurried, made, together
+from tests.support.waiting import LONGEST_SECONDS
 
 __all__ = ["hurried"]
 pytestmark = pytest.mark.usefixtures("hurried")
@@ -65,7 +66,7 @@ def look(
             ranks.all_gather("looked", None)
             return answer
 
-    return together(made(Clock(), world), body)
+    return together(made(Clock(), world, timeout=LONGEST_SECONDS), body)
 
 
 def loaded(checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -179,7 +180,7 @@ def test_every_rank_reads_the_same_values_under_the_same_names() -> None:
             ranks.all_gather("read", None)
             return read
 
-    read = together(made(Clock(), WORLD), body)
+    read = together(made(Clock(), WORLD, timeout=LONGEST_SECONDS), body)
 
     assert read == [{"a": [0.0] * 4 + [1.0] * 4 + [2.0] * 4, "b": [1.0, 1.0]}] * WORLD
 

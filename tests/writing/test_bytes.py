@@ -29,7 +29,7 @@ from ckpt_tools.writing.bytes import Outputs, Written, laid_out, lay_out, write
 from ckpt_tools.writing.layout import Plan, PlannedFile, Slot, plan
 from ckpt_tools.writing.publish import partial_directory
 from ckpt_tools.writing.units import Block, Units
-from tests.support.waiting import wait_until
+from tests.support.waiting import LONGEST_SECONDS, wait_until
 from tests.writing.test_layout import FORMAT, our_dtype, raw, with_blocks_of, zoo
 
 
@@ -477,13 +477,15 @@ def test_no_thread_waits_in_the_kernel_for_another_that_writes_the_same_file(
     layout = with_blocks_of(plan({"x": one_run(tmp_path / "source", torch.ones(4_096))}), 1_024)
     units = Units(layout)
     lay_out(layout, tmp_path)
-    turn, inside = Turn(), set[int]()
+    turn, inside, first = Turn(), set[int](), threading.Event()
     pwrite = os.pwrite
 
     def watched(fd: int, data: memoryview, offset: int) -> int:
         assert not inside, "two threads in the kernel"
         inside.add(fd)
-        if offset == units.span(0)[1]:
+        if not first.is_set():
+            # The other blocks wait for this one, whichever thread took it: the second thread must come.
+            first.set()
             wait_until(lambda: turn.waiting > 0)
         inside.remove(fd)
         return pwrite(fd, data, offset)
@@ -503,7 +505,7 @@ def test_several_threads_write_several_files(
     layout = plan(on_disk(tmp_path / "source", tensors), max_shard_size=4_000)
     units = Units(layout)
     lay_out(layout, tmp_path)
-    meeting = threading.Barrier(3, timeout=60)
+    meeting = threading.Barrier(3, timeout=LONGEST_SECONDS)
     firsts = {units.span(part.start)[1] for _, part in units.by_file(range(len(units)))}
     pwrite = os.pwrite
 

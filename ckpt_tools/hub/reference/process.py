@@ -6,6 +6,7 @@ reads the question and writes the answer. Question and answer are JSON objects.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -26,6 +27,8 @@ _TIMEOUT_SECONDS = 600
 # in the address space alone.
 _MEMORY, _ADDRESS_SPACE = 6 << 30, 64 << 30
 
+# What pip takes to install each library that a child needs.
+INSTALLED_BY = {"peft": "ckpt-tools[peft]", "transformers": "ckpt-tools"}
 # Packages whose files may be edited in place; of other packages a version has one content.
 _MAKERS = ("__main__", "ckpt_tools", "transformers", "peft")
 
@@ -113,6 +116,14 @@ def imported_files() -> list[tuple[str, int, int]]:
     return [(path, each.st_size, each.st_mtime_ns) for path, each in found]
 
 
+def is_installed(library: str) -> bool:
+    """Whether the library lies in this environment; an installation that is broken counts."""
+    try:
+        return importlib.util.find_spec(library) is not None
+    except (ImportError, ValueError):
+        return True  # something of this name was found, and is no package
+
+
 def failure_of(child: subprocess.CompletedProcess[str]) -> str:
     """The last line that a failed child wrote to standard error, or its exit status."""
     return (child.stderr.strip() or f"exit status {child.returncode}").splitlines()[-1]
@@ -134,8 +145,13 @@ def ask_any(module: str, question: str, library: str = "transformers") -> Any:
         library: the library that the child needs, for messages.
 
     Raises:
-        CkptError: the child failed.
+        CkptError: the library is not installed, or the child failed.
     """
+    if not is_installed(library):
+        raise CkptError(
+            f"the package `{library}` is not installed",
+            hint=f'Install it with pip install "{INSTALLED_BY[library]}".',
+        )
     try:
         child = run_child(module, question, timeout=_TIMEOUT_SECONDS)
     except subprocess.TimeoutExpired as error:

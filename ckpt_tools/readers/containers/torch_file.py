@@ -22,7 +22,7 @@ from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout
 from ckpt_tools.readers.containers.records import data_start
 from ckpt_tools.readers.containers.restricted_pickle import Opaque, StorageRef, TensorRef, unpickle
 from ckpt_tools.storage.places import Region
-from ckpt_tools.storage.pool import open_for_reading
+from ckpt_tools.storage.reading import open_for_reading
 from ckpt_tools.tensors.catalogue import FlatRange, Fragment, Shape, Stored, Strided
 from ckpt_tools.tensors.dtypes import DType
 from ckpt_tools.tensors.runs import span_of

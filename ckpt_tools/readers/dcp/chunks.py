@@ -25,7 +25,7 @@ from ckpt_tools.readers.containers.subclasses import plain
 from ckpt_tools.readers.containers.torch_file import TorchFile, layout_of
 from ckpt_tools.readers.dcp.metadata import Chunk
 from ckpt_tools.storage.places import Region
-from ckpt_tools.storage.pool import open_for_reading, read_at
+from ckpt_tools.storage.reading import open_for_reading, read_at
 from ckpt_tools.tensors.catalogue import Box, FlatRange, Fragment, Shape, Strided
 from ckpt_tools.tensors.deferred import DeferredFragment, Place
 from ckpt_tools.tensors.dtypes import DType
