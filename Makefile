@@ -29,12 +29,13 @@ PIP := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_D
 	$(BIN)/python -m pip
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo quick test fuzz faults lint fix docs pages bench clean distclean
+.PHONY: help venv demo quick test clients fuzz faults lint fix docs pages bench clean distclean
 
 help:
 	@echo "make demo       convert the shipped ZeRO-3 checkpoint, load the result, generate from it"
 	@echo "make quick      the tests to run before each commit: every part of the package, under 90 s on two cores"
 	@echo "make test       run the whole test suite (JOBS=$(JOBS) processes; LOAD=2: beside two that burn the processor)"
+	@echo "make clients    install vLLM, llama.cpp, transformers 4 and others, and let them load what is written (5 GB)"
 	@echo "make fuzz       feed hostile bytes to every reader for SECONDS=$(SECONDS); findings go to build/fuzz"
 	@echo "make faults     kill KILLS=$(KILLS) conversions, and let system calls fail in FAULTS=$(FAULTS) others"
 	@echo "make lint       ruff and mypy"
@@ -68,6 +69,9 @@ quick: $(STAMP)
 test: $(STAMP)
 	@$(BIN)/python -m tests.support.loaded $(LOAD) \
 		$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
+
+clients: $(STAMP)
+	@$(BIN)/python clients/run.py
 
 fuzz: $(STAMP)
 	@$(PIP) install -qq --constraint constraints.txt --editable '.[fuzz]' || \
