@@ -6,6 +6,12 @@ JOBS ?= 2
 # What pip takes for PyTorch before all else, such as the path of a CPU wheel; empty for what the index gives.
 TORCH ?=
 
+# What is installed of the package's extras.
+EXTRAS ?= dev
+
+# The interpreters of `make pythons`.
+PYTHONS ?= python3.10 python3.11 python3.12 python3.13
+
 # How many processes burn the processor beside the tests.
 LOAD ?= 0
 
@@ -13,12 +19,14 @@ LOAD ?= 0
 SECONDS ?= 600
 KILLS ?= 200
 FAULTS ?= 100
+# How many ranks of a torchrun it kills or stops; RANKS is that of `make bench`.
+RANKS_ENDED ?= 50
 
-# What `make bench` measures; kept in build/ for the next time.
-STAGE ?= 3
+# What `make bench` measures; kept in build/ for the next time. GOALS=whole,cold: one more round of these alone.
 PARAMS ?= 1.5e9
 RANKS ?= 8
-BENCH := build/bench-zero$(STAGE)-$(PARAMS)-$(RANKS)ranks
+GOALS ?=
+BENCH := build/bench-zero3-$(PARAMS)-$(RANKS)ranks
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -29,20 +37,23 @@ PIP := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_D
 	$(BIN)/python -m pip
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo quick test clients fuzz faults lint fix docs pages bench clean distclean
+.PHONY: help venv demo quick test clients pythons package fuzz faults lint fix docs pages bench clean distclean
 
 help:
 	@echo "make demo       convert the shipped ZeRO-3 checkpoint, load the result, generate from it"
 	@echo "make quick      the tests to run before each commit: every part of the package, under 90 s on two cores"
 	@echo "make test       run the whole test suite (JOBS=$(JOBS) processes; LOAD=2: beside two that burn the processor)"
 	@echo "make clients    install vLLM, llama.cpp, transformers 4 and others, and let them load what is written (5 GB)"
+	@echo "make pythons    make quick with each of PYTHONS that this machine has, each in build/PYTHON"
+	@echo "make package    build the distributions into dist/ and check them with twine"
 	@echo "make fuzz       feed hostile bytes to every reader for SECONDS=$(SECONDS); findings go to build/fuzz"
-	@echo "make faults     kill KILLS=$(KILLS) conversions, and let system calls fail in FAULTS=$(FAULTS) others"
+	@echo "make faults     kill KILLS=$(KILLS) conversions, and let system calls fail in FAULTS=$(FAULTS) others,"
+	@echo "                and kill or stop RANKS_ENDED=$(RANKS_ENDED) ranks under torchrun"
 	@echo "make lint       ruff and mypy"
 	@echo "make fix        let ruff repair and format what it can"
 	@echo "make docs       build the documentation as a site with search, in build/site"
 	@echo "make pages      derive the pages of docs/ anew, and what their commands print"
-	@echo "make bench      time ckpt-tools, zero_to_fp32.py and cp on a checkpoint of PARAMS=$(PARAMS) parameters"
+	@echo "make bench      measure every goal of speed and size beside other tools; writes benchmarks/RESULTS.md"
 	@echo "make venv       install the pinned dependencies into $(VENV) (the others do it when needed);"
 	@echo "                PYTHON=python3.12 names another interpreter, TORCH=FILE.whl a build of PyTorch"
 	@echo "make clean      remove what demo, test, lint and bench left"
@@ -56,7 +67,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing pinned dependencies into $(VENV) (a minute or more; PyTorch is the largest) ..."
 	@$(PYTHON) -m venv $(VENV)
 	@test -z "$(TORCH)" || $(PIP) install -qq --no-deps $(TORCH)
-	@$(PIP) install -qq --constraint constraints.txt --editable '.[dev]'
+	@$(PIP) install -qq --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	@touch $@
 	@echo "Installed: $$($(BIN)/python --version), $$($(PIP) list --format=freeze | wc -l) packages."
 
@@ -73,13 +84,30 @@ test: $(STAMP)
 clients: $(STAMP)
 	@$(BIN)/python clients/run.py
 
+# The environments have no linters, and no DeepSpeed, which is built from source.
+pythons:
+	@for python in $(PYTHONS); do \
+		if $$python -c '' 2>/dev/null; then \
+			$(MAKE) --no-print-directory quick VENV=build/$$python PYTHON=$$python \
+				EXTRAS=peft,plot,test,zstd || exit 1; \
+		else \
+			echo "$$python: not on this machine, so not run."; \
+		fi; \
+	done
+
+package: $(STAMP)
+	@$(PIP) install -qq --constraint constraints.txt --editable '.[package]'
+	@rm -rf dist
+	@$(BIN)/python -m build --outdir dist .
+	@$(BIN)/python -m twine check --strict dist/*
+
 fuzz: $(STAMP)
 	@$(PIP) install -qq --constraint constraints.txt --editable '.[fuzz]' || \
 		echo "atheris cannot be installed for this Python: coverage does not guide the mutation."
 	@$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
 
 faults: $(STAMP)
-	@$(BIN)/python -m tests.faults --kills $(KILLS) --faults $(FAULTS)
+	@$(BIN)/python -m tests.faults --kills $(KILLS) --faults $(FAULTS) --ranks $(RANKS_ENDED)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check --quiet && echo "ruff check: ok"
@@ -100,11 +128,11 @@ pages: $(STAMP)
 
 bench: $(STAMP)
 	@$(MAKE) --no-print-directory $(BENCH)/benchmark.json
-	@$(BIN)/python benchmarks/compare.py $(BENCH)
+	@$(BIN)/python benchmarks/bench.py $(BENCH) $(if $(GOALS),--only $(GOALS))
 
 $(BENCH)/benchmark.json:
 	@rm -rf $(BENCH) && mkdir -p build
-	@$(BIN)/python benchmarks/make_zero.py $(BENCH) --stage $(STAGE) --params $(PARAMS) --ranks $(RANKS)
+	@$(BIN)/python benchmarks/make_zero.py $(BENCH) --no-moments --params $(PARAMS) --ranks $(RANKS)
 
 clean:
 	@rm -rf demo-output build dist .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

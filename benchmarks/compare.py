@@ -62,6 +62,7 @@ class Run:
     contender: str
     wall_seconds: float
     cpu_seconds: float
+    system_seconds: float  # of the CPU seconds, those in the kernel
     move_seconds: float | None  # as the tool itself reports it
     flush_seconds: float  # after the end: what the child left for the kernel to write
     peak_rss_bytes: int  # counts pages of mapped files too
@@ -186,13 +187,26 @@ def copy_masters(checkpoint: Path, copies: Path) -> None:
                 file.write(block)
 
 
-def measure(contender: Contender, work: Path) -> Run:
-    out = work / "out"
-    shutil.rmtree(out, ignore_errors=True)
-    os.sync()
+def warm(contender: Contender) -> None:
+    """Read what the contender needs, so that it is in the page cache."""
     for part in contender.inputs:
         for _ in read(part):
             pass
+
+
+def cold(contender: Contender) -> None:
+    """Let what the contender needs leave the page cache."""
+    for part in contender.inputs:
+        with open(part.path, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def measure(contender: Contender, work: Path, prepare: Callable[[Contender], None] = warm) -> Run:
+    out = work / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    os.sync()
+    prepare(contender)
     with open(work / "stdout", "wb") as stdout, open(work / "stderr", "wb") as stderr:
         begin = time.perf_counter()
         child = subprocess.Popen(
@@ -226,6 +240,7 @@ def measure(contender: Contender, work: Path) -> Run:
         contender=contender.name,
         wall_seconds=wall,
         cpu_seconds=usage.ru_utime + usage.ru_stime,
+        system_seconds=usage.ru_stime,
         move_seconds=moving(work / "stdout"),
         flush_seconds=flush,
         peak_rss_bytes=peak,

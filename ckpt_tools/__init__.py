@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from ckpt_tools.verification import Problem as Problem
     from ckpt_tools.verification import Verdict as Verdict
     from ckpt_tools.verification import verify as verify
+    from ckpt_tools.watching.api import watch as watch
 
 _HOMES = {
     "analysis.difference": ("Difference", "TensorDifference", "diff"),
@@ -49,6 +50,7 @@ _HOMES = {
     "errors": ("CkptError",),
     "tensors.checkpoint": ("Checkpoint",),
     "verification": ("Problem", "Verdict", "verify"),
+    "watching.api": ("watch",),
     "_version": ("__version__",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

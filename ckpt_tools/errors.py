@@ -13,7 +13,8 @@
     │   └── NoModel                5   a checkpoint of something else, such as an optimizer
     ├── OutputFailed               6   the output could not be written: disk full, permission, I/O error
     ├── VerificationFailed         7   the output was written, and verify found it wrong; it never appeared
-    └── RankFailed                 8   another rank failed with no status of its own, was lost, or hangs
+    ├── RankFailed                 8   another rank failed with no status of its own, was lost, or hangs
+    └── StoreFailed                9   an object store, web server or Hub refuses, or cannot be reached
 
 ``except CkptError`` catches all errors of ckpt-tools and no others. Each error says what is wrong, in which
 file, and what to do next. A program can read the same from its fields.
@@ -32,6 +33,7 @@ class CkptError(Exception):
     Attributes:
         fact: what is wrong, one sentence without a full stop.
         path: the file or directory it was found in, if there is one.
+        where: its text: of a file in a store, the address.
         tensor: the tensor it concerns, if there is one.
         hint: the next step, in whole sentences.
         exit_code: exit status of the command line for this kind of error.
@@ -49,13 +51,14 @@ class CkptError(Exception):
     ) -> None:
         self.fact = fact
         # The text of a path in a tree of several places says where the file really is.
-        self.path = Path(str(path)) if path is not None else None
+        self.where = str(path) if path is not None else None
+        self.path = Path(self.where) if self.where is not None else None
         self.tensor = tensor
         self.hint = hint
         super().__init__(fact)
 
     def __str__(self) -> str:
-        where = f"{self.path}: " if self.path is not None else ""
+        where = f"{self.where}: " if self.where is not None else ""
         what = f"{self.tensor}: " if self.tensor is not None else ""
         hint = f"\n{self.hint}" if self.hint else ""
         return f"{where}{what}{self.fact}{hint}"
@@ -160,6 +163,12 @@ class RankFailed(CkptError):
     """Another rank of the same command failed, was lost, or made no progress."""
 
     exit_code = 8
+
+
+class StoreFailed(CkptError):
+    """An object store, a web server or the Hub refuses a request, or cannot be reached."""
+
+    exit_code = 9
 
 
 def listed(items: Collection[object], limit: int = 6, total: int | None = None) -> str:

@@ -1,4 +1,4 @@
-"""Owns how text from a checkpoint is shown: names of files and tensors, messages of libraries.
+"""Owns how text from a checkpoint is shown: names of files and tensors, messages of libraries; and sizes.
 
 Such text may hold characters that a terminal, a log, a workflow or Markdown interprets. Everything that is
 printed or written for people goes through :func:`printable`, and :func:`neutral` or :func:`markdown`.
@@ -35,3 +35,12 @@ def markdown_code(text: str) -> str:
     return (
         markdown(text) if re.search(r"[`|\\]", text) or not text.strip() else f"`{printable(text)}`"
     )
+
+
+def nbytes_text(nbytes: float) -> str:
+    """Bytes for a person, in decimal units as ``--max-shard-size`` takes them."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(nbytes) < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.4g} TB"

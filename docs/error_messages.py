@@ -210,6 +210,7 @@ _SECTIONS: Mapping[int, tuple[tuple[str, str], ...]] = {
     6: (("", "exit-status-6-the-output"),),
     7: (("", "exit-status-7-verification"),),
     8: (("", "exit-status-8-another-rank"),),
+    9: (("", "exit-status-9-a-store"),),
 }
 
 

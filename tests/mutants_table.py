@@ -308,8 +308,8 @@ _READERS = (
     _mutant(
         "shards-views-tied",
         "readers/containers/weight_files.py",
-        "place = (tensor.dtype, tensor.shape, *tensor.fragments) if tensor.numel else key",
-        "place = tensor.fragments[0].offset if tensor.numel else key",
+        "place = (tensor.dtype, tensor.shape, *fragments) if tensor.numel else key",
+        "place = fragments[0].offset if tensor.numel else key",
         "views of one storage are taken for one tensor",
         "readers/test_huggingface.py",
     ),
@@ -400,8 +400,32 @@ _READERS = (
         "readers/test_dcp_huggingface.py",
     ),
     _mutant(
+        "olmo-hybrid-norms-of-attention",
+        "readers/olmo_core_names.py",
+        '"attention_norm": "attention_layer_norm"',
+        '"attention_norm": "feedforward_layer_norm"',
+        "the norms of a gated delta net change places",
+        "readers/test_olmo_core.py",
+    ),
+    _mutant(
+        "torchao-zero-point-ignored",
+        "readers/containers/quantised_classes.py",
+        'parts["zero_point"] = state["zero_point"]',
+        "pass",
+        "zero points of torchao's tensors are not subtracted",
+        "readers/containers/test_quantised_classes.py",
+    ),
+    _mutant(
+        "key-map-keeps-all-rows",
+        "transforms/key_map.py",
+        "shape = (rule.rows, *tensor.shape[1:])",
+        "shape = tensor.shape",
+        "the padding of a vocabulary is not cut",
+        "conversion/test_layouts_end_to_end.py::test_the_padding_of_a_vocabulary_is_cut_where_a_key_map_says_so",
+    ),
+    _mutant(
         "olmo-gate-and-up-swapped",
-        "readers/olmo_core.py",
+        "readers/olmo_core_names.py",
         '"feed_forward.w1": "mlp.gate_proj",\n'
         '    "feed_forward.w2": "mlp.down_proj",\n'
         '    "feed_forward.w3": "mlp.up_proj",',
@@ -1003,6 +1027,30 @@ _ASSETS = (
 )
 
 _WRITING = (
+    _mutant(
+        "torch-container-checksum-first",
+        "writing/torch_container.py",
+        "        yield self.end, self._directory(crcs)\n",
+        "        yield self.end, self._directory([0 for _ in crcs])\n",
+        "the records of a torch file have no checksums in the directory",
+        "writing/test_torch_container.py",
+    ),
+    _mutant(
+        "torch-container-unaligned",
+        "writing/torch_container.py",
+        "-(-first // _ALIGNMENT) * _ALIGNMENT",
+        "first",
+        "the data of a torch file lies where it cannot be mapped",
+        "writing/test_torch_container.py",
+    ),
+    _mutant(
+        "complete-without-sizes",
+        "conversion/completeness.py",
+        'if not file.is_file() or file.stat().st_size != record["bytes"]:',
+        "if not file.is_file():",
+        "an output that was cut off counts as complete",
+        "conversion/test_completeness.py",
+    ),
     _mutant(
         "plan-header-unaligned",
         "writing/header.py",
@@ -1669,7 +1717,110 @@ _CLI = (
     ),
 )
 
+_WATCHING = (
+    _mutant(
+        "watch-latest-is-enough",
+        "watching/finished.py",
+        "    if latest == name:\n        return Judgement(State.SETTLING,",
+        "    if latest == name:\n        return Judgement(State.FINISHED,",
+        "a save whose other ranks still write is read when rank 0 has written latest",
+        "watching/test_finished.py",
+    ),
+    _mutant(
+        "watch-old-metadata",
+        "watching/finished.py",
+        "    if late <= 0:\n",
+        "    if late <= 2 * SKEW_NS:\n",
+        "a save that is written over an earlier one counts as finished",
+        "watching/test_finished.py",
+    ),
+    _mutant(
+        "watch-settling-is-finished",
+        "watching/watch.py",
+        "if not is_proven and not self._stillness.stands(save, now) and not self._is_done(save):",
+        "if False:",
+        "a save whose files do not stand still yet is read",
+        "watching/test_watch.py",
+    ),
+    _mutant(
+        "watch-prunes-latest",
+        "watching/pruning.py",
+        "        elif save.name == look.latest:\n",
+        "        elif False:\n",
+        "the save that training resumes from is removed",
+        "watching/test_watch.py",
+    ),
+    _mutant(
+        "watch-prunes-unproven",
+        "watching/pruning.py",
+        "    if doubts:\n",
+        "    if False:\n",
+        "a save is removed though its output differs from it",
+        "watching/test_watch.py",
+    ),
+    _mutant(
+        "watch-command-again",
+        "watching/watch.py",
+        "        if record is None:\n            return self.records.is_written(save)\n",
+        "        if record is None:\n            return False\n",
+        "an output whose command was not run is converted again, and refused because it exists",
+        "watching/test_watch.py",
+    ),
+)
+
+_PAGE = (
+    _mutant(
+        "page-markup-in-data",
+        "page/rendering.py",
+        'for character in "<>&":',
+        'for character in "":',
+        "a name ends the script that holds the cells of a table",
+        "page/test_rendering.py",
+    ),
+    _mutant(
+        "page-escapes-shown",
+        "page/rendering.py",
+        "value if isinstance(value, Markup) else printable(str(value))",
+        "value",
+        "characters that are not printable reach the page",
+        "page/test_rendering.py",
+    ),
+    _mutant(
+        "page-digest-of-style",
+        "page/rendering.py",
+        "script_digest=_digest(script)",
+        "script_digest=_digest(style)",
+        "the policy of the page does not allow its own script",
+        "page/test_rendering.py",
+    ),
+    _mutant(
+        "page-digests-by-name",
+        "page/weights.py",
+        'digests.get((entry.file, entry.name), "")',
+        "next(iter(digests.values()))",
+        "a tensor is shown with the digest of another",
+        "page/test_commands.py",
+    ),
+    _mutant(
+        "statistics-zeros-of-finite",
+        "analysis/statistics.py",
+        "        zeros=self.zeros + later.zeros,\n",
+        "        zeros=self.zeros,\n",
+        "zeros of later windows are not counted",
+        "analysis/test_statistics.py",
+    ),
+    _mutant(
+        "peft-types-half-installed",
+        "verification/peft_types.py",
+        "(ImportError, OSError, SyntaxError, ValueError, RecursionError)",
+        "(ImportError, OSError)",
+        "verify ends with a failure of its own where PEFT is damaged",
+        "test_packaging.py",
+    ),
+)
+
 MUTANTS = (
+    *_PAGE,
     *_READERS,
     *_TENSORS,
     *_TRANSFORMS,
@@ -1678,6 +1829,7 @@ MUTANTS = (
     *_WRITING,
     *_RANKS,
     *_TRAINING,
+    *_WATCHING,
     *_VERIFICATION,
     *_ANALYSIS,
     *_CLI,

@@ -22,6 +22,7 @@ from xml.etree import ElementTree
 import pytest
 import yaml  # type: ignore[import-untyped]
 
+from ckpt_tools._version import __version__
 from tests.cli.test_consolidate import CHAT, run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -300,6 +301,24 @@ class TestThePipeline:
         assert uploaded[:5] == ["token", "upload", "somebody/olmo-chat", "out", "."]
         assert ElementTree.parse(pipeline.workspace / "verify.xml").getroot().get("failures") == "0"
 
+    @pytest.mark.slow
+    def test_a_checkpoint_that_is_saved_meanwhile_changes_nothing(self, pipeline: Runner) -> None:
+        run_directory = pipeline.workspace.parent / "run"
+        shutil.copytree(CHAT / "checkpoint", run_directory)
+        pipeline.env["RUN"] = str(run_directory)
+        (chosen,) = (path for path in run_directory.iterdir() if path.is_dir())
+
+        def save(step: Step) -> None:
+            if step["name"] == "Choose":
+                (run_directory / "global_step999").mkdir()
+                (run_directory / "latest").write_text("global_step999")
+
+        steps = self.workflow["jobs"]["publish"]["steps"]
+        assert pipeline.run(steps, after=save) == 0, pipeline.shown
+        manifest = json.loads((pipeline.workspace / "out" / "ckpt_tools_manifest.json").read_text())
+        assert manifest["sources"][0]["name"] == chosen.name
+        assert (pipeline.workspace / "verify.html").is_file()
+
     @pytest.fixture
     def already_consolidated(self, pipeline: Runner, consolidated: Path) -> None:
         """``consolidate`` gives what it gave before; all else is done."""
@@ -337,3 +356,31 @@ class TestThePipeline:
     def test_the_action_is_used_with_inputs_that_it_has(self) -> None:
         (used,) = [yaml.safe_load(b)[0] for b in blocks("yaml") if b.startswith("- uses")]
         assert used["with"].keys() <= ACTION["inputs"].keys()
+
+
+class TestTheHook:
+    @property
+    def shown(self) -> Any:
+        (shown,) = (
+            found
+            for block in blocks("yaml")
+            if block.startswith("repos:") and "rev" in (found := yaml.safe_load(block)["repos"][0])
+        )
+        return shown
+
+    def test_what_is_shown_is_of_this_version(self) -> None:
+        assert self.shown["rev"] == f"v{__version__}"
+        (used,) = [yaml.safe_load(b)[0] for b in blocks("yaml") if b.startswith("- uses")]
+        assert used["uses"].partition("@")[2] == f"v{__version__}"
+
+    def test_its_command_line_is_understood(self, tmp_path: Path, runner: Runner) -> None:
+        (hook,) = yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text())
+        (used,) = self.shown["hooks"]
+        assert used["id"] == hook["id"]
+        assert re.search(hook["files"], "models/chat/model-00001-of-00002.safetensors")
+        assert hook["pass_filenames"] is False
+
+        done = run(*hook["entry"].split()[1:], *used["args"])
+
+        assert done.exit_code == 2
+        assert "the directory does not exist" in done.output

@@ -41,6 +41,7 @@ STRANGERS = {
 }
 # The only circles: conveniences such as `Tensor.load()` ask for their module only when they are called.
 CIRCLES = {
+    ("ckpt_tools.storage.addresses", "ckpt_tools.storage.remote.trees"),
     ("ckpt_tools.tensors.catalogue", "ckpt_tools.tensors.gather"),
     ("ckpt_tools.tensors.catalogue", "ckpt_tools.tensors.rows"),
     ("ckpt_tools.tensors.checkpoint", "ckpt_tools.tensors.listing"),

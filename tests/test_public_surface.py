@@ -37,6 +37,7 @@ PUBLIC = [
     "merge_lora",
     "open_checkpoint",
     "verify",
+    "watch",
 ]
 CALLABLES = [name for name in PUBLIC if callable(getattr(ckpt_tools, name))]
 FUNCTIONS = [name for name in CALLABLES if not name[0].isupper()]

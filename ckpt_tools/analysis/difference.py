@@ -13,13 +13,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby, product
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckpt_tools.analysis.change import Sums, Tolerance, measure
 from ckpt_tools.errors import AmbiguousCheckpoint, UsageError
 from ckpt_tools.model.matching import Matched, Side, Weights, alike, match, side_of
 from ckpt_tools.readers.opening import FILE, open_weights
+from ckpt_tools.storage.addresses import as_path
 from ckpt_tools.tensors.catalogue import Tensor
 from ckpt_tools.tensors.checkpoint import Checkpoint
 from ckpt_tools.tensors.deferred import settle
@@ -106,7 +106,7 @@ class Difference:
         atol: the absolute part of the tolerance.
         compared: number of tensors that both have in the same shape.
         elements: number of their elements.
-        same: number of compared tensors that did not change.
+        unchanged: compared tensors that did not change.
         changed: tensors that changed, largest change first.
         recast: names of tensors with different dtypes, with both dtypes. Their values are compared.
         reshaped: names of tensors with different shapes, with both layouts. They are not compared.
@@ -121,13 +121,18 @@ class Difference:
     atol: float
     compared: int
     elements: int
-    same: int
+    unchanged: tuple[str, ...]
     changed: tuple[TensorDifference, ...]
     recast: Mapping[str, tuple[str, str]]
     reshaped: Mapping[str, tuple[Layout, Layout]]
     added: Mapping[str, Layout]
     removed: Mapping[str, Layout]
     notes: tuple[str, ...]
+
+    @property
+    def same(self) -> int:
+        """Number of compared tensors that did not change."""
+        return len(self.unchanged)
 
     @property
     def is_empty(self) -> bool:
@@ -218,6 +223,7 @@ def diff(
     count = workers or default_workers()
     settle((tensor for pair in pairs.values() for tensor in pair), count)
     changed = list(_changes(pairs, Tolerance(rtol, atol), count, progress))
+    moved = {each.name for each in changed}
     return Difference(
         a=_facts(opened[0]),
         b=_facts(opened[1]),
@@ -225,7 +231,7 @@ def diff(
         atol=atol,
         compared=len(pairs),
         elements=sum(x.numel for x, _ in pairs.values()),
-        same=len(pairs) - len(changed),
+        unchanged=tuple(name for name in pairs if name not in moved),
         changed=tuple(sorted(changed, key=lambda each: each.size, reverse=True)),
         recast={
             name: (str(x.dtype), str(y.dtype))
@@ -247,7 +253,7 @@ def _opened(checkpoint: PathLike | Checkpoint, tag: str | None, side: str) -> Ch
     if isinstance(checkpoint, Checkpoint):
         return checkpoint
     try:
-        return open_weights(Path(checkpoint), tag)
+        return open_weights(as_path(checkpoint), tag)
     except AmbiguousCheckpoint as error:
         if error.hint is not None:
             # This command has a tag option for each side.

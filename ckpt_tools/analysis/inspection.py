@@ -16,7 +16,8 @@ from typing import Any
 from ckpt_tools import readers
 from ckpt_tools.errors import CkptError, number_ranges
 from ckpt_tools.readers.containers.suspicion import suspicious
-from ckpt_tools.storage.folders import read_as_one
+from ckpt_tools.storage.addresses import as_path
+from ckpt_tools.storage.folders import read_as_one, shown
 from ckpt_tools.tensors.checkpoint import Checkpoint, Weight
 from ckpt_tools.tensors.dtypes import BY_SHORT_NAME, DType
 from ckpt_tools.transforms.lora import adapter_of
@@ -110,7 +111,7 @@ def inspect(
         NotACheckpoint, UsageError: the path does not name exactly one checkpoint. A damaged checkpoint is
             not an error: its ``problems`` describe the damage.
     """
-    place = read_as_one(Path(path), also)
+    place = read_as_one(as_path(path), also)
     location = readers.locate(place, tag, model=model, format=source_format)
     try:
         checkpoint = readers.read(location)
@@ -119,7 +120,7 @@ def inspect(
     except CkptError as error:
         sizes = list(_sizes(location.directory))
         return Inspection(
-            path=Path(str(location.directory)),
+            path=shown(location.directory),
             format=location.format,
             title=f"{location.format} checkpoint",
             name=location.name,
@@ -145,7 +146,7 @@ def _facts(checkpoint: Checkpoint) -> Inspection:
     named = {stripped.names[name]: weight for name, weight in weights.items()}
     parameters = {name: w for name, w in named.items() if w.kind != "buffer"}
     return Inspection(
-        path=Path(str(checkpoint.location.directory)),
+        path=shown(checkpoint.location.directory),
         format=checkpoint.location.format,
         title=checkpoint.title,
         name=checkpoint.location.name,

@@ -18,7 +18,15 @@ import click
 
 from ckpt_tools._version import __version__
 from ckpt_tools.cli import commands
-from ckpt_tools.cli.signals import end_on_signals, ignore_signals, is_later_rank, leave_at_once
+from ckpt_tools.cli.reporting import TYPED
+from ckpt_tools.cli.signals import (
+    STATUSES,
+    end_on_signals,
+    ignore_signals,
+    is_later_rank,
+    is_rank,
+    leave_at_once,
+)
 from ckpt_tools.cli.usage import show_usage_error
 
 # The order of `--help`; a command that is not listed comes after these.
@@ -29,6 +37,7 @@ _FIRST = (
     "extract-lora",
     "merge-lora",
     "average",
+    "watch",
     "verify",
     "diff",
     "interval",
@@ -48,6 +57,7 @@ Exit status:
   6  the output cannot be written: disk full, permission
   7  --verify found the output wrong; it never appeared
   8  another rank failed, was lost, or made no progress
+  9  a store refuses a request, or cannot be reached
   129, 130, 143  interrupted; OUT was not touched
 
 \b
@@ -77,6 +87,11 @@ class _Lazy(click.Group):
         command = _module(cmd_name).command
         assert isinstance(command, click.Command)
         return command
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Keep the words for whoever repeats the command line."""
+        ctx.meta[TYPED] = tuple(args)
+        return super().parse_args(ctx, args)
 
     def main(  # type: ignore[override]
         self, args: Sequence[str] | None = None, *, standalone_mode: bool = True, **extra: Any
@@ -127,5 +142,7 @@ def main(args: list[str] | None = None) -> None:
         if args is None:
             # The process ends. Called with arguments, the caller's process goes on.
             ignore_signals()
-        leave_at_once(end.code)
+        is_slow = args is None and "torch" in sys.modules
+        if is_slow or end.code in STATUSES or is_rank():
+            leave_at_once(end.code)
         raise

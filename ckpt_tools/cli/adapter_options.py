@@ -7,6 +7,13 @@ from collections.abc import Callable
 from ckpt_tools.cli import completing
 from ckpt_tools.cli.options import PATH, READ, F, added, option
 
+base_model = option(
+    "--base-model",
+    group=READ,
+    metavar="NAME",
+    help="Name of the base, on the Hub or a directory, if no config states it.",
+)
+
 
 def of_adapter(adapter_help: str) -> Callable[[F], F]:
     """The options that name an adapter and its config."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ckpt_tools.errors import AmbiguousCheckpoint, CkptError
+from ckpt_tools.storage.addresses import is_address
 
 if TYPE_CHECKING:
     from ckpt_tools.analysis.inspection import Inspection
@@ -75,7 +76,8 @@ def _checkpoint(context: click.Context, parameter: click.Parameter) -> Path | No
     if arguments and "ATTR" in str(arguments[0].metavar) and len(typed) > _WITHOUT_ATTRIBUTE:
         del typed[0]
     at = int(any(flag.endswith("-b") for flag in parameter.opts))
-    return Path(typed[at]) if len(typed) > at else None
+    # A shell must not wait for a store.
+    return Path(typed[at]) if len(typed) > at and not is_address(typed[at]) else None
 
 
 # Arguments of a command whose first one, the attribute, is given as an option.

@@ -6,103 +6,28 @@ Owns flags, value types and help texts. What the options mean is stated in
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from ckpt_tools.cli import completing
 from ckpt_tools.cli.caching import no_cache
+from ckpt_tools.cli.groups import ASSETS as ASSETS
+from ckpt_tools.cli.groups import CHECK as CHECK
+from ckpt_tools.cli.groups import READ as READ
+from ckpt_tools.cli.groups import RUN as RUN
+from ckpt_tools.cli.groups import WRITE as WRITE
+from ckpt_tools.cli.groups import Command as Command
+from ckpt_tools.cli.groups import Option as Option
+from ckpt_tools.cli.groups import option as option
+from ckpt_tools.cli.kinds import LOCAL as LOCAL
+from ckpt_tools.cli.kinds import PATH as PATH
+from ckpt_tools.cli.kinds import DTypeName as DTypeName
 from ckpt_tools.cli.text import say
-from ckpt_tools.cli.usage import Unusable
-from ckpt_tools.tensors.dtypes import short_name
 
 F = TypeVar("F", bound=Callable[..., Any])
 Decorator = Callable[[F], F]
-
-
-class LocalPath(click.Path):
-    """A path of a file system."""
-
-    def __init__(self) -> None:
-        super().__init__(path_type=Path)
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The path; the address of an object store is refused, because a path would change it."""
-        scheme = _SCHEME.match(value) if isinstance(value, str) else None
-        if scheme is not None:
-            raise Unusable(
-                f"{value} is not a path, and {scheme[1]}:// is not read",
-                hint="Copy the checkpoint into a folder first, and name that folder.",
-            )
-        return super().convert(value, param, ctx)
-
-
-class DTypeName(click.Choice):  # type: ignore[type-arg]
-    """The dtype of an output: short names, and those of torch."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The short name."""
-        return super().convert(short_name(value), param, ctx)
-
-
-_SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://")
-
-PATH = LocalPath()
-
-READ = "What to read"
-WRITE = "What to write"
-ASSETS = "Files beside the weights"
-CHECK = "Checking"
-RUN = "Running"
-GROUPS = (READ, WRITE, ASSETS, CHECK, RUN)
-
-
-class Option(click.Option):
-    """An option that ``--help`` lists in a group."""
-
-    def __init__(self, *args: Any, group: str = RUN, **attributes: Any) -> None:
-        super().__init__(*args, **attributes)
-        self.group = group
-
-    def resolve_envvar_value(self, ctx: click.Context) -> str | None:
-        """The value in the environment: the variable is named as the option is typed."""
-        flag = max(self.opts, key=len).lstrip("-").replace("-", "_").upper()
-        return os.environ.get(f"{ctx.auto_envvar_prefix}_{flag}") or None
-
-    def value_from_envvar(self, ctx: click.Context) -> Any:
-        """The value in the environment; for a flag, a true value means that it is typed."""
-        if not self.is_flag:
-            return super().value_from_envvar(ctx)
-        text = self.resolve_envvar_value(ctx)
-        if text is None:
-            return None
-        typed = click.BOOL.convert(text, self, ctx)
-        return (self.flag_value if self.flag_value is False else True) if typed else None
-
-
-class Command(click.Command):
-    """A command whose ``--help`` lists the options by group."""
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """A section of help for each group."""
-        rows: dict[str, list[tuple[str, str]]] = {group: [] for group in GROUPS}
-        for parameter in self.get_params(ctx):
-            record = parameter.get_help_record(ctx)
-            if isinstance(parameter, click.Option) and record is not None:
-                rows[getattr(parameter, "group", RUN)].append(record)
-        for group, records in rows.items():
-            if records:
-                with formatter.section(group):
-                    formatter.write_dl(records)
-
-
-def option(*flags: str, group: str = RUN, **attributes: Any) -> Callable[[F], F]:
-    """An option of a command, in a group of its help."""
-    return click.option(*flags, cls=Option, group=group, **attributes)
 
 
 also = option(
@@ -179,7 +104,7 @@ timeout = option(
     default=1800,
     show_default=True,
     metavar="SECONDS",
-    help="Under torchrun: how long ranks wait for one that makes no progress.",
+    help="How long ranks of torchrun wait for one without progress, and requests of stores are repeated.",
 )
 
 _ADAPTERS: dict[str, Decorator[Any]] = {
@@ -209,6 +134,14 @@ _ADAPTERS: dict[str, Decorator[Any]] = {
         show_default=True,
         help="auto: each tensor in its training dtype. keep: each as stored. The others cast floating "
         "tensors.",
+    ),
+    "output_format": option(
+        "--output-format",
+        group=WRITE,
+        type=click.Choice(["safetensors", "bin"]),
+        default="safetensors",
+        show_default=True,
+        help="The container of the weights; bin is that of torch.save.",
     ),
     "config": option(
         "--config",
@@ -267,14 +200,47 @@ _ADAPTERS: dict[str, Decorator[Any]] = {
     "sha256": option(
         "--sha256", group=CHECK, is_flag=True, help="Write SHA256SUMS, for sha256sum -c."
     ),
+    "marker": option(
+        "--marker",
+        group=WRITE,
+        metavar="NAME",
+        help="Also write a file NAME that says COMPLETED, for programs that wait for one.",
+    ),
     "dry_run": option(
         "--dry-run", group=CHECK, is_flag=True, help="Check and plan everything, write nothing."
     ),
     "overwrite": option(
         "--overwrite", is_flag=True, help="Replace OUT once the new one is complete."
     ),
+    "skip_complete": option(
+        "--skip-complete",
+        is_flag=True,
+        help="If the same request has written OUT, say so and end with status 0.",
+    ),
     "resume": option(
         "--resume", is_flag=True, help="Continue what an earlier run that failed has left."
+    ),
+    "scratch": option(
+        "--scratch",
+        group=WRITE,
+        type=LOCAL,
+        metavar="DIR",
+        help="Where an OUT that is an address is made before it is uploaded.",
+    ),
+    "push_to_hub": option(
+        "--push-to-hub",
+        group=WRITE,
+        metavar="ORG/REPO",
+        help="Upload OUT to this repository of the Hub too, as one commit.",
+    ),
+    "revision": option(
+        "--revision",
+        group=WRITE,
+        metavar="R",
+        help="With --push-to-hub: the branch. Default: main.",
+    ),
+    "private": option(
+        "--private", group=WRITE, is_flag=True, help="Make a new repository of the Hub private."
     ),
     "workers": workers,
     "no_cache": no_cache,
@@ -355,6 +321,15 @@ _MODELS: dict[str, Decorator[Any]] = {
 }
 
 
+# Names of the options that adapters do not have.
+OF_MODELS = frozenset(_MODELS)
+# What means one checkpoint, or one call.
+_OF_ONE = {
+    *("tag", "also", "node_local", "dry_run", "resume", "skip_complete", "timeout"),
+    *("scratch", "push_to_hub", "revision", "private"),
+}
+
+
 def adapter_writing(function: F) -> F:
     """The options of a command that writes adapters."""
     return added(_ADAPTERS.values(), function)
@@ -362,14 +337,20 @@ def adapter_writing(function: F) -> F:
 
 def model_writing(function: F) -> F:
     """The options of a command that writes a model directory."""
-    return added((_MODELS | _ADAPTERS).values(), function)
+    return added((_ADAPTERS | _MODELS).values(), function)
 
 
 def mean_writing(function: F) -> F:
     """Those of several checkpoints; ``--also`` would not say which one the folder belongs to."""
-    options = _MODELS | _ADAPTERS
+    options = _ADAPTERS | _MODELS
     del options["also"]
     return added(options.values(), function)
+
+
+def watch_writing(function: F) -> F:
+    """Those of a command that converts one checkpoint after the other."""
+    options = _ADAPTERS | _MODELS
+    return added((add for name, add in options.items() if name not in _OF_ONE), function)
 
 
 def added(options: Iterable[Decorator[F]], function: F) -> F:

@@ -18,6 +18,7 @@ import click
 from ckpt_tools.cli.signals import STATUSES, is_later_rank, is_rank, speak_undisturbed
 from ckpt_tools.cli.text import print_json, say
 from ckpt_tools.errors import CkptError
+from ckpt_tools.storage.patience import be_patient
 
 if TYPE_CHECKING:
     from ckpt_tools.ranks import Ranks
@@ -29,12 +30,13 @@ _RANKS = "ckpt_tools.ranks"
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def reports_errors(function: F, trouble: int = 1) -> F:
+def reports_errors(function: F, trouble: int = 1, goes_on: bool = False) -> F:
     """End the command with a message and the error's exit status instead of a traceback.
 
     Args:
         function: the command.
         trouble: the exit status after a failure that was not foreseen.
+        goes_on: whether the same command goes on where an interruption stopped it.
     """
 
     @functools.wraps(function)
@@ -52,11 +54,11 @@ def reports_errors(function: F, trouble: int = 1) -> F:
                 _print_error(error)
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
-            _say_what_is_left(kwargs.get("out"))
+            _say_what_is_left(kwargs.get("out"), goes_on)
             sys.exit(130)
         except SystemExit as end:
             if end.code in STATUSES:
-                _say_what_is_left(kwargs.get("out"))
+                _say_what_is_left(kwargs.get("out"), goes_on)
             raise
         except BrokenPipeError:
             # The reader of our output is gone (`ckpt-tools inspect | head`).
@@ -82,19 +84,23 @@ def _is_told_elsewhere(by_default: bool = False) -> bool:
     return by_default if told is None else told
 
 
-def _say_what_is_left(out: Path | None) -> None:
+def _say_what_is_left(out: Path | str | None, goes_on: bool) -> None:
     """Report what an interruption left behind; only one of several ranks reports it."""
     from ckpt_tools.writing.publish import how_to_go_on, leftovers
 
     if _is_told_elsewhere(by_default=is_later_rank()):
         return
-    left = leftovers(out) if out is not None else []
+    if goes_on:
+        say("Interrupted. The same command goes on where it was.", err=True)
+        return
+    left = leftovers(out) if isinstance(out, Path) else []
     kept = "".join(f". {how_to_go_on(path)}" for path in left) or "; nothing was left behind."
     say(f"Interrupted{kept}", err=True)
 
 
 def joined_ranks(timeout: float) -> Ranks | None:
     """The ranks of the torchrun that started this process; None without torchrun."""
+    be_patient(timeout)
     if not is_rank():
         return None
     # torch prints a stack for each broken connection; our error says what it means.
@@ -123,8 +129,8 @@ def _print_unforeseen(error: Exception) -> None:
 
 def _print_error(error: CkptError) -> None:
     say(error.fact, label="error: ", color="red", bold=True, err=True)
-    if error.path is not None:
-        say(str(error.path), label="  in: ", err=True)
+    if error.where is not None:
+        say(error.where, label="  in: ", err=True)
     if error.tensor is not None:
         say(str(error.tensor), label="  tensor: ", err=True)
     if error.hint:
@@ -135,7 +141,7 @@ def _as_json(error: CkptError) -> dict[str, Any]:
     return {
         "kind": type(error).__name__,
         "fact": error.fact,
-        "path": None if error.path is None else str(error.path),
+        "path": error.where,
         "tensor": error.tensor,
         "hint": error.hint,
         "exit_code": error.exit_code,

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ckpt_tools.text import nbytes_text as nbytes_text
 from ckpt_tools.text import neutral
 from ckpt_tools.text import printable as printable
 
@@ -61,6 +62,11 @@ def json_text(value: Any) -> str:
     return json.dumps(value, indent=2).replace("##", "#\\u0023") + "\n"
 
 
+def json_line(value: Any) -> str:
+    """A value as JSON on one line, which is no command to a workflow's runner."""
+    return json.dumps(value).replace("##", "#\\u0023")
+
+
 def drawn(draw: Callable[[Console], None]) -> str:
     """The text that a function draws on a console as wide as the terminal, or as a log."""
     from rich.console import Console
@@ -86,15 +92,6 @@ def folded(text: str, width: int) -> str:
 def counted(count: int, noun: str) -> str:
     """A number of things: ``1 tensor``, ``2 tensors``."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
-
-
-def nbytes_text(nbytes: float) -> str:
-    """Bytes for a person, in decimal units as ``--max-shard-size`` takes them."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(nbytes) < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.3g} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.4g} TB"
 
 
 def count_text(count: int) -> str:

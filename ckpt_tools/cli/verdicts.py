@@ -78,9 +78,9 @@ def _reason(outcome: Outcome) -> str:
     error = outcome.error
     if error is None:
         return ""
-    if error.path is None or Path(error.path) == outcome.directory:
+    if error.where is None or error.where == str(outcome.directory):
         return error.fact
-    return f"{error.fact} (in {error.path})"
+    return f"{error.fact} (in {error.where})"
 
 
 def depth_of(outcome: Outcome) -> list[str]:

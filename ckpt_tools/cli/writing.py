@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ckpt_tools.cli import reporting
 from ckpt_tools.cli.outcome import joined_ranks
 from ckpt_tools.cli.progress import shown_progress
 from ckpt_tools.cli.text import count_text, counted, nbytes_text, print_json, say, seconds_text
@@ -20,21 +22,43 @@ def write_directory(
     verbose: bool,
     as_json: bool,
     timeout: float,
+    report: Path | None,
+    statistics: bool,
     **options: Any,
 ) -> None:
-    """Carry out ``convert``, and print the report."""
+    """Carry out ``convert``, print what was done, and write the page for a browser."""
+    if report is not None:
+        reporting.refuse_misplaced(report)
     ranks = joined_ranks(timeout)
     leads = ranks is None or ranks.leads
     with shown_progress(quiet or as_json or not leads) as progress:
-        report = convert(progress=progress, ranks=ranks, **options)
+        done = convert(progress=progress, ranks=ranks, **options)
     if not leads:
         return
     if as_json:
-        print_json(report.to_json())
+        print_json(done.to_json())
     elif not quiet:
-        _show(report)
-        if verbose:
-            _show_details(report)
+        show_report(done, verbose)
+    if report is not None:
+        from ckpt_tools.page.conversion import page_of_conversion
+
+        with shown_progress(quiet or as_json or not statistics, "reading") as progress:
+            page = page_of_conversion(
+                done,
+                reporting.command_line(),
+                verified=options["verify"],
+                statistics=statistics,
+                workers=options["workers"],
+                progress=progress,
+            )
+        reporting.write_page(report, page)
+
+
+def show_report(report: Report, verbose: bool) -> None:
+    """Print what was done."""
+    _show(report)
+    if verbose and not report.complete:
+        _show_details(report)
 
 
 def _show(report: Report) -> None:
@@ -42,6 +66,9 @@ def _show(report: Report) -> None:
         say(f"note: {note}")
     for warning in report.warnings:
         say(warning, label="warning: ", color="yellow", err=True)
+    if report.complete:
+        say(f"{report.output} is complete, written by the same request. Nothing was done.")
+        return
     if report.dry_run:
         for file in report.plan:
             tensors = counted(len(file["tensors"]), "tensor")

@@ -28,12 +28,11 @@ from ckpt_tools.conversion.report import Report
 from ckpt_tools.conversion.request import (
     AdapterOptions,
     ModelOptions,
-    PathLike,
     Request,
-    as_path,
     paths_of,
     requested,
 )
+from ckpt_tools.conversion.sending import sent
 from ckpt_tools.conversion.signature import states_options
 from ckpt_tools.errors import UsageError
 from ckpt_tools.hub.links import refuse_any_leaving, refuse_leaving
@@ -42,6 +41,7 @@ from ckpt_tools.hub.tokenizer import find_tokenizer
 from ckpt_tools.model.combining import Combination
 from ckpt_tools.ranks import pooled_machines
 from ckpt_tools.readers.opening import open_weights
+from ckpt_tools.storage.addresses import PathLike, as_path, is_address
 from ckpt_tools.storage.folders import places_of, read_as_one
 from ckpt_tools.tensors.checkpoint import Checkpoint
 from ckpt_tools.writing.delivery import follow
@@ -249,8 +249,13 @@ def _together(
 ) -> Report:
     """Carry out a request; of several ranks the leader does, and the others help it to write."""
     ranks = request.ranks
+    if request.node_local and any(is_address(str(path)) for path in paths_of(checkpoints)):
+        raise UsageError(
+            "--node-local is for files that lie on each machine, and a store is the same for all",
+            hint="Leave out --node-local.",
+        )
     if ranks is None:
-        return _carried_out(checkpoints, request, prepare)
+        return sent(checkpoints, request, lambda asked: _carried_out(checkpoints, asked, prepare))
     with ExitStack() as stack:
         stack.enter_context(
             ranks.session("--node-local" if request.node_local else "no --node-local")
@@ -264,7 +269,7 @@ def _together(
             seen = iter([read_as_one(path, request.also) for path in paths])
         if ranks.leads:
             found = [each if isinstance(each, Checkpoint) else next(seen) for each in checkpoints]
-            report = _carried_out(found, request, prepare)
+            report = sent(found, request, lambda asked: _carried_out(found, asked, prepare))
             ranks.put("report", report)
             return report
         done: Report = follow(ranks, request.workers)

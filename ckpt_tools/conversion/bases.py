@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ckpt_tools.conversion.request import PathLike, Request, as_path
+from ckpt_tools.conversion.request import Request
 from ckpt_tools.errors import CkptError, MissingAsset
 from ckpt_tools.hub.adapter_config import find_adapter_config
 from ckpt_tools.model.adapter import state_names
 from ckpt_tools.model.state import model_state
 from ckpt_tools.readers.containers.weight_files import ADAPTER_FILES, entry_in
+from ckpt_tools.storage.addresses import PathLike, as_path, is_address
 from ckpt_tools.tensors.checkpoint import Checkpoint, Copy
 from ckpt_tools.transforms.live_layout import lacking_modules
 from ckpt_tools.transforms.lora import plain_name
@@ -68,6 +69,8 @@ def named_base(request: Request, search: Sequence[Path]) -> Path | None:
     )
     text = None if config is None else config.data.get("base_model_name_or_path")
     if config is None or config.path is None or not isinstance(text, str) or not text:
+        return None
+    if is_address(text):
         return None
     places = (Path(text), config.path.parent / text)
     return next((place for place in places if place.is_dir()), None)

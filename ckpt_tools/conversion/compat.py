@@ -118,9 +118,8 @@ def merge_fsdp_weights(
     the dtype that it was saved in. It differs in what that function gets wrong. A directory above
     ``pytorch_model_fsdp_0`` will do; an optimizer's, which becomes no file of weights, will not, and of
     a state that holds more than a model the model is taken. Nothing is left of a run that fails.
-    Memory does not grow with the model; for ``safe_serialization=False`` the disk holds the weights twice
-    for a while. As with accelerate's, an older file is replaced, and every rank may call it: the first one
-    writes, and the others wait for it.
+    Memory does not grow with the model. As with accelerate's, an older file is replaced, and every rank may
+    call it: the first one writes, and the others wait for it.
 
     Args:
         checkpoint_dir: a directory with ``.metadata`` and ``.distcp`` files, or one above it: that of

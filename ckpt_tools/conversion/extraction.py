@@ -197,7 +197,12 @@ def _left_out(found: Sequence[Found], state: State) -> list[str]:
 def _output(one: Found, request: Request) -> Output:
     cast = Catalogue({**cast_tensors(one.adapter.state, one.names, request), **one.made})
     # PEFT never shards an adapter.
-    layout = plan(cast, stem="adapter_model", max_shard_size=max(cast.nbytes, 1))
+    layout = plan(
+        cast,
+        stem="adapter_model",
+        max_shard_size=max(cast.nbytes, 1),
+        format=request.output_format,
+    )
     folder = one.adapter.name if request.adapter == _ALL and one.adapter.name != _DEFAULT else ""
     beside = () if folder else _tokenizer(request)
     return Output(folder, layout, (adapter_config_file(one.config), *beside))

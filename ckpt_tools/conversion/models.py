@@ -96,7 +96,8 @@ class _Model:
                 dtype=main_dtype(fitted.catalogue),
                 untied=bool(fitted.untied),
             )
-        layout = plan(fitted.catalogue, max_shard_size=request.max_shard_size)
+        size, format = request.max_shard_size, request.output_format
+        layout = plan(fitted.catalogue, max_shard_size=size, format=format)
         files = assets.files
         if request.card and self.config is not None:
             files += (self._card(layout, fitted, assets),)
@@ -123,6 +124,7 @@ class _Model:
                 main_dtype(self.catalogue),
                 trust=self.request.trust_remote_code,
                 answer=self.answer,
+                second_names=self.request.output_format == "bin",
             )
         except DamagedCheckpoint as error:
             _refuse_unlisted(error, self.sources)

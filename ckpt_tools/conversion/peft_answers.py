@@ -67,7 +67,8 @@ def ask_peft(
         answers = describe_adapters(config, questions)
     except CkptError as error:
         _need_peft(found, error.fact, error.hint or _NOT_LORA)
-        return found, [f"names are by rule, because PEFT was not asked: {error.fact}"]
+        why = f"{error.fact}. {error.hint}" if error.hint else error.fact
+        return found, [f"names are by rule, because PEFT was not asked: {why}"]
     agreed, doubts = [], []
     for one, question, answer in zip(found, questions, answers, strict=True):
         failure = answer.failure

@@ -12,11 +12,12 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+from ckpt_tools.conversion.completeness import digest_of, held_complete, refuse_marker
 from ckpt_tools.conversion.masters import check_masters, check_replicas
 from ckpt_tools.conversion.report import Report
 from ckpt_tools.conversion.request import Request
@@ -27,6 +28,7 @@ from ckpt_tools.storage.folders import folders_of
 from ckpt_tools.tensors.catalogue import Tensor
 from ckpt_tools.tensors.checkpoint import Checkpoint
 from ckpt_tools.tensors.deferred import settle
+from ckpt_tools.tensors.threads import threads_for
 from ckpt_tools.verification import verify
 from ckpt_tools.writing.bytes import Written
 from ckpt_tools.writing.delivery import Delivered, deliver
@@ -108,6 +110,9 @@ def run(sources: Sequence[Checkpoint], request: Request, prepare: Prepare, clock
     Raises:
         CkptError: see :mod:`ckpt_tools.errors`; nothing was written.
     """
+    asked = digest_of(sources, request)
+    if request.skip_complete and (found := held_complete(request.output, asked)) is not None:
+        return _as_it_is(sources[0], request, found, clock)
     if not request.dry_run:
         folders = [f for source in sources for f in folders_of(source.location.directory)]
         inputs = [*folders, *request.named_inputs]
@@ -115,7 +120,8 @@ def run(sources: Sequence[Checkpoint], request: Request, prepare: Prepare, clock
     checks = _Checks()
     checks.add(file for source in sources for file in source.files)
     pending = prepare(sources, request)
-    settle(pending.tensors, request.workers)
+    held = (file for source in sources for file in source.files)
+    settle(pending.tensors, max(request.workers, threads_for(held)))
     suspicions = _suspicions(sources, request)
     clock.lap("read")
     checked = 0
@@ -138,6 +144,8 @@ def run(sources: Sequence[Checkpoint], request: Request, prepare: Prepare, clock
         )
     clock.lap("check")
     planned = pending.plan()
+    planned = replace(planned, provenance=replace(planned.provenance, request=asked))
+    refuse_marker(request.marker, planned.outputs)
     if not request.follow_links:
         _refuse_links(planned.outputs, request)
         for directory, files in planned.provenance.files_beside().items():
@@ -242,6 +250,31 @@ def _report(
         plan=tuple(file for output in outputs for file in output.listing())
         if request.dry_run
         else (),
+    )
+
+
+def _as_it_is(
+    source: Checkpoint, request: Request, found: Mapping[str, int], clock: Clock
+) -> Report:
+    """The report of an output that is complete already."""
+    clock.lap("read")
+    return Report(
+        checkpoint=source.location.directory,
+        output=request.output,
+        source=source.title,
+        step=source.step,
+        world_size=source.world_size,
+        framework=source.framework,
+        weights=request.weights,
+        dtypes={},
+        tensors=0,
+        parameters=0,
+        files=found,
+        bytes_read=0,
+        bytes_written=0,
+        checked=0,
+        seconds=clock.laps,
+        complete=True,
     )
 
 

@@ -17,7 +17,7 @@ class Report:
 
     Attributes:
         checkpoint: directory that was read.
-        output: directory that was written.
+        output: directory that was written; the address of one that was uploaded.
         source: what the checkpoint is, for a person.
         step: optimizer step, where known.
         world_size: ranks that wrote the checkpoint, where known.
@@ -37,11 +37,12 @@ class Report:
         notes: what was decided or changed.
         warnings: what to look at.
         dry_run: nothing was written.
+        complete: the output was complete before, by the same request; nothing was read or written.
         plan: of a dry run, each weight file with its bytes and tensors.
     """
 
     checkpoint: Path
-    output: Path
+    output: Path | str
     source: str
     step: int | None
     world_size: int | None
@@ -59,6 +60,7 @@ class Report:
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     dry_run: bool = False
+    complete: bool = False
     plan: tuple[Mapping[str, Any], ...] = field(default=())
 
     def to_json(self) -> dict[str, Any]:

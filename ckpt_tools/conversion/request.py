@@ -7,28 +7,30 @@ line, the Python functions and :func:`ckpt_tools.training.save` all build a :cla
 from __future__ import annotations
 
 import difflib
-import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
+import xxhash
+
 from ckpt_tools.hub.sources import AssetOptions, Compat
 from ckpt_tools.model.combining import Combination
 from ckpt_tools.model.state import DTypeChoice
+from ckpt_tools.storage.addresses import Address, PathLike, as_path, is_address, parsed
 from ckpt_tools.tensors.checkpoint import Checkpoint, Copy
 from ckpt_tools.tensors.dtypes import short_name
 from ckpt_tools.tensors.threads import default_workers
+from ckpt_tools.writing.layout import OutputFormat
 from ckpt_tools.writing.output import Progress, Writing
 
 if TYPE_CHECKING:
     from ckpt_tools.ranks import Ranks
 
-PathLike = str | os.PathLike[str]
-
 _PATHS = (
     *("config", "key_map", "tokenizer", "chat_template", "like"),
-    *("adapter_dir", "adapter_config", "base"),
+    *("adapter_dir", "adapter_config", "base", "scratch"),
 )
 
 
@@ -59,6 +61,7 @@ class Request(AssetOptions, Writing):
         dtype: ``auto`` gives each tensor its training dtype, ``keep`` leaves each as stored, ``fp32``,
             ``bf16`` and ``fp16`` cast every floating tensor. Torch's names and a ``torch.dtype`` are
             understood too.
+        output_format: the container of the weights: ``safetensors``, or ``bin`` as ``torch.save`` writes it.
         max_shard_size: bytes, or a number with a decimal unit.
         weights_only: write weights alone: no config, no tokenizer, names as stored.
         dequantize: write quantised weights as the 16-bit weights that their quantiser makes of them.
@@ -67,6 +70,12 @@ class Request(AssetOptions, Writing):
             the model's layout.
         node_local: each machine sees only its own files of the checkpoint; the ranks pool them.
         strict: refuse checkpoints whose pickles name functions that no known framework writes.
+        skip_complete: do nothing, and say so, where the same request has written the output already.
+        destination: the address that the output is uploaded to; ``output`` is on this machine.
+        scratch: the folder in which an output is made that is uploaded; the system's own by default.
+        push_to_hub: the repository of the Hub, ``ORG/REPO``, to which the output is uploaded too.
+        revision: the branch of that repository; ``main`` by default.
+        private: a repository of the Hub that does not exist is made private.
         names_base: an adapter without the name of its base is refused; PEFT itself writes it.
     """
 
@@ -89,6 +98,7 @@ class Request(AssetOptions, Writing):
     base_model: str | None = None
     base: Path | None = None
     dtype: DTypeChoice = "auto"
+    output_format: OutputFormat = "safetensors"
     max_shard_size: int | str = "5GB"
     weights_only: bool = False
     dequantize: bool = False
@@ -96,7 +106,13 @@ class Request(AssetOptions, Writing):
     trust_remote_code: bool = False
     node_local: bool = False
     strict: bool = False
+    skip_complete: bool = False
     names_base: bool = True
+    destination: Address | None = None
+    scratch: Path | None = None
+    push_to_hub: str | None = None
+    revision: str | None = None
+    private: bool = False
 
     @property
     def named_inputs(self) -> list[Path]:
@@ -113,35 +129,47 @@ class Request(AssetOptions, Writing):
         return [path for path in named if path is not None]
 
 
-class AdapterOptions(TypedDict, total=False):
-    """The options of :func:`ckpt_tools.extract_lora`: fields of :class:`Request`, for type checkers."""
+class ConversionOptions(TypedDict, total=False):
+    """The options of every function that converts: fields of :class:`Request`, for type checkers."""
 
-    tag: str | None
     model: int | str | None
     source_format: str | None
-    also: Sequence[PathLike]
     weights: Copy
     check_all_masters: bool
     dtype: DTypeChoice
+    output_format: OutputFormat
     config: PathLike | None
     tokenizer: PathLike | None
     chat_template: PathLike | None
     workers: int | None
-    dry_run: bool
     overwrite: bool
+    marker: str | None
     progress: Progress | None
-    resume: bool
     sha256: bool
     verify: bool
     check_source: bool
-    ranks: Ranks | None
-    node_local: bool
     follow_links: bool
     strict: bool
 
 
-class ModelOptions(AdapterOptions, total=False):
-    """The options of every function that writes a model directory."""
+class AdapterOptions(ConversionOptions, total=False):
+    """The options of :func:`ckpt_tools.extract_lora`: also those of one call about one checkpoint."""
+
+    tag: str | None
+    also: Sequence[PathLike]
+    dry_run: bool
+    skip_complete: bool
+    resume: bool
+    ranks: Ranks | None
+    node_local: bool
+    scratch: PathLike | None
+    push_to_hub: str | None
+    revision: str | None
+    private: bool
+
+
+class _OfModels(TypedDict, total=False):
+    """The options of whole models."""
 
     key_map: PathLike | None
     generation_config: str
@@ -154,10 +182,18 @@ class ModelOptions(AdapterOptions, total=False):
     trust_remote_code: bool
 
 
+class ModelOptions(AdapterOptions, _OfModels, total=False):
+    """The options of every function that writes a model directory."""
+
+
+class WatchOptions(ConversionOptions, _OfModels, total=False):
+    """The options of :func:`ckpt_tools.watch`."""
+
+
 def requested(
     command: str,
     output: PathLike,
-    accepted: type[AdapterOptions],
+    accepted: type[ConversionOptions],
     options: Mapping[str, Any],
     **named: Any,
 ) -> Request:
@@ -186,12 +222,16 @@ def requested(
     if "dtype" in values:
         values["dtype"] = short_name(values["dtype"])
     values["workers"] = values.get("workers") or default_workers()
+    if is_address(output):
+        values["destination"] = parsed(str(output))
+        output = staged(values["destination"], values.get("scratch"))
     return Request(command=command, output=Path(output), **values)
 
 
-def as_path(value: PathLike) -> Path:
-    """The path; the same object where it is one already, because it may be the path of a pool."""
-    return value if isinstance(value, Path) else Path(value)
+def staged(address: Address, scratch: Path | None) -> Path:
+    """The directory on this machine that is made before it is uploaded; the same in every run."""
+    digest = xxhash.xxh3_64_hexdigest(str(address).encode())
+    return (scratch or Path(tempfile.gettempdir())) / f"ckpt-tools-upload-{digest}" / "output"
 
 
 def paths_of(checkpoints: Sequence[PathLike | Checkpoint]) -> list[Path]:

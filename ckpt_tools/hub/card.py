@@ -49,7 +49,8 @@ class CardFacts:
 
 def model_card(facts: CardFacts, config: Mapping[str, Any]) -> AssetFile:
     """The card of a model, as ``huggingface_hub`` writes one."""
-    from huggingface_hub import ModelCard, ModelCardData
+    # ModelCard would import the client of the hub, which takes longer than all other work on a small model.
+    from huggingface_hub import ModelCardData
 
     base = config.get("_name_or_path")
     data = ModelCardData(
@@ -57,8 +58,8 @@ def model_card(facts: CardFacts, config: Mapping[str, Any]) -> AssetFile:
         base_model=base if isinstance(base, str) and _is_hub_name(base) else None,
         tags=["ckpt-tools"],
     )
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(facts, config)}")
-    return AssetFile(CARD_NAME, content=str(card).encode())
+    card = f"---\n{data.to_yaml()}\n---\n\n{_body(facts, config)}"
+    return AssetFile(CARD_NAME, content=card.encode())
 
 
 def class_names(config: Mapping[str, Any]) -> list[str]:

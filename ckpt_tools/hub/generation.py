@@ -22,6 +22,7 @@ from ckpt_tools.hub.chat_template import closing_tokens
 from ckpt_tools.hub.config import text_value
 from ckpt_tools.hub.files import AssetFile, json_bytes, read_object
 from ckpt_tools.hub.tokenizer import Role, Tokenizer
+from ckpt_tools.storage.addresses import as_path
 
 GENERATION_NAME = "generation_config.json"
 MODES = ("auto", "olmo", "none")
@@ -303,7 +304,7 @@ def _pad_left_out(what: str, rows: int | None) -> str:
 
 
 def _named_file(named: str) -> Path:
-    path = Path(named)
+    path = as_path(named)
     file = path / GENERATION_NAME if path.is_dir() else path
     if not file.is_file():
         raise MissingAsset(

@@ -70,6 +70,7 @@ def fit_to_model(
     *,
     trust: bool = False,
     answer: Answer | None = None,
+    second_names: bool = False,
 ) -> Fitted:
     """Make the state fit the model of ``config``.
 
@@ -80,6 +81,7 @@ def fit_to_model(
         dtype: dtype of the output as a whole.
         trust: whether custom code beside the config may be run, in a process of its own.
         answer: of :func:`ask_model` with the same arguments, if it was asked before.
+        second_names: whether second names of a tensor are written; the notes say so.
 
     Raises:
         UsageError: the config is of another model.
@@ -122,11 +124,15 @@ def fit_to_model(
         warnings.append(f"not in the model of the config, but written: {listed(surplus)}")
     # A checkpoint may lack second names, as Accelerate's do; the output is the same.
     ties = {alias: kept for alias, kept in reference.hub_ties.items() if alias not in ordered}
-    notes = _notes(layout, {**ties, **settled.catalogue.ties}, settled.duplicated)
-    return Fitted(Catalogue(ordered), settled.untied, tuple(notes), tuple(warnings))
+    ties |= settled.catalogue.ties
+    notes = _notes(layout, ties, settled.duplicated, second_names)
+    seconds = {alias: kept for alias, kept in ties.items() if kept in ordered}
+    return Fitted(Catalogue(ordered, seconds), settled.untied, tuple(notes), tuple(warnings))
 
 
-def _notes(layout: HubLayout, ties: Mapping[str, str], duplicated: Sequence[str]) -> list[str]:
+def _notes(
+    layout: HubLayout, ties: Mapping[str, str], duplicated: Sequence[str], second_names: bool
+) -> list[str]:
     notes = []
     if layout.renamed:
         old, new = next(iter(layout.renamed.items()))
@@ -139,7 +145,8 @@ def _notes(layout: HubLayout, ties: Mapping[str, str], duplicated: Sequence[str]
         )
     if layout.ignored:
         notes.append(f"left out, as save_pretrained does: {listed(layout.ignored)}")
-    notes += [f"{alias} is tied to {kept} and left out" for alias, kept in ties.items()]
+    what = "shares its bytes" if second_names else "left out"
+    notes += [f"{alias} is tied to {kept} and {what}" for alias, kept in ties.items()]
     notes += [
         f"{name} is tied in training but not in the config; written twice" for name in duplicated
     ]

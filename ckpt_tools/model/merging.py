@@ -17,10 +17,10 @@ from ckpt_tools.model.settings import refuse_another_base, refuse_unknown_settin
 from ckpt_tools.model.state import DTypeChoice, State
 from ckpt_tools.tensors.catalogue import Catalogue, Tensor
 from ckpt_tools.tensors.checkpoint import Kind
+from ckpt_tools.tensors.dequantise import Dequantised
 from ckpt_tools.tensors.derived import cast
 from ckpt_tools.tensors.dtypes import DType
 from ckpt_tools.tensors.gather import load
-from ckpt_tools.transforms.dequantise import Dequantised
 from ckpt_tools.transforms.lora import choose_adapter, plain_name
 from ckpt_tools.transforms.lora_targets import Factors, Target
 from ckpt_tools.transforms.merge import Merged, MergedBias, merged_experts, merged_kernel, with_rows

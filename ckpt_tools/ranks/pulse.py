@@ -199,7 +199,7 @@ def described(rank: int, error: BaseException) -> Failure:
     """An error as a failure of this rank, for the other ranks."""
     told: Failure = {"rank": rank, "exit_code": RankFailed.exit_code}
     if isinstance(error, CkptError):
-        path = None if error.path is None else str(error.path)
+        path = error.where
         own = {"fact": error.fact, "path": path, "tensor": error.tensor, "hint": error.hint}
         return told | own | {"exit_code": error.exit_code}
     if isinstance(error, (KeyboardInterrupt, SystemExit)):

@@ -31,7 +31,7 @@ from ckpt_tools.readers.containers.weight_files import ADAPTER_FILES
 from ckpt_tools.readers.net import unexpected_is_damage
 from ckpt_tools.readers.tree import look_below
 from ckpt_tools.readers.unread import unread
-from ckpt_tools.storage.folders import local_paths, searched
+from ckpt_tools.storage.folders import assets_near, searched
 from ckpt_tools.storage.replaced import how_to_restore
 from ckpt_tools.tensors.checkpoint import FINISHED, LAST, Checkpoint, Location
 
@@ -79,7 +79,7 @@ def locate(
     """
     with _folders_named(path):
         location = _locate(path, tag, model, format)
-    near = dict.fromkeys(local for place in location.near for local in local_paths(place))
+    near = dict.fromkeys(local for place in location.near for local in assets_near(place))
     return replace(location, near=tuple(near))
 
 

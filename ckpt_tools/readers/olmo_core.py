@@ -1,13 +1,10 @@
 """Owns checkpoints of OLMo-core: ``stepN/model_and_optim/``, a torch Distributed Checkpoint with own names.
 
-It adds to that format the places of the files, the facts in ``train/rank0.pt`` and ``.metadata.json``, and
-the names of tensors in Hugging Face's Olmo2 and Olmo3, which differ from OLMo-core's by renaming alone.
-Other models of OLMo-core (pre-norm, mixtures of experts) keep their names.
-:mod:`~ckpt_tools.readers.dcp.reader` locates the bytes; :mod:`ckpt_tools.hub.olmo_core` translates the
-config.
+It adds to that format the places of the files, and the facts in ``train/rank0.pt`` and ``.metadata.json``.
+:mod:`~ckpt_tools.readers.dcp.reader` locates the bytes; :mod:`~ckpt_tools.readers.olmo_core_names` has the
+names of the tensors on the hub; :mod:`ckpt_tools.hub.olmo_core` translates the config.
 
-Sources: OLMo-core ``train/checkpoint.py`` (files) and ``nn/hf/convert.py`` (names), read at commit fa6c5014
-(3.0).
+Source: OLMo-core ``train/checkpoint.py``, read at commit fa6c5014 (3.0).
 """
 
 from __future__ import annotations
@@ -23,30 +20,13 @@ from ckpt_tools.errors import CkptError, UsageError
 from ckpt_tools.readers import dcp
 from ckpt_tools.readers.containers.torch_file import TorchFile
 from ckpt_tools.readers.dcp.metadata import is_dcp_directory, read_metadata
+from ckpt_tools.readers.olmo_core_names import hub_names
+from ckpt_tools.storage.regular import content_of
 from ckpt_tools.tensors.checkpoint import Checkpoint, Location
 
 NAME = "olmo-core"
 _STATE = "model_and_optim"
 _STEP = re.compile(r"step(\d+)(-.*)?")
-_ENDS = {
-    "embeddings": "model.embed_tokens",
-    "lm_head.norm": "model.norm",
-    "lm_head.w_out": "lm_head",
-}
-_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
-_IN_BLOCK = {
-    "attention.w_q": "self_attn.q_proj",
-    "attention.w_k": "self_attn.k_proj",
-    "attention.w_v": "self_attn.v_proj",
-    "attention.w_out": "self_attn.o_proj",
-    "attention.q_norm": "self_attn.q_norm",
-    "attention.k_norm": "self_attn.k_norm",
-    "attention_norm": "post_attention_layernorm",
-    "feed_forward.w1": "mlp.gate_proj",
-    "feed_forward.w2": "mlp.down_proj",
-    "feed_forward.w3": "mlp.up_proj",
-    "feed_forward_norm": "post_feedforward_layernorm",
-}
 
 
 def find(path: Path, tag: str | None = None) -> list[Location]:
@@ -128,73 +108,10 @@ def read(location: Location) -> Checkpoint:
     )
 
 
-def hub_names(
-    shapes: Mapping[str, tuple[int, ...]], experiment: Mapping[str, Any]
-) -> tuple[dict[str, str], str | None]:
-    """Each tensor's name in Hugging Face's Olmo2 and Olmo3.
-
-    In OLMo-core's pre-norm models the norms have the same names but another place, so the kind of block
-    decides. Without a config that states it, norms over all heads of queries and keys decide: no other dense
-    model on the Hub has them.
-
-    Args:
-        shapes: OLMo-core's names, with shapes.
-        experiment: the content of OLMo-core's config; empty if there is none.
-
-    Returns:
-        The names, empty for another model, and a remark for the report.
-    """
-    names = {name: hub for name in shapes if (hub := _hub_name(name)) is not None}
-    odd = [name for name in shapes if name not in names]
-    if odd:
-        return {}, f"tensors keep OLMo-core's names: Olmo2 and Olmo3 have no name for {odd[0]}"
-    model = experiment.get("model")
-    if isinstance(model, Mapping):
-        kinds = _block_kinds(model)
-        if kinds == {"reordered_norm"}:
-            return names, None
-        return (
-            {},
-            f"tensors keep OLMo-core's names: Olmo2 and Olmo3 have no {', '.join(kinds)} blocks",
-        )
-    norms = [name for name in shapes if name.endswith(".attention.q_norm.weight")]
-    if norms and all(
-        shapes[name] == shapes[name.replace("q_norm", "w_q")][:1]
-        for name in norms
-        if name.replace("q_norm", "w_q") in shapes
-    ):
-        return names, (
-            "there is no config of OLMo-core: the model is taken for an Olmo2 or Olmo3, because its q_norm "
-            "spans all heads"
-        )
-    return (
-        {},
-        "tensors keep OLMo-core's names: there is no config of OLMo-core that states the model",
-    )
-
-
-def _hub_name(name: str) -> str | None:
-    module, _, leaf = name.rpartition(".")
-    if leaf not in ("weight", "bias"):
-        return None
-    if module in _ENDS:
-        return f"{_ENDS[module]}.{leaf}"
-    match = _BLOCK.fullmatch(module)
-    if match is None or match[2] not in _IN_BLOCK:
-        return None
-    return f"model.layers.{match[1]}.{_IN_BLOCK[match[2]]}.{leaf}"
-
-
-def _block_kinds(model: Mapping[str, Any]) -> set[str]:
-    overrides = model.get("block_overrides") or {}
-    blocks = [model.get("block"), *overrides.values()]
-    return {str(block.get("name")) if isinstance(block, Mapping) else "?" for block in blocks}
-
-
 def _object(path: Path) -> dict[str, Any]:
     """A JSON object; empty if the file cannot be read, because its facts are not essential."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(content_of(path).decode())
     except (OSError, ValueError):
         return {}
     return data if isinstance(data, dict) else {}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout
+from ckpt_tools.readers.containers.quantised_classes import quantised_remarks
 from ckpt_tools.readers.containers.restricted_pickle import Opaque, TensorRef
 from ckpt_tools.readers.containers.torch_file import TorchFile
 from ckpt_tools.readers.containers.weight_files import ADAPTER_FILES, tensors_of
@@ -74,7 +75,7 @@ def read(location: Location) -> Checkpoint:
         files={path: path.stat().st_size},
         step=next((top[key] for key in _STEPS if isinstance(top.get(key), int)), None),
         framework=f"lightning {lightning}" if isinstance(lightning, str) else None,
-        remarks=location.remarks,
+        remarks=(*location.remarks, *quantised_remarks(tensors)),
     )
 
 

@@ -14,8 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ckpt_tools.errors import UsageError, listed
+from ckpt_tools.storage.addresses import as_path
+from ckpt_tools.storage.parts import Folder, StoreFolder, folder_of
 from ckpt_tools.storage.places import DirectoryPlace
 from ckpt_tools.storage.pool import Pool, PooledPath
+from ckpt_tools.storage.regular import content_of
 
 # A checkpoint's directory is at most this many levels below the directory that people name.
 _LEVELS = 3
@@ -39,7 +42,7 @@ def by_number(path: Path) -> tuple[int, str]:
 
 def searched(path: Path) -> list[str]:
     """Labels of all places that are searched for what is under a path; none for a plain path."""
-    if isinstance(path, PooledPath) and path.within is not None:
+    if is_joined(path) and isinstance(path, PooledPath) and path.within is not None:
         return [place.label for place in path.pool.places]
     return []
 
@@ -50,6 +53,29 @@ def folders_of(path: Path) -> list[Path]:
         return local_paths(path)
     roots = (place.root for place in path.pool.places if isinstance(place, DirectoryPlace))
     return [*local_paths(path), *roots]
+
+
+def assets_near(path: Path) -> list[Path]:
+    """The folders in which files beside a checkpoint's directory may lie: of this machine, or of a store."""
+    if not isinstance(path, PooledPath) or path.within is None:
+        return local_paths(path)
+    if not is_joined(path) and path.is_addressed:
+        return [path]
+    held = path.pool.holders(path.within)
+    distant = [
+        p.path(path.within) for p in held if isinstance(p, StoreFolder) and p.covers(path.within)
+    ]
+    return [*local_paths(path), *distant]
+
+
+def is_joined(path: Path) -> bool:
+    """Whether a path is in a tree of several places, or of another machine: not that of one address."""
+    return isinstance(path, PooledPath) and not path.pool.is_of_one_address
+
+
+def shown(path: Path) -> Path:
+    """A path for reports: plain where it is on this machine, and with its address in a store."""
+    return path if isinstance(path, PooledPath) and path.is_addressed else Path(str(path))
 
 
 def local_paths(path: Path) -> list[Path]:
@@ -80,24 +106,24 @@ def read_as_one(path: Path, also: Sequence[str | os.PathLike[str]]) -> Path:
     Raises:
         UsageError: one of ``also`` is not a directory, cannot be read, or is not such a copy.
     """
-    if not also or isinstance(path, PooledPath) or not path.exists():
+    if not also or is_joined(path) or not path.exists():
         return path
     root = path.parent if path.is_file() else path
-    places = [DirectoryPlace(root), *places_of(root, also)]
-    key = "\0".join(f"{os.path.abspath(place.root)}\0{place.under}" for place in places)
+    places = [folder_of(root), *places_of(root, also)]
+    key = "\0".join(f"{place.root.absolute()}\0{place.under}" for place in places)
     with _refused_if_unreadable(root):
         pool = Pool(root, places, key=key)
     return pool.path(path.name) if path.is_file() else pool.path()
 
 
-def places_of(root: Path, also: Sequence[str | os.PathLike[str]]) -> list[DirectoryPlace]:
+def places_of(root: Path, also: Sequence[str | os.PathLike[str]]) -> list[Folder]:
     """Further folders of a checkpoint's directory, each with its path in the tree.
 
     Raises:
         UsageError: as :func:`read_as_one` raises it.
     """
-    known = [DirectoryPlace(root)]
-    for folder in map(Path, also):
+    known = [folder_of(root)]
+    for folder in map(as_path, also):
         if not folder.is_dir():
             raise UsageError(
                 "not a directory" if folder.exists() else "no such directory",
@@ -118,17 +144,17 @@ def _refused_if_unreadable(directory: Path) -> Iterator[None]:
         raise UsageError(f"cannot be read ({error.strerror})", path=where) from error
 
 
-def _aligned(root: Path, folder: Path, known: Sequence[DirectoryPlace]) -> DirectoryPlace:
+def _aligned(root: Path, folder: Path, known: Sequence[Folder]) -> Folder:
     """The folder with its path in the tree.
 
     Raises:
         UsageError: the folder is not a copy of any directory of the checkpoint.
     """
     if _name(folder) == _name(root):
-        return DirectoryPlace(folder)
+        return folder_of(folder)
     inside = [*_inside(root, folder), *_below(root, folder, known)]
     likely = [place for place in inside if _alike(place, known)]
-    same = DirectoryPlace(folder)
+    same = folder_of(folder)
     if likely or (inside and not _alike(same, known)):
         return (likely or inside)[0]
     saves = [_SAVE.findall(_name(directory))[-1:] for directory in (root, folder)]
@@ -147,35 +173,40 @@ def _name(directory: Path) -> str:
     return directory.resolve().name
 
 
-def _inside(root: Path, folder: Path) -> Iterator[DirectoryPlace]:
+def _inside(root: Path, folder: Path) -> Iterator[Folder]:
     """The copies of ``root`` in a folder that is a copy of a directory above ``root``."""
     parts = root.resolve().parts[1:]
     for count in range(1, min(_LEVELS, len(parts)) + 1):
         candidate = folder.joinpath(*parts[-count:])
         if candidate.is_dir():
-            yield DirectoryPlace(candidate)
+            yield folder_of(candidate)
 
 
-def _below(root: Path, folder: Path, known: Sequence[DirectoryPlace]) -> Iterator[DirectoryPlace]:
+def _below(root: Path, folder: Path, known: Sequence[Folder]) -> Iterator[Folder]:
     """The folder as a copy of a directory in ``root``; a copy of ``root``, or ``latest``, has its name."""
     parts = folder.resolve().parts[1:]
     for count in range(1, min(_LEVELS, len(parts)) + 1):
         under = "/".join(parts[-count:])
         beside = [place.root / under for place in known if not place.under]
-        if any(other.is_dir() and not other.samefile(folder) for other in beside):
-            yield DirectoryPlace(folder, under)
+        if any(other.is_dir() and not _same(other, folder) for other in beside):
+            yield folder_of(folder, under)
     if _latest(root) == parts[-1]:
-        yield DirectoryPlace(folder, parts[-1])
+        yield folder_of(folder, parts[-1])
+
+
+def _same(a: Path, b: Path) -> bool:
+    plain = not isinstance(a, PooledPath) and not isinstance(b, PooledPath)
+    return a.samefile(b) if plain else a == b
 
 
 def _latest(root: Path) -> str | None:
     try:
-        return (root / "latest").read_text(encoding="utf-8").strip()
+        return content_of(root / "latest").decode().strip()
     except (OSError, ValueError):
         return None
 
 
-def _alike(place: DirectoryPlace, known: Sequence[DirectoryPlace]) -> bool:
+def _alike(place: Folder, known: Sequence[Folder]) -> bool:
     """Whether a folder shares a name with a known copy of the same directory, apart from numbers."""
     beside = [other.root / place.under for other in known if not other.under]
     beside += [other.root for other in known if other.under and other.under == place.under]

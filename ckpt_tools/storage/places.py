@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -37,10 +37,12 @@ class FileFacts:
     Attributes:
         size: bytes.
         mtime_ns: time of the last write, in nanoseconds since 1970.
+        version: what changes whenever a file of a store is written anew; None where nothing says it.
     """
 
     size: int
     mtime_ns: int
+    version: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +56,15 @@ class Requests:
         gap_bytes: reading a gap this long between two runs costs less than a second request.
         at_once: the number of requests that one thread makes at a time. If more than 1, a long run is cut
             into requests of ``nbytes``.
+        block_bytes: at least so many bytes of an output are made at a time.
+        threads: the number of threads that read, whatever the number of processors; None if they are as many.
     """
 
     nbytes: int = 1 << 20
     gap_bytes: int = 64 << 10
     at_once: int = 1
+    threads: int | None = None
+    block_bytes: int = 0
 
 
 LOCAL = Requests()
@@ -79,6 +85,14 @@ class Readable(Protocol):
 
     def close(self) -> None:
         """Close the file. A second call does nothing."""
+
+
+@runtime_checkable
+class Distant(Readable, Protocol):
+    """An open file of which a short read takes as long as one of many kilobytes."""
+
+    def peek_into(self, view: memoryview, offset: int) -> int:
+        """As :meth:`Readable.read_into`, for metadata: what lies near is read with it, and kept."""
 
 
 class Place(Protocol):
@@ -104,6 +118,21 @@ class Place(Protocol):
 
         Raises:
             OSError: the file cannot be opened.
+        """
+
+
+@runtime_checkable
+class Addressed(Place, Protocol):
+    """A place whose files have addresses, and can be copied to this machine while they are small."""
+
+    def address(self, relative: str) -> str:
+        """The address of a path of the tree, for messages and the manifest."""
+
+    def local(self, relative: str) -> Path:
+        """A copy of a file on this machine, or of the small files of a directory.
+
+        Raises:
+            OSError: the file is too large for that.
         """
 
 
@@ -137,6 +166,10 @@ class LocalFile:
     def read_into(self, view: memoryview, offset: int) -> int:
         """See :meth:`Readable.read_into`."""
         return os.preadv(self._fd, [view], offset)
+
+    def fileno(self) -> int:
+        """Its file descriptor."""
+        return self._fd
 
     def close(self) -> None:
         """See :meth:`Readable.close`."""
@@ -179,7 +212,8 @@ class Region(io.RawIOBase):
     def readinto(self, into: Buffer, /) -> int:
         """Read up to the end of the run."""
         view = memoryview(into).cast("B")[: max(self._size - self._at, 0)]
-        count = self._file.read_into(view, self._start + self._at)
+        file, at = self._file, self._start + self._at
+        count = file.peek_into(view, at) if isinstance(file, Distant) else file.read_into(view, at)
         self._at += count
         return count
 

@@ -6,7 +6,6 @@ A :class:`Pool` is the union of its places; a file is read from the first place 
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import io
 import os
@@ -21,17 +20,14 @@ from weakref import WeakValueDictionary
 
 from ckpt_tools.errors import DamagedCheckpoint
 from ckpt_tools.storage.places import (
-    LOCAL,
+    Addressed,
     DirectoryPlace,
     FileFacts,
-    LocalFile,
     Place,
     Readable,
     Region,
-    Requests,
     Tree,
     is_of_a_save,
-    read_fully,
 )
 
 # A request to another machine costs about as much for this many bytes as for one.
@@ -128,14 +124,26 @@ class Pool:
         """Open a file; raises as :meth:`place_of` does, and OSError."""
         return self.place_of(relative).open(relative)
 
+    @property
+    def is_of_one_address(self) -> bool:
+        """Whether it is the tree of a store, and of nothing else."""
+        return False
+
     def shown(self, relative: str) -> str | None:
-        """Where a file lies, for messages; None for anything but a file."""
+        """Where a file lies, for messages; None for anything but a file, unless it has an address."""
+        first = self.places[0] if self.places else None
         if not self.is_file(relative):
-            return None
+            return first.address(relative) if isinstance(first, Addressed) else None
         place = self.holders(relative)[0]
         if isinstance(place, DirectoryPlace):
             return str(place.path(relative))
+        if isinstance(place, Addressed):
+            return place.address(relative)
         return f"{place.label}:{self.root / relative}"
+
+    def reopening(self, relative: str) -> tuple[Callable[..., Path], tuple[Any, ...]]:
+        """How another process makes a path of the pool that has the same key there."""
+        return _pooled, (self.key, relative)
 
 
 _POOLS: WeakValueDictionary[str, Pool] = WeakValueDictionary()
@@ -210,6 +218,12 @@ class PooledPath(PosixPath):
         """Its name in the tree; None outside."""
         return self.pool.relative(self._plain)
 
+    @property
+    def is_addressed(self) -> bool:
+        """Whether what it names lies in a store."""
+        held = self.pool.holders(self.within) if self.within is not None else ()
+        return any(isinstance(place, Addressed) for place in held or self.pool.places[:1])
+
     def __str__(self) -> str:
         shown = self.pool.shown(self.within) if self.within is not None else None
         return PosixPath.__str__(self) if shown is None else shown
@@ -230,6 +244,8 @@ class PooledPath(PosixPath):
         place = held[0]
         if len(held) == 1 and isinstance(place, DirectoryPlace) and place.covers(self.within or ""):
             return str(place.path(self.within or ""))
+        if len(held) == 1 and isinstance(place, Addressed):
+            return str(place.local(self.within or ""))
         where = ", ".join(place.label for place in held)
         raise OSError(errno.EREMOTE, f"it is read from {where} and has no path here", str(self))
 
@@ -264,7 +280,7 @@ class PooledPath(PosixPath):
     def __reduce__(self) -> tuple[Callable[..., Path], tuple[str, ...]]:
         if self.within is None:
             return Path, (self.as_posix(),)
-        return _pooled, (self.pool.key, self.within)
+        return self.pool.reopening(self.within)
 
     def relative_to(self, *other: Any, **options: Any) -> Path:  # type: ignore[override]
         """The relative path from another path to this one, as a plain path."""
@@ -372,29 +388,3 @@ def _stat_result(mode: int, facts: FileFacts) -> os.stat_result:
     seconds = facts.mtime_ns // 10**9
     precise = {f"st_{kind}time_ns": facts.mtime_ns for kind in "amc"}
     return os.stat_result((mode, 0, 0, 1, 0, 0, facts.size, *(seconds,) * 3), precise)
-
-
-def open_for_reading(path: Path) -> Readable:
-    """Open a file of any place.
-
-    Raises:
-        OSError: it cannot be opened.
-        DamagedCheckpoint: as of :meth:`Pool.place_of`.
-    """
-    if isinstance(path, PooledPath) and path.within is not None:
-        return path.pool.open(path.within)
-    return LocalFile(path)
-
-
-def requests_for(path: Path) -> Requests:
-    """How a file is read best; raises as :meth:`Pool.place_of` does."""
-    if isinstance(path, PooledPath) and path.within is not None and path.is_file():
-        return path.pool.place_of(path.within).requests
-    return LOCAL
-
-
-def read_at(path: Path, offset: int, count: int) -> bytes:
-    """Bytes of a file, fewer than ``count`` where it ends; raises as :func:`open_for_reading` does."""
-    data = bytearray(count)
-    with contextlib.closing(open_for_reading(path)) as file:
-        return bytes(data[: read_fully(file, memoryview(data), offset)])

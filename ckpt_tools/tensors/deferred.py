@@ -98,8 +98,10 @@ def settle(tensors: Iterable[Tensor], workers: int = 1) -> int:
         for fragment in tensor.fragments
         if isinstance(fragment, DeferredFragment)
     ]
-    batches = [pending[at : at + _BATCH] for at in range(0, len(pending), _BATCH)]
-    with pool(max(workers, 1)) as threads:
+    count = max(workers, 1)
+    size = max(min(_BATCH, len(pending) // count), 1)
+    batches = [pending[at : at + size] for at in range(0, len(pending), size)]
+    with pool(count) as threads:
         list(threads.map(_find_all, batches))
     return len(pending)
 

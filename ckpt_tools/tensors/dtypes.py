@@ -44,6 +44,9 @@ class DType:
     def __str__(self) -> str:
         return self.name
 
+    def __repr__(self) -> str:
+        return f"torch.{self.name}"
+
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy is the entry of the table itself."""
         return _named, (self.name,)
@@ -75,6 +78,8 @@ ALL = (
     DType("float8_e4m3fn", "F8_E4M3", 1, True),
     DType("float8_e5m2", "F8_E5M2", 1, True),
     DType("float8_e8m0fnu", "F8_E8M0", 1, True),
+    DType("float8_e4m3fnuz", "F8_E4M3FNUZ", 1, True),
+    DType("float8_e5m2fnuz", "F8_E5M2FNUZ", 1, True),
     DType("complex64", "C64", 8, False),
     DType("int64", "I64", 8, False),
     DType("int32", "I32", 4, False),

@@ -22,8 +22,8 @@ def read_rows(tensor: Tensor, index: Rows | tuple[object, ...]) -> torch.Tensor:
 
     Args:
         tensor: a tensor of one dimension or more.
-        index: a number, a slice or a list of numbers; negative ones count from the end. Further indices, in a
-            tuple, are those of torch, and are applied to the rows.
+        index: a number, a slice, or numbers in a list, an array or a tensor; negative ones count from the
+            end. Further indices, in a tuple, are those of torch, and are applied to the rows.
 
     Returns:
         A new CPU tensor, as ``tensor.load()[index]`` gives it.
@@ -33,6 +33,9 @@ def read_rows(tensor: Tensor, index: Rows | tuple[object, ...]) -> torch.Tensor:
         DamagedCheckpoint: a file is too short.
     """
     first, *further = index if isinstance(index, tuple) else (index,)
+    if hasattr(first, "tolist"):
+        # An array or a tensor; it claims to be a number whatever its shape is.
+        first = first.tolist()
     if not tensor.shape:
         raise IndexError("a tensor without dimensions has no rows: use load()")
     load_torch()

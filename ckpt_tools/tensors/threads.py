@@ -10,14 +10,18 @@ import gc
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
+
+from ckpt_tools.storage.reading import is_near
 
 MAX_WORKERS = 16
 # So few files are read in turn, because threads take time to start.
 _FEW_FILES = 4
+_MOST_REQUESTS = 32
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -65,8 +69,14 @@ def read_each(read: Callable[[S], T], sources: Sequence[S]) -> list[T]:
     with garbage_kept():
         if len(sources) < _FEW_FILES:
             return [read(source) for source in sources]
-        with pool(MAX_WORKERS) as threads:
+        with pool(threads_for(sources)) as threads:
             return list(threads.map(read, sources))
+
+
+def threads_for(sources: Iterable[object]) -> int:
+    """The number of threads that read metadata of files: more for a store, where each request takes long."""
+    first = next((source for source in sources if isinstance(source, Path)), None)
+    return MAX_WORKERS if first is None or is_near(first) else _MOST_REQUESTS
 
 
 def load_torch() -> None:

@@ -15,8 +15,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from ckpt_tools.conversion.request import PathLike
 from ckpt_tools.errors import OutputFailed, UsageError
+from ckpt_tools.storage.addresses import PathLike
 from ckpt_tools.training.saving import save
 
 LEDGER = ".clean-checkpoints.json"

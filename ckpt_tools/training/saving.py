@@ -34,7 +34,7 @@ from ckpt_tools.writing.delivery import follow
 
 if TYPE_CHECKING:
     from ckpt_tools.conversion.report import Report
-    from ckpt_tools.conversion.request import PathLike
+    from ckpt_tools.storage.addresses import PathLike
 
 TIMEOUT_SECONDS = 600.0
 

@@ -15,7 +15,7 @@ from typing import Literal, TypeAlias
 from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout, UsageError
 from ckpt_tools.hub.reference import ReferenceModel, SavedTensor
 from ckpt_tools.hub.reference.recipes import Joined, Live, NewValues, Recipe, Strided, leaves
-from ckpt_tools.tensors.catalogue import Catalogue, Tensor
+from ckpt_tools.tensors.catalogue import Catalogue, Tensor, row_major_strides
 from ckpt_tools.tensors.derived import Concat, view
 
 Layout: TypeAlias = Literal["live", "hub", "same"]
@@ -57,6 +57,8 @@ def hub_layout(catalogue: Catalogue, model: ReferenceModel) -> HubLayout:
     state = {name: catalogue[name] for name in (*catalogue, *catalogue.ties)}
     found = layout_of(state, model)
     in_state = _names_in_layout(state, found, model)
+    if found == "hub":
+        state.update(_cut_anew(state, in_state, model))
     ignored = tuple(in_state[name] for name in model.ignored if name in in_state)
     tensors: dict[str, Tensor] = {}
     origins: dict[str, tuple[str, ...]] = {}
@@ -120,10 +122,54 @@ def _names_in_layout(
         name = hub_names.get(live, live) if found == "hub" else live
         if alias in state and alias not in known and name not in state:
             in_state[name] = in_state.pop(alias)
+    if found == "hub":
+        # Names that the hub's directories took over from the live model, before transformers renamed them.
+        for live, name in hub_names.items():
+            if live in state and live not in known and name not in state and live in in_state:
+                in_state[name] = in_state.pop(live)
     for alias, kept in (model.hub_ties if found == "hub" else model.ties).items():
         if kept not in in_state and alias in in_state:
             in_state[kept] = in_state[alias]
     return in_state
+
+
+def _cut_anew(
+    state: Mapping[str, Tensor], in_state: Mapping[str, str], model: ReferenceModel
+) -> dict[str, Tensor]:
+    """The parts of joined tensors, cut as ``save_pretrained`` cuts them.
+
+    Loading joins the parts of a tensor along the first axis, whatever their sizes. Saving cuts it into parts
+    of one size: the convolutions of queries, keys and values of OlmoHybrid, of which the last is wider.
+    """
+    parts: dict[str, list[tuple[int, str, Strided]]] = {}
+    for name, saved in model.saved.items():
+        recipe = saved.recipe
+        if isinstance(recipe, Strided) and isinstance(recipe.of, Live) and name in in_state:
+            parts.setdefault(recipe.of.name, []).append((recipe.offset, name, recipe))
+    cut: dict[str, Tensor] = {}
+    for live, found in parts.items():
+        ordered = [
+            (name, recipe, state[in_state[name]]) for _, name, recipe in sorted(found, key=_first)
+        ]
+        shapes = [tensor.shape for _, _, tensor in ordered]
+        if shapes == [recipe.sizes for _, recipe, _ in ordered]:
+            continue
+        whole = model.live[live].shape
+        rows, rest = sum(shape[0] for shape in shapes if shape), {shape[1:] for shape in shapes}
+        if (
+            not whole
+            or (rows, rest) != (whole[0], {whole[1:]})
+            or not all(recipe.strides == row_major_strides(whole) for _, recipe, _ in ordered)
+        ):
+            continue
+        joined = Concat(tuple(tensor for _, _, tensor in ordered), 0)
+        for name, recipe, _ in ordered:
+            cut[in_state[name]] = view(joined, recipe.offset, recipe.sizes, recipe.strides)
+    return cut
+
+
+def _first(part: tuple[int, str, Strided]) -> int:
+    return part[0]
 
 
 def _recipe(

@@ -4,7 +4,8 @@ A rule is a pattern and what becomes of a name that fits it: another name, sever
 (tied ones), or nothing. In a pattern ``{n}`` stands for a number, ``{last}`` for the largest number that
 any name begins with, and ``*`` for anything; in a new name ``{n}``, ``{n-1}``, ``{last}`` and ``*`` stand
 for what they stood for. The first rule that fits counts. A rule may also reorder the rows of a query or key
-projection for the rotary embedding of Hugging Face's Llama: from neighbouring pairs of rows to two halves.
+projection for the rotary embedding of Hugging Face's Llama: from neighbouring pairs of rows to two halves. Or
+it keeps the first rows of a tensor, and leaves out those with which Megatron pads a vocabulary.
 
 Source of the order: ``_permute`` in torchtitan's ``models/llama3/state_dict_adapter.py``, read at 0.3.0.
 """
@@ -22,6 +23,7 @@ from ckpt_tools.tensors.derived import view
 _PLACE = re.compile(r"\{(?P<name>[a-z]+)(?P<shift>[+-]\d+)?\}|\*")
 _LAST = "last"
 _HEADS = "rope_heads"
+_ROWS = "rows"
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,13 @@ class Rule:
         pattern: the names it is about.
         names: the new names, of which the first is kept and the others are tied to it; none to leave it out.
         rope_heads: the number of heads whose rows are reordered, or the key of the config that has it.
+        rows: the number of rows that are kept, or the key of the config that has it.
     """
 
     pattern: str
     names: tuple[str, ...]
     rope_heads: int | str | None = None
+    rows: int | str | None = None
 
 
 @dataclass(frozen=True)
@@ -66,14 +70,14 @@ class KeyMap:
         return last, {name: _fitting(name, compiled) for name in every}
 
     def reordered(self, catalogue: Catalogue) -> Catalogue:
-        """The catalogue under its old names, with the rows in the new order where a rule has one.
+        """The catalogue under its old names, with the rows that the rules keep, in the order that they give.
 
         Raises:
-            UsageError: the rows are not those of the number of heads.
+            UsageError: the rows are not those of the number of heads, or fewer than are to be kept.
         """
         _, fitting = self._fitting(catalogue)
         tensors = {
-            name: tensor if (found := fitting[name]) is None else _reordered(tensor, found[1], name)
+            name: tensor if (found := fitting[name]) is None else _changed(tensor, found[1], name)
             for name, tensor in catalogue.items()
         }
         return Catalogue(tensors, catalogue.ties)
@@ -132,16 +136,17 @@ _EXAMPLE = 'For example {"0.weight": "model.embed_tokens.weight", "{n}.*": "mode
 
 
 def _rule(pattern: str, target: object) -> Rule:
-    heads: object = None
+    numbers: dict[str, int | str] = {}
     if isinstance(target, Mapping):
-        heads = target.get(_HEADS)
+        numbers = {key: value for key, value in target.items() if key != "name"}
         if (
-            target.keys() != {"name", _HEADS}
-            or not isinstance(heads, int | str)
-            or heads in (0, "")
+            "name" not in target
+            or not numbers
+            or numbers.keys() - {_HEADS, _ROWS}
+            or not all(isinstance(value, int | str) and value for value in numbers.values())
         ):
             raise UsageError(
-                f'the rule {pattern!r} is an object without "name" and "{_HEADS}"',
+                f'the rule {pattern!r} is an object without "name" and "{_HEADS}" or "{_ROWS}"',
                 hint=f'For example {{"wq.*": {{"name": "q_proj.*", "{_HEADS}": 32}}}}.',
             )
         target = target["name"]
@@ -160,31 +165,54 @@ def _rule(pattern: str, target: object) -> Rule:
                 f"the rule {pattern!r} gives {name!r}, whose {min(used - known)} is not in the pattern",
                 hint=_EXAMPLE,
             )
-    return Rule(pattern, tuple(names), heads if isinstance(heads, int | str) else None)
+    return Rule(pattern, tuple(names), numbers.get(_HEADS), numbers.get(_ROWS))
 
 
 def _with_number(rule: Rule, number: Callable[[str], object]) -> Rule:
-    if not isinstance(rule.rope_heads, str):
-        return rule
-    value = number(rule.rope_heads)
-    if not isinstance(value, int) or value < 1:
+    def value(key: int | str | None) -> int | None:
+        if not isinstance(key, str):
+            return key
+        found = number(key)
+        if not isinstance(found, int) or found < 1:
+            raise UsageError(
+                f"the rule {rule.pattern!r} needs {key} of the config, which is {found!r}",
+                hint=f'Write the number itself: "{_HEADS if key == rule.rope_heads else _ROWS}": 32.',
+            )
+        return found
+
+    return replace(rule, rope_heads=value(rule.rope_heads), rows=value(rule.rows))
+
+
+def _changed(tensor: Tensor, rule: Rule, name: str) -> Tensor:
+    for key in (rule.rope_heads, rule.rows):
+        if isinstance(key, str):
+            raise UsageError(
+                f"the rule {rule.pattern!r} needs {key} of the config, and there is no config",
+                hint="Pass --config without --weights-only, or write the number in the place of the key.",
+            )
+    return _reordered(_first_rows(tensor, rule, name), rule, name)
+
+
+def _first_rows(tensor: Tensor, rule: Rule, name: str) -> Tensor:
+    """The rows that a rule keeps."""
+    if not isinstance(rule.rows, int):
+        return tensor
+    held = tensor.shape[0] if tensor.shape else 0
+    if not 0 < rule.rows <= held:
         raise UsageError(
-            f"the rule {rule.pattern!r} needs {rule.rope_heads} of the config, which is {value!r}",
-            hint=f'Write the number of heads in its place: "{_HEADS}": 32.',
+            f"it has {held} rows, and the key map keeps {rule.rows}",
+            tensor=name,
+            hint=f"Correct {_ROWS} in the rule {rule.pattern!r} of the key map.",
         )
-    return replace(rule, rope_heads=value)
+    shape = (rule.rows, *tensor.shape[1:])
+    return view(tensor, 0, shape, row_major_strides(shape))
 
 
 def _reordered(tensor: Tensor, rule: Rule, name: str) -> Tensor:
     """The rows of each head, from neighbouring pairs to two halves."""
     heads = rule.rope_heads
-    if heads is None:
-        return tensor
     if not isinstance(heads, int):
-        raise UsageError(
-            f"the rule {rule.pattern!r} needs {heads} of the config, and there is no config",
-            hint=f'Pass --config without --weights-only, or write the number: "{_HEADS}": 32.',
-        )
+        return tensor
     rows = tensor.shape[0] if tensor.shape else 0
     if heads < 1 or not rows or rows % (2 * heads):
         raise UsageError(

@@ -19,10 +19,10 @@ from typing import Any
 
 from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout
 from ckpt_tools.tensors.catalogue import Tensor
+from ckpt_tools.tensors.dequantise import Dequantised, Setting, fits
 from ckpt_tools.tensors.derived import view
 from ckpt_tools.tensors.dtypes import BFLOAT16, BY_NAME, FLOAT32, DType
 from ckpt_tools.tensors.gather import load
-from ckpt_tools.transforms.dequantise import Dequantised, Setting, fits
 
 _QUANT_STATE = re.compile(r"(.+)\.quant_state\.bitsandbytes__(nf4|fp4)")
 # bitsandbytes keeps these beside a four-bit weight, under the name of the weight.

@@ -34,10 +34,10 @@ from ckpt_tools.errors import DamagedCheckpoint, UsageError
 from ckpt_tools.hub.reference.adapters import MadeByPeft
 from ckpt_tools.tensors.catalogue import Tensor
 from ckpt_tools.tensors.checkpoint import Checkpoint, Copy
+from ckpt_tools.tensors.dequantise import SCHEMES, Dequantised, fits
 from ckpt_tools.tensors.derived import Cast, Concat, View
 from ckpt_tools.tensors.dtypes import BY_NAME
 from ckpt_tools.transforms.average import Mean
-from ckpt_tools.transforms.dequantise import SCHEMES, Dequantised, fits
 from ckpt_tools.transforms.merge import ColumnNorms, Merged, MergedBias
 
 Json: TypeAlias = bool | int | float | str | list["Json"] | dict[str, "Json"] | None

@@ -9,19 +9,16 @@ Sources: ``peft/utils/save_and_load.py`` (names), ``peft/utils/other.py`` (``get
 
 from __future__ import annotations
 
-import ast
-import importlib.util
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 from ckpt_tools.errors import listed
 from ckpt_tools.hub.adapter_config import NAME as ADAPTER_CONFIG
 from ckpt_tools.verification.container import Entry
 from ckpt_tools.verification.directory import read_object
+from ckpt_tools.verification.peft_types import known_types
 from ckpt_tools.verification.problem import Findings
 from ckpt_tools.verification.run import Run
 
@@ -101,7 +98,10 @@ def check(run: Run) -> None:
         if not isinstance(kind, str):
             findings.add("adapter-config-invalid", "peft_type is missing", file=file, hint=_ASK)
             continue
-        if kind not in (known := _known_types()) and known:
+        known = known_types()
+        if not known:
+            findings.skipped.append(f"whether PEFT has the type {kind} (it cannot be read here)")
+        elif kind not in known:
             findings.add(
                 "adapter-type-unknown", f"the installed PEFT has no type {kind}", file=file
             )
@@ -147,20 +147,6 @@ _TYPES: dict[str, Callable[[object], bool]] = {
     "rank_pattern": _is_numbers_by_name,
     "alpha_pattern": _is_numbers_by_name,
 }
-
-
-@cache
-def _known_types() -> frozenset[str]:
-    """PEFT's types, read from its source because the import takes seconds. Empty without peft."""
-    spec = importlib.util.find_spec("peft")
-    if spec is None or spec.origin is None:
-        return frozenset()
-    source = Path(spec.origin).parent / "utils" / "peft_types.py"
-    for node in ast.parse(source.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ClassDef) and node.name == "PeftType":
-            values = (item.value for item in node.body if isinstance(item, ast.Assign))
-            return frozenset(v.value for v in values if isinstance(v, ast.Constant))  # type: ignore[misc]
-    return frozenset()
 
 
 def _check_names(tensors: Mapping[str, Entry], kind: str, findings: Findings) -> dict[str, Entry]:

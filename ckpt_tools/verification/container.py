@@ -20,7 +20,8 @@ from typing import Any
 
 from ckpt_tools.errors import CkptError
 from ckpt_tools.readers.containers.weight_files import read_weight_files
-from ckpt_tools.tensors.catalogue import FlatRange, Stored
+from ckpt_tools.tensors.catalogue import FlatRange, Stored, Tensor
+from ckpt_tools.tensors.dequantise import Dequantised
 from ckpt_tools.tensors.dtypes import BY_SAFETENSORS_NAME, DType
 from ckpt_tools.verification.problem import Findings
 
@@ -101,7 +102,8 @@ def read_container(directory: Path, file: str, findings: Findings) -> Container 
     """
     try:
         with (directory / file).open("rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
+            size = stream.seek(0, os.SEEK_END)
+            stream.seek(0)
             start = stream.read(64)
             length = int.from_bytes(start[:8], "little")
             stream.seek(8)
@@ -278,8 +280,11 @@ def read_pickled(directory: Path, file: str, findings: Findings) -> dict[str, En
     }
 
 
-def _pickled_entry(name: str, tensor: Stored, file: str) -> Entry:
+def _pickled_entry(name: str, tensor: Tensor, file: str) -> Entry:
     start = 0
+    if isinstance(tensor, Dequantised):
+        tensor = tensor.parts["codes"]
+    assert isinstance(tensor, Stored)
     for fragment in tensor.fragments:
         assert isinstance(fragment.region, FlatRange)
         start = fragment.offset

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ckpt_tools.errors import listed
 from ckpt_tools.hub.custom_code import hub_repositories
+from ckpt_tools.storage.addresses import as_path
 from ckpt_tools.verification.directory import read_object
 from ckpt_tools.verification.problem import Findings
 from ckpt_tools.verification.run import Run
@@ -35,7 +36,7 @@ def check(run: Run) -> None:
         if not repositories:
             continue
         like = run.request.like
-        same = like is not None and repositories <= _named_in(Path(like) / file)
+        same = like is not None and repositories <= _named_in(as_path(like) / file)
         run.findings.add(
             "code-of-another-repository",
             f"auto_map names code of {listed(sorted(repositories))}",

@@ -252,11 +252,13 @@ def _equal(directory: Directory, one: Entry, other: Entry) -> bool:
 
 def _check_records(directory: Path, file: str, findings: Findings) -> None:
     """Compare each record of a zip file with its checksum."""
-    if not zipfile.is_zipfile(directory / file):
+    with (directory / file).open("rb") as stream:
+        is_zip = zipfile.is_zipfile(stream)
+    if not is_zip:
         findings.skipped.append(f"checksums of {file} (torch's old format has none)")
         return
     try:
-        with zipfile.ZipFile(directory / file) as archive:
+        with (directory / file).open("rb") as held, zipfile.ZipFile(held) as archive:
             for record in archive.infolist():
                 try:
                     with archive.open(record) as stream:

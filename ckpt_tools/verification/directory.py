@@ -8,13 +8,15 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ckpt_tools.errors import UsageError
+from ckpt_tools.storage.reading import is_near
+from ckpt_tools.storage.regular import content_of
 from ckpt_tools.storage.replaced import how_to_restore
 from ckpt_tools.verification.container import Container, Entry, parse_json
 from ckpt_tools.verification.problem import Findings
@@ -110,21 +112,18 @@ def list_directory(path: Path, findings: Findings) -> Directory:
         )
     files: dict[str, int] = {}
     try:
-        for folder, folders, names in os.walk(path, onerror=_refuse):
-            folders[:] = sorted(set(folders) - _PASSED_OVER)
-            for name in sorted(names):
-                file = (Path(folder) / name).relative_to(path).as_posix()
-                try:
-                    found = os.stat(path / file)
-                except OSError as error:
-                    why = f"cannot be read ({error.strerror}); perhaps it is a broken link"
-                    findings.add("file-unreadable", why, file=file)
-                    continue
-                if stat.S_ISREG(found.st_mode):
-                    files[file] = found.st_size
-                else:
-                    # Opening a pipe would block.
-                    findings.add("file-unreadable", "it is not a regular file", file=file)
+        for file in _below(path):
+            try:
+                found = (path / file).stat()
+            except OSError as error:
+                why = f"cannot be read ({error.strerror}); perhaps it is a broken link"
+                findings.add("file-unreadable", why, file=file)
+                continue
+            if stat.S_ISREG(found.st_mode):
+                files[file] = found.st_size
+            else:
+                # Opening a pipe would block.
+                findings.add("file-unreadable", "it is not a regular file", file=file)
     except OSError as error:
         raise UsageError(f"it cannot be listed ({error.strerror})", path=path) from error
     for file in files:
@@ -139,6 +138,18 @@ def list_directory(path: Path, findings: Findings) -> Directory:
     return Directory(path, dict(sorted(files.items())))
 
 
+def _below(path: Path) -> Iterator[str]:
+    """The files below a directory, by their relative paths."""
+    if not is_near(path):
+        entries = (entry for entry in path.rglob("*") if entry.is_file())
+        yield from sorted(entry.relative_to(path).as_posix() for entry in entries)
+        return
+    for folder, folders, names in os.walk(path, onerror=_refuse):
+        folders[:] = sorted(set(folders) - _PASSED_OVER)
+        for name in sorted(names):
+            yield (Path(folder) / name).relative_to(path).as_posix()
+
+
 def _refuse(error: OSError) -> None:
     raise error
 
@@ -148,7 +159,7 @@ def read_object(
 ) -> dict[str, Any] | None:
     """The object in a JSON file; None, and a problem of ``kind``, if there is none."""
     try:
-        value, repeated = parse_json((directory.path / file).read_bytes().decode())
+        value, repeated = parse_json(content_of(directory.path / file).decode())
     except OSError as error:
         findings.add("file-unreadable", f"cannot be read ({error.strerror})", file=file)
         return None

@@ -17,6 +17,7 @@ from ckpt_tools.hub.config import embedding_rows, text_value
 from ckpt_tools.hub.files import read_object
 from ckpt_tools.hub.reference.process import ask_any
 from ckpt_tools.hub.tokenizer import Tokenizer
+from ckpt_tools.storage.addresses import as_path
 from ckpt_tools.verification.directory import CONFIG, Directory
 from ckpt_tools.verification.like_tokenizer import compare_tokenizers
 from ckpt_tools.verification.problem import Findings, Severity
@@ -73,7 +74,7 @@ def check(run: Run) -> None:
     """Compare the directory with that of ``like``, if one is named."""
     if run.request.like is None:
         return
-    like = Path(run.request.like)
+    like = as_path(run.request.like)
     directory, findings = run.directory, run.findings
     if directory.config is not None:
         _compare_configs(directory, directory.config, read_object(like / CONFIG), findings)
@@ -85,10 +86,10 @@ def check(run: Run) -> None:
 
 def refuse_no_model(like: str | Path) -> None:
     """Raise UsageError if the directory to compare with has no config."""
-    if not (Path(like) / CONFIG).is_file():
+    if not (as_path(like) / CONFIG).is_file():
         raise UsageError(
             "the directory of --like has no config.json",
-            path=Path(like),
+            path=as_path(like),
             hint="Name the directory of the base model, or the one that the training run loaded.",
         )
 

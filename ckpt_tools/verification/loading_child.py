@@ -129,7 +129,11 @@ def _custom_class(config: Mapping[str, Any], architecture: str, directory: str) 
 
 def _adapted(question: Mapping[str, Any], held: list[Any]) -> Step:
     """Load base and adapter into ``held``, and return what PEFT reports about the adapter's keys."""
-    from peft import PeftConfig, PeftModel
+    try:
+        from peft import PeftConfig, PeftModel
+    except Exception as error:
+        # An installation that is broken is not the adapter's fault, whatever its import raises.
+        raise ImportError(f"PEFT cannot be imported: {error}") from error
 
     task = PeftConfig.from_pretrained(question["directory"]).task_type
     options = {} if question["labels"] is None else {"num_labels": question["labels"]}

@@ -14,6 +14,7 @@ from typing import Any
 import xxhash
 
 from ckpt_tools.errors import listed
+from ckpt_tools.storage.regular import content_of
 from ckpt_tools.verification.directory import CONFIG, MANIFEST, SHA256SUMS, Directory, Manifest
 from ckpt_tools.verification.problem import Findings
 from ckpt_tools.verification.run import Run
@@ -21,9 +22,11 @@ from ckpt_tools.verification.run import Run
 ORDER = 40
 VERSION = 1
 _KEYS = (
-    *("version", "tool", "command", "sources", "options", "versions"),
+    *("version", "tool", "command", "sources", "options", "request", "versions"),
     *("unit_bytes", "tensors", "files", "xxh3_128"),
 )
+# Written before there was a digest of the request.
+_EARLIER_KEYS = tuple(key for key in _KEYS if key != "request")
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 _SUM = re.compile(r"([0-9a-f]{64})  (.+)")
 _WRITE_ANEW = "Write the directory again, or compare it with the checkpoint with --against CKPT."
@@ -51,7 +54,7 @@ def read_manifests(directory: Directory, findings: Findings) -> list[Manifest]:
 
 def _read(directory: Directory, file: str, findings: Findings) -> Manifest | None:
     try:
-        content = (directory.path / file).read_bytes()
+        content = content_of(directory.path / file)
     except OSError as error:
         findings.add("file-unreadable", f"cannot be read ({error.strerror})", file=file)
         return None
@@ -89,7 +92,7 @@ def _text(data: Mapping[str, Any]) -> bytes:
 
 
 def _parsed(data: dict[str, Any], folder: str) -> Manifest:
-    if tuple(data) != _KEYS:
+    if tuple(data) not in (_KEYS, _EARLIER_KEYS):
         raise ValueError(f"its keys are {listed([*data])}")
     unit = data["unit_bytes"]
     if type(unit) is not int or not 1 <= unit < 1 << 63:
@@ -182,7 +185,7 @@ def read_sums(directory: Directory, findings: Findings) -> list[tuple[str, str]]
 
 def _lines(directory: Directory, file: str, findings: Findings) -> Iterator[tuple[str, str]]:
     try:
-        text = (directory.path / file).read_bytes().decode()
+        text = content_of(directory.path / file).decode()
     except OSError as error:
         findings.add("file-unreadable", f"cannot be read ({error.strerror})", file=file)
         return

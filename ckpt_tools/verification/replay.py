@@ -15,6 +15,8 @@ from typing import Any
 from ckpt_tools import readers
 from ckpt_tools.errors import CkptError, DamagedCheckpoint
 from ckpt_tools.readers.opening import open_weights
+from ckpt_tools.storage.addresses import as_path, is_address
+from ckpt_tools.storage.regular import content_of
 from ckpt_tools.tensors.catalogue import Tensor
 from ckpt_tools.tensors.checkpoint import Checkpoint, Copy
 from ckpt_tools.tensors.derived import cast
@@ -49,7 +51,7 @@ class Record:
 def read_record(path: Path) -> Record | None:
     """The record in a manifest; None if the manifest is missing or has no record."""
     try:
-        data = json.loads(path.read_bytes())
+        data = json.loads(content_of(path))
         sources = tuple(dict(source) for source in data["sources"])
         weights: Copy = "model" if data["options"].get("weights") == "model" else "master"
         recipes = {name: entry.get("from", name) for name, entry in data["tensors"].items()}
@@ -118,10 +120,15 @@ def replay(record: Record, checkpoint: Checkpoint, names: Iterable[str]) -> Repl
 def _place(record: Record, checkpoint: Checkpoint) -> int:
     """The source that the checkpoint replaces."""
     location = checkpoint.location
-    here = (location.directory.resolve(), location.part)
+    here = (str(location.directory.resolve()), location.part)
     paths = [(str(source.get("path", "")), source.get("part")) for source in record.sources]
-    places = ((Path(path).resolve(), part) if path else None for path, part in paths)
+    places = ((_resolved(path), part) if path else None for path, part in paths)
     return next((index for index, place in enumerate(places) if place == here), 0)
+
+
+def _resolved(path: str) -> str:
+    """The text of a recorded path, links resolved; an address has none."""
+    return path if is_address(path) else str(Path(path).resolve())
 
 
 def _leaves(
@@ -141,7 +148,7 @@ def _leaves(
 
 def _reopened(source: Mapping[str, Any]) -> Checkpoint:
     """A source at its recorded path."""
-    path, format = Path(str(source.get("path", ""))), source.get("format")
+    path, format = as_path(str(source.get("path", ""))), source.get("format")
     if format not in readers.readers():
         return open_weights(path)
     found = readers.readers()[format].find(path, None)

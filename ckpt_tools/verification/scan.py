@@ -10,9 +10,9 @@ pattern is a larger value, and infinity and NaN are the largest patterns.
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
+from ckpt_tools.storage.places import Readable, read_fully
+from ckpt_tools.storage.reading import open_for_reading
 from ckpt_tools.verification.container import Entry
 
 BLOCK_BYTES = 2 << 20
@@ -36,12 +38,14 @@ class _Pattern(NamedTuple):
         magnitude: the mask of all bits except the sign.
         infinity: the pattern of infinity; None if there is none.
         nan: the smallest pattern of a NaN.
+        only: the one pattern of a NaN, where the larger ones are numbers.
     """
 
     integer: Any
     magnitude: int
     infinity: int | None
     nan: int
+    only: int | None = None
 
 
 _PATTERNS = {
@@ -53,6 +57,9 @@ _PATTERNS = {
     "F8_E5M2": _Pattern(np.uint8, 0x7F, 0x7C, 0x7D),
     "F8_E4M3": _Pattern(np.uint8, 0x7F, None, 0x7F),
     "F8_E8M0": _Pattern(np.uint8, 0xFF, None, 0xFF),
+    # These have no negative zero; its pattern is the NaN.
+    "F8_E4M3FNUZ": _Pattern(np.uint8, 0xFF, None, 0x80, only=0x80),
+    "F8_E5M2FNUZ": _Pattern(np.uint8, 0xFF, None, 0x80, only=0x80),
 }
 
 
@@ -154,11 +161,11 @@ def scan(directory: Path, piece: Piece, entries: Sequence[Entry], unit_bytes: in
     summaries: dict[int, Summary] = {}
     hashers = {name: _HASHERS[name]() for name in piece.hashes}
     done = at = 0
-    with (directory / piece.file).open("rb", buffering=0) as stream:
+    with closing(open_for_reading(directory / piece.file)) as source:
         for start in range(piece.start, piece.stop, BLOCK_BYTES):
             stop = min(start + BLOCK_BYTES, piece.stop)
             # An element that begins in this block and ends in the next belongs to this block.
-            view = _read(stream.fileno(), start, stop + _LONGEST_ELEMENT - 1)
+            view = _read(source, start, stop + _LONGEST_ELEMENT - 1)
             block = view[: stop - start]
             done += len(block)
             for hasher in hashers.values():
@@ -179,19 +186,13 @@ _HASHERS: Mapping[str, Any] = {"sha256": hashlib.sha256, "xxh3_128": xxhash.xxh3
 _buffers = threading.local()
 
 
-def _read(fd: int, start: int, stop: int) -> memoryview:
+def _read(source: Readable, start: int, stop: int) -> memoryview:
     """The bytes, in a reused buffer of this thread; fewer at the end of the file."""
     if len(getattr(_buffers, "block", b"")) < stop - start:
         _buffers.block = bytearray(stop - start)
         _buffers.step = np.empty(STEP_BYTES, np.uint8)
     view = memoryview(_buffers.block)[: stop - start]
-    done = 0
-    while done < len(view):
-        count = os.preadv(fd, [view[done:]], start + done)
-        if not count:
-            break
-        done += count
-    return view[:done]
+    return view[: read_fully(source, view, start)]
 
 
 def _parts(
@@ -243,7 +244,8 @@ def _look(view: memoryview, base: int, entry: Entry, low: int, high: int) -> Sum
         summary.largest = max(summary.largest, largest)
         summary.zero_steps += not largest and len(part) == len(without_sign)
         if largest >= pattern.nan or largest == pattern.infinity:
-            summary.nans += int((into >= pattern.nan).sum())
+            is_nan = into >= pattern.nan if pattern.only is None else into == pattern.only
+            summary.nans += int(is_nan.sum())
             if pattern.infinity is not None:
                 summary.infinities += int((into == pattern.infinity).sum())
         at += end

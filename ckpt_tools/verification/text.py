@@ -6,6 +6,7 @@ The child (``tokenizer_child.py``) loads them; ``tokenizer.py`` and ``generation
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -48,7 +49,7 @@ def check_text(directory: Directory, findings: Findings) -> None:
     if not has_tokenizer:
         findings.skipped.append("tokenizer (there is none)")
     question = {
-        "directory": str(directory.path.resolve()),
+        "directory": os.fspath(directory.path.resolve()),
         "trust_remote_code": directory.trust_remote_code,
         "has_tokenizer": has_tokenizer and files is not None,
         "has_generation_config": texts.generation is not None,

@@ -25,9 +25,12 @@ from pathlib import Path
 from types import TracebackType
 
 from ckpt_tools.errors import OutputFailed
+from ckpt_tools.storage.places import LOCAL, Requests
+from ckpt_tools.storage.residence import Residence
 from ckpt_tools.tensors.checksums import ReadLog
 from ckpt_tools.tensors.gather import Gatherer
 from ckpt_tools.tensors.threads import MAX_WORKERS, casting_on_one_core, default_workers, pool
+from ckpt_tools.writing.behind import Behind
 from ckpt_tools.writing.layout import Plan
 from ckpt_tools.writing.units import Block, Units
 
@@ -113,7 +116,7 @@ def _make(path: Path, start: bytes, size: int) -> None:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
             os.ftruncate(fd, size)
-            _write_all(fd, start, 0, path)
+            write_all(fd, start, 0, path)
             os.fsync(fd)
         finally:
             os.close(fd)
@@ -125,16 +128,20 @@ class Outputs:
     """The open files of one plan. Close it after use."""
 
     def __init__(self, plan: Plan, directory: Path) -> None:
-        _allow_open_files(len(plan.files))
+        _allow_open_files(2 * len(plan.files))
         self._directory = directory
         self._stack = ExitStack()
         self._fds: list[int] = []
+        self._behind: list[Behind] = []
         self._turns = [threading.Lock() for _ in plan.files]
         try:
             for file in plan.files:
                 fd = os.open(directory / file.name, os.O_RDWR | os.O_CLOEXEC)
                 self._stack.callback(os.close, fd)
                 self._fds.append(fd)
+                behind = Behind(directory / file.name)
+                self._stack.callback(behind.close)
+                self._behind.append(behind)
         except OSError as error:
             self._stack.close()
             raise refused(error, directory) from error
@@ -155,7 +162,11 @@ class Outputs:
     def write(self, file: int, data: memoryview, offset: int) -> None:
         """Write ``data`` at byte ``offset`` of file number ``file``, when no other thread writes there."""
         with self._turns[file]:
-            _write_all(self._fds[file], data, offset, self._directory)
+            write_all(self._fds[file], data, offset, self._directory)
+        try:
+            self._behind[file].wrote(offset, len(data))
+        except OSError as error:
+            raise refused(error, self._directory) from error
 
     def read(self, file: int, into: memoryview, offset: int) -> bool:
         """Fill ``into`` from byte ``offset`` of file number ``file``; False where the disk cannot."""
@@ -183,6 +194,11 @@ class Outputs:
         except OSError as error:
             raise refused(error, self._directory) from error
 
+    def drop(self, files: Iterable[int]) -> None:
+        """Let the page cache forget these files, which were synced."""
+        for file in files:
+            self._behind[file].synced()
+
 
 def _allow_open_files(count: int) -> None:
     """Raise the process's limit of open files, often 1,024, if the outputs need more."""
@@ -204,6 +220,7 @@ def write(
     record: Record | None = None,
     ended: threading.Event | None = None,
     log: ReadLog | None = None,
+    requests: Requests = LOCAL,
 ) -> Written:
     """Write units of a plan, and wait until they are on disk.
 
@@ -216,21 +233,25 @@ def write(
         record: called with each written block and its digests, from any worker's thread.
         ended: once it is set, no further block is started, and the write is incomplete.
         log: takes the checksums of the bytes that are read.
+        requests: how the sources are read best. A store is slow for one request and fast for many, so
+            blocks are larger then, and the number of threads does not depend on the processors.
 
     Raises:
         DamagedCheckpoint: a source file ended early or cannot be read.
         OutputFailed: the disk is full or refused a write.
     """
     started = time.monotonic()
-    blocks = _Shared(units, todo)
+    block_bytes = units.block_bytes_for(requests)
+    blocks = _Shared(units, todo, block_bytes)
     stop = threading.Event()
     touched: set[int] = set()
+    residence = Residence()
 
     def work() -> tuple[int, int, ReadLog | None]:
-        buffer = bytearray(units.block_bytes)
+        buffer = bytearray(block_bytes)
         done = 0
         own = None if log is None else ReadLog()
-        with Gatherer(own) as gatherer:
+        with Gatherer(own, residence) as gatherer:
             block: Block | None = None
             while not stop.is_set() and (block := blocks.take(block)) is not None:
                 if ended is not None and ended.is_set():
@@ -248,7 +269,7 @@ def write(
                     progress(block.nbytes)
             return gatherer.bytes_read, done, own
 
-    count = workers or default_workers()
+    count = requests.threads or workers or default_workers()
     with casting_on_one_core(), pool(count) as threads:
         try:
             jobs = [threads.submit(work) for _ in range(count)]
@@ -258,6 +279,7 @@ def write(
         done = [job.result() for job in jobs]
     moved = time.monotonic()
     outputs.sync(touched)
+    outputs.drop(touched)
     for _, _, own in done:
         if log is not None and own is not None:
             log.include(own)
@@ -280,16 +302,18 @@ class _Shared:
     Args:
         units: the plan's units.
         todo: the units to write.
+        block_bytes: bytes of the largest block.
     """
 
-    def __init__(self, units: Units, todo: Iterable[range]) -> None:
+    def __init__(self, units: Units, todo: Iterable[range], block_bytes: int) -> None:
         parts: dict[int, list[range]] = {}
         for part in todo:
             for file, within in units.by_file(part):
                 parts.setdefault(file, []).append(within)
         # Of each file that has blocks left; the first file that no thread works at is among the first few.
         self._blocks = {
-            file: chain.from_iterable(map(units.blocks, within)) for file, within in parts.items()
+            file: chain.from_iterable(units.blocks(part, block_bytes) for part in within)
+            for file, within in parts.items()
         }
         self._threads = dict.fromkeys(parts, 0)
         self._lock = threading.Lock()
@@ -318,7 +342,8 @@ class _Shared:
         return min(self._blocks, key=self._threads.__getitem__) if first is None else first
 
 
-def _write_all(fd: int, data: bytes | memoryview, offset: int, path: Path) -> None:
+def write_all(fd: int, data: bytes | memoryview, offset: int, path: Path) -> None:
+    """Write all of ``data`` at byte ``offset``; raises OutputFailed."""
     view = memoryview(data)
     while view:
         try:

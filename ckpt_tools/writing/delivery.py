@@ -20,9 +20,11 @@ import xxhash
 from ckpt_tools._version import __version__
 from ckpt_tools.errors import DamagedCheckpoint, OutputFailed, RankFailed, listed
 from ckpt_tools.ranks import Ranks
+from ckpt_tools.storage.reading import slowest
 from ckpt_tools.tensors.checksums import ReadLog
 from ckpt_tools.writing import journal
 from ckpt_tools.writing.bytes import Written, laid_out, lay_out
+from ckpt_tools.writing.closing import close_files
 from ckpt_tools.writing.finishing import Checks, finish
 from ckpt_tools.writing.manifest import Provenance
 from ckpt_tools.writing.output import Output, Writing
@@ -93,7 +95,8 @@ def deliver(
             try:
                 directories = tuple(partial.path / output.folder for output in outputs)
                 noted = _laid_out(partial, directories, units)
-                job = Job(partial.home, directories, units, noted, writing.check_source)
+                reads = slowest(provenance.files())
+                job = Job(partial.home, directories, units, noted, writing.check_source, reads)
                 with writing.ranks.ending_all() if writing.ranks is not None else nullcontext():
                     if writing.ranks is not None:
                         # Units are most of the job, and all ranks hold them since they agreed on the plan.
@@ -102,6 +105,8 @@ def deliver(
                         shares = write_shares(job, writing, progress)
                     checked, equal = _checked(job, shares, provenance)
                     checks.refuse_changed()
+                    for directory, each in zip(directories, units, strict=True):
+                        close_files(each.plan, directory, writing.workers, writing.active)
                     _finish_all(job, outputs, shares, provenance, writing, checks)
                     files = _sizes(partial.path)
             finally:
@@ -223,7 +228,7 @@ def _shown(job: Job, writing: Writing) -> Iterator[Callable[[int], None] | None]
     if progress is None:
         yield None
         return
-    total = sum(units.plan.tensor_bytes for units in job.units)
+    total = sum(units.plan.data_bytes for units in job.units)
     done, lock = 0, threading.Lock()
     progress(done, total)
 

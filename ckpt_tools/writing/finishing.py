@@ -16,6 +16,9 @@ from ckpt_tools.writing.bytes import refused
 from ckpt_tools.writing.manifest import Provenance
 from ckpt_tools.writing.output import Output, Writing
 
+# The content of a marker. Some services do not upload empty files.
+MARKER = b"COMPLETED\n"
+
 
 class Checks(Protocol):
     """The last checks before an output appears; a failed one raises."""
@@ -53,6 +56,8 @@ def finish(
     """
     for asset in output.files:
         _write_asset(directory, asset)
+    if writing.marker is not None:
+        _write_asset(directory, AssetFile(writing.marker, MARKER))
     text = manifest.manifest_text(
         directory,
         output.layout,

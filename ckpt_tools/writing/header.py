@@ -19,7 +19,7 @@ from ckpt_tools.tensors.regions import is_possible
 # The order in which safetensors lays out dtypes within a file, by descending alignment.
 _ORDER = (
     *("U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16"),
-    *("F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"),
+    *("F8_E5M2FNUZ", "F8_E4M3FNUZ", "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"),
 )
 
 # Of ``safetensors/src/tensor.rs``, which refuses to read a longer one.

@@ -1,7 +1,8 @@
 """Owns the layout of the output: the file of each tensor, and its bytes in the file. It does no I/O.
 
-The files are exactly those that ``save_pretrained`` and ``safetensors.torch.save_file`` write for the same
-tensors: the same shards, names, order within a file, header and index.
+A container lays out one file: its first bytes, the place of each tensor, and what is written when the data is
+there. The safetensors files are exactly those that ``save_pretrained`` and ``safetensors.torch.save_file``
+write for the same tensors: the same shards, names, order within a file, header and index.
 
 Sources: ``huggingface_hub.serialization`` (shards), ``transformers/modeling_utils.py`` (index).
 """
@@ -9,16 +10,20 @@ Sources: ``huggingface_hub.serialization`` (shards), ``transformers/modeling_uti
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal, Protocol
 
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from ckpt_tools.errors import UsageError
-from ckpt_tools.tensors.catalogue import Tensor
+from ckpt_tools.tensors.catalogue import Catalogue, Tensor
 from ckpt_tools.writing.header import file_header
+from ckpt_tools.writing.torch_container import archive
 
+OutputFormat = Literal["safetensors", "bin"]
+MODEL_STEMS: Mapping[OutputFormat, str] = {"safetensors": "model", "bin": "pytorch_model"}
 INDEX_SUFFIX = ".index.json"
 _BLOCK_BYTES = 2 << 20
 _MAX_BLOCK_BYTES = 32 << 20
@@ -40,24 +45,46 @@ class Slot:
         return self.offset + self.tensor.nbytes
 
 
+class Closing(Protocol):
+    """What is written around the data of a file once it is there, because it follows from the data."""
+
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """First byte and end of each range of the file whose CRC-32 is needed."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole file."""
+
+    def parts(self, checksums: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+        """Each place and the bytes to write there, given the CRC-32 of each of the ranges."""
+
+
 @dataclass(frozen=True)
 class PlannedFile:
-    """One safetensors file.
+    """One weight file.
 
     Attributes:
         name: file name.
-        header: its first bytes, length prefix included.
-        slots: its tensors in the order of the file.
+        header: its first bytes; tensor data comes after it.
+        slots: its tensors in the order of the file. Bytes between them are zero until the file is closed.
+        closing: what is written last; None if the data completes the file.
     """
 
     name: str
     header: bytes
     slots: tuple[Slot, ...]
+    closing: Closing | None = None
+
+    @property
+    def end(self) -> int:
+        """The byte after the data of the last tensor."""
+        return self.slots[-1].end if self.slots else len(self.header)
 
     @property
     def size(self) -> int:
         """Bytes of the whole file."""
-        return self.slots[-1].end if self.slots else len(self.header)
+        return self.end if self.closing is None else self.closing.size
 
 
 @dataclass(frozen=True)
@@ -81,6 +108,11 @@ class Plan:
     def tensor_bytes(self) -> int:
         """Bytes of tensor data, headers not counted."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes between the headers and the ends of the data, gaps between tensors included."""
+        return sum(file.end - len(file.header) for file in self.files)
 
     @property
     def nbytes(self) -> int:
@@ -108,18 +140,23 @@ def plan(
     tensors: Mapping[str, Tensor],
     *,
     max_shard_size: int | str = "5GB",
-    stem: str = "model",
+    stem: str | None = None,
+    format: OutputFormat = "safetensors",
 ) -> Plan:
-    """Lay out ``tensors``, in their order, as safetensors files.
+    """Lay out ``tensors``, in their order, as weight files.
 
     Args:
-        tensors: the tensors to write, by name.
+        tensors: the tensors to write, by name. Of a catalogue, a ``bin`` file holds second names too.
         max_shard_size: bytes, or a number with a decimal unit (``5GB``).
-        stem: file name without its suffix (``model``, ``adapter_model``).
+        stem: file name without its suffix, such as ``adapter_model``; by default that of a model.
+        format: the container.
 
     Raises:
         UsageError: the size cannot be read or is not positive.
+        UnsupportedLayout: the container cannot hold a tensor.
     """
+    stem, suffix = stem or MODEL_STEMS[format], f".{format}"
+    seconds = dict(tensors.ties) if format == "bin" and isinstance(tensors, Catalogue) else {}
     try:
         if not _is_positive(max_shard_size):
             raise ValueError("a positive number is needed")
@@ -128,7 +165,7 @@ def plan(
             get_storage_size=lambda tensor: tensor.nbytes,
             # In torch, tensors without elements share their storage, so all are in one file.
             get_storage_id=lambda tensor: None if tensor.numel else "empty",
-            filename_pattern=f"{stem}{{suffix}}.safetensors",
+            filename_pattern=f"{stem}{{suffix}}{suffix}",
             max_shard_size=max_shard_size,
         )
     except (ValueError, OverflowError) as error:
@@ -136,29 +173,39 @@ def plan(
             f"{max_shard_size!r} is not a size ({error})", hint="Write it as 5GB or 500MB."
         ) from error
     files = tuple(
-        _planned_file(name, {key: tensors[key] for key in keys})
-        for name, keys in split.filename_to_tensors.items()
+        # In the order of the state: the split puts tensors without elements last.
+        _planned_file(name, {k: tensors[k] for k in tensors if k in keys}, seconds, format)
+        for name, keys in ((n, {*keys}) for n, keys in split.filename_to_tensors.items())
     )
     if len(files) < 2:
-        return Plan(files or (_planned_file(f"{stem}.safetensors", {}),), None)
+        return Plan(files or (_planned_file(f"{stem}{suffix}", {}, {}, format),), None)
     numel = sum(tensor.numel for tensor in tensors.values())
+    places = split.tensor_to_filename
     index = {
         "metadata": {"total_parameters": numel, **split.metadata},
-        "weight_map": split.tensor_to_filename,
+        "weight_map": places | {second: places[kept] for second, kept in seconds.items()},
     }
     content = json.dumps(index, indent=2, sort_keys=True) + "\n"
-    return Plan(files, (f"{stem}.safetensors{INDEX_SUFFIX}", content.encode()))
+    return Plan(files, (f"{stem}{suffix}{INDEX_SUFFIX}", content.encode()))
 
 
 def _is_positive(size: int | str) -> bool:
     return (size if isinstance(size, int) else float(size.upper().rstrip("KMGTPB "))) > 0
 
 
-def _planned_file(name: str, tensors: Mapping[str, Tensor]) -> PlannedFile:
+def _planned_file(
+    name: str, tensors: Mapping[str, Tensor], seconds: Mapping[str, str], format: OutputFormat
+) -> PlannedFile:
     layouts = {key: (tensor.dtype, tensor.shape) for key, tensor in tensors.items()}
-    header, offsets = file_header(layouts, {"format": "pt"})
+    closing: Closing | None = None
+    match format:
+        case "safetensors":
+            header, offsets = file_header(layouts, {"format": "pt"})
+        case "bin":
+            inside = {second: kept for second, kept in seconds.items() if kept in layouts}
+            header, offsets, closing = archive(name.removesuffix(".bin"), layouts, inside)
     slots = tuple(Slot(key, tensors[key], offset) for key, offset in offsets.items())
-    return PlannedFile(name, header, slots)
+    return PlannedFile(name, header, slots, closing)
 
 
 def _listed(file: PlannedFile) -> list[dict[str, object]]:

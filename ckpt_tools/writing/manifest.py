@@ -21,7 +21,7 @@ import xxhash
 
 from ckpt_tools._version import __version__
 from ckpt_tools.errors import OutputFailed
-from ckpt_tools.storage.folders import local_paths
+from ckpt_tools.storage.folders import assets_near
 from ckpt_tools.tensors.catalogue import Catalogue, Stored, Tensor
 from ckpt_tools.tensors.checkpoint import LIVE, Checkpoint, Copy, Location
 from ckpt_tools.tensors.threads import pool
@@ -43,12 +43,14 @@ class Provenance:
         sources: the checkpoints that are read.
         options: the options of the command; ``weights`` is the copy that was taken.
         beside: directories of further tensors, with the tensors.
+        request: digest of everything that decides what is written; None for a model in training.
     """
 
     command: str
     sources: tuple[Checkpoint, ...]
     options: Mapping[str, object]
     beside: Mapping[Path, Catalogue] = field(default_factory=dict)
+    request: str | None = None
 
     @cached_property
     def _leaves(self) -> dict[Leaf, Tensor]:
@@ -120,7 +122,7 @@ def _where(location: Location) -> dict[str, Any]:
     if location.format == LIVE:
         return {"path": None}
     path = str(location.directory.absolute())
-    folders = (str(folder.absolute()) for folder in local_paths(location.directory))
+    folders = (str(folder.absolute()) for folder in assets_near(location.directory))
     also = [folder for folder in folders if folder != path]
     return {"path": path, "also": also} if also else {"path": path}
 
@@ -150,7 +152,8 @@ def manifest_text(
     Raises:
         OutputFailed: a file cannot be read back.
     """
-    headers = {file.name: file.header for file in plan.files}
+    # Of a file that is closed at the end, the bytes around the data matter as well.
+    headers = {file.name: file.header for file in plan.files if file.closing is None}
     files: dict[str, dict[str, object]] = {}
     for name in _names(directory, NAME):
         if name in headers:
@@ -172,6 +175,7 @@ def manifest_text(
         "command": provenance.command,
         "sources": provenance.to_json(),
         "options": dict(provenance.options),
+        "request": provenance.request,
         "versions": _versions(),
         "unit_bytes": unit_bytes,
         "tensors": dict(sorted(tensors.items())),

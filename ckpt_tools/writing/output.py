@@ -31,6 +31,7 @@ class Writing:
         check_source: compare the bytes that are read with the checksums of their files.
         ranks: the ranks that carry out the same call together. Each of them must make the call.
         resumable: whether another run can continue after a failure.
+        marker: name of a further file of each output, for programs that wait for one.
     """
 
     workers: int
@@ -43,6 +44,7 @@ class Writing:
     check_source: bool = True
     ranks: Ranks | None = None
     resumable: bool = True
+    marker: str | None = None
 
     def active(self, *_: object) -> None:
         """Tell the waiting ranks that this one makes progress."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ckpt_tools.storage.places import LOCAL, Requests
 from ckpt_tools.tensors.checksums import ReadLog
 from ckpt_tools.tensors.threads import default_workers, pool
 from ckpt_tools.writing import journal
@@ -29,6 +30,7 @@ class Job:
         units: those of each output.
         noted: units that an earlier run noted as written, with their digests.
         check_source: whether the checksums of what is read are noted.
+        requests: how the sources are read best.
     """
 
     home: Path
@@ -36,6 +38,7 @@ class Job:
     units: tuple[Units, ...]
     noted: journal.Proven
     check_source: bool = True
+    requests: Requests = LOCAL
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,7 @@ def write_shares(job: Job, writing: Writing, progress: Callable[[int], None] | N
                         record=log.record,
                         ended=ended,
                         log=read,
+                        requests=job.requests,
                     )
                 )
             digests[number] = held | log.digests

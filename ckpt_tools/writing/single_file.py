@@ -1,35 +1,31 @@
 """Owns the writing of one weight file, ``model.safetensors`` or ``pytorch_model.bin``, into any directory.
 
 The file appears complete or not at all. An existing file is replaced only if that is asked for. The new file
-can be compared with its source first. ``torch.save`` writes a ``.bin`` from a memory map of a temporary
-safetensors file, so the process does not hold the tensors in memory.
+can be compared with its source first.
 """
 
 from __future__ import annotations
 
-import mmap
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ckpt_tools.errors import OutputExists, OutputFailed
 from ckpt_tools.readers.containers.weight_files import read_weight_files
 from ckpt_tools.tensors.catalogue import Catalogue
 from ckpt_tools.tensors.checksums import ReadLog
 from ckpt_tools.tensors.gather import Gatherer
+from ckpt_tools.tensors.threads import default_workers
 from ckpt_tools.tensors.windows import first_difference
 from ckpt_tools.writing.bytes import Outputs, lay_out, write
-from ckpt_tools.writing.layout import Plan, PlannedFile, plan
+from ckpt_tools.writing.closing import close_files
+from ckpt_tools.writing.layout import OutputFormat, Plan, plan
 from ckpt_tools.writing.publish import check_room, partial_directory
 from ckpt_tools.writing.source import COPY_AGAIN, check_sources
 from ckpt_tools.writing.units import Units
-
-if TYPE_CHECKING:
-    import torch
 
 SAFETENSORS = "model.safetensors"
 TORCH = "pytorch_model.bin"
@@ -59,14 +55,11 @@ def write_single_file(
         raise OutputExists(
             "the output exists already", path=path, hint="Remove it, or name another directory."
         )
-    layout = plan(tensors, max_shard_size=tensors.nbytes + 1)
-    (planned,) = layout.files
-    check_room(directory, planned.size * (2 if path.name == TORCH else 1))
+    format: OutputFormat = "bin" if path.name == TORCH else "safetensors"
+    layout = plan(dict(tensors), max_shard_size=tensors.nbytes + 1, format=format)
+    check_room(directory, layout.nbytes)
     with _stage(path, overwrite=overwrite) as stage:
         _write(layout, stage)
-        if path.name == TORCH:
-            _save_as_torch(stage / planned.name, planned, [*tensors], stage / TORCH)
-            (stage / planned.name).unlink()
         if prove:
             _prove(tensors, stage / path.name)
 
@@ -78,6 +71,7 @@ def _write(layout: Plan, directory: Path) -> None:
         log = ReadLog()
         write(units, outputs, [range(len(units))], log=log)
     check_sources(log, hint=COPY_AGAIN)
+    close_files(layout, directory, default_workers())
 
 
 @contextmanager
@@ -126,40 +120,6 @@ def _sync(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def _save_as_torch(source: Path, planned: PlannedFile, names: list[str], path: Path) -> None:
-    """Write the tensors of a safetensors file, in the order of ``names``, with ``torch.save``."""
-    import torch
-
-    try:
-        torch.save(_mapped(source, planned, names), path)
-    except (OSError, RuntimeError) as error:
-        # torch reports neither the error nor its cause. There was enough space at the start.
-        raise OutputFailed(
-            f"cannot be written ({error})", path=path, hint="Check whether the disk is full."
-        ) from error
-
-
-def _mapped(source: Path, planned: PlannedFile, names: list[str]) -> dict[str, torch.Tensor]:
-    """Each tensor, with its own storage in a memory map of the file."""
-    import torch
-
-    with source.open("r+b") as stream:
-        # The map is not written, but torch warns about a read-only map, and the system refuses a private
-        # map that is larger than the memory.
-        view = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_WRITE)
-    slots = {slot.name: slot for slot in planned.slots}
-    state = {}
-    for name in names:
-        tensor, offset = slots[name].tensor, slots[name].offset
-        dtype = tensor.dtype.torch
-        if tensor.numel:
-            flat = torch.frombuffer(view, dtype=dtype, count=tensor.numel, offset=offset)
-            state[name] = flat.view(tensor.shape)
-        else:
-            state[name] = torch.empty(tensor.shape, dtype=dtype)
-    return state
 
 
 def _prove(tensors: Catalogue, path: Path) -> None:

@@ -7,7 +7,6 @@ are few. A record of which only a part was read, as for an adapter, is counted a
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,8 +15,10 @@ from typing import NamedTuple
 
 from ckpt_tools.errors import DamagedCheckpoint, listed
 from ckpt_tools.readers.containers.records import Record, Records
+from ckpt_tools.storage.folders import local_paths
 from ckpt_tools.tensors.catalogue import Computed, Tensor
 from ckpt_tools.tensors.checksums import ReadLog, joined
+from ckpt_tools.tensors.threads import read_each
 
 # So much of a record, or this share of it, is read for its checksum alone.
 _REST_BYTES = 1 << 20
@@ -92,25 +93,31 @@ def check_sources(
     total = Checked()
     equal: list[Equal] = []
     seen: dict[tuple[Path, tuple[tuple[int, int, int], ...]], Path] = {}
-    for file in dict.fromkeys((*log.files, *again)):
+    files = list(dict.fromkeys((*log.files, *again)))
+
+    def check(file: Path) -> tuple[Checked, list[Record], tuple[tuple[int, int, int], ...]]:
         with Records(file, hint) as records:
             found, held = _check_file(records, list(log.runs(file)), again.get(file, ()))
-            total += found
-            if not held:
-                continue
-            other = seen.setdefault((file.parent, records.signature), file)
-            if other is not file and not _is_constant(records, held):
-                nbytes = sum(record.stop - record.start for record in held)
-                equal.append(Equal(file, other, nbytes))
+            return found, held, records.signature if held else ()
+
+    for file, (found, held, signature) in zip(files, read_each(check, files), strict=True):
+        total += found
+        if not held:
+            continue
+        other = seen.setdefault((file.parent, signature), file)
+        if other is not file and not _is_constant(file, hint, held):
+            nbytes = sum(record.stop - record.start for record in held)
+            equal.append(Equal(file, other, nbytes))
     return total, equal
 
 
-def _is_constant(records: Records, held: Sequence[Record]) -> bool:
+def _is_constant(file: Path, hint: str, held: Sequence[Record]) -> bool:
     """Whether the records may be equal by nature: one number, or one value over and over."""
-    for record in held:
-        data = records.read(record.start, min(record.stop, record.start + _SAMPLE_BYTES))
-        if data[8:] != data[:-8]:
-            return False
+    with Records(file, hint) as records:
+        for record in held:
+            data = records.read(record.start, min(record.stop, record.start + _SAMPLE_BYTES))
+            if data[8:] != data[:-8]:
+                return False
     return True
 
 
@@ -205,13 +212,11 @@ class Stamps:
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:
     try:
-        # A path of a pool knows facts of its listing; its file on this machine tells the present.
-        found = os.stat(path)
+        # A path of a pool knows facts of its listing; its file on this machine tells the present. Each range
+        # of a file in a store is demanded in the version of the listing.
+        found = next(iter(local_paths(path)), path).stat()
     except OSError:
-        try:
-            found = path.stat()
-        except OSError:
-            return None
+        return None
     return found.st_size, found.st_mtime_ns, found.st_ino
 
 

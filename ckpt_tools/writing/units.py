@@ -16,6 +16,7 @@ from itertools import accumulate
 
 import xxhash
 
+from ckpt_tools.storage.places import Requests
 from ckpt_tools.tensors.gather import Slice
 from ckpt_tools.writing.layout import Plan, PlannedFile, Slot
 
@@ -66,7 +67,7 @@ class Units:
         self.nbytes = nbytes
         counts = [_units_of(file, nbytes) for file in plan.files]
         self._bases = [0, *accumulate(counts)]
-        self._data = [0, *accumulate(file.size - len(file.header) for file in plan.files)]
+        self._data = [0, *accumulate(file.end - len(file.header) for file in plan.files)]
         self._offsets = [[slot.offset for slot in file.slots] for file in plan.files]
 
     def __len__(self) -> int:
@@ -78,7 +79,7 @@ class Units:
         file = self.plan.files[index]
         number = unit - self._bases[index] + len(file.header) // self.nbytes
         start = max(number * self.nbytes, len(file.header))
-        return index, start, min((number + 1) * self.nbytes, file.size)
+        return index, start, min((number + 1) * self.nbytes, file.end)
 
     def share(self, rank: int, machines: Sequence[int]) -> range:
         """The units that one of several ranks writes: consecutive, with the same number of bytes.
@@ -132,9 +133,9 @@ class Units:
             yield index, range(first, last)
             first = last
 
-    def blocks(self, units: range) -> Iterator[Block]:
-        """Consecutive units in the largest runs that fit in a buffer of ``plan.block_bytes``."""
-        step = max(self.plan.block_bytes // self.nbytes, 1)
+    def blocks(self, units: range, block_bytes: int | None = None) -> Iterator[Block]:
+        """Consecutive units in the largest runs that fit in a buffer of ``block_bytes``."""
+        step = max((block_bytes or self.block_bytes) // self.nbytes, 1)
         first = units.start
         while first < units.stop:
             index, start, _ = self.span(first)
@@ -147,6 +148,13 @@ class Units:
     def block_bytes(self) -> int:
         """Bytes of the largest block."""
         return max(self.plan.block_bytes // self.nbytes, 1) * self.nbytes
+
+    def block_bytes_for(self, requests: Requests) -> int:
+        """Bytes of the largest block, of sources that are read by such requests."""
+        if not requests.block_bytes:
+            return self.block_bytes
+        wanted = max(requests.block_bytes, self.block_bytes)
+        return min(wanted, -(-self.plan.tensor_bytes // self.nbytes) * self.nbytes) or self.nbytes
 
     def _slices(self, index: int, start: int, stop: int) -> tuple[Slice, ...]:
         slices = []
@@ -198,7 +206,7 @@ class Units:
             header = len(file.header)
             shift = self._bases[index] - header // self.nbytes
             before, at = -1, 0
-            for slot, low, _ in self._pieces(index, header, file.size):
+            for slot, low, _ in self._pieces(index, header, file.end):
                 unit = low // self.nbytes + shift
                 before, at = unit, at + DIGEST_BYTES if unit == before else 0
                 pieces[slot.name] += digests[unit][at : at + DIGEST_BYTES]
@@ -211,4 +219,4 @@ def _joined(pieces: bytearray) -> bytes:
 
 def _units_of(file: PlannedFile, nbytes: int) -> int:
     first = len(file.header) // nbytes
-    return -(-file.size // nbytes) - first if file.size > len(file.header) else 0
+    return -(-file.end // nbytes) - first if file.end > len(file.header) else 0

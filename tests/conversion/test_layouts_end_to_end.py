@@ -65,6 +65,30 @@ def test_unrecorded_slices_are_joined_by_the_shapes_of_the_model(tmp_path: Path)
         consolidate(case.path, tmp_path / "other", weights_only=True)
 
 
+def test_the_padding_of_a_vocabulary_is_cut_where_a_key_map_says_so(tmp_path: Path) -> None:
+    """Nothing records it; the refusal's next step is followed."""
+    case = Case(LAYOUTS / UNRECORDED)
+    rows = len(case.model["lm_head.weight"])
+    config = json.loads((case.directory / "hf" / "config.json").read_text())
+    small, padded, key_map = (tmp_path / name for name in ("small.json", "padded.json", "map.json"))
+    small.write_text(json.dumps(config | {"vocab_size": rows - 7}))
+    with pytest.raises(UnsupportedLayout, match="the vocabulary is padded") as caught:
+        consolidate(case.path, tmp_path / "out", config=small)
+    assert f"vocab_size is {rows}." in str(caught.value.hint)
+
+    padded.write_text(json.dumps(config | {"vocab_size": rows}))
+    cut = {
+        name: {"name": name, "rows": rows - 7}
+        for name in ("model.embed_tokens.weight", "lm_head.weight")
+    }
+    key_map.write_text(json.dumps(cut | {"*": "*"}))
+    consolidate(case.path, tmp_path / "out", config=padded, key_map=key_map)
+    state = loaded(tmp_path / "out")
+    for tensor, truth in case.model.items():
+        assert_same(state[tensor], truth[: rows - 7] if tensor in cut else truth, tensor)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == rows - 7
+
+
 def unrecorded_copy(tmp_path: Path) -> Path:
     copied = tmp_path / "copy"
     shutil.copytree(LAYOUTS / UNRECORDED, copied)

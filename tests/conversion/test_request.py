@@ -17,8 +17,11 @@ from ckpt_tools.conversion.request import AdapterOptions, ModelOptions, Request
 
 FIELDS = {field.name: field for field in fields(Request)}
 # Options of the command line alone: how it speaks, how long its ranks wait for each other, and the variable
-# that it sets for its process; `format` is the old name of `source_format`.
-SPOKEN = {"timeout", "quiet", "verbose", "as_json", "debug", "help", "no_cache", "format", "attr"}
+# that it sets for its process; `format` is the old name of `source_format`; the page is made of the report.
+SPOKEN = {
+    *("timeout", "quiet", "verbose", "as_json", "debug", "help", "no_cache", "format", "attr"),
+    *("report", "statistics"),
+}
 WRITING = ["consolidate", "extract-attr", "extract-lora", "merge-lora", "average"]
 
 

@@ -82,6 +82,7 @@ FRAMEWORKS = {
 }
 FRAMEWORK_OF = {
     "flat-param-2ranks": "torch",
+    "olmo-core-hybrid": "ai2-olmo-core",
     "olmo-core-model-only": "ai2-olmo-core",
     "save-model-sharded": None,
     "trainer-plain": "transformers 5.23.0",

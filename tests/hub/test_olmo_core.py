@@ -99,6 +99,31 @@ def test_a_bias_that_is_not_mentioned_is_there(data: Data) -> None:
     assert hub_config(data, PATH)["attention_bias"] is True
 
 
+HYBRID = DCP / "olmo-core-hybrid/checkpoint/step1/config.json"
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "reason"),
+    [
+        (("gdn", "sequence_mixer", "conv_bias"), True, "conv_bias=True"),
+        (("gdn", "sequence_mixer", "norm_eps"), 1e-6, "norm_eps=1e-06"),
+        (("gdn", "sequence_mixer", "type"), "kda", "blocks gdn, attn in its block_pattern"),
+        (("gdn", "feed_forward", "hidden_size"), 6, "feed_forward of two sizes"),
+        (("gdn", "layer_norm", "eps"), 1e-5, "norms with several eps"),
+        (("gdn", "name"), "reordered_norm", "`gdn` with name='reordered_norm'"),
+        (("attn", "name"), "default", "`block` with name='default'"),
+        (("attn", "sequence_mixer", "gate"), {"x": 1}, "gate="),
+    ],
+)
+def test_a_hybrid_that_transformers_does_not_have_is_refused(
+    where: tuple[str, ...], value: object, reason: str
+) -> None:
+    content = json.loads(HYBRID.read_text())
+    change("model", "block", *where, value=value)(content)
+    with pytest.raises(UnsupportedLayout, match=reason):
+        hub_config(content, PATH)
+
+
 def change(*path: str, value: object) -> Callable[[Data], None]:
     def apply(data: Data) -> None:
         for key in path[:-1]:

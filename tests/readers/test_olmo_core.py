@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from ckpt_tools import open_checkpoint, readers
 from ckpt_tools.errors import AmbiguousCheckpoint, DamagedCheckpoint, UsageError
-from ckpt_tools.readers.olmo_core import hub_names
+from ckpt_tools.readers.olmo_core_names import hub_names
 from ckpt_tools.tensors.checkpoint import Checkpoint
 from tests.support.readers.contract import Case, assert_same, opened
 from tests.support.readers.dcp_case import DCP, DcpCase, DcpContract, copy_of, dcp_cases
@@ -29,7 +29,7 @@ class TestEveryOlmoCoreFixture(DcpContract):
 
     def framework(self, case: Case) -> str:
         # Only the trainer writes its version down.
-        return "ai2-olmo-core" if case.facts["step"] is None else "ai2-olmo-core 3.0.0"
+        return "ai2-olmo-core 3.0.0" if case.facts["step"] == 2 else "ai2-olmo-core"
 
     def test_its_title(self, checkpoint: Checkpoint) -> None:
         assert (checkpoint.title, checkpoint.location.format) == ("OLMo-core", "olmo-core")
@@ -37,7 +37,7 @@ class TestEveryOlmoCoreFixture(DcpContract):
 
 
 def test_the_fixtures_cover_what_the_contract_is_for() -> None:
-    assert {case.facts["step"] for case in CASES} == {None, 2}
+    assert {case.facts["step"] for case in CASES} == {None, 1, 2}
 
 
 @pytest.fixture
@@ -138,6 +138,41 @@ def test_other_models_keep_their_names_and_say_so(
     assert names == {}
     assert remark is not None
     assert reason in remark
+
+
+def hybrid(linear: str, attention: str, mixer: str = "gated_delta_net") -> dict[str, object]:
+    blocks = {
+        "gdn": {"name": linear, "sequence_mixer": {"type": mixer}},
+        "attn": {"name": attention, "sequence_mixer": {"type": "attention"}},
+    }
+    return {"model": {"block": blocks, "block_pattern": ["gdn", "attn"], "n_layers": 4}}
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        # OLMo-core's own converter renames these too, and warns; Hugging Face has the norms elsewhere.
+        (hybrid("reordered_norm", "reordered_norm"), "no reordered_norm blocks of gated_delta_net"),
+        (hybrid("default", "default"), "no default blocks"),
+        (hybrid("default", "reordered_norm", "kda"), "no default blocks of kda"),
+    ],
+)
+def test_hybrids_with_norms_in_other_places_keep_their_names(
+    config: dict[str, object], reason: str
+) -> None:
+    names, remark = hub_names({"embeddings.weight": (4, 4)}, config)
+    assert names == {}
+    assert remark is not None
+    assert reason in remark
+
+
+def test_each_layer_of_a_hybrid_has_the_names_of_its_kind() -> None:
+    shapes = {f"blocks.{n}.attention.w_out.weight": (4, 4) for n in range(4)}
+    names, remark = hub_names(shapes, hybrid("default", "reordered_norm"))
+    parts = [name.split(".")[3] for name in names.values()]
+    assert (parts, remark) == (["linear_attn", "self_attn"] * 2, None)
+    odd = hub_names({"blocks.1.attention.A_log": (4,)}, hybrid("default", "reordered_norm"))
+    assert odd[0] == {}, "attention has no such tensor"
 
 
 def test_another_kind_of_block_in_the_config_leaves_the_names(run: Path) -> None:

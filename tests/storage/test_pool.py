@@ -25,7 +25,8 @@ from ckpt_tools.storage.places import (
     Region,
     read_fully,
 )
-from ckpt_tools.storage.pool import Pool, PooledPath, open_for_reading, read_at
+from ckpt_tools.storage.pool import Pool, PooledPath
+from ckpt_tools.storage.reading import open_for_reading, read_at
 from tests.support.in_memory import Memory
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,12 +8,15 @@ hold their values at addresses that torch chose, and one thread computes.
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 State = Mapping[str, torch.Tensor]
 
@@ -43,8 +46,16 @@ def of_config(hf: Path) -> Any:
 
 
 def live_model(hf: Path, state: State) -> Any:
-    """The model of a config with the values, and in the dtypes, of a live state: every name, no other."""
+    """The model of a config with the values, and in the dtypes, of a live state: every name, no other.
+
+    A state under names of the hub, as another framework's own converter gives it, is loaded by transformers.
+    """
     model = of_config(hf)
+    if not state.keys() <= model.state_dict().keys():
+        with tempfile.TemporaryDirectory() as directory:
+            shutil.copy(hf / "config.json", directory)
+            save_file(dict(state), Path(directory) / "model.safetensors", metadata={"format": "pt"})
+            return loaded(Path(directory))
     # Buffers that are not saved, such as rotary frequencies, keep the dtype in which the model makes them.
     model.load_state_dict({name: value.clone() for name, value in state.items()}, assign=True)
     return model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -30,6 +31,10 @@ INDICES = [
     (slice(1, 4), 2),
     (3, slice(0, 2)),
     ([1, 2], slice(None, None, 2)),
+    torch.tensor([5, 0, -2]),
+    torch.tensor(3),
+    np.array([2, 2]),
+    (np.int64(4), slice(1, 3)),
 ]
 TRUTH = torch.arange(7 * 4, dtype=torch.float32).view(7, 4)
 
@@ -73,7 +78,11 @@ def test_a_row_that_does_not_exist(tmp_path: Path, index: object, error: type[Ex
         in_file(tmp_path / "a.bin", TRUTH)[index]  # type: ignore[index]
 
 
-@pytest.mark.parametrize("index", [True, [True, False], None, "a", 1.5, ...], ids=str)
+@pytest.mark.parametrize(
+    "index",
+    [True, [True, False], torch.ones(7, dtype=torch.bool), np.array(True), None, "a", 1.5, ...],
+    ids=str,
+)
 def test_what_is_no_row(tmp_path: Path, index: object) -> None:
     with pytest.raises(TypeError):
         in_file(tmp_path / "a.bin", TRUTH)[index]  # type: ignore[index]
@@ -94,6 +103,7 @@ def test_every_kind_of_tensor_is_shown_by_its_facts(tmp_path: Path) -> None:
     stored = in_file(tmp_path / "secret.bin", TRUTH)
 
     assert repr(stored) == "<float32 tensor of shape [7, 4], 112 bytes>"
+    assert repr(stored.dtype) == repr(torch.float32) and stored.dtype == torch.float32
     ours = [kind for kind in _kinds(Tensor) if kind.__module__.startswith("ckpt_tools.")]
     assert len(ours) > 6
     assert {kind.__repr__ for kind in ours} == {Tensor.__repr__}

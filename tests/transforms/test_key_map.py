@@ -135,9 +135,14 @@ def test_the_documented_map_of_torchtitan_gives_what_its_own_adapter_gives() -> 
         ({"*": {"name": "*", "rope_heads": "heads"}}, None, "there is no config"),
         ({"*": {"name": "*", "rope_heads": "heads"}}, "four", "which is 'four'"),
         ({"*": {"name": "*", "rope_heads": 2}}, None, "its 1 rows are not those of 2 heads"),
+        ({"*": {"name": "*", "rows": "vocab_size"}}, None, "there is no config"),
+        ({"*": {"name": "*", "rows": "vocab_size"}}, 2, "it has 1 rows, and the key map keeps 2"),
+        ({"*": {"name": "*", "rows": -1}}, None, "keeps -1"),
     ],
 )
-def test_heads_that_do_not_fit_are_refused(rules: object, number: object, fact: str) -> None:
+def test_heads_and_rows_that_do_not_fit_are_refused(
+    rules: object, number: object, fact: str
+) -> None:
     def carry_out() -> None:
         names = key_map(rules)
         names = names if number is None else names.with_numbers(lambda _: number)

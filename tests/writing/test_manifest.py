@@ -82,7 +82,7 @@ def test_it_has_these_keys_in_this_order(tmp_path: Path) -> None:
     content = read(tmp_path / "out")
     facts = json.loads((CASE / "facts.json").read_text())
     assert list(content) == [
-        *("version", "tool", "command", "sources", "options", "versions"),
+        *("version", "tool", "command", "sources", "options", "request", "versions"),
         *("unit_bytes", "tensors", "files", "xxh3_128"),
     ]
     assert content["version"] == 1

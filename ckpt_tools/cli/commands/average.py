@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ckpt_tools.cli import options
+from ckpt_tools.cli import options, reporting
 from ckpt_tools.cli.outcome import reports_errors
 from ckpt_tools.cli.writing import write_directory
 
@@ -34,6 +34,7 @@ SUMMARY = "The mean of several checkpoints becomes a directory."
     help="One for each CKPT, adding up to 1. Default: all equal.",
 )
 @options.mean_writing
+@reporting.page_with_statistics
 @reports_errors
 def command(
     ckpts: tuple[Path, ...], out: Path, coefficients: list[float] | None, **asked: Any

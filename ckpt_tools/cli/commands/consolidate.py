@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ckpt_tools.cli import options
+from ckpt_tools.cli import options, reporting
 from ckpt_tools.cli.outcome import reports_errors
 from ckpt_tools.cli.writing import write_directory
 
@@ -19,6 +19,7 @@ SUMMARY = "A checkpoint becomes a Hugging Face directory."
 @click.argument("ckpt", type=options.PATH)
 @click.argument("out", type=options.PATH)
 @options.model_writing
+@reporting.page_with_statistics
 @reports_errors
 def command(ckpt: Path, out: Path, **asked: Any) -> None:
     """Write the training checkpoint CKPT as a Hugging Face directory OUT.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckpt_tools.cli import completing, options
+from ckpt_tools.cli import completing, options, reporting
 from ckpt_tools.cli.outcome import reports_errors
 from ckpt_tools.cli.progress import shown_progress
 from ckpt_tools.cli.text import counted, print_json, say
@@ -84,6 +84,7 @@ SUMMARY = "What is different between two checkpoints."
     show_default=True,
     help="json: as --json.",
 )
+@reporting.page
 @options.json
 @options.workers
 @options.option(
@@ -93,7 +94,14 @@ SUMMARY = "What is different between two checkpoints."
 # Status 1 means that the two differ.
 @partial(reports_errors, trouble=_TROUBLE)
 def command(
-    a: Path, b: Path, top: int, form: str, as_json: bool, quiet: bool, **asked: Any
+    a: Path,
+    b: Path,
+    top: int,
+    form: str,
+    report: Path | None,
+    as_json: bool,
+    quiet: bool,
+    **asked: Any,
 ) -> None:
     """Show the differences between the checkpoints A and B.
 
@@ -113,6 +121,7 @@ def command(
       ckpt-tools diff run/global_step500 model --json
     """
     from ckpt_tools.analysis.difference import diff
+    from ckpt_tools.page.difference import page_of_difference
 
     as_json = as_json or form == "json"
     with shown_progress(quiet or as_json, "comparing") as progress:
@@ -122,6 +131,8 @@ def command(
     elif not quiet:
         for line in _lines(found, top):
             say(line)
+    if report is not None:
+        reporting.write_page(report, page_of_difference(found, reporting.command_line()))
     sys.exit(0 if found.is_empty else _DIFFERENT)
 
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import click
 
-from ckpt_tools.cli import completing, options
+from ckpt_tools.cli import completing, options, reporting
 from ckpt_tools.cli.outcome import reports_errors
 from ckpt_tools.cli.usage import Unusable
 from ckpt_tools.cli.writing import write_directory
+from ckpt_tools.storage.addresses import is_address
 
 
 def _told_apart(context: click.Context, _: click.Parameter, words: tuple[Path, ...]) -> None:
@@ -25,7 +26,7 @@ def _told_apart(context: click.Context, _: click.Parameter, words: tuple[Path, .
     if asked.get("attr") is None or len(words) != 2:
         raise click.UsageError("the arguments are ATTR CKPT OUT, or CKPT OUT with --attr", context)
     attr, ckpt, out = asked["attr"], *words
-    if Path(attr).exists() and not ckpt.exists():
+    if Path(attr).exists() and not is_address(str(ckpt)) and not Path(ckpt).exists():
         raise Unusable(
             f"the attribute is the first argument, and {attr} is a path",
             hint=f"Type: ckpt-tools extract-attr {ckpt} {attr} {out}",
@@ -54,6 +55,7 @@ SUMMARY = "One attribute of a composite model becomes a directory of its own."
     help="The attribute, where it is not the first argument.",
 )
 @options.model_writing
+@reporting.page_with_statistics
 @reports_errors
 def command(attr: str, ckpt: Path, out: Path, **asked: Any) -> None:
     """Write one attribute ATTR of a composite model as a Hugging Face directory OUT.

@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from ckpt_tools.cli import options
-from ckpt_tools.cli.adapter_options import of_adapter
+from ckpt_tools.cli import options, reporting
+from ckpt_tools.cli.adapter_options import base_model, of_adapter
 from ckpt_tools.cli.outcome import reports_errors
 from ckpt_tools.cli.writing import write_directory
 
@@ -20,13 +20,9 @@ SUMMARY = "A PEFT adapter becomes a directory of its own."
 @click.argument("ckpt", type=options.PATH)
 @click.argument("out", type=options.PATH)
 @of_adapter("Which adapter, where there are several; `all` writes each, in PEFT's folders.")
-@options.option(
-    "--base-model",
-    group=options.READ,
-    metavar="NAME",
-    help="Name of the base, on the Hub or a directory, if no config states it.",
-)
+@base_model
 @options.adapter_writing
+@reporting.page_with_statistics
 @reports_errors
 def command(ckpt: Path, out: Path, **asked: Any) -> None:
     """Write an adapter as a directory OUT, as PEFT's save_pretrained writes it.

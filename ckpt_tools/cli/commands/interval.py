@@ -58,7 +58,7 @@ SUMMARY = "How often to checkpoint, and what it costs."
 )
 @options.option(
     "--plot",
-    type=options.PATH,
+    type=options.LOCAL,
     metavar="FILE",
     help="Draw cost and disk against the interval, as .svg or .png.",
 )

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ckpt_tools.cli import options
+from ckpt_tools.cli import options, reporting
 from ckpt_tools.cli.adapter_options import of_adapter
 from ckpt_tools.cli.outcome import reports_errors
 from ckpt_tools.cli.writing import write_directory
@@ -43,6 +43,7 @@ SUMMARY = "A LoRA adapter and its base become one model."
     help="A Hugging Face directory of the base: tensors that CKPT lacks come from it.",
 )
 @options.model_writing
+@reporting.page_with_statistics
 @reports_errors
 def command(ckpt: Path, out: Path, **asked: Any) -> None:
     """Merge a LoRA adapter into its base and write the model as a Hugging Face directory OUT.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,12 +9,13 @@ from typing import Any
 
 import click
 
-from ckpt_tools.cli import caching, options
+from ckpt_tools.cli import caching, options, reporting
+from ckpt_tools.cli.files import write_whole
 from ckpt_tools.cli.outcome import joined_ranks, print_traceback, reports_errors
 from ckpt_tools.cli.progress import shown_progress
 from ckpt_tools.cli.text import drawn, say
 from ckpt_tools.cli.verdicts import UNCHECKED, Outcome, show, status_of
-from ckpt_tools.errors import CkptError
+from ckpt_tools.errors import CkptError, OutputFailed
 
 _BY_SUFFIX = {".json": "json", ".xml": "junit"}
 _DOCUMENTS = ("json", "junit")
@@ -54,6 +53,22 @@ SUMMARY = "Everything that is wrong with a finished directory."
     help="Load it with transformers or PEFT, call it, generate. Takes the model's memory.",
 )
 @options.option(
+    "--load-seconds",
+    group=options.CHECK,
+    type=click.FloatRange(min=1),
+    default=3600,
+    show_default=True,
+    metavar="SECONDS",
+    help="With --load: when the process that loads is ended.",
+)
+@options.option(
+    "--load-memory",
+    group=options.CHECK,
+    type=click.IntRange(min=1),
+    metavar="GB",
+    help="With --load: the memory of the process that loads. Default: 17 GB and 8 times the weights.",
+)
+@options.option(
     "--base",
     group=options.CHECK,
     type=options.PATH,
@@ -67,6 +82,14 @@ SUMMARY = "Everything that is wrong with a finished directory."
     metavar="MODEL",
     help="Compare config, tokenizer, chat template and generation config with those of MODEL: the base, or "
     "the directory that the training run loaded.",
+)
+@options.option(
+    "--for",
+    "readers",
+    group=options.CHECK,
+    type=click.Choice(["transformers-4", "vllm", "sglang", "llama.cpp", "peft"]),
+    multiple=True,
+    help="What this reader will not take; repeatable. docs/verify.md lists the rules and versions.",
 )
 @options.option("--strict", group=options.CHECK, is_flag=True, help="Warnings fail too.")
 @options.option(
@@ -89,11 +112,12 @@ SUMMARY = "Everything that is wrong with a finished directory."
 @options.option(
     "--output",
     group=options.WRITE,
-    type=options.PATH,
+    type=options.LOCAL,
     metavar="FILE",
     help="Write the report to FILE: JSON for .json, JUnit for .xml, otherwise --format. stdout then shows "
     "text, or the annotations.",
 )
+@reporting.page_with_statistics
 @options.json
 @options.option("-q", "--quiet", is_flag=True, help="Print no text. The exit status is the result.")
 @options.timeout
@@ -104,9 +128,12 @@ def command(
     strict: bool,
     form: str,
     output: Path | None,
+    report: Path | None,
+    statistics: bool,
     quiet: bool,
     timeout: float,
     as_json: bool,
+    load_memory: int | None,
     **asked: Any,
 ) -> None:
     """Show everything that is wrong with the finished directories DIR...
@@ -127,10 +154,13 @@ def command(
       ckpt-tools verify out --against run/global_step500 --read-data
       ckpt-tools verify out out-adapter --load --format junit
     """
+    from ckpt_tools.page.verification import page_of_verification
+
     if as_json and form not in ("text", "json"):
         raise click.UsageError(f"--json does not fit --format {form}")
     form = "json" if as_json else form
     written = _format_of(output, form)
+    asked["load_memory"] = None if load_memory is None else load_memory * 10**9
     reads = asked["read_data"] or asked["against"] is not None
     ranks = joined_ranks(timeout)
     leads = ranks is None or ranks.leads
@@ -141,16 +171,22 @@ def command(
     if not leads:
         sys.exit(status)
     try:
+        if report is not None:
+            with shown_progress(silent or not statistics, "reading") as progress:
+                page = page_of_verification(
+                    outcomes,
+                    reporting.command_line(),
+                    strict=strict,
+                    statistics=statistics,
+                    workers=asked["workers"],
+                    progress=progress,
+                )
+            reporting.write_page(report, page)
         if output is not None:
             _write(output, _report(written, outcomes, strict))
-    except OSError as error:
-        say(
-            f"{output} cannot be written ({error.strerror})",
-            label="error: ",
-            color="red",
-            bold=True,
-            err=True,
-        )
+    except OutputFailed as error:
+        say(f"{error.path}: {error.fact}", label="error: ", color="red", bold=True, err=True)
+        say(error.hint or "", label="  next: ", err=True)
         status = UNCHECKED
     shown = "text" if output is not None and form in _DOCUMENTS else form
     if shown != "text" or not quiet:
@@ -197,21 +233,11 @@ def _report(form: str, outcomes: Sequence[Outcome], strict: bool) -> str:
 
 
 def _write(output: Path, text: str) -> None:
-    """Write a file whole or not at all. A pipe or device is written to directly.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    if output.exists() and not output.is_file():
-        output.write_text(text, encoding="utf-8")
-        return
-    partial = output.with_name(f".{output.name}.partial-{secrets.token_hex(4)}")
     try:
-        with partial.open("x", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(output)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+        write_whole(output, text)
+    except OSError as error:
+        raise OutputFailed(
+            f"it cannot be written ({error.strerror})",
+            path=output,
+            hint="Name a file in a directory that exists and can be written.",
+        ) from error

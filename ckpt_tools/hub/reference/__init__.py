@@ -8,6 +8,7 @@ the child works. Answers are kept for the life of the process, and on disk (``ke
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Collection, Mapping
 from concurrent.futures import Future
@@ -145,7 +146,7 @@ def start(
             "config": dict(config),
             "architecture": architecture,
             "like_names": None if like_names is None else sorted(like_names),
-            "code_dir": None if code_dir is None else str(code_dir.resolve()),
+            "code_dir": None if code_dir is None else os.fspath(code_dir.resolve()),
             "trust_remote_code": trust_remote_code and code_dir is not None,
         },
         sort_keys=True,

@@ -6,6 +6,7 @@ reads the question and writes the answer. Question and answer are JSON objects.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -26,6 +27,8 @@ _TIMEOUT_SECONDS = 600
 # in the address space alone.
 _MEMORY, _ADDRESS_SPACE = 6 << 30, 64 << 30
 
+# What pip takes to install each library that a child needs.
+INSTALLED_BY = {"peft": "ckpt-tools[peft]", "transformers": "ckpt-tools"}
 # Packages whose files may be edited in place; of other packages a version has one content.
 _MAKERS = ("__main__", "ckpt_tools", "transformers", "peft")
 
@@ -38,16 +41,17 @@ _QUIET = {
 
 
 def run_child(
-    module: str, question: str, *, timeout: float | None, threads: int = 1
+    module: str, question: str, *, timeout: float, threads: int = 1, memory: int = _MEMORY
 ) -> subprocess.CompletedProcess[str]:
     """Run ``python -m module`` with a question on standard input, and wait for its end.
 
     Args:
         module: the module of the child; it calls :func:`question_and_answers`.
         question: the text of the question.
-        timeout: seconds after which the child is killed; it may also use as much processor time, and some
-            gigabytes of memory. None for no limits.
+        timeout: seconds after which the child is killed; each of its threads may also use as much processor
+            time.
         threads: threads of torch's arithmetic in the child.
+        memory: bytes that the child may take.
 
     Raises:
         subprocess.TimeoutExpired: the child was killed.
@@ -68,8 +72,7 @@ def run_child(
         start_new_session=True,
     ) as child:
         try:
-            if timeout is not None:
-                _limit(child.pid, (math.ceil(timeout) + 1) * threads)
+            _limit(child.pid, (math.ceil(timeout) + 1) * threads, memory)
             output, errors = child.communicate(question, timeout=timeout)
         except BaseException:
             # What the child has started belongs to its session.
@@ -79,12 +82,12 @@ def run_child(
     return subprocess.CompletedProcess(command, child.returncode, output, errors)
 
 
-def _limit(process: int, seconds: int) -> None:
+def _limit(process: int, seconds: int, memory: int) -> None:
     """Limit memory and processor time of a child from outside."""
     limits = (
         (resource.RLIMIT_CPU, seconds),
-        (resource.RLIMIT_AS, _ADDRESS_SPACE),
-        (resource.RLIMIT_DATA, _MEMORY),
+        (resource.RLIMIT_AS, memory + _ADDRESS_SPACE),
+        (resource.RLIMIT_DATA, memory),
     )
     for kind, limit in limits:
         # A limit of the parent may be lower. The child may have ended.
@@ -113,6 +116,14 @@ def imported_files() -> list[tuple[str, int, int]]:
     return [(path, each.st_size, each.st_mtime_ns) for path, each in found]
 
 
+def is_installed(library: str) -> bool:
+    """Whether the library lies in this environment; an installation that is broken counts."""
+    try:
+        return importlib.util.find_spec(library) is not None
+    except (ImportError, ValueError):
+        return True  # something of this name was found, and is no package
+
+
 def failure_of(child: subprocess.CompletedProcess[str]) -> str:
     """The last line that a failed child wrote to standard error, or its exit status."""
     return (child.stderr.strip() or f"exit status {child.returncode}").splitlines()[-1]
@@ -134,8 +145,13 @@ def ask_any(module: str, question: str, library: str = "transformers") -> Any:
         library: the library that the child needs, for messages.
 
     Raises:
-        CkptError: the child failed.
+        CkptError: the library is not installed, or the child failed.
     """
+    if not is_installed(library):
+        raise CkptError(
+            f"the package `{library}` is not installed",
+            hint=f'Install it with pip install "{INSTALLED_BY[library]}".',
+        )
     try:
         child = run_child(module, question, timeout=_TIMEOUT_SECONDS)
     except subprocess.TimeoutExpired as error:

@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout
+from ckpt_tools.readers.containers.quantised_classes import dequantised
 from ckpt_tools.readers.containers.restricted_pickle import Opaque, TensorRef
 from ckpt_tools.readers.containers.subclasses import class_of, plain
 from ckpt_tools.readers.containers.torch_file import layout_of, stored
 from ckpt_tools.tensors.catalogue import Box, Fragment, Shape, Stored, Strided
 from ckpt_tools.tensors.deferred import Place
+from ckpt_tools.tensors.dequantise import Dequantised
 from ckpt_tools.tensors.dtypes import DType
 from ckpt_tools.tensors.placements import Sharding, local_boxes, local_spans
 from ckpt_tools.tensors.regions import digits, dot
@@ -81,14 +83,18 @@ def whole(ref: TensorRef) -> Part:
     return Part(ref.dtype, ref.shape, runs, "plain")
 
 
-def whole_of(value: object, path: Path, name: str) -> Stored | None:
+def whole_of(value: object, path: Path, name: str) -> Stored | Dequantised | None:
     """The tensor that one file holds whole: a plain tensor, or the part of the only rank that has any.
+
+    A quantised tensor of a class that is known is given as the weight that it stands for.
 
     Raises:
         UnsupportedLayout: the file holds the part of one rank of several, or the tensor is not plain.
         UnsafePickle: it is an object that only code from the file can build.
     """
     if not _is_sharded(value):
+        if (weight := dequantised(value)) is not None:
+            return weight
         ref = plain(value, path, name)
         return None if ref is None else stored(ref)
     part = part_of(value, path, name)

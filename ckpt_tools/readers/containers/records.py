@@ -20,7 +20,7 @@ from pathlib import Path
 
 from ckpt_tools.errors import DamagedCheckpoint
 from ckpt_tools.storage.places import Readable, Region, read_fully
-from ckpt_tools.storage.pool import open_for_reading
+from ckpt_tools.storage.reading import open_for_reading
 
 LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 _EXTRA = struct.Struct("<HH")

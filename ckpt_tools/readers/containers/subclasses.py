@@ -41,8 +41,12 @@ _WRAPPERS = {
 _MOST_NESTED = 8
 _DENSE = "Call to_dense() on it in the training script, and save again."
 _DEQUANTIZE = (
-    "Load the file in Python with its library installed, replace the tensor by tensor.dequantize(), and save "
-    "the state dict again."
+    "Load the state dict in Python with its library installed (a distributed checkpoint into the quantised "
+    "model), replace each such tensor by tensor.dequantize(), and save it with torch.save."
+)
+_CAST = "Cast it to another dtype in the training script, and save again."
+_PACKED = (
+    "torch cannot cast it. Save tensor.view(torch.uint8) in its place, which has the same bytes."
 )
 _PLAIN = "Replace it by a plain tensor in the training script, and save the state dict again."
 _KINDS = {
@@ -133,7 +137,7 @@ def refusal(value: Opaque, path: Path, name: str) -> CkptError:
             f"its dtype is {dtype}, which ckpt-tools does not read",
             path=path,
             tensor=name,
-            hint="Cast it to another dtype in the training script, and save again.",
+            hint=_PACKED if "float4" in dtype else _CAST,
         )
     if isinstance(value, LazyTensor):
         return UnsupportedLayout(

@@ -50,6 +50,8 @@ _FUNCTIONS = {
         *("_rebuild_nested_tensor", "_rebuild_parameter_with_state", "_rebuild_qtensor"),
         *("_rebuild_sparse_csr_tensor", "_rebuild_sparse_tensor", "_rebuild_wrapper_subclass"),
         *("memory_format", "_set_obj_state", *BY_NAME),
+        # dtypes of torchao, of which no tensor is made
+        *(f"{kind}{bits}" for kind in ("int", "uint") for bits in range(1, 8)),
     },
 }
 # Functions in pickled modules: activations.

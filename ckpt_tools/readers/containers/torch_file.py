@@ -22,7 +22,7 @@ from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout
 from ckpt_tools.readers.containers.records import data_start
 from ckpt_tools.readers.containers.restricted_pickle import Opaque, StorageRef, TensorRef, unpickle
 from ckpt_tools.storage.places import Region
-from ckpt_tools.storage.pool import open_for_reading
+from ckpt_tools.storage.reading import open_for_reading
 from ckpt_tools.tensors.catalogue import FlatRange, Fragment, Shape, Stored, Strided
 from ckpt_tools.tensors.dtypes import DType
 from ckpt_tools.tensors.runs import span_of
@@ -185,7 +185,8 @@ class TorchFile:
                     raise UnsupportedLayout(
                         "written on a big-endian machine", path=self.path, hint=_LOAD_AND_SAVE
                     )
-                if records[pickles[0]].file_size > self.size:
+                pickled = records[pickles[0]]
+                if max(pickled.file_size, pickled.compress_size) > self.size:
                     raise zipfile.BadZipFile("its pickle extends beyond the end of the file")
                 data = archive.read(pickles[0])
         except _NO_ZIP as error:

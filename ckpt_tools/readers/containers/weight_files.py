@@ -16,10 +16,13 @@ from typing import Any
 
 from ckpt_tools.errors import CkptError, DamagedCheckpoint, listed
 from ckpt_tools.readers.containers.dtensor import whole_of
+from ckpt_tools.readers.containers.quantised_classes import quantised_remarks
 from ckpt_tools.readers.containers.restricted_pickle import TensorRef
 from ckpt_tools.readers.containers.safetensors_file import read_safetensors
 from ckpt_tools.readers.containers.torch_file import TorchFile
-from ckpt_tools.tensors.catalogue import Stored
+from ckpt_tools.storage.regular import content_of
+from ckpt_tools.tensors.catalogue import Stored, Tensor
+from ckpt_tools.tensors.dequantise import Dequantised
 from ckpt_tools.tensors.threads import read_each
 
 # PEFT's names for an adapter's weights, the preferred first.
@@ -39,7 +42,7 @@ class WeightFiles:
         remarks: what to say of them.
     """
 
-    tensors: Mapping[str, Stored]
+    tensors: Mapping[str, Tensor]
     ties: Mapping[str, str]
     files: Mapping[Path, int]
     unlisted: Mapping[str, Path] = field(default_factory=dict)
@@ -68,7 +71,7 @@ def read_weight_files(entry: Path) -> WeightFiles:
     """
     weight_map = _read_index(entry) if entry.suffix == ".json" else None
     names = sorted(set(weight_map.values())) if weight_map is not None else [entry.name]
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, Tensor] = {}
     ties: dict[str, str] = {}
     paths = [entry.parent / name for name in names]
     for path in paths:
@@ -86,9 +89,9 @@ def read_weight_files(entry: Path) -> WeightFiles:
         tensors = {key: tensors[key] for key in weight_map if key in tensors}
     files = {entry.parent / name: (entry.parent / name).stat().st_size for name in names}
     if weight_map is None:
-        return WeightFiles(tensors, ties, files)
+        return WeightFiles(tensors, ties, files, remarks=quantised_remarks(tensors))
     unlisted, remarks = _left_out(entry, files, {*tensors, *ties})
-    return WeightFiles(tensors, ties, files, unlisted, remarks)
+    return WeightFiles(tensors, ties, files, unlisted, (*quantised_remarks(tensors), *remarks))
 
 
 def _left_out(
@@ -123,7 +126,7 @@ def _called(paths: Iterable[Path]) -> str:
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = json.loads(content_of(path).decode())["weight_map"]
         if not all(Path(name).name == name for name in weight_map.values()):
             raise ValueError("a shard outside the directory")
         if not weight_map:
@@ -140,7 +143,7 @@ def _read_index(path: Path) -> dict[str, str]:
         raise DamagedCheckpoint(f"not an index of shards ({error})", path=path) from error
 
 
-def _read_file(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of one file, and second names of tensors that share their bytes."""
     if path.suffix == ".safetensors":
         return dict(read_safetensors(path).tensors), {}
@@ -150,14 +153,14 @@ def _read_file(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     return tensors_of(content, path)
 
 
-def tensors_of(content: Mapping[str, Any], path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+def tensors_of(content: Mapping[str, Any], path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a state dict that ``path`` holds, and second names of tensors that share their bytes.
 
     Raises:
         DamagedCheckpoint: something in it is not a tensor.
         UnsupportedLayout: something in it is a tensor that is not plain.
     """
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, Tensor] = {}
     ties: dict[str, str] = {}
     places: dict[object, str] = {}
     for key, value in content.items():
@@ -172,7 +175,9 @@ def tensors_of(content: Mapping[str, Any], path: Path) -> tuple[dict[str, Stored
         tensor = whole_of(value, path, key)
         if tensor is None:
             raise DamagedCheckpoint("it is not a tensor", path=path, tensor=key)
-        place = (tensor.dtype, tensor.shape, *tensor.fragments) if tensor.numel else key
+        held = tensor.parts["codes"] if isinstance(tensor, Dequantised) else tensor
+        fragments = held.fragments if isinstance(held, Stored) else ()
+        place = (tensor.dtype, tensor.shape, *fragments) if tensor.numel else key
         first = places.setdefault(place, key)
         if first == key:
             tensors[key] = tensor

@@ -25,7 +25,7 @@ from ckpt_tools.readers.containers.subclasses import plain
 from ckpt_tools.readers.containers.torch_file import TorchFile, layout_of
 from ckpt_tools.readers.dcp.metadata import Chunk
 from ckpt_tools.storage.places import Region
-from ckpt_tools.storage.pool import open_for_reading, read_at
+from ckpt_tools.storage.reading import open_for_reading, read_at
 from ckpt_tools.tensors.catalogue import Box, FlatRange, Fragment, Shape, Strided
 from ckpt_tools.tensors.deferred import DeferredFragment, Place
 from ckpt_tools.tensors.dtypes import DType
@@ -37,6 +37,8 @@ _RECORD = b"PK\x03\x04"
 _CHECKSUM_AT = 14
 # torch adds less than this to the elements of one tensor. A chunk that expands further is not from torch.
 _MOST_OVERHEAD = 1 << 20
+# The memory of unpacking; torch writes windows of 2 MiB.
+_WINDOW = 1 << 27
 STALE = (
     "The file belongs to another save than the metadata, or is truncated or damaged. Copy both anew from "
     "where they were written."
@@ -211,7 +213,9 @@ class ChunkFragment(DeferredFragment):
             try:
                 with (
                     _run(path, extent.start, extent.length) as packed,
-                    zstandard.ZstdDecompressor().stream_reader(packed) as plain,
+                    zstandard.ZstdDecompressor(max_window_size=_WINDOW).stream_reader(
+                        packed
+                    ) as plain,
                 ):
                     while block := plain.read(_BLOCK):
                         stream.write(block)

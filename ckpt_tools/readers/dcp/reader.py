@@ -24,6 +24,7 @@ from ckpt_tools.errors import (
     UsageError,
     listed,
 )
+from ckpt_tools.readers.containers.quantised_classes import quantised_remarks
 from ckpt_tools.readers.containers.safetensors_file import SafetensorsFile, read_safetensors
 from ckpt_tools.readers.containers.torch_file import TorchFile
 from ckpt_tools.readers.dcp.chunks import (
@@ -45,6 +46,7 @@ from ckpt_tools.readers.dcp.metadata import (
     read_metadata,
 )
 from ckpt_tools.readers.dcp.names import TOP, left_alone, models, objects_of, step_in, step_names
+from ckpt_tools.readers.dcp.quantised import quantised
 from ckpt_tools.readers.dcp.sharding_info import held_whole, sharding_info
 from ckpt_tools.readers.trainer_state import trainer_step
 from ckpt_tools.storage.folders import entries_of
@@ -147,7 +149,8 @@ def read(location: Location) -> Checkpoint:
     saving = Saving(location.directory, metadata, names.values())
     weights = {name: saving.weight(flat) for name, flat in names.items()}
     skipped = left_alone(metadata, names.values())
-    remarks = [*location.remarks, *saving.remarks]
+    held = {name: weight.model for name, weight in weights.items()}
+    remarks = [*location.remarks, *saving.remarks, *quantised_remarks(held)]
     objects = objects_of(metadata, location.part or next(iter(models(metadata))))
     if objects:
         remarks.append(f"entries of the model that are not tensors: {listed(objects)}")
@@ -290,7 +293,7 @@ class Saving:
                 tensor=flat,
                 hint="Cast it to another dtype in the training script, and save again.",
             )
-        stored = self._stored(flat, saved, saved.dtype)
+        stored = quantised(saved, self._directory) or self._stored(flat, saved, saved.dtype)
         # The files do not state which tensors were trained, but only floating ones can be.
         kind: Kind = "parameter" if saved.dtype.is_floating else "buffer"
         return Weight(kind, saved.shape, saved.dtype, model=stored)

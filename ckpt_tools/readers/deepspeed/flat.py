@@ -18,7 +18,7 @@ from typing import Any
 
 from ckpt_tools.errors import DamagedCheckpoint, listed
 from ckpt_tools.readers.containers.restricted_pickle import TensorRef
-from ckpt_tools.storage.pool import read_at
+from ckpt_tools.storage.reading import read_at
 from ckpt_tools.tensors.catalogue import FlatRange, Fragment, Shape, Stored
 from ckpt_tools.tensors.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
 

@@ -280,6 +280,12 @@ def sliced_frozen(shards: ShardSet) -> dict[str, Stored]:
     return frozen
 
 
+_STRIDED_MASTER = (
+    "a master is stored in another order than row by row (channels last), and masters of stage 0 have no "
+    "names to find it by; the 16-bit weights are read"
+)
+
+
 def unpartitioned_masters(shards: ShardSet) -> tuple[dict[str, Stored], list[str]]:
     """Masters of a stage 0 checkpoint by name, and the reason to compare them with the module in full.
 
@@ -289,7 +295,9 @@ def unpartitioned_masters(shards: ShardSet) -> tuple[dict[str, Stored], list[str
     optimizer = shards.first.get("optimizer")
     if not isinstance(optimizer, dict):
         return {}, []
-    refs = [contiguous(ref, "a master") for ref in _masters_in_order(optimizer)]
+    refs = _masters_in_order(optimizer)
+    if not all(ref.is_contiguous for ref in refs):
+        return {}, [_STRIDED_MASTER]
     vectors = [FlatVector([ref], [ref.numel]) for ref in refs if ref.numel]
     if not vectors:
         return {}, []

@@ -31,7 +31,7 @@ from ckpt_tools.readers.deepspeed.agreement import (
     without_optimizer,
 )
 from ckpt_tools.readers.deepspeed.names import MODEL_FILE, OPTIM_FILE, SaveNames, load_own
-from ckpt_tools.storage.pool import read_at
+from ckpt_tools.storage.reading import read_at
 from ckpt_tools.tensors.threads import read_each
 
 

@@ -33,6 +33,7 @@ _WHOLE_COLUMNS = frozenset(
         *("down_proj", "fc2", "fc_out", "w2", "dense_4h_to_h"),
     }
 )
+_VOCABULARIES = [[name] for name in ("embed_tokens", "wte", "embed_in", "lm_head", "embed_out")]
 _SAVE_AGAIN = (
     "AutoTP of DeepSpeed 0.19 records how slices are cut: load the checkpoint in the training script with "
     "that release and save it again. engine.save_16bit_model writes the joined 16-bit weights."
@@ -66,9 +67,7 @@ class ModelShapes:
             return copies(slices), full
         axis = _cut_axis(slices, full)
         if axis is None:
-            raise self._unsupported(
-                name, f"its slices {[*slices]} do not make up {full}, its shape in the model"
-            )
+            raise self._unfitting(name, slices, full)
         module = name.split(".")[-2] if "." in name else name
         if len(full) > 2 or module not in (_WHOLE_COLUMNS if axis else _WHOLE_ROWS):
             raise self._unsupported(
@@ -91,13 +90,36 @@ class ModelShapes:
             f"the files do not record how slices are joined; by the shapes of the model: {counts}"
         )
 
-    def _unsupported(self, name: str, why: str) -> UnsupportedLayout:
+    def _unfitting(self, name: str, slices: Sequence[Shape], full: Shape) -> UnsupportedLayout:
+        rows = _padded_rows(name, slices, full)
+        if rows is None:
+            why = f"its slices {[*slices]} do not make up {full}, its shape in the model"
+            return self._unsupported(name, why)
+        return self._unsupported(
+            name,
+            f"its slices have {rows} rows, and the model of the config {full[0]}: the vocabulary is padded",
+            hint=f"Pass --config with a copy of the config whose vocab_size is {rows}. The padding is "
+            f'written, unless a key map (--key-map) has a rule with "rows": {full[0]} for it.',
+        )
+
+    def _unsupported(self, name: str, why: str, hint: str = _SAVE_AGAIN) -> UnsupportedLayout:
         return UnsupportedLayout(
             f"a tensor-parallel checkpoint of {self._ranks} ranks without a record of its slices: {why}",
             path=self._path,
             tensor=name,
-            hint=_SAVE_AGAIN,
+            hint=hint,
         )
+
+
+def _padded_rows(name: str, slices: Sequence[Shape], full: Shape) -> int | None:
+    """The rows of all slices of a vocabulary that has more than the model; None for everything else."""
+    if name.split(".")[-2:-1] not in _VOCABULARIES or len(full) != 2:
+        return None
+    if any(len(shape) != 2 or shape[1] != full[1] for shape in slices):
+        return None
+    # A rank with more rows than the model has all of them.
+    rows = slices[0][0] if slices[0][0] > full[0] else sum(shape[0] for shape in slices)
+    return rows if rows > full[0] else None
 
 
 def _cut_axis(slices: Sequence[Shape], full: Shape) -> int | None:

@@ -47,7 +47,7 @@ class TensorRanks:
 
     def _weight(self, name: str, parts: Sequence[Weight]) -> Weight:
         masters = [part.master for part in parts if part.master is not None]
-        models = [part.model for part in parts if part.model is not None]
+        models = [part.model for part in parts if isinstance(part.model, Stored)]
         master = self.tensor(name, "master", masters)
         model = self.tensor(name, "model", models)
         held = master or model

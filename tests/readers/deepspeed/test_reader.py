@@ -293,6 +293,22 @@ def test_without_zero_masters_that_fit_no_weight_are_left_out(tmp_path: Path) ->
         assert_same(checkpoint[tensor].load(), truth, tensor)
 
 
+def test_without_zero_masters_that_are_channels_last_are_left_out(tmp_path: Path) -> None:
+    name = "zero0-bf16-llama-unfused-2ranks"
+    directory = damage.copy_of(name, tmp_path)
+
+    def stride(content: damage.Content) -> None:
+        for group in content["optimizer"]["fp32_groups"]:
+            group[:] = [t.t().contiguous().t() if t.dim() == 2 else t for t in group]
+
+    damage.edit(directory / "mp_rank_00_model_states.pt", stride)
+    checkpoint = open_checkpoint(directory)
+    (remark,) = checkpoint.remarks
+    assert "channels last" in remark
+    for tensor, truth in case_of(name).model.items():
+        assert_same(checkpoint[tensor].load(), truth, tensor)
+
+
 def test_training_in_fp32_without_zero_keeps_one_copy() -> None:
     checkpoint = opened("zero0-fp32-llama-2ranks")
     assert {weight.master for weight in checkpoint.weights.values()} == {None}

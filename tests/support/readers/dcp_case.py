@@ -22,6 +22,7 @@ _TAGS = {"torchtitan-2ranks": "step-2"}
 _STEP_RECORDED = {
     "fsdp2-app-2ranks",
     "fsdp2-state-model-2ranks",
+    "olmo-core-hybrid",
     "olmo-core-olmo2-2ranks",
     "olmo-core-olmo3-4ranks",
     "torchtitan-2ranks",

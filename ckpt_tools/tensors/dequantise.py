@@ -1,6 +1,7 @@
 """Weights that a quantiser stored, as the values that its own dequantisation makes of them.
 
-Owns the arithmetic, window by window; :mod:`ckpt_tools.transforms.quantised` finds the tensors. Every scheme
+Owns the arithmetic, window by window; :mod:`ckpt_tools.transforms.quantised` finds the tensors, and
+:mod:`ckpt_tools.readers.containers.quantised_classes` those of torchao's classes. Every scheme
 takes the same steps in the same dtypes as the library that wrote the tensors, so the bits are the same:
 
 - ``bitsandbytes-4bit``: ``table[code] * absmax[block]`` in fp32, rounded to the dtype of the quant state.
@@ -8,11 +9,13 @@ takes the same steps in the same dtypes as the library that wrote the tensors, s
   nested dtype, plus the offset in that dtype.
 - ``bitsandbytes-8bit``: ``(code * SCB[row]) * 0.007874015718698502`` in fp32.
 - ``scaled``: ``(code - zero point) * scale`` in the dtype ``within``; one scale a block of rows and columns.
+  torchao multiplies in another dtype, ``times``.
 - ``mxfp4``: ``value[code] * 2 ** (exponent - 127)`` in fp32, rounded to bf16.
 
 Sources: ``bitsandbytes/backends/default/ops.py`` and ``functional.py`` 0.50,
 ``compressed_tensors/quantization/lifecycle/forward_helpers.py`` 0.20,
-``transformers/integrations/finegrained_fp8.py`` and ``mxfp4.py`` 5. (The kernel of bitsandbytes 0.50 for
+``transformers/integrations/finegrained_fp8.py`` and ``mxfp4.py`` 5,
+``torchao/quantization/quant_primitives.py`` 0.18. (The kernel of bitsandbytes 0.50 for
 processors with AVX-512 differs from its other implementations where a row is no multiple of a block.)
 """
 
@@ -34,7 +37,7 @@ Setting = int | float | str
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _MXFP4_BLOCK = 32
 _SIZES = ("block", "nested_block", "rows", "columns")
-_DTYPES = ("within", "nested_dtype")
+_DTYPES = ("within", "times", "nested_dtype")
 # The values of the sixteen codes of bitsandbytes, as fp32 has them (``_get_4bit_code``).
 _4BIT_TABLES = {
     "nf4": (
@@ -162,6 +165,7 @@ def _bitsandbytes_8bit(tensor: Dequantised, start: int, stop: int, values: Value
 
 def _scaled(tensor: Dequantised, start: int, stop: int, values: Values) -> torch.Tensor:
     within = BY_NAME[str(tensor.settings["within"])].torch
+    times = BY_NAME[str(tensor.settings.get("times", tensor.settings["within"]))].torch
     codes = values.window(tensor.parts["codes"], start, stop).to(within)
     rows, columns = tensor.shape[-2:]
     by_rows, by_columns = tensor.number("rows"), tensor.number("columns")
@@ -170,14 +174,14 @@ def _scaled(tensor: Dequantised, start: int, stop: int, values: Values) -> torch
     row, column = flat // columns, flat % columns
     index = (row // rows) * (high * wide) + (row % rows) // by_rows * wide + column // by_columns
 
-    def each(role: str) -> torch.Tensor:
-        found = values.whole(tensor.parts[role]).reshape(-1).to(within)
+    def each(role: str, dtype: torch.dtype) -> torch.Tensor:
+        found = values.whole(tensor.parts[role]).reshape(-1).to(dtype)
         # One grid may serve a whole stack of matrices.
         return found[index % len(found)]
 
     if "zero_point" in tensor.parts:
-        codes = codes - each("zero_point")
-    return codes * each("scale")
+        codes = codes - each("zero_point", within)
+    return codes.to(times) * each("scale", times)
 
 
 def _mxfp4(tensor: Dequantised, start: int, stop: int, values: Values) -> torch.Tensor:

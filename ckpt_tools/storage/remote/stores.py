@@ -1,0 +1,203 @@
+"""Owns the requests to a store: list a folder, list all below it, look at one object, read a range of it.
+
+:class:`Store` is what the rest of this folder uses. Buckets are read through obstore; a web server and the
+Hub list their files in their own ways, and obstore reads them by HTTP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from ckpt_tools.errors import StoreFailed, UsageError
+from ckpt_tools.storage.addresses import Address
+from ckpt_tools.storage.places import FileFacts
+from ckpt_tools.storage.remote.credentials import aws_settings
+from ckpt_tools.storage.remote.failures import Incomplete, changed
+
+if TYPE_CHECKING:
+    from obstore.store import AzureStore, ClientConfig, GCSStore, HTTPStore, S3Store
+
+    ObjectStore = AzureStore | GCSStore | HTTPStore | S3Store
+
+# An answer of 16 MiB takes so long at 500 kB/s.
+_ANSWER_SECONDS = 60
+_CONNECT_SECONDS = 10
+_IDLE_CONNECTIONS = 64
+
+
+class Store(Protocol):
+    """The requests that reading needs. Each makes one attempt; several threads may ask at once."""
+
+    def folder(self, path: str) -> tuple[dict[str, FileFacts], list[str]]:
+        """The files of a folder, and the folders in it, by their paths in the store."""
+
+    def below(self, path: str) -> Iterator[tuple[str, FileFacts]]:
+        """Every file below a folder."""
+
+    def facts(self, path: str) -> FileFacts | None:
+        """The facts of one file; None where there is none of this path."""
+
+    def read(self, path: str, view: memoryview, offset: int, facts: FileFacts) -> None:
+        """Fill ``view`` with bytes of a file that still has these facts.
+
+        Raises:
+            Incomplete: the answer ended early.
+            DamagedCheckpoint: the file was changed.
+        """
+
+
+def obstore() -> Any:
+    """The library.
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    try:
+        import obstore
+    except ImportError as error:
+        raise UsageError(
+            "addresses of stores are read through the package obstore, which is not installed",
+            hint="Install it: pip install 'ckpt-tools[remote]'.",
+        ) from error
+    return obstore
+
+
+def http_options(url: str, headers: dict[str, str] | None = None) -> ClientConfig:
+    """How connections are made."""
+    options: ClientConfig = {
+        "allow_http": url.startswith("http://"),
+        "timeout": timedelta(seconds=_ANSWER_SECONDS),
+        "connect_timeout": timedelta(seconds=_CONNECT_SECONDS),
+        "pool_max_idle_per_host": str(_IDLE_CONNECTIONS),
+        "user_agent": "ckpt-tools",
+    }
+    if headers:
+        options["default_headers"] = headers
+    return options
+
+
+# Failures are judged and repeated in one place, failures.py.
+ONE_ATTEMPT: Any = {"max_retries": 0}
+
+
+def bucket_of(address: Address) -> ObjectStore:
+    """The bucket or container of an address, with the settings of the environment."""
+    obstore()
+    from obstore import store as stores
+
+    try:
+        if address.scheme == "gs":
+            return stores.GCSStore(
+                address.host, client_options=_bucket_options(), retry_config=ONE_ATTEMPT
+            )
+        if address.scheme == "az":
+            return stores.AzureStore(
+                address.host, client_options=_bucket_options(), retry_config=ONE_ATTEMPT
+            )
+        settings: Any = aws_settings()
+        return stores.S3Store(
+            address.host,
+            config=settings,
+            client_options=_bucket_options(settings.get("endpoint", "")),
+            retry_config=ONE_ATTEMPT,
+        )
+    except Exception as error:
+        raise StoreFailed(
+            f"the settings of the store cannot be used ({type(error).__name__})",
+            path=str(address.root),
+            hint="Check the environment variables and files that docs/remote.md lists.",
+        ) from None
+
+
+def _bucket_options(endpoint: str = "") -> ClientConfig:
+    options = http_options(endpoint)
+    if not options["allow_http"]:
+        del options["allow_http"]  # a variable of the environment may allow it
+    return options
+
+
+class Bucket:
+    """A bucket of S3, Google or Azure.
+
+    Args:
+        address: any address in it.
+    """
+
+    def __init__(self, address: Address) -> None:
+        self._obstore = obstore()
+        self._root = address.root
+        self._bucket = bucket_of(address)
+
+    def folder(self, path: str) -> tuple[dict[str, FileFacts], list[str]]:
+        """See :meth:`Store.folder`."""
+        found = self._obstore.list_with_delimiter(self._bucket, path or None)
+        files = {meta["path"]: facts_of(meta) for meta in found["objects"]}
+        return files, list(found["common_prefixes"])
+
+    def below(self, path: str) -> Iterator[tuple[str, FileFacts]]:
+        """See :meth:`Store.below`."""
+        for batch in self._obstore.list(self._bucket, path or None, chunk_size=1000):
+            for meta in batch:
+                yield meta["path"], facts_of(meta)
+
+    def facts(self, path: str) -> FileFacts | None:
+        """See :meth:`Store.facts`."""
+        try:
+            return facts_of(self._obstore.head(self._bucket, path))
+        except FileNotFoundError:
+            return None
+
+    def read(self, path: str, view: memoryview, offset: int, facts: FileFacts) -> None:
+        """See :meth:`Store.read`."""
+        address = f"{self._root}/{path}"
+        read_range(self._obstore, self._bucket, path, view, offset, facts, lambda: address)
+
+    def put(self, path: str, file: Path, part_bytes: int, parts_at_once: int) -> None:
+        """Write a file of this machine; it appears whole."""
+        self._obstore.put(
+            self._bucket, path, file, chunk_size=part_bytes, max_concurrency=parts_at_once
+        )
+
+    def remove(self, path: str) -> None:
+        """Remove a file."""
+        self._obstore.delete(self._bucket, path)
+
+
+def read_range(
+    library: Any,
+    store: ObjectStore,
+    path: str,
+    view: memoryview,
+    offset: int,
+    facts: FileFacts,
+    address: Callable[[], str],
+) -> None:
+    """Fill ``view`` from one answer; raises as :meth:`Store.read`."""
+    options: dict[str, object] = {"range": (offset, offset + len(view))}
+    if facts.version is not None:
+        options["if_match"] = facts.version
+    try:
+        answer = library.get(store, path, options=options)
+        if answer.meta["size"] != facts.size:
+            raise changed(address())
+        version = answer.meta["e_tag"]
+        if facts.version is not None and version is not None and version != facts.version:
+            raise changed(address())
+        data = np.frombuffer(answer.bytes(), np.uint8)
+    except FileNotFoundError:
+        raise changed(address(), "the object was removed while it was read") from None
+    if len(data) != len(view):
+        raise Incomplete("the answer has another number of bytes than was asked for")
+    # numpy copies without the interpreter lock.
+    np.copyto(np.frombuffer(view, np.uint8), data)
+
+
+def facts_of(meta: Any) -> FileFacts:
+    """The facts in what obstore says of an object."""
+    written = int(meta["last_modified"].timestamp() * 1_000_000) * 1000
+    return FileFacts(meta["size"], written, meta["e_tag"] or meta["version"])

@@ -1,0 +1,1 @@
+"""A training that runs: each of its finished checkpoints is converted once, in order."""

@@ -1,0 +1,149 @@
+"""An output in a store: complete, or without what makes it loadable; an interrupted upload continues."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ckpt_tools import consolidate
+from ckpt_tools.errors import OutputExists, StoreFailed, UsageError
+from ckpt_tools.storage.remote.stores import Bucket
+from ckpt_tools.storage.remote.upload import upload_order
+from tests.conftest import FIXTURES
+from tests.support.remote import hub as hubs
+from tests.support.remote.s3 import BUCKET, S3
+
+ZERO3 = FIXTURES / "zero" / "zero3-bf16-olmo2-chat-2ranks"
+CHECKPOINT = ZERO3 / "checkpoint"
+
+
+def held(store: S3, prefix: str) -> dict[str, bytes]:
+    keys = store.keys(f"{prefix}/")
+    return {
+        key[len(prefix) + 1 :]: store.client.get_object(Bucket=BUCKET, Key=key)["Body"].read()
+        for key in keys
+    }
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {
+        p.relative_to(directory).as_posix(): p.read_bytes()
+        for p in directory.rglob("*")
+        if p.is_file()
+    }
+
+
+def test_weights_go_first_and_what_makes_them_loadable_last() -> None:
+    names = ["config.json", "model.safetensors.index.json", "tokenizer.json", "b.safetensors"]
+    assert upload_order(names) == [
+        "b.safetensors",
+        "tokenizer.json",
+        "model.safetensors.index.json",
+        "config.json",
+    ]
+
+
+def test_an_output_in_a_bucket_has_the_files_of_a_local_one(store: S3, tmp_path: Path) -> None:
+    consolidate(CHECKPOINT, tmp_path / "out", weights_only=True)
+    scratch = tmp_path / "scratch"
+    report = consolidate(
+        CHECKPOINT, f"s3://{BUCKET}/up/out", weights_only=True, scratch=scratch, verify=True
+    )
+    assert report.output == f"s3://{BUCKET}/up/out"
+    assert held(store, "up/out") == files_of(tmp_path / "out")
+    assert list(scratch.iterdir()) == []
+    with pytest.raises(OutputExists):
+        consolidate(CHECKPOINT, f"s3://{BUCKET}/up/out", weights_only=True, scratch=scratch)
+
+
+def test_an_interrupted_upload_has_no_config_and_continues(
+    store: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, scratch = f"s3://{BUCKET}/up/again", tmp_path / "scratch"
+    put: Callable[..., None] = Bucket.put
+    asked: list[str] = []
+
+    def failing(self: Bucket, path: str, *more: Any) -> None:
+        asked.append(path)
+        if len(asked) == 3:
+            raise StoreFailed("the store denies access", path=path, hint="Check it.")
+        put(self, path, *more)
+
+    monkeypatch.setattr(Bucket, "put", failing)
+    options: dict[str, Any] = {
+        "config": ZERO3 / "hf",
+        "tokenizer": ZERO3 / "hf",
+        "scratch": scratch,
+    }
+    with pytest.raises(StoreFailed, match="--resume sends what is missing"):
+        consolidate(CHECKPOINT, address, **options)
+    first = held(store, "up/again")
+    assert "model.safetensors" in first
+    assert "config.json" not in first
+    with pytest.raises(OutputExists):
+        consolidate(
+            CHECKPOINT, f"s3://{BUCKET}/up/again", scratch=tmp_path / "other", weights_only=True
+        )
+    consolidate(CHECKPOINT, address, resume=True, **options)
+    # What was uploaded is not sent again.
+    assert len(asked) == len(set(asked)) + 1
+    assert held(store, "up/again").keys() > {"config.json", "model.safetensors"}
+    assert asked[-1].endswith("/config.json")
+
+
+def test_an_output_that_is_replaced_leaves_no_old_file(store: S3, tmp_path: Path) -> None:
+    for name in ("model-00001-of-00002.safetensors", "config.json"):
+        store.client.put_object(Bucket=BUCKET, Key=f"up/old/{name}", Body=b"old")
+    consolidate(
+        CHECKPOINT, f"s3://{BUCKET}/up/old", weights_only=True, overwrite=True, scratch=tmp_path
+    )
+    assert set(held(store, "up/old")) == {"model.safetensors", "ckpt_tools_manifest.json"}
+
+
+def test_a_web_server_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="https:// cannot be written"):
+        consolidate(CHECKPOINT, "https://host/out", weights_only=True)
+
+
+@pytest.mark.slow
+def test_the_hub_gets_one_commit_and_is_read_back(tmp_path: Path) -> None:
+    with hubs.serving() as hub:
+        hub.refuse_commits = 1
+
+        def run(*command: object) -> str:
+            ended = subprocess.run(
+                [sys.executable, "-m", "ckpt_tools", *map(str, command)],
+                capture_output=True,
+                text=True,
+                check=False,
+                env={
+                    **os.environ,
+                    "HF_HUB_OFFLINE": "0",
+                    "HF_ENDPOINT": hub.url,
+                    "HF_TOKEN": "hf_hidden",
+                    "HF_HOME": str(tmp_path / "home"),
+                },
+            )
+            assert "hf_hidden" not in ended.stdout + ended.stderr
+            return f"{ended.returncode} {ended.stdout} {ended.stderr}"
+
+        said = run("consolidate", CHECKPOINT, "hf://org/model@trial", "--weights-only", "--private")
+        assert said.startswith("0 "), said
+        consolidate(CHECKPOINT, tmp_path / "out", weights_only=True)
+        assert hub.repositories["org/model"]["trial"] == files_of(tmp_path / "out")
+        assert len(hub.commits) == 1
+        assert hub.private == {"org/model"}
+        assert run("consolidate", CHECKPOINT, "hf://org/model@trial", "--weights-only")[0] == "2"
+        said = run("verify", "hf://org/model@trial", "--against", CHECKPOINT)
+        assert "bit for bit" in " ".join(said.split()), said
+        out = tmp_path / "pushed"
+        said = run("consolidate", CHECKPOINT, out, "--weights-only", "--push-to-hub", "org/other")
+        assert said.startswith("0 "), said
+        assert hub.repositories["org/other"]["main"] == files_of(out)
+        assert hub.tokens >= {"Bearer hf_hidden"}
