@@ -37,12 +37,13 @@ PIP := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_D
 	$(BIN)/python -m pip
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo quick test pythons package fuzz faults lint fix docs pages bench clean distclean
+.PHONY: help venv demo quick test clients pythons package fuzz faults lint fix docs pages bench clean distclean
 
 help:
 	@echo "make demo       convert the shipped ZeRO-3 checkpoint, load the result, generate from it"
 	@echo "make quick      the tests to run before each commit: every part of the package, under 90 s on two cores"
 	@echo "make test       run the whole test suite (JOBS=$(JOBS) processes; LOAD=2: beside two that burn the processor)"
+	@echo "make clients    install vLLM, llama.cpp, transformers 4 and others, and let them load what is written (5 GB)"
 	@echo "make pythons    make quick with each of PYTHONS that this machine has, each in build/PYTHON"
 	@echo "make package    build the distributions into dist/ and check them with twine"
 	@echo "make fuzz       feed hostile bytes to every reader for SECONDS=$(SECONDS); findings go to build/fuzz"
@@ -79,6 +80,9 @@ quick: $(STAMP)
 test: $(STAMP)
 	@$(BIN)/python -m tests.support.loaded $(LOAD) \
 		$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
+
+clients: $(STAMP)
+	@$(BIN)/python clients/run.py
 
 # The environments have no linters, and no DeepSpeed, which is built from source.
 pythons:
