@@ -14,12 +14,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as checkpoint
+from models import choose_config
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.multiprocessing.spawn import spawn
 from transformers import AutoModelForCausalLM
-
-from models import choose_config
 
 RANKS = 4
 

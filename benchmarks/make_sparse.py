@@ -23,7 +23,6 @@ from make_zero import (
     optimizer_state,
     sub_groups,
 )
-
 from models import Values, lay_out
 
 COMMON: dict[str, Any] = {
