@@ -1,6 +1,6 @@
 """A client: mergekit, whose result must be loadable and say the same.
 
-It merges a directory with itself, so that each weight is the mean of two equal ones.
+The recipe has one model, because mergekit refuses one that is named twice.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 RECIPE = """merge_method: linear
 dtype: float32
 models:
-  - {{model: {0}, parameters: {{weight: 0.5}}}}
-  - {{model: {0}, parameters: {{weight: 0.5}}}}
+  - {{model: {0}, parameters: {{weight: 1.0}}}}
 """
 
 
