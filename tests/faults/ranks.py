@@ -12,11 +12,13 @@ from pathlib import Path
 
 from tests.faults.cases import Cases, Job, run, tree, wait_for
 from tests.faults.functions import FUNCTIONS
-from tests.support.ranks.launching import ended, is_running, kill_all, ranks_of, start
+from tests.support.ranks.launching import GATED, ended, is_running, kill_all, ranks_of, start
 from tests.support.waiting import wait_until
 
 # The limit that the command is given for a rank that stands still.
 _TIMEOUT = "5"
+# The ranks of the smallest job write this many bytes each.
+_MOST_WRITTEN = 20_000
 
 
 class RankCases:
@@ -32,8 +34,11 @@ class RankCases:
         job = jobs[number % len(jobs)]
         size, stops = 2 + number % 2, number // 2 % 2 == 1
         out = cases.clear()
+        gate = cases.scratch / f"gate-{number}"
+        # Most are struck while they write: a rank that has written so much stands at the gate.
+        limit = cases.random.randrange(_MOST_WRITTEN)
         process = start(
-            ["-m", "ckpt_tools", *cases.words(job, "--timeout", _TIMEOUT)],
+            [GATED, str(limit), gate, *cases.words(job, "--timeout", _TIMEOUT)],
             ranks=size,
             environment={"LD_PRELOAD": ""},
         )
@@ -41,7 +46,7 @@ class RankCases:
             self._reach(process, out, size, begun=stops or number % 3 > 0)
             ranks = ranks_of(process)
             victim = cases.random.choice([*ranks] or [0])
-            self._strike(ranks, victim, stops=stops)
+            self._strike(ranks, victim, gate, stops=stops)
             done = ended(process)
         except AssertionError as error:
             kill_all(process)
@@ -59,9 +64,10 @@ class RankCases:
             wait_until(lambda: len(ranks_of(process)) == size or process.poll() is not None)
             time.sleep(self.cases.random.random() * 5)
 
-    def _strike(self, ranks: dict[int, int], victim: int, *, stops: bool) -> None:
+    def _strike(self, ranks: dict[int, int], victim: int, gate: Path, *, stops: bool) -> None:
         with contextlib.suppress(ProcessLookupError, KeyError):
             os.kill(ranks[victim], signal.SIGSTOP if stops else signal.SIGKILL)
+        gate.touch()
         if stops:
             others = [pid for rank, pid in ranks.items() if rank != victim]
             try:
