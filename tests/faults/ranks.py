@@ -35,8 +35,9 @@ class RankCases:
         size, stops = 2 + number % 2, number // 2 % 2 == 1
         out = cases.clear()
         gate = cases.scratch / f"gate-{number}"
-        # Most are struck while they write: a rank that has written so much stands at the gate.
-        limit = cases.random.randrange(_MOST_WRITTEN)
+        # Most are struck while they write: a rank that has written so much stands at the gate. A small
+        # output is one block of each rank.
+        limit = cases.random.choice([0, 0, 0, _MOST_WRITTEN])
         process = start(
             [GATED, str(limit), gate, *cases.words(job, "--timeout", _TIMEOUT)],
             ranks=size,
