@@ -19,6 +19,8 @@ LOAD ?= 0
 SECONDS ?= 600
 KILLS ?= 200
 FAULTS ?= 100
+# How many ranks of a torchrun it kills or stops; RANKS is that of `make bench`.
+RANKS_ENDED ?= 50
 
 # What `make bench` measures; kept in build/ for the next time. GOALS=whole,cold: one more round of these alone.
 PARAMS ?= 1.5e9
@@ -35,16 +37,18 @@ PIP := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_D
 	$(BIN)/python -m pip
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo quick test pythons package fuzz faults lint fix docs pages bench clean distclean
+.PHONY: help venv demo quick test clients pythons package fuzz faults lint fix docs pages bench clean distclean
 
 help:
 	@echo "make demo       convert the shipped ZeRO-3 checkpoint, load the result, generate from it"
 	@echo "make quick      the tests to run before each commit: every part of the package, under 90 s on two cores"
 	@echo "make test       run the whole test suite (JOBS=$(JOBS) processes; LOAD=2: beside two that burn the processor)"
+	@echo "make clients    install vLLM, llama.cpp, transformers 4 and others, and let them load what is written (5 GB)"
 	@echo "make pythons    make quick with each of PYTHONS that this machine has, each in build/PYTHON"
 	@echo "make package    build the distributions into dist/ and check them with twine"
 	@echo "make fuzz       feed hostile bytes to every reader for SECONDS=$(SECONDS); findings go to build/fuzz"
-	@echo "make faults     kill KILLS=$(KILLS) conversions, and let system calls fail in FAULTS=$(FAULTS) others"
+	@echo "make faults     kill KILLS=$(KILLS) conversions, and let system calls fail in FAULTS=$(FAULTS) others,"
+	@echo "                and kill or stop RANKS_ENDED=$(RANKS_ENDED) ranks under torchrun"
 	@echo "make lint       ruff and mypy"
 	@echo "make fix        let ruff repair and format what it can"
 	@echo "make docs       build the documentation as a site with search, in build/site"
@@ -77,6 +81,9 @@ test: $(STAMP)
 	@$(BIN)/python -m tests.support.loaded $(LOAD) \
 		$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
 
+clients: $(STAMP)
+	@$(BIN)/python clients/run.py
+
 # The environments have no linters, and no DeepSpeed, which is built from source.
 pythons:
 	@for python in $(PYTHONS); do \
@@ -100,7 +107,7 @@ fuzz: $(STAMP)
 	@$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
 
 faults: $(STAMP)
-	@$(BIN)/python -m tests.faults --kills $(KILLS) --faults $(FAULTS)
+	@$(BIN)/python -m tests.faults --kills $(KILLS) --faults $(FAULTS) --ranks $(RANKS_ENDED)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check --quiet && echo "ruff check: ok"

@@ -22,6 +22,8 @@ import error_messages
 import ckpt_tools
 from ckpt_tools import errors
 from ckpt_tools.cli import cli
+from ckpt_tools.verification import checks
+from ckpt_tools.verification.other_readers import RULES, VERSIONS
 from ckpt_tools.verification.problem import KINDS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -251,8 +253,21 @@ def messages() -> str:
 
 def kinds() -> str:
     """Every kind of problem that verify can find."""
+    checks()  # they bring kinds of their own
     rows = [(f"`{kind}`", severity, meaning) for kind, (severity, meaning) in KINDS.items()]
     return table(("kind", "severity", "meaning"), rows)
+
+
+# -- other readers ----------------------------------------------------------------------------------
+
+
+def readers() -> str:
+    """Every rule of ``verify --for``, with its source."""
+    rows = [
+        (VERSIONS[rule.reader], rule.of, f"`{rule.kind}`", rule.about, f"`{rule.source}`")
+        for rule in RULES
+    ]
+    return table(("reader", "of", "kind", "what", "source"), rows)
 
 
 # -- security ---------------------------------------------------------------------------------------
@@ -269,6 +284,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "kinds": kinds,
     "messages": messages,
     "others": others,
+    "readers": readers,
     "security": security,
 }
 

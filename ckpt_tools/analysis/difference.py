@@ -19,7 +19,7 @@ from ckpt_tools.analysis.change import Sums, Tolerance, measure
 from ckpt_tools.errors import AmbiguousCheckpoint, UsageError
 from ckpt_tools.model.matching import Matched, Side, Weights, alike, match, side_of
 from ckpt_tools.readers.opening import FILE, open_weights
-from ckpt_tools.storage.addresses import as_path
+from ckpt_tools.storage.naming import as_path
 from ckpt_tools.tensors.catalogue import Tensor
 from ckpt_tools.tensors.checkpoint import Checkpoint
 from ckpt_tools.tensors.deferred import settle

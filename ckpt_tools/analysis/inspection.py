@@ -16,8 +16,8 @@ from typing import Any
 from ckpt_tools import readers
 from ckpt_tools.errors import CkptError, number_ranges
 from ckpt_tools.readers.containers.suspicion import suspicious
-from ckpt_tools.storage.addresses import as_path
 from ckpt_tools.storage.folders import read_as_one, shown
+from ckpt_tools.storage.naming import as_path
 from ckpt_tools.tensors.checkpoint import Checkpoint, Weight
 from ckpt_tools.tensors.dtypes import BY_SHORT_NAME, DType
 from ckpt_tools.transforms.lora import adapter_of

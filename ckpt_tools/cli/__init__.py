@@ -57,6 +57,7 @@ Exit status:
   6  the output cannot be written: disk full, permission
   7  --verify found the output wrong; it never appeared
   8  another rank failed, was lost, or made no progress
+  9  a store refuses a request, or cannot be reached
   129, 130, 143  interrupted; OUT was not touched
 
 \b

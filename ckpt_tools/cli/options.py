@@ -104,7 +104,7 @@ timeout = option(
     default=1800,
     show_default=True,
     metavar="SECONDS",
-    help="Under torchrun: how long ranks wait for one that makes no progress.",
+    help="How long ranks of torchrun wait for one without progress, and requests of stores are repeated.",
 )
 
 _ADAPTERS: dict[str, Decorator[Any]] = {
@@ -324,7 +324,10 @@ _MODELS: dict[str, Decorator[Any]] = {
 # Names of the options that adapters do not have.
 OF_MODELS = frozenset(_MODELS)
 # What means one checkpoint, or one call.
-_OF_ONE = {"tag", "also", "node_local", "dry_run", "resume", "skip_complete", "timeout"}
+_OF_ONE = {
+    *("tag", "also", "node_local", "dry_run", "resume", "skip_complete", "timeout"),
+    *("scratch", "push_to_hub", "revision", "private"),
+}
 
 
 def adapter_writing(function: F) -> F:

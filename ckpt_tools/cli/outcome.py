@@ -18,6 +18,7 @@ import click
 from ckpt_tools.cli.signals import STATUSES, is_later_rank, is_rank, speak_undisturbed
 from ckpt_tools.cli.text import print_json, say
 from ckpt_tools.errors import CkptError
+from ckpt_tools.storage.patience import be_patient
 
 if TYPE_CHECKING:
     from ckpt_tools.ranks import Ranks
@@ -99,6 +100,7 @@ def _say_what_is_left(out: Path | str | None, goes_on: bool) -> None:
 
 def joined_ranks(timeout: float) -> Ranks | None:
     """The ranks of the torchrun that started this process; None without torchrun."""
+    be_patient(timeout)
     if not is_rank():
         return None
     # torch prints a stack for each broken connection; our error says what it means.

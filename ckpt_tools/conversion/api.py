@@ -41,8 +41,9 @@ from ckpt_tools.hub.tokenizer import find_tokenizer
 from ckpt_tools.model.combining import Combination
 from ckpt_tools.ranks import pooled_machines
 from ckpt_tools.readers.opening import open_weights
-from ckpt_tools.storage.addresses import PathLike, as_path, is_address
+from ckpt_tools.storage.addresses import PathLike, is_address
 from ckpt_tools.storage.folders import places_of, read_as_one
+from ckpt_tools.storage.naming import as_path
 from ckpt_tools.tensors.checkpoint import Checkpoint
 from ckpt_tools.writing.delivery import follow
 

@@ -16,7 +16,8 @@ from ckpt_tools.hub.adapter_config import find_adapter_config
 from ckpt_tools.model.adapter import state_names
 from ckpt_tools.model.state import model_state
 from ckpt_tools.readers.containers.weight_files import ADAPTER_FILES, entry_in
-from ckpt_tools.storage.addresses import PathLike, as_path, is_address
+from ckpt_tools.storage.addresses import PathLike, is_address
+from ckpt_tools.storage.naming import as_path
 from ckpt_tools.tensors.checkpoint import Checkpoint, Copy
 from ckpt_tools.transforms.live_layout import lacking_modules
 from ckpt_tools.transforms.lora import plain_name

@@ -19,6 +19,7 @@ import xxhash
 
 from ckpt_tools.conversion.request import Request
 from ckpt_tools.errors import UsageError
+from ckpt_tools.storage.naming import as_path
 from ckpt_tools.tensors.checkpoint import LIVE, Checkpoint
 from ckpt_tools.writing.manifest import NAME, SUMS_NAME
 from ckpt_tools.writing.output import Output
@@ -28,6 +29,7 @@ _NOT_OF_THE_OUTPUT = {
     *("output", "workers", "dry_run", "overwrite", "progress", "resume", "verify", "ranks"),
     *("check_source", "check_all_masters", "strict", "node_local", "resumable", "skip_complete"),
     *("search", "also", "tag", "model", "source_format"),
+    *("destination", "scratch", "push_to_hub", "revision", "private"),
 }
 # Files near a checkpoint that may become part of the output, or that decide what it is.
 _ASSETS = {
@@ -64,7 +66,7 @@ def digest_of(sources: Sequence[Checkpoint], request: Request) -> str | None:
 def _plain(value: Any) -> Any:
     """An option as a JSON value; a path with the stamps of what lies there."""
     if isinstance(value, Path) or (isinstance(value, str) and os.path.exists(value)):
-        path = Path(value)
+        path = as_path(value)
         inside = sorted(path.iterdir()) if path.is_dir() else [path]
         return [str(path.absolute()), *(_stamp(each) for each in inside)]
     if isinstance(value, Sequence) and not isinstance(value, str):

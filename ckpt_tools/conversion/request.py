@@ -18,7 +18,8 @@ import xxhash
 from ckpt_tools.hub.sources import AssetOptions, Compat
 from ckpt_tools.model.combining import Combination
 from ckpt_tools.model.state import DTypeChoice
-from ckpt_tools.storage.addresses import Address, PathLike, as_path, is_address, parsed
+from ckpt_tools.storage.addresses import Address, PathLike, is_address, parsed
+from ckpt_tools.storage.naming import as_path
 from ckpt_tools.tensors.checkpoint import Checkpoint, Copy
 from ckpt_tools.tensors.dtypes import short_name
 from ckpt_tools.tensors.threads import default_workers
@@ -150,10 +151,6 @@ class ConversionOptions(TypedDict, total=False):
     check_source: bool
     follow_links: bool
     strict: bool
-    scratch: PathLike | None
-    push_to_hub: str | None
-    revision: str | None
-    private: bool
 
 
 class AdapterOptions(ConversionOptions, total=False):
@@ -166,6 +163,10 @@ class AdapterOptions(ConversionOptions, total=False):
     resume: bool
     ranks: Ranks | None
     node_local: bool
+    scratch: PathLike | None
+    push_to_hub: str | None
+    revision: str | None
+    private: bool
 
 
 class _OfModels(TypedDict, total=False):

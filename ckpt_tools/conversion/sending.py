@@ -18,7 +18,8 @@ from ckpt_tools._version import __version__
 from ckpt_tools.conversion.report import Report
 from ckpt_tools.conversion.request import Request
 from ckpt_tools.errors import CkptError, UsageError
-from ckpt_tools.storage.addresses import Address, PathLike, as_path, parsed
+from ckpt_tools.storage.addresses import Address, PathLike, parsed
+from ckpt_tools.storage.naming import as_path
 from ckpt_tools.tensors.checkpoint import Checkpoint
 
 _MANIFEST = "ckpt_tools_manifest.json"
@@ -38,6 +39,11 @@ def sent(sources: Sources, request: Request, convert: Callable[[Request], Report
     Raises:
         CkptError: see :mod:`ckpt_tools.errors`.
     """
+    if request.skip_complete and (request.destination or request.push_to_hub):
+        raise UsageError(
+            "--skip-complete looks at an OUT on this machine, and nothing is known of what was uploaded",
+            hint="Leave out --skip-complete.",
+        )
     if request.push_to_hub is not None:
         return _pushed(request, convert)
     address = request.destination

@@ -6,19 +6,17 @@ The template is rendered by transformers in a child process, because a template 
 from __future__ import annotations
 
 import json
-import math
 import re
-import resource
-import signal
 import sys
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from ckpt_tools.errors import CkptError, UsageError
 from ckpt_tools.hub.reference.process import ask, question_and_answers
+from ckpt_tools.hub.rendering import in_time
 from ckpt_tools.hub.tokenizer import Role, Tokenizer
 
-_TEMPLATE_SECONDS = 20
 _ROLES: tuple[Role, ...] = ("eos", "bos", "pad")
 # Words that no template changes, and that are not tokens of any tokenizer.
 _ASKED, _ANSWERED = "Sentinelquestion", "Sentinelanswer"
@@ -83,27 +81,21 @@ def _rendered(question: Mapping[str, Any]) -> dict[str, Any]:
         )
         return str(rendered[0][0])
 
-    def give_up(*_: object) -> None:
-        raise TimeoutError(f"it was not rendered within {_TEMPLATE_SECONDS} seconds")
-
-    signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(_TEMPLATE_SECONDS)
-    # No handler runs within one step of the interpreter, such as a power; then the system ends the process.
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    most = math.ceil(used.ru_utime + used.ru_stime) + _TEMPLATE_SECONDS + 1
-    resource.setrlimit(resource.RLIMIT_CPU, (most, most))
     failure = "no part of a conversation appears in its text"
     # Templates differ in the form of content, and in whether they need a system turn.
     for system, parts in ((False, False), (True, False), (False, True), (True, True)):
-        try:
-            last = text([_ASKED, _ANSWERED], system, parts)
-            middle = text(["Earlier", _ANSWERED, _ASKED], system, parts)
-        except TimeoutError as error:
-            return {"failure": str(error)}
-        except Exception as error:  # a template raises errors of any class
-            failure = str(error) or type(error).__name__
-            continue
-        if _ANSWERED in last:
+        texts = []
+        for words in ([_ASKED, _ANSWERED], ["Earlier", _ANSWERED, _ASKED]):
+            try:
+                answer = in_time(partial(text, words, system, parts))
+            except ImportError as error:
+                return {"failure": str(error)}
+            if answer.get("certain"):
+                return {"failure": answer["failure"]}
+            failure = answer.get("failure", failure)
+            texts.append(answer.get("text", ""))
+        last, middle = texts
+        if _ANSWERED in last and middle:
             between = middle.partition(_ANSWERED)[2].partition(_ASKED)[0]
             return {"tails": [between, last.rpartition(_ANSWERED)[2]]}
     return {"failure": failure}

@@ -13,6 +13,7 @@ from typing import Any
 
 from ckpt_tools.errors import DamagedCheckpoint, MissingAsset
 from ckpt_tools.hub.files import AssetFile
+from ckpt_tools.storage.regular import content_of
 
 
 def code_files(auto_map: Any, directory: Path, *, hint: str) -> tuple[AssetFile, ...]:
@@ -73,7 +74,7 @@ def _modules(auto_map: Any, directory: Path) -> Iterator[Path]:
 
 def _relative_imports(path: Path, directory: Path) -> Iterator[Path]:
     try:
-        tree = ast.parse(path.read_bytes(), filename=str(path))
+        tree = ast.parse(content_of(path), filename=str(path))
     except (SyntaxError, ValueError) as error:
         raise DamagedCheckpoint(
             f"is not valid Python ({error})",

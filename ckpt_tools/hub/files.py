@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_tools.errors import DamagedCheckpoint
+from ckpt_tools.storage.regular import content_of
 
 _RESTORE = "Copy the file anew from the source of the model, or pass another directory."
 
@@ -62,7 +63,7 @@ def read_json(path: Path) -> Any:
         DamagedCheckpoint: the file cannot be read, or is not JSON.
     """
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(content_of(path))
     except OSError as error:
         raise DamagedCheckpoint(
             f"cannot be read ({error.strerror})",

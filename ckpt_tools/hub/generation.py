@@ -22,7 +22,7 @@ from ckpt_tools.hub.chat_template import closing_tokens
 from ckpt_tools.hub.config import text_value
 from ckpt_tools.hub.files import AssetFile, json_bytes, read_object
 from ckpt_tools.hub.tokenizer import Role, Tokenizer
-from ckpt_tools.storage.addresses import as_path
+from ckpt_tools.storage.naming import as_path
 
 GENERATION_NAME = "generation_config.json"
 MODES = ("auto", "olmo", "none")

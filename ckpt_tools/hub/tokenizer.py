@@ -18,6 +18,7 @@ from typing import Any, Literal
 from ckpt_tools.errors import DamagedCheckpoint, MissingAsset, UsageError
 from ckpt_tools.hub.custom_code import code_files
 from ckpt_tools.hub.files import AssetFile, json_bytes, read_json, read_object
+from ckpt_tools.storage.regular import content_of
 
 Role = Literal["eos", "bos", "pad"]
 
@@ -96,7 +97,7 @@ class Tokenizer:
         if self.template is None:
             return copies
         kept = [file for file in copies if not _TEMPLATE_FILE.match(file.name)]
-        made = [AssetFile("chat_template.jinja", content=self.template.read_bytes())]
+        made = [AssetFile("chat_template.jinja", content=content_of(self.template))]
         for file in [file for file in kept if file.name in _WITH_TEMPLATE]:
             data = read_object(self.directory / file.name)
             if data.pop("chat_template", None) is not None:
@@ -113,7 +114,7 @@ class Tokenizer:
         """
         jinja = self.template or self.directory / "chat_template.jinja"
         if jinja.is_file():
-            return jinja.read_text(encoding="utf-8", errors="replace")
+            return content_of(jinja).decode("utf-8", "replace")
         template = self._settings.get("chat_template")
         if template is None:
             template = self._object("chat_template.json").get("chat_template")
@@ -269,7 +270,7 @@ def with_template(tokenizer: Tokenizer | None, template: Path | None) -> Tokeniz
             hint="Pass --tokenizer DIR.",
         )
     try:
-        template.read_text(encoding="utf-8")
+        content_of(template).decode()
     except ValueError as error:
         raise UsageError(
             f"the chat template is not UTF-8 text ({error})",

@@ -73,6 +73,7 @@ class Table:
         rope_types: the kinds of rope that it computes.
         tokenizer_classes: the classes that ``AutoTokenizer`` knows.
         rope_keys: for each model type, the keys of rope that its config takes.
+        renamed: for each model type, the names of keys that version 5 changed, and the new ones.
         sub_configs: for each model type, the model type of each part of its config.
     """
 
@@ -80,6 +81,7 @@ class Table:
     rope_types: frozenset[str]
     tokenizer_classes: frozenset[str]
     rope_keys: Mapping[str, frozenset[str]]
+    renamed: Mapping[str, Mapping[str, str]]
     sub_configs: Mapping[str, Mapping[str, str]]
 
 
@@ -93,6 +95,7 @@ def table() -> Table:
         frozenset(data["rope_types"]),
         frozenset(data["tokenizer_classes"]),
         {name: frozenset(keys.split()) for name, keys in data["rope_keys"].items()},
+        data["renamed"],
         data["sub_configs"],
     )
 
@@ -157,6 +160,9 @@ def _convert(config: dict[str, Any], model_type: str, path: Path) -> None:
             config[key] = [kinds.get(kind, kind) for kind in config[key]]
     for key, value in config.items():
         config[key] = _as_number(value)
+    for old, new in table().renamed.get(model_type, {}).items():
+        if config.get(new) is not None:
+            config.setdefault(old, config[new])
     keys = table().rope_keys.get(model_type)
     if isinstance(config.get(_ROPE), Mapping):
         if keys is not None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckpt_tools.page.commands import shell_line
-from ckpt_tools.page.parts import Notice, Page, Section
+from ckpt_tools.page.parts import Level, Notice, Page, Section
 from ckpt_tools.page.weights import Progress, read_directory
+from ckpt_tools.storage.naming import as_path
 from ckpt_tools.text import nbytes_text
 from ckpt_tools.verification.directory import MANIFEST, SHA256SUMS
 
@@ -44,17 +46,17 @@ def page_of_conversion(
         UsageError: the directory that was written cannot be listed.
     """
     weights = read_directory(
-        report.output, statistics=statistics, workers=workers, progress=progress
+        as_path(report.output), statistics=statistics, workers=workers, progress=progress
     )
     warnings = [Notice("warning", "warning", text) for text in report.warnings]
     problems = [*weights.notices, *warnings]
-    level, verdict = _verdict(problems, verified)
+    level, verdict = _verdict(problems, report.complete, verified)
     output, checkpoint = str(report.output), str(report.checkpoint)
     section = Section(
         title=output,
         level=level,
         verdict=verdict,
-        facts=list(_facts(report, _manifest(report))),
+        facts=list(_facts(report, _manifest(report, weights.directory.path))),
         notices=sorted(problems, key=lambda one: one.level != "error"),
         pictures=weights.pictures(),
         tables=weights.tables(),
@@ -77,14 +79,15 @@ def page_of_conversion(
     )
 
 
-def _verdict(problems: Sequence[Notice], verified: bool) -> tuple[Any, str]:
+def _verdict(problems: Sequence[Notice], complete: bool, verified: bool) -> tuple[Level, str]:
     proof = "every byte was verified" if verified else "the output was not verified"
+    done, proof = ("Complete before", "nothing was written") if complete else ("Converted", proof)
     if any(one.level == "error" for one in problems):
-        return "error", f"Converted, with problems; {proof}"
+        return "error", f"{done}, with problems; {proof}"
     if problems:
         many = f"{len(problems):,} warnings" if len(problems) > 1 else "1 warning"
-        return "warning", f"Converted, with {many}; {proof}"
-    return "good", f"Converted; {proof}"
+        return "warning", f"{done}, with {many}; {proof}"
+    return "good", f"{done}; {proof}"
 
 
 def _facts(report: Report, manifest: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -132,11 +135,11 @@ def _checks(report: Report) -> Iterator[tuple[str, str]]:
         yield "source bytes", ", ".join(parts)
 
 
-def _manifest(report: Report) -> dict[str, Any]:
+def _manifest(report: Report, directory: Path) -> dict[str, Any]:
     """The manifest of the directory, or of its first adapter."""
     for name in sorted(name for name in report.files if name.rpartition("/")[2] == MANIFEST):
         try:
-            content = json.loads((report.output / name).read_bytes())
+            content = json.loads((directory / name).read_bytes())
         except (OSError, ValueError):
             continue
         if isinstance(content, dict):

@@ -10,7 +10,7 @@ from ckpt_tools.errors import CkptError
 from ckpt_tools.page.numbers import texts
 from ckpt_tools.page.parts import Level, Notice, Page, Section, Table
 from ckpt_tools.page.weights import Progress, Weights, read_directory
-from ckpt_tools.storage.addresses import as_path
+from ckpt_tools.storage.naming import as_path
 from ckpt_tools.text import nbytes_text
 
 if TYPE_CHECKING:
@@ -55,7 +55,10 @@ def page_of_verification(
         workers: number of threads that read them.
         progress: called with bytes done and bytes in all.
     """
-    sections = [_section(one, strict, statistics, workers, progress) for one in verified]
+    sections = [
+        _section(one, strict, statistics, workers, progress)
+        for one in sorted(verified, key=lambda one: one.verdict is not None)
+    ]
     clean = sum(1 for section in sections if section.level == "good")
     first, many = str(verified[0].directory), f"{len(sections):,} directories"
     one = len(sections) == 1

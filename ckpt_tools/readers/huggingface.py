@@ -13,6 +13,7 @@ from pathlib import Path
 from ckpt_tools.errors import DamagedCheckpoint
 from ckpt_tools.readers.containers.weight_files import entry_in, entry_names, read_weight_files
 from ckpt_tools.readers.trainer_state import trainer_step, trainer_world_size
+from ckpt_tools.storage.regular import content_of
 from ckpt_tools.tensors.checkpoint import Checkpoint, Location, Weight
 
 NAME = "huggingface"
@@ -64,7 +65,7 @@ def read(location: Location) -> Checkpoint:
 def _framework(directory: Path) -> str | None:
     """The version of transformers that wrote the config beside the weights, for the report."""
     try:
-        version = json.loads((directory / "config.json").read_text("utf-8"))["transformers_version"]
+        version = json.loads(content_of(directory / "config.json").decode())["transformers_version"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
     return f"transformers {version}" if isinstance(version, str) else None

@@ -21,6 +21,7 @@ from ckpt_tools.readers import dcp
 from ckpt_tools.readers.containers.torch_file import TorchFile
 from ckpt_tools.readers.dcp.metadata import is_dcp_directory, read_metadata
 from ckpt_tools.readers.olmo_core_names import hub_names
+from ckpt_tools.storage.regular import content_of
 from ckpt_tools.tensors.checkpoint import Checkpoint, Location
 
 NAME = "olmo-core"
@@ -110,7 +111,7 @@ def read(location: Location) -> Checkpoint:
 def _object(path: Path) -> dict[str, Any]:
     """A JSON object; empty if the file cannot be read, because its facts are not essential."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(content_of(path).decode())
     except (OSError, ValueError):
         return {}
     return data if isinstance(data, dict) else {}

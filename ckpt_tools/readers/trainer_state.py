@@ -11,6 +11,8 @@ import json
 import re
 from pathlib import Path
 
+from ckpt_tools.storage.regular import content_of
+
 _FILE = "trainer_state.json"
 # Each rank writes one. The file of a single process has no number.
 _RANDOM = re.compile(r"rng_state(?:_(\d+))?\.pth")
@@ -24,7 +26,7 @@ def is_trainer_directory(directory: Path) -> bool:
 def trainer_step(directory: Path) -> int | None:
     """Number of optimizer steps, if the Trainer recorded it."""
     try:
-        step = json.loads((directory / _FILE).read_text(encoding="utf-8"))["global_step"]
+        step = json.loads(content_of(directory / _FILE).decode())["global_step"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return step if isinstance(step, int) and not isinstance(step, bool) else None

@@ -101,21 +101,3 @@ def _repository(host: str, parts: list[str], text: str) -> tuple[str, list[str]]
     name, _, revision = parts[0].partition("@")
     # As huggingface_hub has it, a slash of the revision is written %2F.
     return f"{host}/{name}@{revision or 'main'}", parts[1:]
-
-
-def as_path(value: PathLike) -> Path:
-    """The path that a caller named; of an address, a path in the tree of its store.
-
-    A path stays the same object, because it may be that of a pool.
-
-    Raises:
-        UsageError: the address is malformed, or the packages for it are not installed.
-        StoreFailed: the store cannot be reached, or refuses.
-    """
-    if isinstance(value, Path):
-        return value
-    if is_address(value):
-        from ckpt_tools.storage.remote.trees import opened
-
-        return opened(parsed(os.fspath(value)))
-    return Path(value)

@@ -14,10 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ckpt_tools.errors import UsageError, listed
-from ckpt_tools.storage.addresses import as_path
+from ckpt_tools.storage.naming import as_path
 from ckpt_tools.storage.parts import Folder, StoreFolder, folder_of
 from ckpt_tools.storage.places import DirectoryPlace
 from ckpt_tools.storage.pool import Pool, PooledPath
+from ckpt_tools.storage.regular import content_of
 
 # A checkpoint's directory is at most this many levels below the directory that people name.
 _LEVELS = 3
@@ -200,7 +201,7 @@ def _same(a: Path, b: Path) -> bool:
 
 def _latest(root: Path) -> str | None:
     try:
-        return (root / "latest").read_text(encoding="utf-8").strip()
+        return content_of(root / "latest").decode().strip()
     except (OSError, ValueError):
         return None
 

@@ -56,6 +56,7 @@ class Requests:
         gap_bytes: reading a gap this long between two runs costs less than a second request.
         at_once: the number of requests that one thread makes at a time. If more than 1, a long run is cut
             into requests of ``nbytes``.
+        block_bytes: at least so many bytes of an output are made at a time.
         threads: the number of threads that read, whatever the number of processors; None if they are as many.
     """
 
@@ -63,6 +64,7 @@ class Requests:
     gap_bytes: int = 64 << 10
     at_once: int = 1
     threads: int | None = None
+    block_bytes: int = 0
 
 
 LOCAL = Requests()

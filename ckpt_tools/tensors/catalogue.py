@@ -122,6 +122,9 @@ class Tensor(ABC):
     def load(self) -> torch.Tensor:
         """Read the whole tensor into memory.
 
+        The CRC-32 of torch's record is not checked: a record may hold many tensors, and only whole records
+        have a checksum. Conversions check it.
+
         Returns:
             A new contiguous CPU tensor of this dtype and shape.
 

@@ -15,13 +15,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from ckpt_tools.errors import CkptError, DamagedCheckpoint, UsageError
+from ckpt_tools.errors import CkptError, DamagedCheckpoint, UnsupportedLayout, UsageError
 from ckpt_tools.tensors.catalogue import Catalogue, Shape, Stored, Tensor
 from ckpt_tools.tensors.dtypes import DType
 
 Kind = Literal["parameter", "frozen", "buffer"]
 Copy = Literal["master", "model"]
 
+# Names are split at their dots, and a part may be looked at with all before it. Models have some ten parts.
+_MOST_PARTS = 256
 _NO_NAME = "Save the state dict with the names of model.state_dict()."
 # `Location.format` of a model in training, which has no directory.
 LIVE = "live"
@@ -223,6 +225,13 @@ def _check_name(name: object, path: Path) -> None:
             f"a tensor's name is not text but a value of type {type(name).__name__}",
             path=path,
             hint=_NO_NAME,
+        )
+    if name.count(".") >= _MOST_PARTS:
+        raise UnsupportedLayout(
+            f"a tensor's name has {name.count('.') + 1:,} parts; names of up to {_MOST_PARTS} are read",
+            path=path,
+            tensor=name[:100],
+            hint="Save the model under shorter names: each module within another adds one part.",
         )
     if not name.isascii():
         try:

@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     import torch
 
 _OPEN_FILES = 64
+_ALIGNMENT = 64
 # Two factors of one merged weight, and room for those of a neighbour.
 _KEPT_TENSORS = 6
 
@@ -64,7 +66,7 @@ class Gatherer:
         self._torch = torch
         self._files: OrderedDict[Path, Readable] = OrderedDict()
         self._kept: OrderedDict[int, tuple[Tensor, torch.Tensor]] = OrderedDict()
-        self._scratch: list[bytearray] = []
+        self._scratch = bytearray()
         self._threads: ThreadPoolExecutor | None = None
         self._log = log
         self._open_file = open_for_reading if residence is None else residence.open
@@ -114,10 +116,7 @@ class Gatherer:
 
     def _carry_out(self, requests: Sequence[_Request], buffer: bytearray) -> None:
         """Read what is requested, all at once, and put each run in place, cast on the way."""
-        views = [
-            self._scratch_view(index, request.nbytes) if request.into is None else request.into
-            for index, request in enumerate(requests)
-        ]
+        views = self._views(requests)
         files = [self._open(request.file) for request in requests]
         if len(requests) == 1:
             _read(files[0], requests[0], views[0])
@@ -146,12 +145,20 @@ class Gatherer:
             at = move.offset - request.offset
             log.note(request.file, move.offset, view[at : at + move.nbytes])
 
-    def _scratch_view(self, index: int, nbytes: int) -> memoryview:
-        while len(self._scratch) <= index:
-            self._scratch.append(bytearray())
-        if len(self._scratch[index]) < nbytes:
-            self._scratch[index] = bytearray(max(nbytes, LOCAL.nbytes))
-        return memoryview(self._scratch[index])[:nbytes]
+    def _views(self, requests: Sequence[_Request]) -> list[memoryview]:
+        """Where each request puts its bytes: in its place, or one after the other in the scratch buffer."""
+        stops = list(
+            accumulate(
+                0 if r.into is not None else r.nbytes + -r.nbytes % _ALIGNMENT for r in requests
+            )
+        )
+        if len(self._scratch) < stops[-1]:
+            self._scratch = bytearray(max(stops[-1], LOCAL.nbytes))
+        scratch = memoryview(self._scratch)
+        return [
+            scratch[start:][: request.nbytes] if request.into is None else request.into
+            for request, start in zip(requests, (0, *stops), strict=False)
+        ]
 
     def _compute(self, tensor: Computed, move: Move, part: Slice, buffer: bytearray) -> None:
         for small in _split(move, LOCAL.nbytes):

@@ -61,20 +61,44 @@ def strip_wrappers(names: Collection[str]) -> Stripped:
     return Stripped(new, removed)
 
 
+class _Node:
+    """A segment in the tree of all names. What a name takes is in proportion to its length."""
+
+    __slots__ = ("_parent", "_segment", "children", "is_name")
+
+    def __init__(self, parent: _Node | None = None, segment: str = "") -> None:
+        self._parent, self._segment = parent, segment
+        self.children: dict[str, _Node] = {}
+        self.is_name = False
+
+    def path(self) -> list[str]:
+        """The segments from the root to this one."""
+        if self._parent is None:
+            return []
+        return [*self._parent.path(), self._segment]
+
+
 def _find_wrapper(paths: Collection[list[str]]) -> list[str] | None:
     """The outermost wrapper: a path whose last segment is the only child of its parent."""
-    children: dict[tuple[str, ...], set[str]] = {}
+    tree = _Node()
     for path in paths:
-        for depth in range(len(path)):
-            children.setdefault(tuple(path[:depth]), set()).add(path[depth])
-    leaves = {tuple(path) for path in paths}
-    for parent, names in sorted(children.items(), key=lambda item: len(item[0])):
-        if len(names) != 1:
-            continue
-        (only,) = names
-        is_wrapper = only in _ANYWHERE or (only in _IN_FRONT and not parent)
-        if is_wrapper and (*parent, only) not in leaves:
-            return [*parent, only]
+        node = tree
+        for segment in path:
+            inner = node.children.get(segment)
+            if inner is None:
+                inner = node.children[segment] = _Node(node, segment)
+            node = inner
+        node.is_name = True
+    level = [tree]
+    while level:
+        for parent in level:
+            if len(parent.children) != 1:
+                continue
+            ((only, child),) = parent.children.items()
+            is_wrapper = only in _ANYWHERE or (only in _IN_FRONT and parent is tree)
+            if is_wrapper and not child.is_name:
+                return child.path()
+        level = [child for node in level for child in node.children.values()]
     return None
 
 

@@ -19,7 +19,8 @@ from typing import Protocol, cast
 
 from ckpt_tools.errors import UsageError
 from ckpt_tools.ranks import Ranks
-from ckpt_tools.storage.addresses import as_path, is_address
+from ckpt_tools.storage.addresses import is_address
+from ckpt_tools.storage.naming import as_path
 from ckpt_tools.tensors.checkpoint import Checkpoint
 from ckpt_tools.tensors.threads import pool
 from ckpt_tools.verification.config import read_config
@@ -28,6 +29,7 @@ from ckpt_tools.verification.directory import list_directory
 from ckpt_tools.verification.layout import read_weights
 from ckpt_tools.verification.like import refuse_no_model
 from ckpt_tools.verification.manifest import is_of_weights_alone, read_manifests
+from ckpt_tools.verification.other_readers import READERS
 from ckpt_tools.verification.problem import (
     KINDS,
     Findings,
@@ -37,7 +39,7 @@ from ckpt_tools.verification.problem import (
     Verdict,
     ordered,
 )
-from ckpt_tools.verification.run import Progress, Request, Run
+from ckpt_tools.verification.run import LOAD_SECONDS, Progress, Request, Run
 
 __all__ = ["KINDS", "Findings", "Kind", "Problem", "Progress", "Severity", "Verdict", "verify"]
 
@@ -49,12 +51,15 @@ def verify(
     also: Sequence[str | Path] = (),
     read_data: bool = False,
     load: bool = False,
+    load_seconds: float = LOAD_SECONDS,
+    load_memory: int | None = None,
     base: str | Path | None = None,
     like: str | Path | None = None,
     trust_remote_code: bool = False,
     workers: int | None = None,
     progress: Progress | None = None,
     ranks: Ranks | None = None,
+    readers: Sequence[str] = (),
 ) -> Verdict:
     """Check a finished directory.
 
@@ -65,6 +70,8 @@ def verify(
         read_data: read every byte, and not only the structure.
         load: load the directory with transformers or PEFT, run a forward pass, and generate. This needs
             the memory of the model.
+        load_seconds: when the process that loads is ended.
+        load_memory: bytes of memory of that process; by default some gigabytes and 8 times the weights.
         base: the model that an adapter is for; by default the one that it names, where that is a
             directory.
         like: a directory of the same model, such as its base or the training run's own. Config, tokenizer
@@ -73,13 +80,15 @@ def verify(
         workers: threads that read data; by default one for each processor, up to 16.
         progress: called with bytes done and bytes in all, while data is read.
         ranks: the ranks that make the same call together; they divide the bytes that are read.
+        readers: what else must read the directory: ``transformers-4``, ``vllm``, ``sglang``, ``llama.cpp``,
+            ``peft`` (its oldest supported version).
 
     Returns:
         All problems, what was checked, and what could not be checked.
 
     Raises:
-        UsageError: there is no such directory, ``like`` has no config, or ``also`` names no folders of a
-            checkpoint's path.
+        UsageError: there is no such directory or reader, ``like`` has no config, or ``also`` names no
+            folders of a checkpoint's path.
         CkptError: what to compare it with cannot be read, or another rank failed.
     """
     if also and (against is None or isinstance(against, Checkpoint)):
@@ -95,8 +104,25 @@ def verify(
         )
     if like is not None:
         refuse_no_model(like)
+    if unknown := [name for name in readers if name not in READERS]:
+        raise UsageError(
+            f"no rules for the reader {unknown[0]!r}",
+            hint=f"There are rules for {', '.join(READERS)}.",
+        )
     request = Request(
-        against, also, read_data, load, base, like, trust_remote_code, workers, progress, ranks
+        against=against,
+        also=also,
+        read_data=read_data,
+        load=load,
+        load_seconds=load_seconds,
+        load_memory=load_memory,
+        base=base,
+        like=like,
+        trust_remote_code=trust_remote_code,
+        workers=workers,
+        progress=progress,
+        ranks=ranks,
+        readers=readers,
     )
     if ranks is None:
         return _verdict(as_path(directory), request)

@@ -13,7 +13,8 @@ from typing import Any
 
 from ckpt_tools.errors import CkptError
 from ckpt_tools.readers.containers.weight_files import entry_in, read_weight_files
-from ckpt_tools.storage.addresses import as_path
+from ckpt_tools.storage.naming import as_path
+from ckpt_tools.storage.regular import content_of
 from ckpt_tools.verification.directory import CONFIG
 
 _FILES = ("model.safetensors", "pytorch_model.bin")
@@ -57,7 +58,7 @@ def read_base(path: Path) -> Base | None:
         return None
     try:
         tensors = read_weight_files(entry).tensors
-        config = json.loads((path / CONFIG).read_bytes())
+        config = json.loads(content_of(path / CONFIG))
     except (CkptError, OSError, ValueError, RecursionError):
         return None
     quantized = isinstance(config, dict) and bool(config.get("quantization_config"))

@@ -17,7 +17,7 @@ from ckpt_tools.errors import CkptError, listed
 from ckpt_tools.model.matching import Side, alike, match, side_of
 from ckpt_tools.readers.containers.weight_files import read_weight_files
 from ckpt_tools.readers.opening import open_weights
-from ckpt_tools.storage.addresses import as_path
+from ckpt_tools.storage.naming import as_path
 from ckpt_tools.tensors.catalogue import Catalogue, FlatRange, Fragment, Stored, Tensor
 from ckpt_tools.tensors.checkpoint import Checkpoint
 from ckpt_tools.tensors.derived import cast

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ckpt_tools.errors import listed
 from ckpt_tools.hub.custom_code import hub_repositories
-from ckpt_tools.storage.addresses import as_path
+from ckpt_tools.storage.naming import as_path
 from ckpt_tools.verification.directory import read_object
 from ckpt_tools.verification.problem import Findings
 from ckpt_tools.verification.run import Run

@@ -16,6 +16,7 @@ from typing import Any
 
 from ckpt_tools.errors import UsageError
 from ckpt_tools.storage.reading import is_near
+from ckpt_tools.storage.regular import content_of
 from ckpt_tools.storage.replaced import how_to_restore
 from ckpt_tools.verification.container import Container, Entry, parse_json
 from ckpt_tools.verification.problem import Findings
@@ -158,7 +159,7 @@ def read_object(
 ) -> dict[str, Any] | None:
     """The object in a JSON file; None, and a problem of ``kind``, if there is none."""
     try:
-        value, repeated = parse_json((directory.path / file).read_bytes().decode())
+        value, repeated = parse_json(content_of(directory.path / file).decode())
     except OSError as error:
         findings.add("file-unreadable", f"cannot be read ({error.strerror})", file=file)
         return None

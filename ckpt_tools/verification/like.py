@@ -17,7 +17,7 @@ from ckpt_tools.hub.config import embedding_rows, text_value
 from ckpt_tools.hub.files import read_object
 from ckpt_tools.hub.reference.process import ask_any
 from ckpt_tools.hub.tokenizer import Tokenizer
-from ckpt_tools.storage.addresses import as_path
+from ckpt_tools.storage.naming import as_path
 from ckpt_tools.verification.directory import CONFIG, Directory
 from ckpt_tools.verification.like_tokenizer import compare_tokenizers
 from ckpt_tools.verification.problem import Findings, Severity

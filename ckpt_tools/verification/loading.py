@@ -12,19 +12,24 @@ import re
 import signal
 import subprocess
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ckpt_tools.hub.adapter_config import NAME as ADAPTER_CONFIG
 from ckpt_tools.hub.reference.process import INSTALLED_BY, failure_of, is_installed, run_child
-from ckpt_tools.storage.addresses import as_path
+from ckpt_tools.storage.naming import as_path
+from ckpt_tools.storage.regular import content_of
 from ckpt_tools.verification.adapter_base import find_base
 from ckpt_tools.verification.container import Entry
 from ckpt_tools.verification.directory import CONFIG, Directory
 from ckpt_tools.verification.problem import Findings
-from ckpt_tools.verification.run import Run
+from ckpt_tools.verification.run import LOAD_SECONDS, Run
 
 ORDER = 70
+# Loading may hold the weights in fp32 beside what it reads; generation takes little.
+_LEAST_MEMORY, _MEMORY_A_BYTE = 16 << 30, 8
+_WEIGHTS = (".safetensors", ".bin")
 _STEPS = {
     "load": ("load-failed", "loading"),
     "forward": ("forward-failed", "a forward pass"),
@@ -32,14 +37,40 @@ _STEPS = {
 }
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What loading may take.
+
+    Attributes:
+        seconds: time, and processor time of each thread.
+        memory: bytes; None for some gigabytes and a multiple of the weights.
+    """
+
+    seconds: float = LOAD_SECONDS
+    memory: int | None = None
+
+    def memory_for(self, *directories: Path | None) -> int:
+        """The bytes of memory for the models of some directories."""
+        if self.memory is not None:
+            return self.memory
+        files = [file for each in directories if each is not None for file in each.iterdir()]
+        sizes = [
+            file.stat().st_size for file in files if file.suffix in _WEIGHTS and file.is_file()
+        ]
+        return _LEAST_MEMORY + _MEMORY_A_BYTE * sum(sizes)
+
+
 def check(run: Run) -> None:
     """Load the directory, if that was asked for."""
     base = run.request.base
     if run.request.load:
-        check_loading(run.directory, run.findings, None if base is None else as_path(base))
+        limits = Limits(run.request.load_seconds, run.request.load_memory)
+        check_loading(run.directory, run.findings, None if base is None else as_path(base), limits)
 
 
-def check_loading(directory: Directory, findings: Findings, base: Path | None = None) -> None:
+def check_loading(
+    directory: Directory, findings: Findings, base: Path | None = None, limits: Limits | None = None
+) -> None:
     """Load the model or the adapters, run a forward pass on a few tokens, and generate a few.
 
     It needs the memory of the model and runs on the CPU.
@@ -48,16 +79,18 @@ def check_loading(directory: Directory, findings: Findings, base: Path | None = 
         directory: the directory, its weights and configs read.
         findings: takes the problems.
         base: the base model of the adapters. If None, the name in ``adapter_config.json`` is used.
+        limits: what it may take.
     """
+    limits = limits or Limits()
     if directory.tensors or directory.config is not None:
-        _load_model(directory, findings)
+        _load_model(directory, findings, limits)
     for folder, tensors in directory.adapters.items():
-        _load_adapter(directory, folder, tensors, base, findings)
+        _load_adapter(directory, folder, tensors, base, findings, limits)
     if not (directory.tensors or directory.config is not None or directory.adapters):
         findings.skipped.append("loading (the directory holds no model or adapter)")
 
 
-def _load_model(directory: Directory, findings: Findings) -> None:
+def _load_model(directory: Directory, findings: Findings, limits: Limits) -> None:
     config = directory.config
     if config is None:
         findings.skipped.append("loading (there is no readable config)")
@@ -68,7 +101,8 @@ def _load_model(directory: Directory, findings: Findings) -> None:
         "trust_remote_code": directory.trust_remote_code,
     }
     custom = "auto_map" in config and not directory.trust_remote_code
-    _judge(question, "transformers", CONFIG, custom, findings)
+    memory = limits.memory_for(directory.path)
+    _judge(question, "transformers", CONFIG, custom, findings, replace(limits, memory=memory))
 
 
 def _load_adapter(
@@ -77,6 +111,7 @@ def _load_adapter(
     tensors: Mapping[str, Entry],
     base: Path | None,
     findings: Findings,
+    limits: Limits,
 ) -> None:
     if not is_installed("peft"):
         install = f'pip install "{INSTALLED_BY["peft"]}"'
@@ -85,7 +120,7 @@ def _load_adapter(
     path = directory.path / folder
     file = f"{folder}/{ADAPTER_CONFIG}".lstrip("/")
     try:
-        named = json.loads((path / ADAPTER_CONFIG).read_bytes()).get("base_model_name_or_path")
+        named = json.loads(content_of(path / ADAPTER_CONFIG)).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError):
         findings.skipped.append(f"loading ({file} cannot be read)")
         return
@@ -104,7 +139,8 @@ def _load_adapter(
         ),
         "labels": _rows(tensors, r"(^|\.)(score|classifier)\.weight$"),
     }
-    _judge(question, "peft", file, False, findings)
+    memory = limits.memory_for(path, found)
+    _judge(question, "peft", file, False, findings, replace(limits, memory=memory))
 
 
 def _rows(tensors: Mapping[str, Entry], pattern: str) -> int | None:
@@ -114,16 +150,27 @@ def _rows(tensors: Mapping[str, Entry], pattern: str) -> int | None:
 
 
 def _judge(
-    question: Mapping[str, Any], library: str, file: str, is_custom: bool, findings: Findings
+    question: Mapping[str, Any],
+    library: str,
+    file: str,
+    is_custom: bool,
+    findings: Findings,
+    limits: Limits,
 ) -> None:
     """Ask the child, and judge each step."""
     try:
         child = run_child(
             "ckpt_tools.verification.loading_child",
             json.dumps(question),
-            timeout=None,
+            timeout=limits.seconds,
             threads=os.cpu_count() or 1,
+            memory=limits.memory_for(),
         )
+    except subprocess.TimeoutExpired:
+        findings.skipped.append(
+            f"loading (it did not end within {limits.seconds:.0f} seconds; --load-seconds allows more)"
+        )
+        return
     except OSError as error:
         findings.skipped.append(f"loading (no process can be started: {error})")
         return

@@ -14,6 +14,7 @@ from typing import Any
 import xxhash
 
 from ckpt_tools.errors import listed
+from ckpt_tools.storage.regular import content_of
 from ckpt_tools.verification.directory import CONFIG, MANIFEST, SHA256SUMS, Directory, Manifest
 from ckpt_tools.verification.problem import Findings
 from ckpt_tools.verification.run import Run
@@ -53,7 +54,7 @@ def read_manifests(directory: Directory, findings: Findings) -> list[Manifest]:
 
 def _read(directory: Directory, file: str, findings: Findings) -> Manifest | None:
     try:
-        content = (directory.path / file).read_bytes()
+        content = content_of(directory.path / file)
     except OSError as error:
         findings.add("file-unreadable", f"cannot be read ({error.strerror})", file=file)
         return None
@@ -184,7 +185,7 @@ def read_sums(directory: Directory, findings: Findings) -> list[tuple[str, str]]
 
 def _lines(directory: Directory, file: str, findings: Findings) -> Iterator[tuple[str, str]]:
     try:
-        text = (directory.path / file).read_bytes().decode()
+        text = content_of(directory.path / file).decode()
     except OSError as error:
         findings.add("file-unreadable", f"cannot be read ({error.strerror})", file=file)
         return

@@ -15,7 +15,9 @@ from typing import Any
 from ckpt_tools import readers
 from ckpt_tools.errors import CkptError, DamagedCheckpoint
 from ckpt_tools.readers.opening import open_weights
-from ckpt_tools.storage.addresses import as_path, is_address
+from ckpt_tools.storage.addresses import is_address
+from ckpt_tools.storage.naming import as_path
+from ckpt_tools.storage.regular import content_of
 from ckpt_tools.tensors.catalogue import Tensor
 from ckpt_tools.tensors.checkpoint import Checkpoint, Copy
 from ckpt_tools.tensors.derived import cast
@@ -50,7 +52,7 @@ class Record:
 def read_record(path: Path) -> Record | None:
     """The record in a manifest; None if the manifest is missing or has no record."""
     try:
-        data = json.loads(path.read_bytes())
+        data = json.loads(content_of(path))
         sources = tuple(dict(source) for source in data["sources"])
         weights: Copy = "model" if data["options"].get("weights") == "model" else "master"
         recipes = {name: entry.get("from", name) for name, entry in data["tensors"].items()}

@@ -24,6 +24,8 @@ from ckpt_tools.tensors.checkpoint import Checkpoint
 from ckpt_tools.verification.directory import Directory, Manifest
 from ckpt_tools.verification.problem import Findings
 
+# How long the process may take that loads a model.
+LOAD_SECONDS = 3600.0
 # Called with bytes done and bytes in all.
 Progress = Callable[[int, int], None]
 
@@ -36,12 +38,15 @@ class Request:
     also: Sequence[str | Path] = ()
     read_data: bool = False
     load: bool = False
+    load_seconds: float = LOAD_SECONDS
+    load_memory: int | None = None
     base: str | Path | None = None
     like: str | Path | None = None
     trust_remote_code: bool = False
     workers: int | None = None
     progress: Progress | None = None
     ranks: Ranks | None = None
+    readers: Sequence[str] = ()
 
 
 @dataclass

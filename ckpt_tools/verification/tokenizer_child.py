@@ -10,23 +10,15 @@ from __future__ import annotations
 
 import json
 import os
-import resource
-import select
-import signal
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from ckpt_tools.hub.reference.process import question_and_answers
+from ckpt_tools.hub.rendering import in_time
 
 _ABSENT = ("torch", "accelerate", "peft", "deepspeed", "sklearn", "tensorflow", "flax")
-_TEMPLATE_SECONDS = 20
-# Address space that the process of a template may add, and the longest text that is looked at.
-_TEMPLATE_BYTES, _TEMPLATE_TEXT = 1 << 30, 1 << 22
-
 # Words that no template changes, and that are not tokens of any tokenizer.
 _ASKED, _ANSWERED = "Sentinelquestion", "Sentinelanswer"
 
@@ -170,7 +162,7 @@ def _asked_both_ways(tokenizer: Any, template: str, *words: str) -> dict[str, An
                 {"role": r, "content": [{"type": "text", "text": w}] if in_parts else w}
                 for r, w in said
             ]
-            answer = _in_time(
+            answer = in_time(
                 partial(tokenizer.apply_chat_template, chat, chat_template=template, tokenize=False)
             )
             if answer.get("certain"):
@@ -182,78 +174,6 @@ def _asked_both_ways(tokenizer: Any, template: str, *words: str) -> dict[str, An
             if all(word in text for word in words):
                 return {"text": text}
     return {"text": text} if text or not failure else failure
-
-
-def _in_time(render: Callable[[], object]) -> dict[str, Any]:
-    """What ``render`` returns, as ``text``, or its ``failure``.
-
-    A template can compute in one step of the interpreter, which no signal handler ends. So a process of its
-    own renders it, and is killed.
-    """
-    reader, writer = os.pipe()
-    process = os.fork()
-    if process == 0:
-        _limit_memory(_TEMPLATE_BYTES)
-        resource.setrlimit(resource.RLIMIT_CPU, (_TEMPLATE_SECONDS, _TEMPLATE_SECONDS))
-        with os.fdopen(writer, "wb") as answers:
-            answers.write(json.dumps(_attempt(render)).encode())
-        os.kill(os.getpid(), signal.SIGKILL)  # nothing of the parent's is to run at its exit
-    os.close(writer)
-    try:
-        written = _read_until(reader, time.monotonic() + _TEMPLATE_SECONDS)
-    finally:
-        os.close(reader)
-        os.kill(process, signal.SIGKILL)
-        os.waitpid(process, 0)
-    if written is None:
-        reason = f"it was not rendered within {_TEMPLATE_SECONDS} seconds"
-        return {"failure": reason, "certain": True}
-    if not written:
-        return {"failure": "rendering it ends the process", "certain": True}
-    answer: dict[str, Any] = json.loads(written)
-    if "missing" in answer:
-        raise ImportError(answer["missing"])
-    return answer
-
-
-def _limit_memory(more: int) -> None:
-    """Let this process take ``more`` bytes beyond what it has; it shares what its parent has imported."""
-    # The sixth number is pages of data and stack: see proc_pid_statm(5).
-    pages = int(Path("/proc/self/statm").read_text().split()[5])
-    most = pages * resource.getpagesize() + more
-    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-    if hard == resource.RLIM_INFINITY or most < hard:
-        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
-
-
-def _attempt(render: Callable[[], object]) -> dict[str, Any]:
-    import jinja2
-
-    try:
-        text = str(render())
-    except jinja2.TemplateSyntaxError as error:
-        return {"failure": f"{error.message} (line {error.lineno})", "certain": True}
-    except ImportError as error:  # of a recent Jinja
-        return {"missing": str(error)}
-    except MemoryError:
-        return {"failure": "it takes more than a gigabyte of memory", "certain": True}
-    except Exception as error:
-        refuses = type(error) is jinja2.TemplateError
-        return {"failure": str(error), "certain": False, "refuses": refuses}
-    if len(text) > _TEMPLATE_TEXT:
-        return {"failure": "it makes megabytes of a short conversation", "certain": True}
-    return {"text": text}
-
-
-def _read_until(reader: int, end: float) -> bytes | None:
-    """All bytes of a pipe; None if its writer does not end in time."""
-    parts: list[bytes] = []
-    while select.select([reader], [], [], max(end - time.monotonic(), 0))[0]:
-        part = os.read(reader, 1 << 16)
-        if not part:
-            return b"".join(parts)
-        parts.append(part)
-    return None
 
 
 def _first_special(tokenizer: Any, text: str) -> dict[str, Any] | None:

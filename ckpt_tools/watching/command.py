@@ -9,6 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 _STDERR = 2
+# A signal that comes while the process is made finds nobody to end it: it begins when it is told to, and ends
+# when the pipe is closed before that.
+_WHEN_TOLD = 'read -r _ && exec /bin/sh -c "$1" < /dev/null'
 # A command that is to end gets so long to do so.
 _END_SECONDS = 10.0
 
@@ -32,13 +35,16 @@ def run_command(command: str, variables: Mapping[str, str]) -> int:
         Its exit status; of one that a signal ended, 128 and the number of the signal.
     """
     process = subprocess.Popen(
-        ["/bin/sh", "-c", command],
-        stdin=subprocess.DEVNULL,
+        ["/bin/sh", "-c", _WHEN_TOLD, "sh", command],
+        stdin=subprocess.PIPE,
         stdout=_STDERR,
         env={**os.environ, **variables},
         start_new_session=True,
     )
     try:
+        assert process.stdin is not None
+        process.stdin.write(b"\n")
+        process.stdin.close()
         status = process.wait()
     except BaseException:
         _end(process)

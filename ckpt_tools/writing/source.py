@@ -18,6 +18,7 @@ from ckpt_tools.readers.containers.records import Record, Records
 from ckpt_tools.storage.folders import local_paths
 from ckpt_tools.tensors.catalogue import Computed, Tensor
 from ckpt_tools.tensors.checksums import ReadLog, joined
+from ckpt_tools.tensors.threads import read_each
 
 # So much of a record, or this share of it, is read for its checksum alone.
 _REST_BYTES = 1 << 20
@@ -92,25 +93,31 @@ def check_sources(
     total = Checked()
     equal: list[Equal] = []
     seen: dict[tuple[Path, tuple[tuple[int, int, int], ...]], Path] = {}
-    for file in dict.fromkeys((*log.files, *again)):
+    files = list(dict.fromkeys((*log.files, *again)))
+
+    def check(file: Path) -> tuple[Checked, list[Record], tuple[tuple[int, int, int], ...]]:
         with Records(file, hint) as records:
             found, held = _check_file(records, list(log.runs(file)), again.get(file, ()))
-            total += found
-            if not held:
-                continue
-            other = seen.setdefault((file.parent, records.signature), file)
-            if other is not file and not _is_constant(records, held):
-                nbytes = sum(record.stop - record.start for record in held)
-                equal.append(Equal(file, other, nbytes))
+            return found, held, records.signature if held else ()
+
+    for file, (found, held, signature) in zip(files, read_each(check, files), strict=True):
+        total += found
+        if not held:
+            continue
+        other = seen.setdefault((file.parent, signature), file)
+        if other is not file and not _is_constant(file, hint, held):
+            nbytes = sum(record.stop - record.start for record in held)
+            equal.append(Equal(file, other, nbytes))
     return total, equal
 
 
-def _is_constant(records: Records, held: Sequence[Record]) -> bool:
+def _is_constant(file: Path, hint: str, held: Sequence[Record]) -> bool:
     """Whether the records may be equal by nature: one number, or one value over and over."""
-    for record in held:
-        data = records.read(record.start, min(record.stop, record.start + _SAMPLE_BYTES))
-        if data[8:] != data[:-8]:
-            return False
+    with Records(file, hint) as records:
+        for record in held:
+            data = records.read(record.start, min(record.stop, record.start + _SAMPLE_BYTES))
+            if data[8:] != data[:-8]:
+                return False
     return True
 
 

@@ -150,13 +150,10 @@ class Units:
         return max(self.plan.block_bytes // self.nbytes, 1) * self.nbytes
 
     def block_bytes_for(self, requests: Requests) -> int:
-        """Bytes of the largest block, of sources that are read by such requests.
-
-        A block keeps all requests of a thread under way, of sources with elements of twice the size.
-        """
-        if requests.at_once == 1:
+        """Bytes of the largest block, of sources that are read by such requests."""
+        if not requests.block_bytes:
             return self.block_bytes
-        wanted = max(requests.nbytes * requests.at_once // 2, self.block_bytes)
+        wanted = max(requests.block_bytes, self.block_bytes)
         return min(wanted, -(-self.plan.tensor_bytes // self.nbytes) * self.nbytes) or self.nbytes
 
     def _slices(self, index: int, start: int, stop: int) -> tuple[Slice, ...]:

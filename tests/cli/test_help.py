@@ -102,7 +102,7 @@ def test_an_option_of_consolidate_is_documented(option: str) -> None:
 def test_help_lists_the_exit_statuses_of_the_page() -> None:
     shown = re.findall(r"^ +(\d)  \S", run("--help").stdout, re.MULTILINE)
 
-    assert shown == re.findall(r"^\| (\d) \|", STATUSES_PAGE, re.MULTILINE) == list("012345678")
+    assert shown == re.findall(r"^\| (\d) \|", STATUSES_PAGE, re.MULTILINE) == list("0123456789")
 
 
 @pytest.mark.parametrize("flag", ["-h", "--help"])

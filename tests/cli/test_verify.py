@@ -548,6 +548,8 @@ def test_options_reach_the_library(three: dict[str, Answer]) -> None:
         "also": (Path("node1"),),
         "read_data": True,
         "load": True,
+        "load_seconds": 3600.0,
+        "load_memory": None,
         "base": Path("base"),
         "like": Path("like"),
         "trust_remote_code": True,

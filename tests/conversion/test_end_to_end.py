@@ -234,6 +234,9 @@ def saved_by_transformers(case: Case, state: State, directory: Path, **options: 
     """What ``save_pretrained`` writes of the live model: a model of the config with the live weights."""
     model = of_config(case.hf)
     model.to(next(tensor.dtype for tensor in state.values() if tensor.is_floating_point()))
+    if not state.keys() <= model.state_dict().keys():
+        # Of another framework's own converter, under names of the hub: transformers loads them.
+        state = live_model(case.hf, state).state_dict()
     model.load_state_dict(state, strict=True)
     model.save_pretrained(directory, **options)
     return directory

@@ -23,6 +23,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults")
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--faults", type=int, default=100)
+    parser.add_argument("--ranks", type=int, default=50, help="ranks of torchrun to kill or stop")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     compiler = shutil.which("cc")
@@ -34,7 +35,7 @@ def main() -> int:
         words = ["-O1", "-shared", "-fPIC", "-o", str(library), str(SHIM), "-ldl"]
         subprocess.run([compiler, *words], check=True)
         environment = {**os.environ, "LD_PRELOAD": str(library), "HF_HUB_OFFLINE": "1"}
-        counts = [str(asked.kills), str(asked.faults), str(asked.seed)]
+        counts = map(str, [asked.kills, asked.faults, asked.ranks, asked.seed])
         run = [sys.executable, "-m", "tests.faults.cases", scratch, *counts]
         return subprocess.run(run, env=environment, check=False).returncode
 

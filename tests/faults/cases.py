@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.faults.functions import FUNCTIONS, called
+
 FIXTURES = Path(__file__).resolve().parents[2] / "fixtures"
 _KINDS = [
     *("none", "count", "short-read", "short-write", "interrupt", "read-error", "write-error"),
@@ -38,7 +40,8 @@ _OF_OUTPUT = {
     )
 }
 _HARMLESS = {"short-read", "short-write", "interrupt"}
-_SECONDS = 60
+# Other work on the machine may take most of it.
+_SECONDS = 300
 # Statuses of a run that was disturbed: damaged input, output that cannot be written.
 _STATUSES = {4, 6}
 
@@ -101,8 +104,7 @@ def run(words: list[str], log: Path, before: Callable[[], None] | None = None) -
 
         if before is not None:
             before()
-        main(words)
-        status = 0
+        status = called(words) if words[0] in FUNCTIONS else main(words) or 0
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(bool(end.code))
     finally:
@@ -143,6 +145,7 @@ class Cases:
             "zero2": FIXTURES / "zero" / "zero2-bf16-llama-3ranks" / "checkpoint",
             "zero3": FIXTURES / "zero" / "zero3-bf16-olmo2-chat-2ranks" / "checkpoint",
             "lora": FIXTURES / "zero" / "zero3-bf16-olmo2-lora-2ranks",
+            "fsdp": FIXTURES / "accelerate" / "fsdp2-sharded-3ranks" / "checkpoint",
             "composite": FIXTURES / "composite" / "zero3-policy-value" / "checkpoint",
         }
         for name, path in inputs.items():
@@ -155,6 +158,8 @@ class Cases:
             "consolidate --verify": ("zero2", ["consolidate", "IN", "OUT", *plain, "--verify"]),
             "extract-attr": ("composite", ["extract-attr", "policy", "IN", "OUT", *plain]),
             "average": ("zero2", ["average", "IN", "IN", "OUT", *plain]),
+            "merge_fsdp_weights": ("fsdp", ["merge_fsdp_weights", "IN", "OUT"]),
+            "training.save": ("zero2", ["training.save", "IN", "OUT"]),
             "extract-lora": (
                 "lora",
                 [
@@ -183,15 +188,18 @@ class Cases:
             place = self.scratch / "input" / source
             yield Job([str(place) if word == "IN" else word for word in words], place, name)
 
-    def _out(self) -> Path:
+    def out(self) -> Path:
+        """Where a job writes."""
         return self.scratch / "work" / "out"
 
-    def _words(self, job: Job, *more: str) -> list[str]:
-        return [*(str(self._out()) if word == "OUT" else word for word in job.words), *more]
+    def words(self, job: Job, *more: str) -> list[str]:
+        """The command of a job, with more options."""
+        words = [str(self.out()) if word == "OUT" else word for word in job.words]
+        return words if words[0] in FUNCTIONS else [*words, *more]
 
     def _measure(self, job: Job) -> None:
         """The output of an undisturbed run, and how many calls it makes."""
-        for attribute, place in (("reads", job.source), ("writes", self._out().parent)):
+        for attribute, place in (("reads", job.source), ("writes", self.out().parent)):
             reader, writer = os.pipe()
 
             def armed(place: Path = place, writer: int = writer) -> None:
@@ -204,25 +212,27 @@ class Cases:
 
                 os._exit = told  # type: ignore[assignment]
 
-            self._clear()
+            self.clear()
             started = time.monotonic()
-            status = wait_for(run(self._words(job), self.log, armed))
+            status = wait_for(run(self.words(job), self.log, armed))
             job.seconds = time.monotonic() - started
             os.close(writer)
             with os.fdopen(reader) as stream:
                 setattr(job, attribute, int(stream.read() or 0))
             if status != 0:
                 raise SystemExit(f"{job.name} fails undisturbed:\n{self.log.read_text()}")
-        job.expected = tree(self._out())
+        job.expected = tree(self.out())
 
-    def _clear(self) -> None:
-        work = self._out().parent
+    def clear(self) -> Path:
+        """Make the place of the output empty."""
+        work = self.out().parent
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
+        return self.out()
 
     def _judge(self, job: Job, kind: str, status: int | None, allowed: set[int]) -> None:
         """Note what came of a run, then run it again and compare."""
-        out, text = self._out(), self.log.read_text(errors="replace")
+        out, text = self.out(), self.log.read_text(errors="replace")
         wrong = []
         if status is None:
             wrong.append(f"it took more than {_SECONDS} seconds")
@@ -237,7 +247,7 @@ class Cases:
             wrong.append("it ended with status 0 and has no output")
         if not out.exists():
             partials = [*out.parent.glob("*.partial-*")]
-            again = wait_for(run(self._words(job, *(["--resume"] if partials else [])), self.log))
+            again = wait_for(run(self.words(job, *(["--resume"] if partials else [])), self.log))
             if again != 0:
                 wrong.append(f"the next run ended with status {again}: {self.log.read_text()}")
             elif tree(out) != job.expected:
@@ -266,18 +276,18 @@ class Cases:
     def kill(self, number: int) -> None:
         """Kill a run at a moment that is spread over its whole time."""
         job = self.jobs[number % len(self.jobs)]
-        overwrite = number % 3 == 2
-        self._clear()
+        overwrite = number % 3 == 2 and job.words[0] not in FUNCTIONS
+        self.clear()
         if overwrite:
-            self._out().mkdir()
-            (self._out() / "old").write_text("old")
+            self.out().mkdir()
+            (self.out() / "old").write_text("old")
         with self._input_kept(job, spoiled=False):
-            child = run(self._words(job, *(["--overwrite"] if overwrite else [])), self.log)
+            child = run(self.words(job, *(["--overwrite"] if overwrite else [])), self.log)
             time.sleep(self.random.random() * job.seconds * 1.1)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)
             status = wait_for(child)
-            out = self._out()
+            out = self.out()
             if overwrite and (out / "old").exists():
                 if sorted(path.name for path in out.iterdir()) != ["old"]:
                     self.failures.append(f"{job.name}: the old output was changed")
@@ -290,7 +300,7 @@ class Cases:
         kinds += ["file-size", "two-runs", "other-disk"]
         kind = kinds[number % len(kinds)]
         job = self.jobs[(number // len(kinds) + number) % len(self.jobs)]
-        self._clear()
+        self.clear()
         if kind == "two-runs":
             return self._two_runs(job)
         if kind == "other-disk":
@@ -301,10 +311,10 @@ class Cases:
                 limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))  # noqa: E731
                 # The limit is also that of a log.
                 self.log.write_text("")
-                status = wait_for(run(self._words(job), Path(os.devnull), limit))
+                status = wait_for(run(self.words(job), Path(os.devnull), limit))
                 self._judge(job, kind, status, {0, 6})
             return None
-        place = job.source if kind in _OF_INPUT or kind == "short-read" else self._out().parent
+        place = job.source if kind in _OF_INPUT or kind == "short-read" else self.out().parent
         if kind == "interrupt" and number % 2:
             place = job.source
         calls = job.reads if place == job.source else job.writes
@@ -316,7 +326,7 @@ class Cases:
         allowed = {0} if kind in _HARMLESS else {0, 4} if kind in _OF_INPUT else {0, 6}
         with self._input_kept(job, spoiled=kind in ("vanish", "truncate", "change")):
             armed = lambda: self.shim.arm(kind, place, first, times)  # noqa: E731
-            status = wait_for(run(self._words(job), self.log, armed))
+            status = wait_for(run(self.words(job), self.log, armed))
             if kind in ("vanish", "truncate", "change") and status == 0:
                 # It was read before; what was written is compared with the input as it was.
                 self._judge(job, kind, status, allowed)
@@ -336,14 +346,14 @@ class Cases:
             or "Traceback" in text
             or "unforeseen" in text
         )
-        if wrong or (self._out().exists() and any(self._out().iterdir())):
+        if wrong or (self.out().exists() and any(self.out().iterdir())):
             self.failures.append(f"{job.name}, {kind}: status {status}\n{text}")
         self.outcomes[kind, "as before"] += 1
 
     def _two_runs(self, job: Job) -> None:
         """One publishes; the other publishes the same first, or is refused."""
         logs = [self.log, self.log.with_name("log2")]
-        children = [run(self._words(job), log) for log in logs]
+        children = [run(self.words(job), log) for log in logs]
         statuses = [wait_for(child) for child in children]
         if 0 not in statuses or not {*statuses} <= {0, 2}:
             self.failures.append(
@@ -356,32 +366,37 @@ class Cases:
         other = Path("/dev/shm") / f"ckpt-tools-faults-{os.getpid()}"
         other.mkdir()
         try:
-            work = self._out().parent
+            work = self.out().parent
             shutil.rmtree(work)
             work.symlink_to(other)
-            self._judge(job, "other-disk", wait_for(run(self._words(job), self.log)), {0})
+            self._judge(job, "other-disk", wait_for(run(self.words(job), self.log)), {0})
         finally:
             work.unlink()
             shutil.rmtree(other)
 
 
 def main() -> int:
-    """Run the cases; arguments: scratch directory, number of kills, number of faults, seed."""
-    scratch, kills, faults, seed = Path(sys.argv[1]), *map(int, sys.argv[2:5])
+    """Run the cases; arguments: scratch directory, numbers of kills, faults and ranks, seed."""
+    scratch, kills, faults, ranks, seed = Path(sys.argv[1]), *map(int, sys.argv[2:6])
     # Everything that a run imports, before the forks.
     import torch  # noqa: F401
 
     import ckpt_tools.conversion.api
     import ckpt_tools.verification  # noqa: F401
+    from tests.faults.ranks import RankCases
 
     cases = Cases(scratch, seed)
     for number in range(kills):
         cases.kill(number)
     for number in range(faults):
         cases.fault(number)
+    together = RankCases(cases)
+    for number in range(ranks):
+        together.disturb(number)
     for (kind, outcome), count in sorted(cases.outcomes.items()):
         print(f"{kind}: {count} {outcome}")
-    print(f"{kills} kills, {faults} faults, {len(cases.failures)} failures")
+    failures = len(cases.failures)
+    print(f"{kills} kills, {faults} faults, {ranks} ranks, {failures} failures")
     for failure in cases.failures:
         print(f"--- {failure}")
     return 1 if cases.failures else 0

@@ -20,10 +20,8 @@ def test_a_child_that_waits_is_killed_with_what_it_started() -> None:
 
 
 @pytest.mark.slow
-def test_a_child_that_takes_memory_is_refused_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "_MEMORY", 1 << 28)
-
-    done = process.run_child(CHILD, "take", timeout=60)
+def test_a_child_that_takes_memory_is_refused_it() -> None:
+    done = process.run_child(CHILD, "take", timeout=60, memory=1 << 28)
 
     assert done.returncode == 1
     assert process.failure_of(done) == "MemoryError"

@@ -43,10 +43,10 @@ def warm_children() -> Iterator[None]:
     lock = threading.Lock()
 
     def run_child(
-        module: str, question: str, *, timeout: float | None, threads: int = 1
+        module: str, question: str, *, timeout: float, threads: int = 1, memory: int = 6 << 30
     ) -> subprocess.CompletedProcess[str]:
         if module not in _IMPORTED:
-            return cold_child(module, question, timeout=timeout, threads=threads)
+            return cold_child(module, question, timeout=timeout, threads=threads, memory=memory)
         with lock, tempfile.TemporaryDirectory() as made:
             server = started.get(module) or started.setdefault(module, _start(module))
             files = {name: Path(made, name) for name in _STREAMS}

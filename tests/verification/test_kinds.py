@@ -35,6 +35,7 @@ ELSEWHERE = {
     "like",
     "like_tokenizer",
     "loading",
+    "other_readers",
     "text",
     "tokenizer",
 }

@@ -226,6 +226,17 @@ class TestModels:
         kinds = [problem.kind for problem in problems(path)]
         assert kinds == ["generation-failed"]
 
+    def test_it_ends_at_its_limits(self, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def run_child(*_: Any, timeout: float, memory: int, **__: Any) -> None:
+            assert memory == 16 * 2**30 + 8 * (llama / "model.safetensors").stat().st_size
+            raise subprocess.TimeoutExpired([], timeout)
+
+        monkeypatch.setattr(loading, "run_child", run_child)
+        (skipped,) = look_at(llama).skipped
+        assert skipped == (
+            "loading (it did not end within 3600 seconds; --load-seconds allows more)"
+        )
+
     def test_a_config_of_another_model(self, llama: Path) -> None:
         change(llama / "config.json", num_hidden_layers=3)
         found = problems(llama)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from ckpt_tools.hub import rendering
 from ckpt_tools.verification import generation, text, tokenizer, tokenizer_child
 from ckpt_tools.verification.container import read_container
 from ckpt_tools.verification.directory import list_directory
@@ -545,7 +546,7 @@ class TestTemplates:
     def test_a_template_that_never_ends_is_given_up(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(tokenizer_child, "_TEMPLATE_SECONDS", 1)
+        monkeypatch.setattr(rendering, "SECONDS", 1)
         path = make(tmp_path / "out")
         loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
         (path / "chat_template.jinja").write_text(loops)
@@ -563,7 +564,7 @@ class TestTemplates:
     def test_a_template_that_no_signal_handler_ends_is_given_up(
         self, template: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(tokenizer_child, "_TEMPLATE_SECONDS", 1 if "seconds" in reason else 60)
+        monkeypatch.setattr(rendering, "SECONDS", 1 if "seconds" in reason else 60)
         path = make(tmp_path / "out")
         (path / "chat_template.jinja").write_text(template)
         assert reason in the_problem(path).detail

@@ -420,10 +420,13 @@ def test_what_training_resumes_from_stays(run: Run, tmp_path: Path) -> None:
     run.watch(prune=True).once()
     assert run.told("pruned") == []
 
+    (run.path / "last").unlink()
+    (run.path / "latest").write_text("step-4")
     state["best_model_checkpoint"] = "/there/step-6"
     (run.path / "step-6" / "trainer_state.json").write_text(json.dumps(state))
     run.watch(prune=True).once()
     assert run.told("pruned") == ["step-2"]
+    assert (run.path / "step-4").is_dir()
 
 
 # -- the function and the command ---------------------------------------------------------------------------

@@ -53,6 +53,22 @@ SUMMARY = "Everything that is wrong with a finished directory."
     help="Load it with transformers or PEFT, call it, generate. Takes the model's memory.",
 )
 @options.option(
+    "--load-seconds",
+    group=options.CHECK,
+    type=click.FloatRange(min=1),
+    default=3600,
+    show_default=True,
+    metavar="SECONDS",
+    help="With --load: when the process that loads is ended.",
+)
+@options.option(
+    "--load-memory",
+    group=options.CHECK,
+    type=click.IntRange(min=1),
+    metavar="GB",
+    help="With --load: the memory of the process that loads. Default: 17 GB and 8 times the weights.",
+)
+@options.option(
     "--base",
     group=options.CHECK,
     type=options.PATH,
@@ -66,6 +82,14 @@ SUMMARY = "Everything that is wrong with a finished directory."
     metavar="MODEL",
     help="Compare config, tokenizer, chat template and generation config with those of MODEL: the base, or "
     "the directory that the training run loaded.",
+)
+@options.option(
+    "--for",
+    "readers",
+    group=options.CHECK,
+    type=click.Choice(["transformers-4", "vllm", "sglang", "llama.cpp", "peft"]),
+    multiple=True,
+    help="What this reader will not take; repeatable. docs/verify.md lists the rules and versions.",
 )
 @options.option("--strict", group=options.CHECK, is_flag=True, help="Warnings fail too.")
 @options.option(
@@ -109,6 +133,7 @@ def command(
     quiet: bool,
     timeout: float,
     as_json: bool,
+    load_memory: int | None,
     **asked: Any,
 ) -> None:
     """Show everything that is wrong with the finished directories DIR...
@@ -135,6 +160,7 @@ def command(
         raise click.UsageError(f"--json does not fit --format {form}")
     form = "json" if as_json else form
     written = _format_of(output, form)
+    asked["load_memory"] = None if load_memory is None else load_memory * 10**9
     reads = asked["read_data"] or asked["against"] is not None
     ranks = joined_ranks(timeout)
     leads = ranks is None or ranks.leads

@@ -41,16 +41,17 @@ _QUIET = {
 
 
 def run_child(
-    module: str, question: str, *, timeout: float | None, threads: int = 1
+    module: str, question: str, *, timeout: float, threads: int = 1, memory: int = _MEMORY
 ) -> subprocess.CompletedProcess[str]:
     """Run ``python -m module`` with a question on standard input, and wait for its end.
 
     Args:
         module: the module of the child; it calls :func:`question_and_answers`.
         question: the text of the question.
-        timeout: seconds after which the child is killed; it may also use as much processor time, and some
-            gigabytes of memory. None for no limits.
+        timeout: seconds after which the child is killed; each of its threads may also use as much processor
+            time.
         threads: threads of torch's arithmetic in the child.
+        memory: bytes that the child may take.
 
     Raises:
         subprocess.TimeoutExpired: the child was killed.
@@ -71,8 +72,7 @@ def run_child(
         start_new_session=True,
     ) as child:
         try:
-            if timeout is not None:
-                _limit(child.pid, (math.ceil(timeout) + 1) * threads)
+            _limit(child.pid, (math.ceil(timeout) + 1) * threads, memory)
             output, errors = child.communicate(question, timeout=timeout)
         except BaseException:
             # What the child has started belongs to its session.
@@ -82,12 +82,12 @@ def run_child(
     return subprocess.CompletedProcess(command, child.returncode, output, errors)
 
 
-def _limit(process: int, seconds: int) -> None:
+def _limit(process: int, seconds: int, memory: int) -> None:
     """Limit memory and processor time of a child from outside."""
     limits = (
         (resource.RLIMIT_CPU, seconds),
-        (resource.RLIMIT_AS, _ADDRESS_SPACE),
-        (resource.RLIMIT_DATA, _MEMORY),
+        (resource.RLIMIT_AS, memory + _ADDRESS_SPACE),
+        (resource.RLIMIT_DATA, memory),
     )
     for kind, limit in limits:
         # A limit of the parent may be lower. The child may have ended.

@@ -21,6 +21,7 @@ from __future__ import annotations
 import io
 import pickle
 import pickletools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -38,7 +39,11 @@ _WINDOW, _LARGEST_WINDOW = 1 << 16, 1 << 28
 _COPIES_A_BYTE, _COPIES = 2, 1 << 18
 
 # The size of an object whose class decides what is in it, and of a list, a dictionary or a set.
+# A tuple that holds one of the latter is at least as large, and the rest of its size counts what is plain.
 _OBJECT, _MUTABLE = 3, 1 << 40
+# A nest has at most this many levels more than the largest key has items.
+_MOST_LARGE = 1_000
+_MEMOIZE_CODE = ord("\x94")
 
 _PUSH, _TEXT, _PUT, _GET, _MEMOIZE, _TAKE, _MARK, _TUPLE, _SET, _LAST, _MANY, _SETS = range(12)
 _NUMBER, _NAME, _FROZEN, _POP, _DUP, _STOP, _FRAME, _NONE = range(12, 20)
@@ -89,13 +94,16 @@ class Followed:
 
     Attributes:
         data: the bytes of the pickle.
-        has_large: whether a large tuple or a list, dictionary or set with several places is built.
-        has_shared: whether an object, or a tuple, has several places.
+        is_odd: whether it builds many large tuples, or gives values several places in another way than by
+            an index of the memo that has one value.
+        has_containers: whether a tuple, list, dictionary or set has several places.
+        shares: the index of the memo for each further place of a value that is not plain.
     """
 
     data: bytes
-    has_large: bool
-    has_shared: bool
+    is_odd: bool
+    has_containers: bool
+    shares: Sequence[int]
 
 
 class Meter:
@@ -139,14 +147,15 @@ def follow(file: io.BufferedIOBase | io.BytesIO) -> Followed:
         file.seek(start)
         data = file.read(window)
         try:
-            end, has_large, has_shared = _follow(data)
+            end, is_odd, has_containers, shares = _follow(data)
             break
         except EOFError:
             if len(data) < window or window == _LARGEST_WINDOW:
                 raise
         window *= 4
     file.seek(start + end)
-    return Followed(data if end == len(data) else data[:end], has_large, has_shared)
+    held = data if end == len(data) else data[:end]
+    return Followed(held, is_odd, has_containers, shares)
 
 
 def is_plain_key(key: object, depth: int = 4) -> bool:
@@ -159,7 +168,7 @@ def is_plain_key(key: object, depth: int = 4) -> bool:
 
 
 @lru_cache(maxsize=1)
-def _table() -> tuple[list[int], list[int], list[int], list[int]]:
+def _table() -> list[tuple[int, int, int, int]]:
     """For each opcode: its kind, the size of its argument, its effect on the stack, the size of its result.
 
     The size of an argument that is not constant is a negative number that says how it is found.
@@ -182,7 +191,7 @@ def _table() -> tuple[list[int], list[int], list[int], list[int]]:
             effects[code] = -len(before)
         elif "mark" in before:
             effects[code] = len(opcode.stack_after) - before.index("mark")
-    return kinds, arguments, effects, results
+    return [*zip(kinds, arguments, effects, results, strict=True)]
 
 
 def _end(data: bytes, start: int, size: int) -> int:
@@ -197,9 +206,24 @@ def _end(data: bytes, start: int, size: int) -> int:
     return start + prefix + int.from_bytes(data[start : start + prefix], "little")
 
 
-def _follow(data: bytes) -> tuple[int, bool, bool]:
-    """The end of the pickle, and the two facts of :class:`Followed`; raises as :func:`follow`."""
-    kinds, arguments, effects, results = _table()
+def values(data: bytes) -> Iterator[tuple[int, int]]:
+    """Where the numbers and texts of a pickle that was followed lie, without the lengths before them.
+
+    Its limits are the same whatever these bytes are.
+    """
+    table, at = _table(), 0
+    while at < len(data):
+        kind, size, _, _ = table[data[at]]
+        start, at = at + 1, _end(data, at + 1, size)
+        if kind == _PUSH and size > 0:
+            yield start, at
+        elif kind == _TEXT:
+            yield start + _PREFIXES[size], at
+
+
+def _follow(data: bytes) -> tuple[int, bool, bool, Sequence[int]]:
+    """The end of the pickle, and the facts of :class:`Followed`; raises as :func:`follow`."""
+    table = _table()
     # There are millions of steps, and a look-up in the module would make each a third slower.
     pushes, texts, puts, gets, memoize, take, last = (
         _PUSH,
@@ -210,50 +234,70 @@ def _follow(data: bytes) -> tuple[int, bool, bool]:
         _TAKE,
         _LAST,
     )
-    limit, mutable = _LARGEST_KEY, _MUTABLE
+    whole, one_byte = int.from_bytes, pickletools.TAKEN_FROM_ARGUMENT1
+    limit, plain, longest = _LARGEST_KEY, _MUTABLE - 1, _LONGEST_KEY
     stack: list[int] = []
     marks: list[int] = []
     memo: dict[int, int] = {}
-    push, at, repeated = stack.append, 0, 0
-    has_large = has_shared = False
+    shares: list[int] = []
+    push, share, at, start = stack.append, shares.append, 0, 0
+    is_odd = has_containers = False
+    large, huge = 0, _MUTABLE + limit + 1
     try:
         while True:
-            code = data[at]
-            kind, size, start = kinds[code], arguments[code], at + 1
-            at = start + size if size >= 0 else _end(data, start, size)
+            kind, size, effect, result = table[data[at]]
+            start = at + 1
+            if size >= 0:
+                at = start + size
+            elif size == one_byte:
+                at = start + 1 + data[start]
+            else:
+                at = _end(data, start, size)
             if kind == pushes:
-                push(results[code])
-            elif kind == puts:
-                index = data[start] if size == 1 else _index(data, start, at, size)
-                if index > at + _FIRST_INDICES:
-                    raise pickle.UnpicklingError("an index of its memo is beyond its length")
-                memo[index] = stack[-1]
-            elif kind == texts:
-                push(1 if at - start <= _LONGEST_KEY else limit + 1)
+                push(result)
             elif kind == gets:
-                index = data[start] if size == 1 else _index(data, start, at, size)
+                if size == 1:
+                    index = data[start]
+                elif size > 0:
+                    index = whole(data[start:at], "little")
+                else:
+                    index = _index(data, start, at, size)
                 push(held := memo[index])
                 if held > 1:
-                    has_shared = True
-                    repeated += held
+                    share(index)
+                    if held > _OBJECT:
+                        has_containers = True
+                continue
+            elif kind == texts:
+                push(1 if at - start <= longest else limit + 1)
+            elif kind == take:
+                if effect:
+                    del stack[effect:]
+            elif kind == last:
+                total = 1 + sum(stack[effect:])
+                del stack[effect:]
+                if total & plain > limit:
+                    large, total = large + 1, huge
+                push(total)
+            elif kind == puts:
+                index = data[start] if size == 1 else _index(data, start, at, size)
+                if index != len(memo):
+                    if index > at + _FIRST_INDICES:
+                        raise pickle.UnpicklingError("an index of its memo is beyond its length")
+                    # Two values may have the same index, one after the other.
+                    is_odd = True
+                memo[index] = stack[-1]
             elif kind == memoize:
                 memo[len(memo)] = stack[-1]
-            elif kind == take:
-                if effects[code]:
-                    del stack[effects[code] :]
-            elif kind == last:
-                total = 1 + sum(stack[effects[code] :])
-                del stack[effects[code] :]
-                has_large = has_large or total > limit
-                push(min(total, mutable))
             elif kind == _MARK:
                 marks.append(len(stack))
             elif kind == _TUPLE:
                 first = marks.pop()
                 total = 1 + sum(stack[first:])
                 del stack[first:]
-                has_large = has_large or total > limit
-                push(min(total, mutable))
+                if total & plain > limit:
+                    large, total = large + 1, huge
+                push(total)
             elif kind == _SET:
                 if stack[-2] > limit:
                     raise _too_large()
@@ -263,17 +307,17 @@ def _follow(data: bytes) -> tuple[int, bool, bool]:
                 if kind == _SETS and max(stack[first::2], default=0) > limit:
                     raise _too_large()
                 del stack[first:]
-                if effects[code]:
-                    push(results[code])
+                if effect:
+                    push(result)
             elif kind == _FROZEN:
                 first = marks.pop()
                 if max(stack[first:], default=0) > limit:
                     raise _too_large()
                 total = 1 + sum(stack[first:])
                 del stack[first:]
-                if effects[code]:
-                    has_large = has_large or total > limit
-                    push(min(total, mutable))
+                if effect:
+                    large += total & plain > limit
+                    push(min(total, huge))
             elif kind == _NUMBER:
                 if at - start > _LONGEST_NUMBER:
                     raise pickle.UnpicklingError("a number in it has thousands of digits")
@@ -287,18 +331,21 @@ def _follow(data: bytes) -> tuple[int, bool, bool]:
                 else:
                     stack.pop()
             elif kind == _DUP:
-                push(held := stack[-1])
-                has_shared = has_shared or held > 1
-                repeated += held
+                push(stack[-1])
+                is_odd = True
             elif kind == _FRAME:
                 if int.from_bytes(data[start:at], "little") > _LARGEST_FRAME:
                     raise pickle.UnpicklingError("it has a frame that no pickler writes")
             elif kind == _STOP:
-                return at, has_large or repeated > max(limit, len(data)), has_shared
+                return at, is_odd or large > _MOST_LARGE, has_containers, shares
             else:
                 raise pickle.UnpicklingError(f"invalid load key, {data[start - 1 : start]!r}")
+            # Most opcodes are followed by this one.
+            if data[at] == _MEMOIZE_CODE:
+                memo[len(memo)] = stack[-1]
+                at += 1
     except (IndexError, KeyError, ValueError) as error:
-        if at >= len(data):
+        if max(at, start) >= len(data):
             raise EOFError from error
         raise pickle.UnpicklingError("an opcode takes an object that does not exist") from error
 

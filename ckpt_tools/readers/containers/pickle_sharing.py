@@ -13,6 +13,7 @@ because nothing walks into it unasked. What it holds is measured by itself.
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from ckpt_tools.readers.containers.pickled import Opaque
@@ -22,7 +23,6 @@ _DEEPEST = 1_000
 # A mesh of devices may be repeated in each tensor of a rank.
 _ITEMS_A_BYTE, _ITEMS = 8, 200_000
 _HOLDING = (dict, list, tuple, set, frozenset)
-_KNOWN = frozenset((*_HOLDING, str, bytes, int, float, bool, type(None)))
 
 
 class Endless(Opaque):
@@ -36,6 +36,28 @@ class _Size(NamedTuple):
 
     items: int
     levels: int
+
+
+def may_expand(shared: Iterable[tuple[object, int]], length: int) -> bool:
+    """Whether a pickle that is not odd may have built a value that :func:`without_expansion` replaces.
+
+    Each further place of a value adds at most the size of that value to what holds it. So nothing is larger
+    than all values of the pickle and the sizes of all further places together.
+
+    Args:
+        shared: the values that have further places, and the number of these.
+        length: bytes of the pickle, of which each builds one value at most.
+    """
+    left = _ITEMS + _ITEMS_A_BYTE * length - length
+    measuring = _Measuring(left)
+    for value, places in shared:
+        size = measuring.size(value)
+        if size is None:
+            return True
+        left -= places * size.items
+        if left < 0:
+            return True
+    return False
 
 
 def without_expansion(value: object, length: int) -> object:
@@ -78,10 +100,14 @@ class _Measuring:
 
     def is_endless(self, value: object) -> bool:
         """Whether a value expands without end, after such values in it have given way."""
+        return self.size(value) is None
+
+    def size(self, value: object) -> _Size | None:
+        """The size of a value, after values in it have given way; None if it expands without end."""
         if isinstance(value, Opaque):
             self.objects.append(value)
         if not isinstance(value, _HOLDING):
-            return False
+            return _Size(1, 0)
         sizes, pending, entered = self._sizes, [value], set[int]()
         while pending:
             one = pending[-1]
@@ -99,7 +125,7 @@ class _Measuring:
                 else:
                     pending.pop()
                     sizes[key] = self._measured(one)
-        return sizes[id(value)] is None
+        return sizes[id(value)]
 
     def _measured(self, one: object) -> _Size | None:
         items, levels, lost = 1, 0, set[int]()

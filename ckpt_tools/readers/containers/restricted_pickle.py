@@ -20,13 +20,15 @@ from __future__ import annotations
 import copyreg
 import io
 import pickle
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 from ckpt_tools.errors import CkptError, DamagedCheckpoint, UnsafePickle
+from ckpt_tools.readers.containers.pickle_alike import follow_alike
 from ckpt_tools.readers.containers.pickle_functions import Names, allowed
-from ckpt_tools.readers.containers.pickle_limits import Meter, follow
-from ckpt_tools.readers.containers.pickle_sharing import without_expansion
+from ckpt_tools.readers.containers.pickle_limits import Followed, Meter, follow
+from ckpt_tools.readers.containers.pickle_sharing import may_expand, without_expansion
 from ckpt_tools.readers.containers.pickled import Opaque as Opaque
 from ckpt_tools.readers.containers.pickled import StorageRef as StorageRef
 from ckpt_tools.readers.containers.pickled import TensorRef as TensorRef
@@ -50,6 +52,7 @@ class RestrictedUnpickler(pickle.Unpickler):
     """An unpickler that imports nothing and calls only functions of the allow-list.
 
     Attributes:
+        meter: what counts the work of its functions.
         unknown: module and name of every global that is not on the allow-list.
     """
 
@@ -60,6 +63,7 @@ class RestrictedUnpickler(pickle.Unpickler):
         persistent_load: Callable[[tuple[Any, ...]], Any] | None = None,
     ) -> None:
         super().__init__(_Source(data), encoding="utf-8")
+        self.meter = meter
         self._names = Names(meter)
         self._allowed = allowed(meter, self._names)
         self._resolve_storage = persistent_load
@@ -80,6 +84,15 @@ class RestrictedUnpickler(pickle.Unpickler):
         return self._resolve_storage(pid)
 
 
+def _may_expand(followed: Followed, unpickler: RestrictedUnpickler) -> bool:
+    """Whether values with several places may expand without end."""
+    if not (followed.has_containers or unpickler.meter.mappings):
+        return False
+    memo = unpickler.memo.copy()
+    places = Counter(followed.shares)
+    return may_expand(((memo[index], n) for index, n in places.items()), len(followed.data))
+
+
 def unpickle(
     file: io.BufferedIOBase | io.BytesIO,
     path: str,
@@ -95,14 +108,14 @@ def unpickle(
     # pickle a registered function, and must not keep our replacement.
     copyreg.clear_extension_cache()
     try:
-        followed = follow(file)
+        followed = follow_alike(file) if isinstance(file, io.BytesIO) else follow(file)
         meter = Meter(len(followed.data))
         unpickler = RestrictedUnpickler(followed.data, meter, persistent_load)
         try:
             value = unpickler.load()
         finally:
             note(path, unpickler.unknown)
-        if followed.has_large or (followed.has_shared and meter.mappings):
+        if followed.is_odd or _may_expand(followed, unpickler):
             value = without_expansion(value, len(followed.data))
         return value
     except CkptError:

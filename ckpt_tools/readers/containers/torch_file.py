@@ -185,7 +185,8 @@ class TorchFile:
                     raise UnsupportedLayout(
                         "written on a big-endian machine", path=self.path, hint=_LOAD_AND_SAVE
                     )
-                if records[pickles[0]].file_size > self.size:
+                pickled = records[pickles[0]]
+                if max(pickled.file_size, pickled.compress_size) > self.size:
                     raise zipfile.BadZipFile("its pickle extends beyond the end of the file")
                 data = archive.read(pickles[0])
         except _NO_ZIP as error:

@@ -20,6 +20,7 @@ from ckpt_tools.readers.containers.quantised_classes import quantised_remarks
 from ckpt_tools.readers.containers.restricted_pickle import TensorRef
 from ckpt_tools.readers.containers.safetensors_file import read_safetensors
 from ckpt_tools.readers.containers.torch_file import TorchFile
+from ckpt_tools.storage.regular import content_of
 from ckpt_tools.tensors.catalogue import Stored, Tensor
 from ckpt_tools.tensors.dequantise import Dequantised
 from ckpt_tools.tensors.threads import read_each
@@ -125,7 +126,7 @@ def _called(paths: Iterable[Path]) -> str:
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = json.loads(content_of(path).decode())["weight_map"]
         if not all(Path(name).name == name for name in weight_map.values()):
             raise ValueError("a shard outside the directory")
         if not weight_map:

@@ -37,6 +37,8 @@ _RECORD = b"PK\x03\x04"
 _CHECKSUM_AT = 14
 # torch adds less than this to the elements of one tensor. A chunk that expands further is not from torch.
 _MOST_OVERHEAD = 1 << 20
+# The memory of unpacking; torch writes windows of 2 MiB.
+_WINDOW = 1 << 27
 STALE = (
     "The file belongs to another save than the metadata, or is truncated or damaged. Copy both anew from "
     "where they were written."
@@ -211,7 +213,9 @@ class ChunkFragment(DeferredFragment):
             try:
                 with (
                     _run(path, extent.start, extent.length) as packed,
-                    zstandard.ZstdDecompressor().stream_reader(packed) as plain,
+                    zstandard.ZstdDecompressor(max_window_size=_WINDOW).stream_reader(
+                        packed
+                    ) as plain,
                 ):
                     while block := plain.read(_BLOCK):
                         stream.write(block)

@@ -23,6 +23,7 @@ from ckpt_tools.readers.deepspeed.pipeline import read_pipeline
 from ckpt_tools.readers.deepspeed.saves import checkpoint, open_all, read_ranks
 from ckpt_tools.readers.deepspeed.universal import read_universal
 from ckpt_tools.storage.folders import by_number, entries_of
+from ckpt_tools.storage.regular import content_of
 from ckpt_tools.tensors.checkpoint import Checkpoint, Location
 
 NAME = "deepspeed"
@@ -87,7 +88,7 @@ def _location(directory: Path, root: Path, remarks: tuple[str, ...] = ()) -> Loc
 
 
 def _follow_latest(root: Path, latest: Path, names: list[str]) -> Location:
-    tag = latest.read_text(encoding="utf-8", errors="replace").strip()
+    tag = content_of(latest).decode("utf-8", "replace").strip()
     hint = (
         f"Pass --tag with one of: {', '.join(names)}."
         if names

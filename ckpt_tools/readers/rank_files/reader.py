@@ -28,6 +28,7 @@ from ckpt_tools.readers.rank_files.copies import differ
 from ckpt_tools.readers.rank_files.local_state import KIND as FLAT
 from ckpt_tools.readers.rank_files.local_state import is_local, local_parts
 from ckpt_tools.readers.trainer_state import trainer_step
+from ckpt_tools.storage.regular import content_of
 from ckpt_tools.tensors.catalogue import Box, FlatRange, Stored
 from ckpt_tools.tensors.checkpoint import Checkpoint, Location, Weight
 from ckpt_tools.tensors.deferred import DeferredFragment, Place
@@ -171,7 +172,7 @@ def _config(directory: Path, world_size: int) -> dict[str, object]:
     """
     path = directory / "fsdp_config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(content_of(path).decode())
         recorded = config.get("world_size", world_size)
     except FileNotFoundError:
         return {}

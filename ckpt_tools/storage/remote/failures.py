@@ -64,7 +64,7 @@ class Patience:
         """The answer to a request, after as many attempts as it takes.
 
         Args:
-            request: makes one attempt; a repeated attempt may continue where the last one ended.
+            request: makes one attempt.
             address: what is asked for.
 
         Raises:

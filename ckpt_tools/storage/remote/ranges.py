@@ -1,28 +1,28 @@
 """Owns the reading of ranges of a store's files: how large requests are, and what is kept of metadata.
 
 Data is read in the ranges that are asked for. Metadata is read in small pieces from the ends of files; a
-request for one fetches what lies near, and keeps it. At most :data:`AT_ONCE` requests for data are under way
-in a process, whatever the number of processors.
+request for one fetches what lies near, and keeps it. At most :data:`AT_ONCE` requests with
+:data:`BYTES_AT_ONCE` bytes are under way for a store, whatever the number of processors.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ckpt_tools.storage.places import FileFacts, Requests
 from ckpt_tools.storage.remote.failures import Patience
-from ckpt_tools.storage.remote.stores import Partial, Store
+from ckpt_tools.storage.remote.stores import Store
 
-# Requests under way, and bytes of each: 256 MiB in all. With the buffers of the threads that convert them,
-# 4 of at most 32 MiB, a process holds less than 400 MiB.
-AT_ONCE = 32
-_THREADS = 4
-REMOTE = Requests(
-    nbytes=8 << 20, gap_bytes=128 << 10, at_once=AT_ONCE // _THREADS, threads=_THREADS
-)
+# Requests under way in a process, and their bytes. Beside them are the buffers of the threads that convert:
+# for each of 4 threads a block of 16 MiB, and its source of twice the size while elements are cast to half
+# their size. That is less than 500 MB in all.
+AT_ONCE = 64
+BYTES_AT_ONCE = 96 << 20
+REMOTE = Requests(nbytes=8 << 20, gap_bytes=128 << 10, at_once=32, threads=4, block_bytes=16 << 20)
 
 # A pickle lies at the start of a torch file, the directory of a zip at the end.
 _HEAD_BYTES = 128 << 10
@@ -48,6 +48,33 @@ class Traffic:
     nbytes: int = 0
 
 
+class _Turns:
+    """The limits of what is under way."""
+
+    def __init__(self) -> None:
+        self._free = threading.Condition()
+        self._count = self._nbytes = 0
+
+    @contextmanager
+    def taken(self, nbytes: int) -> Iterator[None]:
+        """Wait until a request of so many bytes may begin; it ends with the block."""
+        with self._free:
+            self._free.wait_for(lambda: self._may_begin(nbytes))
+            self._count += 1
+            self._nbytes += nbytes
+        try:
+            yield
+        finally:
+            with self._free:
+                self._count -= 1
+                self._nbytes -= nbytes
+                self._free.notify_all()
+
+    def _may_begin(self, nbytes: int) -> bool:
+        fits = self._nbytes + nbytes <= BYTES_AT_ONCE or not self._count
+        return fits and self._count < AT_ONCE
+
+
 class Ranges:
     """The ranges of the files of one store.
 
@@ -59,7 +86,7 @@ class Ranges:
 
     def __init__(self, store: Store, patience: Patience, address: Callable[[str], str]) -> None:
         self._store, self._patience, self._address = store, patience, address
-        self._turns = threading.BoundedSemaphore(AT_ONCE)
+        self._turns = _Turns()
         self._lock = threading.Lock()
         self._kept: OrderedDict[tuple[str, int], bytes] = OrderedDict()
         self._starts: dict[str, list[int]] = {}
@@ -68,18 +95,10 @@ class Ranges:
 
     def read(self, path: str, view: memoryview, offset: int, facts: FileFacts) -> None:
         """Fill ``view`` from byte ``offset`` on; raises as :meth:`Patience.call`."""
-        done = 0
-
-        def attempt() -> None:
-            nonlocal done
-            try:
-                self._store.read(path, view[done:], offset + done, facts)
-            except Partial as partial:
-                done += partial.done
-                raise
-
-        with self._turns:
-            self._patience.call(attempt, lambda: self._address(path))
+        with self._turns.taken(len(view)):
+            self._patience.call(
+                lambda: self._store.read(path, view, offset, facts), lambda: self._address(path)
+            )
         with self._lock:
             self.traffic.requests += 1
             self.traffic.nbytes += len(view)

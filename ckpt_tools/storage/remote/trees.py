@@ -15,6 +15,7 @@ import xxhash
 
 from ckpt_tools.errors import UsageError
 from ckpt_tools.storage.addresses import Address, parsed
+from ckpt_tools.storage.patience import patience_seconds
 from ckpt_tools.storage.places import FileFacts, Readable, Requests
 from ckpt_tools.storage.pool import Pool, PooledPath
 from ckpt_tools.storage.remote.copies import Copies
@@ -111,7 +112,7 @@ def _tree_of(address: Address) -> StoreTree:
         key = str(address)
         if key not in _open:
             try:
-                _open[key] = StoreTree(address, Patience(_patience_seconds))
+                _open[key] = StoreTree(address, patience())
             except FileNotFoundError:
                 raise UsageError(
                     "there is nothing at this address", path=key, hint="Check its spelling."
@@ -119,18 +120,9 @@ def _tree_of(address: Address) -> StoreTree:
         return _open[key]
 
 
-_patience_seconds = 1800.0
-
-
 def patience() -> Patience:
-    """How long the requests of an upload are repeated."""
-    return Patience(_patience_seconds)
-
-
-def be_patient(seconds: float) -> None:
-    """Set how long requests of stores that are opened from now on are repeated."""
-    global _patience_seconds
-    _patience_seconds = seconds
+    """How long requests are repeated."""
+    return Patience(patience_seconds())
 
 
 def forget() -> None:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,12 @@ import torch
 
 from ckpt_tools import open_checkpoint
 from ckpt_tools.errors import DamagedCheckpoint
-from ckpt_tools.readers.containers import pickle_limits, pickle_sharing
+from ckpt_tools.readers.containers import (
+    pickle_alike,
+    pickle_limits,
+    pickle_sharing,
+    restricted_pickle,
+)
 from ckpt_tools.readers.containers.pickle_limits import follow
 from ckpt_tools.readers.containers.pickle_sharing import Endless
 from ckpt_tools.readers.containers.restricted_pickle import unpickle
@@ -493,3 +499,76 @@ def test_many_tuples_are_no_nest() -> None:
     plain = {f"layers.{i}": ((i, i + 1), (i,)) for i in range(120_000)}
 
     assert unpickle(io.BytesIO(pickle.dumps(plain, 2)), "some/file") == plain
+
+
+# Pickles that are like one that was followed.
+
+
+def ranks_pickle(rank: int, *more: Any) -> bytes:
+    state = {f"layers.{i}": (rank, [i], f"cuda:{rank}") for i in range(2_000)}
+    return pickle.dumps([state, *more], 2)
+
+
+@pytest.fixture
+def nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pickle_alike, "_known", {})
+
+
+@pytest.mark.usefixtures("nothing_known")
+def test_pickles_that_differ_in_values_are_followed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    followed = []
+    monkeypatch.setattr(pickle_alike, "follow", lambda file: followed.append(file) or follow(file))
+
+    for rank in range(4):
+        data = ranks_pickle(rank)
+        assert pickle_alike.follow_alike(io.BytesIO(data)).data == data
+        assert unpickle(io.BytesIO(data), "some/file") == pickle.loads(data)
+    assert len(followed) == 1
+
+
+@pytest.mark.usefixtures("nothing_known")
+@pytest.mark.parametrize(
+    ("sound", "hostile"),
+    [
+        # An index of the memo, a count of bytes and an opcode are no values.
+        (b"Nr" + bytes(4), b"Nr" + (150_000_000).to_bytes(4, "little")),
+        (b"\x95" + bytes(8), b"\x95" + (1 << 40).to_bytes(8, "little")),
+        (b"M\x01\x00", b"NN0"),
+    ],
+)
+def test_what_differs_in_more_than_values_is_followed_anew(sound: bytes, hostile: bytes) -> None:
+    filler = b"C" + bytes([255]) + bytes(255) + b"0"
+    pickles = [b"\x80\x04" + filler * 40 + part + b"N." for part in (sound, hostile)]
+    assert len(pickles[0]) == len(pickles[1])
+
+    def told(data: bytes, look: Any) -> Any:
+        try:
+            found = look(io.BytesIO(data))
+        except (pickle.UnpicklingError, EOFError) as error:
+            return str(error)
+        return found.is_odd, found.has_containers, [*found.shares]
+
+    alone = [told(data, follow) for data in pickles]
+    for first, second in ((0, 1), (1, 0)):
+        pickle_alike._known.clear()
+        told(pickles[first], pickle_alike.follow_alike)
+        assert told(pickles[second], pickle_alike.follow_alike) == alone[second]
+    assert isinstance(alone[1], str) or alone[0] == alone[1]
+
+
+@pytest.mark.usefixtures("nothing_known")
+def test_a_key_that_grows_is_seen_behind_a_like_pickle() -> None:
+    """A nest of the same length has other opcodes."""
+    flat, nest = b"K\x010" * 2_000, b"\x85\x85\x85" * 2_000
+    unpickle(io.BytesIO(b"\x80\x04}N" + flat + b"Ns."), "some/file")
+    with pytest.raises(DamagedCheckpoint, match="a key in it is not a plain value"):
+        unpickle(io.BytesIO(b"\x80\x04}N" + nest + b"Ns."), "some/file")
+
+
+def test_what_is_shared_within_the_limit_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mesh in each tensor of a rank; measuring all that was built takes longer than building it."""
+    monkeypatch.setattr(restricted_pickle, "without_expansion", None)
+    mesh = (*range(1_024),)
+    data = pickle.dumps([OrderedDict({f"layers.{i}": (i, mesh) for i in range(200)})], 2)
+
+    assert unpickle(io.BytesIO(data), "some/file") == pickle.loads(data)

@@ -448,7 +448,7 @@ CLIENT_STATE: dict[str, Callable[[], Any]] = {
     "a deque and sets": lambda: [collections.deque([1]), {1}, frozenset({2}), slice(1), range(3)],
     "default dictionaries": lambda: collections.defaultdict(list, a=[1]),
     "complex numbers": lambda: torch.zeros(2, dtype=torch.complex128),
-    "a dtype unknown here": lambda: torch.zeros(2, dtype=torch.float8_e4m3fnuz),
+    "a dtype unknown here": lambda: torch.zeros(2, dtype=torch.float4_e2m1fn_x2),
     "a sparse tensor": lambda: torch.eye(3).to_sparse(),
     "a quantised tensor": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
     "a module": lambda: torch.nn.Linear(2, 2),
@@ -470,7 +470,7 @@ def test_client_state_of_any_class_does_not_hinder_reading(kind: str, tmp_path: 
 @pytest.mark.parametrize(
     ("kind", "named"),
     [
-        ("a dtype unknown here", "its dtype is torch.float8_e4m3fnuz"),
+        ("a dtype unknown here", "its dtype is torch.float4_e2m1fn_x2"),
         ("a quantised tensor", "a quantised tensor of torch"),
         ("a sparse tensor", "a sparse tensor"),
     ],

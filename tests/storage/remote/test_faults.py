@@ -11,7 +11,8 @@ import pytest
 
 from ckpt_tools import consolidate, inspect
 from ckpt_tools.errors import CkptError, DamagedCheckpoint, StoreFailed
-from ckpt_tools.storage.remote import failures, trees
+from ckpt_tools.storage import patience
+from ckpt_tools.storage.remote import failures
 from tests.conftest import FIXTURES
 from tests.support.remote.web import Asked, Web, serving
 
@@ -82,7 +83,7 @@ def test_an_object_that_changes_stops_the_run(tmp_path: Path) -> None:
 
 
 def test_a_store_that_goes_silent_ends_the_run_in_time(tmp_path: Path) -> None:
-    trees.be_patient(0.05)
+    patience.be_patient(0.05)
     try:
         with (
             serving(SOURCE, fault=lambda asked: "drop" if asked.number > 3 else None) as web,
@@ -90,7 +91,7 @@ def test_a_store_that_goes_silent_ends_the_run_in_time(tmp_path: Path) -> None:
         ):
             convert(web, tmp_path / "out")
     finally:
-        trees.be_patient(1800.0)
+        patience.be_patient(1800.0)
     assert not (tmp_path / "out").exists()
 
 

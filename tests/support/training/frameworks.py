@@ -340,7 +340,11 @@ def accelerate_zero(recipe: Any, stage: int) -> Trained:
         hf_ds_config={
             "train_micro_batch_size_per_gpu": 2,
             "gradient_accumulation_steps": 1,
-            "zero_optimization": {"stage": stage},
+            "zero_optimization": {
+                "stage": stage,
+                # For what gathers the weights, as open-instruct does.
+                "stage3_gather_16bit_weights_on_model_save": True,
+            },
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "bf16": {"enabled": True},
