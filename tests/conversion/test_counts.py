@@ -37,7 +37,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         write(self, file, data, offset)
 
     def closing(self: Any) -> None:
-        counts["scratch"] = max(counts["scratch"], sum(map(len, self._scratch)))
+        counts["scratch"] = max(counts["scratch"], len(self._scratch))
         close(self)
 
     monkeypatch.setattr(gather, "_read", reading)
