@@ -39,9 +39,9 @@ from tests.conftest import FIXTURES
             "Run ckpt-tools consolidate --help.",
         ),
         (
-            ["inspect", "s3://bucket/run"],
-            "s3://bucket/run is not a path, and s3:// is not read",
-            "Copy the checkpoint into a folder first, and name that folder.",
+            ["watch", "s3://bucket/run", "out"],
+            "s3://bucket/run is in a store, where no run is watched",
+            "Name folders of this machine, or convert each checkpoint with ckpt-tools consolidate.",
         ),
         (
             ["extract-attr", str(CASE), "policy", "out"],

@@ -556,6 +556,7 @@ def test_options_reach_the_library(three: dict[str, Answer]) -> None:
         "workers": 3,
         "progress": None,
         "ranks": None,
+        "readers": (),
     }
 
 

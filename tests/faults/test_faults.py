@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ckpt_tools.errors import OutputFailed
-from ckpt_tools.writing.bytes import _write_all
+from ckpt_tools.writing.bytes import write_all
 
 
 @pytest.mark.slow
@@ -36,4 +36,4 @@ def test_a_disk_that_takes_no_bytes_ends_the_run(
     monkeypatch.setattr("os.pwrite", lambda *_: 0)
 
     with pytest.raises(OutputFailed, match="takes no bytes"):
-        _write_all(0, b"x", 0, tmp_path)
+        write_all(0, b"x", 0, tmp_path)

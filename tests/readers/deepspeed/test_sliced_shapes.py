@@ -49,7 +49,6 @@ def test_shapes_that_leave_one_reading(
         ("mlp.experts.down_proj", (4, 5, 6), [(2, 5, 6)] * 2, "may fuse several parameters"),
         # Fewer key-value heads than ranks: each rank has a copy of one, and two ranks the same.
         ("self_attn.k_proj.weight", (4, 5), [(2, 5)] * 4, "do not make up"),
-        ("lm_head.weight", (67, 5), [(35, 5), (35, 5)], "do not make up"),
         ("mlp.up_proj.weight", (6, 4), [(3, 2), (3, 2)], "do not make up"),
         ("mlp.up_proj.weight", (6, 4), [(3,), (3,)], "do not make up"),
         ("mlp.up_proj.weight", (6, 4), [(6, 4), (3, 4)], "do not make up"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -70,9 +71,10 @@ def test_an_output_has_the_same_bytes(source: str, store: S3, tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_every_fixture_has_the_same_bytes(store: S3, tmp_path: Path) -> None:
+    """With STORES=1 each of them, otherwise one of fifteen; all take three minutes."""
     sources = fixtures()
     assert len(sources) > 150
-    for source in sources:
+    for source in sources if os.environ.get("STORES") else sources[::15]:
         assert_alike(source, store, tmp_path)
 
 

@@ -96,9 +96,11 @@ def test_a_store_that_goes_silent_ends_the_run_in_time(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_no_fault_of_a_hundred_makes_a_wrong_output(truth: bytes, tmp_path: Path) -> None:
+def test_no_fault_makes_a_wrong_output(truth: bytes, tmp_path: Path) -> None:
+    """With STORES=1 a hundred faults, otherwise 15."""
     ended = []
-    for seed in range(100):
+    count = 100 if os.environ.get("STORES") else 15
+    for seed in range(count):
         chance = random.Random(seed)
         kind = ("drop", "503", "429", "truncate", "change")[seed % 5]
         at = chance.randrange(12)
@@ -109,7 +111,7 @@ def test_no_fault_of_a_hundred_makes_a_wrong_output(truth: bytes, tmp_path: Path
             ended.append(outcome(web, tmp_path / f"out-{seed}", truth))
         assert ended[-1] == "right" or (kind, ended[-1]) == ("change", "stopped"), (seed, kind)
         shutil.rmtree(copied)
-    assert ended.count("right") >= 80
+    assert ended.count("right") >= count * 4 // 5
     assert "stopped" in ended
 
 
