@@ -1,7 +1,8 @@
 # From a fresh clone with nothing but Python 3.10+: `make demo` shows the tool at work, `make test` proves it.
 
 PYTHON ?= python3
-JOBS ?= 2
+# One more than cores: some tests wait for signals, heartbeats and disks.
+JOBS ?= 3
 
 # What pip takes for PyTorch before all else, such as the path of a CPU wheel; empty for what the index gives.
 TORCH ?=

@@ -97,9 +97,9 @@ def test_a_store_that_goes_silent_ends_the_run_in_time(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_no_fault_makes_a_wrong_output(truth: bytes, tmp_path: Path) -> None:
-    """With STORES=1 a hundred faults, otherwise 15."""
+    """With STORES=1 a hundred faults, otherwise 10."""
     ended = []
-    count = 100 if os.environ.get("STORES") else 15
+    count = 100 if os.environ.get("STORES") else 10
     for seed in range(count):
         chance = random.Random(seed)
         kind = ("drop", "503", "429", "truncate", "change")[seed % 5]
