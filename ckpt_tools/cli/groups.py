@@ -47,7 +47,7 @@ class Option(click.Option):
         return (self.flag_value if self.flag_value is False else True) if typed else None
 
     def get_help_extra(self, ctx: click.Context) -> Any:
-        """The default alone: what values a number takes is told when another one is typed."""
+        """The default alone: the error about a number outside its range states the range."""
         extra: Any = super().get_help_extra(ctx)
         extra.pop("range", None)
         return extra

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 _STDERR = 2
-# A signal that comes while the process is made finds nobody to end it: it begins when it is told to, and ends
-# when the pipe is closed before that.
+# A signal may come while the process is made, when nothing can end the process yet. So the process waits for a
+# line on its input before it begins, and ends if the pipe is closed first.
 _WHEN_TOLD = 'read -r _ && exec /bin/sh -c "$1" < /dev/null'
 # A command that is to end gets so long to do so.
 _END_SECONDS = 10.0

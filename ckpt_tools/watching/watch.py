@@ -120,7 +120,7 @@ class Watch:
         *,
         once: bool = True,
     ) -> None:
-        """Tell of something; what stays as it is is told once."""
+        """Report something, unless the last report about it says the same."""
         text = f"{happening} {fact}"
         if once and self._told.get(save.name) == text:
             return
