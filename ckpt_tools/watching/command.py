@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 _STDERR = 2
-# A signal may come while the process is made, when nothing can end the process yet. So the process waits for a
-# line on its input before it begins, and ends if the pipe is closed first.
+# A signal may come while the process is made, when nothing can end the process yet. So the process waits
+# for a line on its input before it begins, and ends if the pipe is closed first.
 _WHEN_TOLD = 'read -r _ && exec /bin/sh -c "$1" < /dev/null'
 # A command that is to end gets so long to do so.
 _END_SECONDS = 10.0
