@@ -63,7 +63,7 @@ def own_closing_tokens(tokenizer: Tokenizer, ends: Collection[int]) -> dict[str,
     known = {token: number for token, number in added.items() if token.strip()}
     for role in _ROLES:
         token = tokenizer.special(role)
-        if token in added:
+        if token is not None and token in added:
             known[f"{role}_token"] = added[token]
     after = (_first(part, known) for part in template.split("content")[1:])
     if any(token is not None and known[token] not in ends for token in after):
