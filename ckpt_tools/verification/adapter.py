@@ -295,7 +295,8 @@ class _Lora:
             return
         parents = [p.rpartition(".")[0] for p in parameters]
         for module in sorted(modules):
-            if module.removesuffix(".out_proj").removesuffix(".base_layer") in modules - {module}:
+            outer = module.removesuffix(".out_proj").removesuffix(".base_layer")
+            if outer != module and outer in modules:
                 continue  # of an adapted nn.MultiheadAttention
             if not _is_targeted(module, targets) and not any(_ends(module, p) for p in parents):
                 self._add(
