@@ -121,7 +121,6 @@ def command(
       ckpt-tools diff run/global_step500 model --json
     """
     from ckpt_tools.analysis.difference import diff
-    from ckpt_tools.page.difference import page_of_difference
 
     as_json = as_json or form == "json"
     with shown_progress(quiet or as_json, "comparing") as progress:
@@ -132,6 +131,9 @@ def command(
         for line in _lines(found, top):
             say(line)
     if report is not None:
+        # The pages import the checks of verify, and those import NumPy.
+        from ckpt_tools.page.difference import page_of_difference
+
         reporting.write_page(report, page_of_difference(found, reporting.command_line()))
     sys.exit(0 if found.is_empty else _DIFFERENT)
 
