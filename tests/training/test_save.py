@@ -24,7 +24,6 @@ MANIFEST = "ckpt_tools_manifest.json"
 TWO_RANKS = [
     "fsdp2:small",
     "ddp:small",
-    "zero1:olmo2_chat",
     "zero1:olmo2_lora",
     "zero2:olmo2_chat",
     "zero3:olmo2_chat",
@@ -43,7 +42,6 @@ TWO_RANKS = [
     "fsdp1-flat:qwen3_tied",
     # What Accelerate sets for the whole process comes last.
     "accelerate:olmo2_chat",
-    "accelerate:qwen3_tied",
     "accelerate-zero2:olmo2_lora",
     "accelerate-zero3:olmo2_chat",
     "accelerate-fsdp1:llama",
