@@ -85,12 +85,14 @@ def model_card(
     # ModelCard would import the client of the hub, which takes longer than all other work on a small model.
     from huggingface_hub import ModelCardData
 
-    base = config.get("_name_or_path")
+    base, stated = config.get("_name_or_path"), license or {}
     data = ModelCardData(
         library_name="transformers",
         base_model=base if isinstance(base, str) and _is_hub_name(base) else None,
         tags=["ckpt-tools"],
-        **(license or {}),
+        license=stated.get("license"),
+        license_name=stated.get("license_name"),
+        license_link=stated.get("license_link"),
     )
     card = f"---\n{data.to_yaml()}\n---\n\n{_body(facts, config)}"
     return AssetFile(CARD_NAME, content=card.encode())

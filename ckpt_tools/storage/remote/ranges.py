@@ -23,7 +23,7 @@ from ckpt_tools.storage.wire import carry
 # their size. That is less than 500 MB in all.
 AT_ONCE = 64
 BYTES_AT_ONCE = 96 << 20
-REMOTE = Requests(nbytes=8 << 20, gap_bytes=128 << 10, at_once=32, threads=4, block_bytes=16 << 20)
+REMOTE = Requests(nbytes=8 << 20, gap_bytes=128 << 10, at_once=32, threads=4, block_bytes=8 << 20)
 
 # A pickle lies at the start of a torch file, the directory of a zip at the end.
 _HEAD_BYTES = 128 << 10
