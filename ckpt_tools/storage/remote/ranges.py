@@ -19,7 +19,7 @@ from ckpt_tools.storage.remote.stores import Store
 from ckpt_tools.storage.wire import carry
 
 # Requests under way in a process, and their bytes. Beside them are the buffers of the threads that convert:
-# for each of 4 threads a block of 16 MiB, and its source of twice the size while elements are cast to half
+# for each of 4 threads a block of 8 MiB, and its source of twice the size while elements are cast to half
 # their size. That is less than 500 MB in all.
 AT_ONCE = 64
 BYTES_AT_ONCE = 96 << 20
