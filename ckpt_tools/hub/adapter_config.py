@@ -14,7 +14,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -326,12 +326,19 @@ def check(config: AdapterConfig, ranks: Mapping[str, int]) -> None:
             )
         # The weight of a linear layer can be named as a parameter.
         named = any(_is_targeted(key, parameters) for key in (module, f"{module}.weight"))
+        module = _attention_of(module, ranks) or module
         if not named and not _is_targeted(module, targets):
             raise UsageError(
                 f"the checkpoint adapts {module}, which the config does not target",
                 path=config.path,
                 hint=hint,
             )
+
+
+def _attention_of(module: str, adapted: Collection[str]) -> str | None:
+    """The adapted ``nn.MultiheadAttention`` of an output projection, which PEFT adapts with it."""
+    parent, _, last = module.rpartition(".")
+    return parent if last == "out_proj" and parent in adapted else None
 
 
 def _is_targeted(module: str, targets: str | Sequence[str]) -> bool:

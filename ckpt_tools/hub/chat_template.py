@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -48,6 +48,27 @@ def closing_tokens(tokenizer: Tokenizer) -> dict[str, int]:
     added = {token: number for token, number in tokenizer.added_tokens.items() if token.strip()}
     closing = (_first(tail, added) for tail in answer["tails"])
     return {token: added[token] for token in closing if token is not None}
+
+
+def own_closing_tokens(tokenizer: Tokenizer, ends: Collection[int]) -> dict[str, int]:
+    """The closing tokens of a template that nobody asked to attach; none if its text shows no other end.
+
+    The look at the text saves the child process that renders the template. A token that the text does not
+    write, and that no role stands for, is not seen.
+
+    Raises:
+        UsageError: the template cannot be rendered.
+    """
+    template, added = tokenizer.chat_template or "", tokenizer.added_tokens
+    known = {token: number for token, number in added.items() if token.strip()}
+    for role in _ROLES:
+        token = tokenizer.special(role)
+        if token is not None and token in added:
+            known[f"{role}_token"] = added[token]
+    after = (_first(part, known) for part in template.split("content")[1:])
+    if any(token is not None and known[token] not in ends for token in after):
+        return closing_tokens(tokenizer)
+    return {}
 
 
 def _first(text: str, tokens: Iterable[str]) -> str | None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from ckpt_tools.errors import MissingAsset, UsageError
 from ckpt_tools.hub.architectures import never_generates
-from ckpt_tools.hub.chat_template import closing_tokens
+from ckpt_tools.hub.chat_template import closing_tokens, own_closing_tokens
 from ckpt_tools.hub.config import text_value
 from ckpt_tools.hub.files import AssetFile, json_bytes, read_object
 from ckpt_tools.hub.tokenizer import Role, Tokenizer
@@ -178,32 +178,45 @@ def _olmo_as_found(model: Model, tokenizer: Tokenizer) -> Generation:
 
 
 def _with_template_ends(chosen: Generation, model: Model) -> Generation:
-    """The settings with the tokens at which ``--chat-template`` closes a turn among the end tokens."""
+    """The settings with the tokens at which the chat template closes a turn among the end tokens.
+
+    A template of ``--chat-template`` changes every setting. The tokenizer's own template changes those that
+    no generation config states; beside a stated one, a token that is not among its ends is a warning.
+    """
     tokenizer = model.tokenizer
-    if tokenizer is None or tokenizer.template is None or chosen.file is None:
+    if tokenizer is None or tokenizer.chat_template is None or chosen.file is None:
         return chosen
-    closing = closing_tokens(tokenizer)
-    warnings = list(chosen.warnings)
-    if not closing:
+    data, notes, warnings = json.loads(chosen.file.read()), [*chosen.notes], [*chosen.warnings]
+    found = data.get("eos_token_id")
+    held = found if isinstance(found, list) else [] if found is None else [found]
+    given, source = tokenizer.template is not None, chosen.file.source
+    named = tokenizer.template or f"the chat template of {tokenizer.directory}"
+    try:
+        closing = closing_tokens(tokenizer) if given else own_closing_tokens(tokenizer, held)
+    except UsageError as error:
+        if given:
+            raise
+        notes.append(f"the end tokens were not compared with the chat template: {error.fact}")
+        return Generation(chosen.file, tuple(notes), chosen.warnings)
+    if given and not closing:
         warnings.append(
-            f"no token closes an assistant's turn in {tokenizer.template}: the end tokens were not changed"
-        )
-        return Generation(chosen.file, chosen.notes, tuple(warnings))
-    data = json.loads(chosen.file.read())
-    stated = data.get("eos_token_id")
-    held = stated if isinstance(stated, list) else [] if stated is None else [stated]
-    for token, number in closing.items():
-        _check_row(
-            f"{token}, which the chat template writes,", number, model.rows, tokenizer.directory
+            f"no token closes an assistant's turn in {named}: the end tokens were not changed"
         )
     new = {token: number for token, number in closing.items() if number not in held}
-    if not new:
-        return chosen
-    ends = [*new.values(), *held]
-    data["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     listed = ", ".join(f"{token} ({number})" for token, number in new.items())
-    note = f"eos_token_id also has {listed}, which closes a turn in {tokenizer.template}"
-    return Generation(_written(data), (*chosen.notes, note), tuple(warnings))
+    if new and source is not None and not given:
+        warnings.append(
+            f"{named} closes a turn with {listed}, which is no end token in {source}: the model may not"
+            " stop there; add it to eos_token_id of a copy, and pass --generation-config COPY"
+        )
+    elif new:
+        for token, number in new.items():
+            _check_row(f"{token} of the chat template", number, model.rows, tokenizer.directory)
+        ends = [*new.values(), *held]
+        data["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+        notes.append(f"eos_token_id also has {listed}, which closes a turn in {named}")
+        return Generation(_written(data), tuple(notes), tuple(warnings))
+    return Generation(chosen.file, tuple(notes), tuple(warnings))
 
 
 def _olmo(model: Model, *, required: bool = True) -> Generation:

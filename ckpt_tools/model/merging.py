@@ -84,6 +84,7 @@ def merged_state(
     chosen = replace(chosen, base=shapes)
     config = configure(chosen)
     _refuse_other_tuners(chosen, config)
+    _refuse_attention(chosen)
     as_trained = dtype not in ("fp32", "keep")
 
     def taken(name: str) -> Tensor:
@@ -239,6 +240,17 @@ def _refuse_other_tuners(adapter: Adapter, config: AdapterConfig) -> None:
             hint="Write it as an adapter with extract-lora; PEFT's merge_and_unload may merge that.",
         )
     refuse_unknown_settings(config)
+
+
+def _refuse_attention(adapter: Adapter) -> None:
+    """Refuse ``nn.MultiheadAttention``: PEFT adds the update of its output projection twice."""
+    keys = {target.key for target in adapter.targets.values()}
+    for key in keys:
+        if f"{key}.out_proj" in keys:
+            raise UnsupportedLayout(
+                f"LoRA on torch.nn.MultiheadAttention is not merged: {key}",
+                hint="Write the adapter with extract-lora; PEFT's merge_and_unload merges it.",
+            )
 
 
 def _refuse_codes(name: str, tensor: Tensor) -> None:

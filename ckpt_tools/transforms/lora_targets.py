@@ -133,7 +133,16 @@ def find_targets(
     for module, wrappers in by_module.items():
         # The innermost wrapper has the most `base_layer` segments after the module.
         wrappers.sort(key=lambda pair: -len(pair.module))
-        targets |= _targets(module, wrappers, shapes, base)
+        found = _targets(module, wrappers, shapes, base)
+        if f"{module}.out_proj" in by_module:
+            # PEFT adapts both projections of nn.MultiheadAttention where its config names the module.
+            found = {
+                name: replace(target, key=module)
+                if target.weight == f"{module}.in_proj_weight"
+                else target
+                for name, target in found.items()
+            }
+        targets |= found
     return _decided(targets, pairs)
 
 

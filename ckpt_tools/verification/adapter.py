@@ -295,6 +295,8 @@ class _Lora:
             return
         parents = [p.rpartition(".")[0] for p in parameters]
         for module in sorted(modules):
+            if module.removesuffix(".out_proj").removesuffix(".base_layer") in modules - {module}:
+                continue  # of an adapted nn.MultiheadAttention
             if not _is_targeted(module, targets) and not any(_ends(module, p) for p in parents):
                 self._add(
                     "adapter-target",

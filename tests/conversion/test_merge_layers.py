@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ckpt_tools import extract_lora, merge_lora
+from ckpt_tools import extract_lora, merge_lora, verify
 from ckpt_tools.errors import UnsupportedLayout, UsageError
 
 State = dict[str, torch.Tensor]
@@ -156,6 +156,47 @@ def test_a_resized_vocabulary_comes_from_the_adapter(case: str, tied: bool, tmp_
         torch.testing.assert_close(ours[name], value, rtol=1e-6, atol=1e-6)
     assert json.loads((tmp_path / "out/config.json").read_bytes())["vocab_size"] == 104
     assert any("vocab_size set to 104" in text for text in (*report.notes, *report.warnings))
+
+
+class Attending(nn.Module):
+    """A module of PyTorch whose two projections PEFT adapts as one target."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(16, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.attn(x, x, x, need_weights=False)[0]
+
+
+def test_attention_of_pytorch_is_copied_but_not_merged(tmp_path: Path) -> None:
+    """PEFT adds the update of the output projection twice, in the forward pass too."""
+    from peft import LoraConfig, get_peft_model
+
+    base: Any = Attending()
+    model: Any = get_peft_model(base, LoraConfig(r=2, target_modules=["attn"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    model.peft_config["default"].base_model_name_or_path = "base"
+    model.save_pretrained(tmp_path / "peft")
+    run = tmp_path / "run"
+    run.mkdir()
+    save_file(dict(model.state_dict()), run / "model.safetensors", metadata={"format": "pt"})
+    given: Any = {"adapter_config": tmp_path / "peft"}
+    extract_lora(run, tmp_path / "adapter", base_model="base", **given)
+    ours, theirs = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "peft")
+    )
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    stated = json.loads((tmp_path / "adapter/adapter_config.json").read_bytes())
+    assert stated["target_modules"] == ["attn"]
+    assert not [p for p in verify(tmp_path / "adapter").problems if p.kind == "adapter-target"]
+    with pytest.raises(
+        UnsupportedLayout, match=r"torch\.nn\.MultiheadAttention is not merged: attn"
+    ):
+        merge_lora(run, tmp_path / "merged", weights_only=True, **given)
 
 
 def test_an_adapter_of_another_model_is_not_called_damaged(tmp_path: Path) -> None:

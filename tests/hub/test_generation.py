@@ -337,6 +337,50 @@ class TestEveryOlmo:
         assert "<|im_end|>, which is not a token of the tokenizer" in chosen.warnings[0]
 
 
+class TestOwnTemplate:
+    """The chat template of the tokenizer, of a model that is no OLMo."""
+
+    QWEN = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+        "{% endfor %}"
+    )
+
+    def test_the_token_that_closes_a_turn_is_an_end_where_no_file_states_the_ends(
+        self, tmp_path: Path
+    ) -> None:
+        directory = olmo_tokenizer(tmp_path, DOLMA2, self.QWEN)
+        chosen = choose("auto", model(LLAMA, directory, rows=100352))
+        assert values(chosen)["eos_token_id"] == [100265, 100257]
+        assert "<|im_end|> (100265), which closes a turn" in chosen.notes[-1]
+
+    def test_a_stated_generation_config_stays_with_a_warning(self, tmp_path: Path) -> None:
+        directory = olmo_tokenizer(tmp_path, DOLMA2, self.QWEN)
+        path = write_json(tmp_path / "generation_config.json", {"eos_token_id": 100257})
+        chosen = choose("auto", model(LLAMA, directory, rows=100352, places=(tmp_path,)))
+        assert chosen.file == AssetFile("generation_config.json", source=path)
+        (warning,) = chosen.warnings
+        assert f"<|im_end|> (100265), which is no end token in {path}" in warning
+
+    def test_a_template_that_raises_is_a_note(self, tmp_path: Path) -> None:
+        broken = "{{ raise_exception('no such role') }}" + self.QWEN
+        directory = olmo_tokenizer(tmp_path, DOLMA2, broken)
+        chosen = choose("auto", model(LLAMA, directory, rows=100352))
+        assert values(chosen)["eos_token_id"] == 100257
+        assert "no such role" in chosen.notes[-1]
+
+    def test_a_template_whose_text_shows_no_other_end_is_not_rendered(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("ckpt_tools.hub.chat_template.ask", lambda *_: pytest.fail("rendered"))
+        written = self.QWEN.replace("'<|im_start|>' + ", "").replace("<|im_end|>", "<|endoftext|>")
+        for number, template in enumerate((TULU, written)):
+            directory = tmp_path / str(number)
+            directory.mkdir()
+            olmo_tokenizer(directory, DOLMA2, template)
+            chosen = choose("auto", model(LLAMA, directory, rows=100352))
+            assert values(chosen)["eos_token_id"] == 100257
+
+
 class TestGivenTemplate:
     """The end tokens follow the file of --chat-template."""
 
