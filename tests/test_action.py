@@ -295,14 +295,9 @@ class TestThePipeline:
         assert "schedule" in self.workflow[True]  # `on` is a boolean in YAML 1.1
 
     @pytest.mark.slow
-    def test_a_clean_directory_is_uploaded(self, pipeline: Runner) -> None:
-        assert pipeline.run(self.workflow["jobs"]["publish"]["steps"]) == 0, pipeline.shown
-        uploaded = (pipeline.workspace.parent / "uploaded").read_text().splitlines()
-        assert uploaded[:5] == ["token", "upload", "somebody/olmo-chat", "out", "."]
-        assert ElementTree.parse(pipeline.workspace / "verify.xml").getroot().get("failures") == "0"
-
-    @pytest.mark.slow
-    def test_a_checkpoint_that_is_saved_meanwhile_changes_nothing(self, pipeline: Runner) -> None:
+    def test_a_clean_directory_is_uploaded_and_a_later_save_changes_nothing(
+        self, pipeline: Runner
+    ) -> None:
         run_directory = pipeline.workspace.parent / "run"
         shutil.copytree(CHAT / "checkpoint", run_directory)
         pipeline.env["RUN"] = str(run_directory)
@@ -318,6 +313,9 @@ class TestThePipeline:
         manifest = json.loads((pipeline.workspace / "out" / "ckpt_tools_manifest.json").read_text())
         assert manifest["sources"][0]["name"] == chosen.name
         assert (pipeline.workspace / "verify.html").is_file()
+        uploaded = (pipeline.workspace.parent / "uploaded").read_text().splitlines()
+        assert uploaded[:5] == ["token", "upload", "somebody/olmo-chat", "out", "."]
+        assert ElementTree.parse(pipeline.workspace / "verify.xml").getroot().get("failures") == "0"
 
     @pytest.fixture
     def already_consolidated(self, pipeline: Runner, consolidated: Path) -> None:

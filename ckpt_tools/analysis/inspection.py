@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from ckpt_tools.storage.folders import read_as_one, shown
 from ckpt_tools.storage.naming import as_path
 from ckpt_tools.tensors.checkpoint import Checkpoint, Weight
 from ckpt_tools.tensors.dtypes import BY_SHORT_NAME, DType
+from ckpt_tools.tensors.threads import garbage_kept
 from ckpt_tools.transforms.lora import adapter_of
 from ckpt_tools.transforms.prefixes import strip_wrappers
 
@@ -116,7 +117,8 @@ def inspect(
     try:
         checkpoint = readers.read(location)
         named = suspicious(checkpoint.files, location.directory)
-        return replace(_facts(checkpoint), suspicious=named)
+        with garbage_kept():
+            return replace(_facts(checkpoint), suspicious=named)
     except CkptError as error:
         sizes = list(_sizes(location.directory))
         return Inspection(
@@ -145,6 +147,7 @@ def _facts(checkpoint: Checkpoint) -> Inspection:
     stripped = strip_wrappers([*weights, *checkpoint.ties])
     named = {stripped.names[name]: weight for name, weight in weights.items()}
     parameters = {name: w for name, w in named.items() if w.kind != "buffer"}
+    adapted = {name: weight for name, weight in named.items() if adapter_of(name) is not None}
     return Inspection(
         path=shown(checkpoint.location.directory),
         format=checkpoint.location.format,
@@ -159,15 +162,15 @@ def _facts(checkpoint: Checkpoint) -> Inspection:
         bytes_on_disk=checkpoint.bytes_on_disk,
         weight_bytes=checkpoint.catalogue("master" if checkpoint.lost is None else "model").nbytes,
         training_dtype=str(checkpoint.training_dtype) if checkpoint.training_dtype else None,
-        dtypes=_by_dtype(named.values()),
+        dtypes={str(d): count for d, count in _elements(named.values()).items()},
         trained=_group(w for w in named.values() if w.kind == "parameter"),
         frozen=_group(w for w in named.values() if w.kind == "frozen"),
         buffers=_group(w for w in named.values() if w.kind == "buffer"),
         tied={stripped.names[a]: stripped.names[k] for a, k in checkpoint.ties.items()},
-        adapters=_grouped(named, adapter_of),
+        adapters=_grouped(adapted, adapter_of),
         attributes=_grouped(named, lambda name: name.split(".")[0]),
         wrappers=stripped.removed,
-        output_bytes=_output_bytes(named),
+        output_bytes=_output_bytes(named, adapted.values()),
         numbered=_numbered(named),
         remarks=checkpoint.remarks,
         problems=() if checkpoint.lost is None else (str(checkpoint.lost),),
@@ -205,24 +208,26 @@ def _grouped(weights: Mapping[str, Weight], key: Callable[[str], str | None]) ->
     return {label: _group(members) for label, members in groups.items()}
 
 
-def _by_dtype(weights: Iterable[Weight]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for weight in weights:
-        name = str(weight.dtype)
-        counts[name] = counts.get(name, 0) + math.prod(weight.shape)
-    return counts
-
-
-def _output_bytes(weights: Mapping[str, Weight]) -> dict[str, int]:
+def _output_bytes(weights: Mapping[str, Weight], adapters: Collection[Weight]) -> dict[str, int]:
     """Bytes of the output's tensors for each ``--dtype``, and of the adapters alone."""
+    elements = _elements(weights.values())
 
-    def size(weight: Weight, dtype: DType | None) -> int:
-        cast = dtype if dtype is not None and weight.dtype.is_floating else weight.dtype
-        return math.prod(weight.shape) * cast.itemsize
+    def size(counts: Mapping[DType, int], to: DType | None) -> int:
+        return sum(
+            count * (to if to is not None and dtype.is_floating else dtype).itemsize
+            for dtype, count in counts.items()
+        )
 
     choices: dict[str, DType | None] = {"auto": None, **BY_SHORT_NAME}
-    sizes = {c: sum(size(w, d) for w in weights.values()) for c, d in choices.items()}
-    adapters = [w for name, w in weights.items() if adapter_of(name) is not None]
+    sizes = {choice: size(elements, dtype) for choice, dtype in choices.items()}
     if adapters:
-        sizes["adapter"] = sum(size(w, None) for w in adapters)
+        sizes["adapter"] = size(_elements(adapters), None)
     return sizes
+
+
+def _elements(weights: Iterable[Weight]) -> dict[DType, int]:
+    """The number of elements of each training dtype."""
+    counts: dict[DType, int] = {}
+    for weight in weights:
+        counts[weight.dtype] = counts.get(weight.dtype, 0) + math.prod(weight.shape)
+    return counts

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ckpt_tools.cli import completing
-from ckpt_tools.cli.options import PATH, READ, F, added, option
+from ckpt_tools.cli.options import PATH, READ, added, option
+from ckpt_tools.cli.shapes import F
 
 base_model = option(
     "--base-model",

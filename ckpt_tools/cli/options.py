@@ -6,8 +6,8 @@ Owns flags, value types and help texts. What the options mean is stated in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from collections.abc import Iterable
+from typing import Any
 
 import click
 
@@ -24,29 +24,18 @@ from ckpt_tools.cli.groups import option as option
 from ckpt_tools.cli.kinds import LOCAL as LOCAL
 from ckpt_tools.cli.kinds import PATH as PATH
 from ckpt_tools.cli.kinds import DTypeName as DTypeName
+from ckpt_tools.cli.shapes import Decorator, F, count, place, seconds, tag_of
 from ckpt_tools.cli.text import say
 
-F = TypeVar("F", bound=Callable[..., Any])
-Decorator = Callable[[F], F]
-
-
-also = option(
+also = place(
     "--also",
     group=READ,
-    type=PATH,
     multiple=True,
-    metavar="DIR",
     help="A further folder with files of CKPT, such as that of another machine; repeatable.",
 )
 debug = option("--debug", is_flag=True, help="Show a traceback for every error.")
 json = option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-tag = option(
-    "--tag",
-    group=READ,
-    metavar="T",
-    shell_complete=completing.names,
-    help="Which checkpoint, where CKPT holds several.",
-)
+tag = tag_of("CKPT")
 model = option(
     "--model",
     group=READ,
@@ -95,15 +84,10 @@ def _renamed(context: click.Context, _: click.Parameter, value: str | None) -> N
         context.meta[_FORMAT] = value
 
 
-workers = option(
-    "--workers", type=click.IntRange(min=1), metavar="N", help="Threads. Default: one a core."
-)
-timeout = option(
+workers = count("--workers", help="Threads. Default: one a core.")
+timeout = seconds(
     "--timeout",
-    type=click.FloatRange(min=1),
     default=1800,
-    show_default=True,
-    metavar="SECONDS",
     help="How long ranks of torchrun wait for one without progress, and requests of stores are repeated.",
 )
 

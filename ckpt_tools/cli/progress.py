@@ -1,4 +1,7 @@
-"""Progress of a long command: a bar on a terminal, plain lines elsewhere, nothing when asked."""
+"""Progress of a long command: a bar on a terminal, plain lines elsewhere, nothing when asked.
+
+Where a store is read or written, the bytes that went over the network are shown too.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from contextlib import contextmanager
 import click
 
 from ckpt_tools.cli.text import nbytes_text, seconds_text
+from ckpt_tools.storage.wire import carried
 
 _LINE_SECONDS = 10.0
 
@@ -51,7 +55,7 @@ def _bar(doing: str) -> Iterator[Callable[[int, int], None]]:
         task = progress.add_task("planning", total=None)
 
         def update(done: int, total: int) -> None:
-            progress.update(task, description=doing, completed=done, total=total)
+            progress.update(task, description=doing + _network(), completed=done, total=total)
 
         yield update
 
@@ -75,8 +79,14 @@ def _lines() -> Callable[[int, int], None]:
         left = seconds_text((total - done) / rate) if rate else "unknown"
         click.echo(
             f"{done / total:.0%}: {nbytes_text(done)} of {nbytes_text(total)}, "
-            f"{nbytes_text(rate)}/s, {left} left",
+            f"{nbytes_text(rate)}/s, {left} left{_network()}",
             err=True,
         )
 
     return update
+
+
+def _network() -> str:
+    """The bytes that went over the network; nothing where no store is used."""
+    nbytes = carried()
+    return f", {nbytes_text(nbytes)} over the network" if nbytes else ""

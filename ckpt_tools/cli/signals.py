@@ -12,6 +12,8 @@ import signal
 import sys
 from types import FrameType
 
+from ckpt_tools.storage.temporary import remove_all
+
 _AGAIN_SECONDS = 0.05
 
 # The exit status of a command that a signal ended.
@@ -47,6 +49,7 @@ def leave_at_once(status: object) -> None:
         sys.stderr.flush()
     except (OSError, ValueError):
         return  # a normal exit reports it
+    remove_all()
     os._exit(status or 0)
 
 

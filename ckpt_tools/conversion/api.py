@@ -44,7 +44,9 @@ from ckpt_tools.readers.opening import open_weights
 from ckpt_tools.storage.addresses import PathLike, is_address
 from ckpt_tools.storage.folders import places_of, read_as_one
 from ckpt_tools.storage.naming import as_path
+from ckpt_tools.storage.reading import is_near
 from ckpt_tools.tensors.checkpoint import Checkpoint
+from ckpt_tools.tensors.threads import begin_torch
 from ckpt_tools.writing.delivery import follow
 
 if TYPE_CHECKING:
@@ -284,6 +286,8 @@ def _carried_out(
     merges = request.command == "merge-lora"
     if merges:
         checkpoints, request = with_adapter_as_checkpoint(checkpoints, request)
+    if not request.dry_run and not all(map(is_near, paths_of(checkpoints))):
+        begin_torch()
     sources = [_opened(checkpoint, request) for checkpoint in checkpoints]
     near = sources[0].location.near
     if merges and request.adapter_dir is not None:

@@ -19,7 +19,7 @@ from ckpt_tools.conversion.request import Request
 from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout, UsageError, listed
 from ckpt_tools.hub import AssetFile, Assets, ConfigSource, collect, find_config
 from ckpt_tools.hub.adapter_config import AdapterConfig, with_given
-from ckpt_tools.hub.card import CardFacts, model_card
+from ckpt_tools.hub.card import CardFacts, license_beside, model_card
 from ckpt_tools.hub.config import of_attribute, text_value
 from ckpt_tools.hub.reference import Answer
 from ckpt_tools.model.adapter import Adapter, read_adapter_directory, state_names, trained_dtype
@@ -162,6 +162,7 @@ class _Model:
                 manifest=MANIFEST,
             ),
             assets.config,
+            {} if self.config is None else license_beside(self.config.path),
         )
 
 

@@ -10,12 +10,19 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from ckpt_tools.errors import CkptError
 from ckpt_tools.hub.files import AssetFile
+from ckpt_tools.storage.regular import content_of
 from ckpt_tools.text import markdown, markdown_code
 
 CARD_NAME = "README.md"
+# The metadata of a card is a block of YAML at its start.
+_METADATA = re.compile(r"\A---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+_LARGEST_CARD = 1 << 20
+_LICENSE = ("license", "license_name", "license_link")
 
 
 @dataclass(frozen=True)
@@ -47,16 +54,45 @@ class CardFacts:
     manifest: str
 
 
-def model_card(facts: CardFacts, config: Mapping[str, Any]) -> AssetFile:
-    """The card of a model, as ``huggingface_hub`` writes one."""
+def license_beside(config: Path) -> dict[str, str]:
+    """The license that the card beside a config states, as fields of a card; empty where none does."""
+    import yaml
+
+    path = config.parent / CARD_NAME
+    try:
+        if path.stat().st_size > _LARGEST_CARD:
+            return {}
+        block = _METADATA.match(content_of(path).decode())
+        data = yaml.safe_load(block[1]) if block else None
+    except (OSError, ValueError, CkptError, RecursionError, yaml.YAMLError):
+        return {}
+    stated = data if isinstance(data, dict) else {}
+    if not isinstance(stated.get("license"), str):
+        return {}
+    return {key: stated[key] for key in _LICENSE if isinstance(stated.get(key), str)}
+
+
+def model_card(
+    facts: CardFacts, config: Mapping[str, Any], license: Mapping[str, str] | None = None
+) -> AssetFile:
+    """The card of a model, as ``huggingface_hub`` writes one.
+
+    Args:
+        facts: what it states.
+        config: the config of the model.
+        license: the fields of its license, where it is known.
+    """
     # ModelCard would import the client of the hub, which takes longer than all other work on a small model.
     from huggingface_hub import ModelCardData
 
-    base = config.get("_name_or_path")
+    base, stated = config.get("_name_or_path"), license or {}
     data = ModelCardData(
         library_name="transformers",
         base_model=base if isinstance(base, str) and _is_hub_name(base) else None,
         tags=["ckpt-tools"],
+        license=stated.get("license"),
+        license_name=stated.get("license_name"),
+        license_link=stated.get("license_link"),
     )
     card = f"---\n{data.to_yaml()}\n---\n\n{_body(facts, config)}"
     return AssetFile(CARD_NAME, content=card.encode())

@@ -117,6 +117,7 @@ def fit_to_model(
         *(_UNTIED.format(name) for name in settled.untied),
         *_shape_warnings(tensors, reference, config),
         *_rounded(ordered, reference, dtype),
+        *_not_floating(ordered, reference, config),
     ]
     if taken:
         warnings.append(f"taken from --like, because the checkpoint lacks them: {listed([*taken])}")
@@ -298,3 +299,17 @@ def _rounded(tensors: Mapping[str, Tensor], reference: ReferenceModel, dtype: DT
     return [
         f"written in {dtype}, although the model keeps them in float32: {listed(sorted(names))}"
     ]
+
+
+def _not_floating(
+    tensors: Mapping[str, Tensor], reference: ReferenceModel, config: ConfigSource
+) -> list[str]:
+    """Parameters whose dtype is not floating, although no quantizer makes weights of them."""
+    if "quantization_config" in config.data:
+        return []
+    names = [n for n in reference.saved if not tensors[n].dtype.is_floating]
+    names = [name for name in names if reference.is_parameter(name)]
+    if not names:
+        return []
+    dtypes = listed(sorted({str(tensors[name].dtype) for name in names}))
+    return [f"the model has floating-point parameters, but these are {dtypes}: {listed(names)}"]

@@ -34,6 +34,7 @@ from ckpt_tools.readers.unread import unread
 from ckpt_tools.storage.folders import assets_near, searched
 from ckpt_tools.storage.replaced import how_to_restore
 from ckpt_tools.tensors.checkpoint import FINISHED, LAST, Checkpoint, Location
+from ckpt_tools.tensors.threads import garbage_kept
 
 # Of so many checkpoints below a directory the metadata are read, for the list.
 _MOST_READ = 20
@@ -77,7 +78,7 @@ def locate(
         UsageError: ``tag``, ``model`` or ``format`` does not exist.
         DamagedCheckpoint: the target of a pointer such as ``latest`` does not exist.
     """
-    with _folders_named(path):
+    with garbage_kept(), _folders_named(path):
         location = _locate(path, tag, model, format)
     near = dict.fromkeys(local for place in location.near for local in assets_near(place))
     return replace(location, near=tuple(near))
@@ -239,6 +240,7 @@ def read(location: Location) -> Checkpoint:
     except KeyError:
         raise UsageError(f"there is no reader for the format {location.format!r}") from None
     with (
+        garbage_kept(),
         _folders_named(location.directory),
         unexpected_is_damage(location.directory, location.format),
     ):

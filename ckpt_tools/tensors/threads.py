@@ -79,19 +79,29 @@ def threads_for(sources: Iterable[object]) -> int:
     return MAX_WORKERS if first is None or is_near(first) else _MOST_REQUESTS
 
 
+# The import of torch, where another thread than the main one made it.
+_import: Future[None] | None = None
+
+
 def load_torch() -> None:
     """Import torch; a signal ends the wait for it at once.
 
     The import takes seconds, mostly in C code, where no signal is seen. An exception that is raised between
     may get lost, or break the import. So the main thread lets another thread import.
     """
-    if "torch" in sys.modules or threading.current_thread() is not threading.main_thread():
-        import torch  # noqa: F401  (waits where another thread imports it)
+    if threading.current_thread() is threading.main_thread():
+        begin_torch()
+        if _import is not None:
+            _import.result()
+    import torch  # noqa: F401  (waits where another thread imports it)
 
-        return
-    done: Future[None] = Future()
-    threading.Thread(target=_import_torch, args=(done,), name="import", daemon=True).start()
-    done.result()
+
+def begin_torch() -> None:
+    """Let another thread import torch while this one waits for metadata of a store."""
+    global _import
+    if "torch" not in sys.modules and _import is None:
+        _import = Future()
+        threading.Thread(target=_import_torch, args=(_import,), name="import", daemon=True).start()
 
 
 def _import_torch(done: Future[None]) -> None:

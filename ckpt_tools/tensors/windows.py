@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from itertools import chain
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
@@ -84,6 +85,11 @@ def visit_windows(
     Raises:
         DamagedCheckpoint: a file is too short or cannot be read.
     """
+    batches = _batches(groups, windows_of(groups) if windows is None else windows)
+    first = next(batches, None)
+    if first is None:
+        # Nothing is read, so torch is not imported.
+        return
     spare: SimpleQueue[_Reader[R]] = SimpleQueue()
     for _ in range(workers):
         spare.put(_Reader(groups, visit, failed))
@@ -99,10 +105,9 @@ def visit_windows(
         return done
 
     pending: deque[tuple[list[Window], Future[list[R]]]] = deque()
-    batches = _batches(groups, windows_of(groups) if windows is None else windows)
     try:
         with casting_on_one_core(), pool(workers) as threads:
-            for batch in batches:
+            for batch in chain((first,), batches):
                 pending.append((batch, threads.submit(work, batch)))
                 if len(pending) > 2 * workers:
                     yield from _results(*pending.popleft())

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 
 from ckpt_tools.errors import MissingAsset
 from ckpt_tools.hub.adapter_config import NAME as ADAPTER_CONFIG
+from ckpt_tools.storage.temporary import TemporaryFolder
 from ckpt_tools.training.wrappers import class_name, innermost
 
 
@@ -53,8 +53,7 @@ def beside(
     Raises:
         MissingAsset: there is none.
     """
-    with tempfile.TemporaryDirectory(prefix="ckpt-tools-") as made:
-        home = Path(made)
+    with TemporaryFolder() as home:
         model = innermost(module.get_base_model()) if is_adapter else module
         yield Beside(
             _config(model, config, home, is_needed=is_needed),

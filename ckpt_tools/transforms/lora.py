@@ -301,10 +301,12 @@ def _inner(name: str, root: str | None) -> str | None:
 def _part(name: str, inner: str) -> Part | None:
     segments = inner.split(".")
     for index, segment in enumerate(segments):
+        if segment not in _UNNAMED and not _is_container(segment):
+            continue
         head, rest = ".".join(segments[:index]), segments[index + 1 :]
         if segment in _UNNAMED:
             return Part(name, head, segment, "default", ".".join(rest))
-        if rest and _is_container(segment):
+        if rest:
             if segment in _SHARED_BY_KIND:
                 return Part(name, head, segment, rest[-1], ".".join(rest[:-1]))
             return Part(name, head, segment, rest[0], ".".join(rest[1:]))

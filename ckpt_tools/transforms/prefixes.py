@@ -17,6 +17,7 @@ from ckpt_tools.tensors.catalogue import Catalogue
 _ANYWHERE = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 # Written by DDP, DataParallel and engines, around the whole model.
 _IN_FRONT = ("module",)
+_WRAPPERS = {*_ANYWHERE, *_IN_FRONT}
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,9 @@ class _Node:
 
 def _find_wrapper(paths: Collection[list[str]]) -> list[str] | None:
     """The outermost wrapper: a path whose last segment is the only child of its parent."""
+    # Most checkpoints have none, and the tree of a million names takes seconds.
+    if all(_WRAPPERS.isdisjoint(path) for path in paths):
+        return None
     tree = _Node()
     for path in paths:
         node = tree

@@ -271,7 +271,7 @@ class _Comparison:
                 )
             if (
                 entry.dtype is not None
-                and self._should_be_floating(name)
+                and self.model.is_parameter(name)
                 and not entry.dtype.is_floating
             ):
                 self._add(
@@ -280,11 +280,6 @@ class _Comparison:
         for rows, resized_names in resized.items():
             assert isinstance(size, int)
             note_vocabulary(size, rows, resized_names, self.findings)
-
-    def _should_be_floating(self, name: str) -> bool:
-        recipe = {**self.model.saved, **self.model.tied}[name].recipe
-        live = [self.model.live.get(leaf.name) for leaf in leaves(recipe) if isinstance(leaf, Live)]
-        return any(tensor is not None and tensor.kind == "parameter" for tensor in live)
 
     def _entry(self, name: str) -> Entry:
         return self.directory.tensors[self.names[name]]

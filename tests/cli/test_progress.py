@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ckpt_tools.cli import progress
+from ckpt_tools.storage import wire
 
 
 class Clock:
@@ -58,3 +59,19 @@ def test_a_second_task_of_a_command_begins_anew(
         "100%: 100 B of 100 B, 1 B/s, 0.0 s left",
         "50%: 1 kB of 2 kB, 100 B/s, 10.0 s left",
     ]
+
+
+def test_the_bytes_over_the_network_are_shown_where_a_store_is_used(
+    clock: Clock, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire, "_carried", 0)
+    update = progress._lines()
+    update(0, 100_000_000)
+    wire.carry(30_000_000)
+    wire.carry(7_000_000)
+    clock.now += 10
+    update(50_000_000, 100_000_000)
+
+    assert capsys.readouterr().err == (
+        "50%: 50 MB of 100 MB, 5 MB/s, 10.0 s left, 37 MB over the network\n"
+    )

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import ckpt_tools
 from ckpt_tools.storage.places import LOCAL
@@ -75,8 +77,15 @@ def test_each_byte_is_moved_once(
 
 
 def test_looking_imports_no_torch(tmp_path: Path) -> None:
-    """`inspect`, and `verify` of the structure, read headers and metadata; verify alone imports numpy."""
+    """`inspect`, `verify` of the structure and `diff` without common tensors read headers and metadata alone.
+
+    Only verify imports numpy. A difference of common tensors needs torch: the count sees an import.
+    """
     converted(tmp_path / "out", dtype="bf16")
+    others = {"a": (2, 2), "b": (2, 3), "c": (2, 2)}
+    for name, shape in others.items():
+        save_file({"weight": torch.zeros(shape)}, tmp_path / f"{name}.safetensors")
+    a, b, c = (str(tmp_path / f"{name}.safetensors") for name in others)
     program = (
         "import contextlib, sys\n"
         "from ckpt_tools.cli import cli\n"
@@ -85,10 +94,12 @@ def test_looking_imports_no_torch(tmp_path: Path) -> None:
         "        cli.main(arguments, standalone_mode=False)\n"
         "    return sorted({'torch', 'numpy', 'transformers'} & sys.modules.keys())\n"
         f"inspect = loaded_by('inspect', {str(CASE / 'checkpoint')!r})\n"
+        f"diff = loaded_by('diff', {a!r}, {b!r})\n"
         f"verify = loaded_by('verify', {str(tmp_path / 'out')!r})\n"
-        "print('loaded:', inspect, verify)\n"
+        f"read = loaded_by('diff', {a!r}, {c!r})\n"
+        "print('loaded:', inspect, diff, verify, 'torch' in read)\n"
     )
     run = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=os.environ
     )
-    assert run.stdout.splitlines()[-1] == "loaded: [] ['numpy']"
+    assert run.stdout.splitlines()[-1] == "loaded: [] [] ['numpy'] True"

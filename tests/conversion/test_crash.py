@@ -258,7 +258,7 @@ def test_no_signal_is_lost_while_torch_is_imported(
     tmp_path: Path, fixtures: Path, number: signal.Signals, status: int
 ) -> None:
     """Raised in its C code, KeyboardInterrupt and SystemExit come to nothing or become an ImportError."""
-    for moment in range(int(number) % 2, 8, 2):
+    for moment in range(int(number) % 4, 8, 4):
         run = start_small(fixtures, tmp_path)
         wait_for_child(run)
         # The import is a matter of the processor: so far it has come, however slowly.

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
-from huggingface_hub import ModelCard
+import pytest
+from huggingface_hub import ModelCard, ModelCardData
 
-from ckpt_tools.hub.card import CardFacts, model_card
+from ckpt_tools.hub.card import CARD_NAME, CardFacts, license_beside, model_card
 
 FACTS = CardFacts(
     made_of=None,
@@ -73,3 +75,35 @@ def test_the_weights_are_said_to_be_the_model_s_where_they_were_asked_for() -> N
 
     assert row in text(replace(FACTS, weights="model"), CONFIG)
     assert row not in text(FACTS, CONFIG)
+
+
+def test_the_license_is_that_of_the_card_beside_the_config(tmp_path: Path) -> None:
+    stated = {"license": "other", "license_name": "a-name", "license_link": "LICENSE"}
+    beside = ModelCardData(language="en", base_model="org/older", tags=["x"], **stated)
+    ModelCard(f"---\n{beside.to_yaml()}\n---\n\nlicense: mit\n").save(tmp_path / CARD_NAME)
+
+    content = model_card(FACTS, CONFIG, license_beside(tmp_path / "config.json")).content
+
+    assert content is not None
+    data = ModelCard(content.decode()).data.to_dict()
+    assert {key: data.get(key) for key in stated} == stated
+    # The base of that model is not the base of this one.
+    assert data["base_model"] == "allenai/OLMo-2-0425-1B"
+    assert data["tags"] == ["ckpt-tools"]
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        b"license: mit\n",
+        b"---\ntags: [a]\n---\nlicense: mit\n",
+        b"---\nlicense: [mit\n---\n",
+        b"---\nlicense: !!python/object/apply:os.getcwd []\n---\n",
+        b"---\nlicense: [mit, apache-2.0]\nlicense_name: x\n---\n",
+        b"\xff\xfe",
+    ],
+)
+def test_a_card_that_states_no_license_gives_none(tmp_path: Path, card: bytes) -> None:
+    (tmp_path / CARD_NAME).write_bytes(card)
+    assert license_beside(tmp_path / "config.json") == {}
+    assert license_beside(tmp_path / "missing" / "config.json") == {}

@@ -282,3 +282,20 @@ def test_a_value_head_beside_a_tied_language_model_is_written_with_a_warning(
 
     assert "v_head.summary.weight" in fitted.catalogue
     assert any("v_head.summary.weight" in warning for warning in fitted.warnings)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64])
+@pytest.mark.parametrize("quantised", [False, True])
+def test_parameters_that_are_not_floating_are_written_with_a_warning(
+    tied: Case, state: dict[str, Tensor], tmp_path: Path, dtype: torch.dtype, quantised: bool
+) -> None:
+    """transformers loads them as they are, and the model computes in them; a quantizer converts them."""
+    name = "model.norm.weight"
+    odd = {**state, **on_disk(tmp_path, {name: torch.ones(state[name].shape, dtype=dtype)})}
+    changes = {"quantization_config": {"quant_method": "gptq"}} if quantised else {}
+
+    fitted = fit(odd, config_of(tied, tmp_path, **changes))
+
+    told = [warning for warning in fitted.warnings if "floating-point parameters" in warning]
+    wanted = f"these are {str(dtype).removeprefix('torch.')}: {name}"
+    assert [warning.endswith(wanted) for warning in told] == ([] if quantised else [True])

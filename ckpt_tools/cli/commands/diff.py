@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckpt_tools.cli import completing, options, reporting
+from ckpt_tools.cli import options, reporting, shapes
 from ckpt_tools.cli.outcome import reports_errors
 from ckpt_tools.cli.progress import shown_progress
 from ckpt_tools.cli.text import counted, print_json, say
@@ -27,26 +27,12 @@ SUMMARY = "What is different between two checkpoints."
 @click.command("diff", cls=options.Command)
 @click.argument("a", type=options.PATH)
 @click.argument("b", type=options.PATH)
-@options.option(
-    "--tag-a",
-    group=options.READ,
-    metavar="T",
-    shell_complete=completing.names,
-    help="Which checkpoint, where A holds several.",
-)
-@options.option(
-    "--tag-b",
-    group=options.READ,
-    metavar="T",
-    shell_complete=completing.names,
-    help="Which checkpoint, where B holds several.",
-)
-@options.option(
+@shapes.tag_of("A", "--tag-a")
+@shapes.tag_of("B", "--tag-b")
+@shapes.one_of(
     "--weights",
+    among=("auto", "master", "model"),
     group=options.READ,
-    type=click.Choice(["auto", "master", "model"]),
-    default="auto",
-    show_default=True,
     help="For a training checkpoint: the optimizer's masters, or the 16-bit weights. auto: for "
     "each tensor the copy that the other side holds too.",
 )
@@ -75,14 +61,8 @@ SUMMARY = "What is different between two checkpoints."
     metavar="N",
     help="How many tensors of each kind to list.",
 )
-@options.option(
-    "--format",
-    "form",
-    group=options.WRITE,
-    type=click.Choice(["text", "json"]),
-    default="text",
-    show_default=True,
-    help="json: as --json.",
+@shapes.one_of(
+    "--format", "form", among=("text", "json"), group=options.WRITE, help="json: as --json."
 )
 @reporting.page
 @options.json
@@ -121,7 +101,6 @@ def command(
       ckpt-tools diff run/global_step500 model --json
     """
     from ckpt_tools.analysis.difference import diff
-    from ckpt_tools.page.difference import page_of_difference
 
     as_json = as_json or form == "json"
     with shown_progress(quiet or as_json, "comparing") as progress:
@@ -132,6 +111,9 @@ def command(
         for line in _lines(found, top):
             say(line)
     if report is not None:
+        # The pages import the checks of verify, and those import NumPy.
+        from ckpt_tools.page.difference import page_of_difference
+
         reporting.write_page(report, page_of_difference(found, reporting.command_line()))
     sys.exit(0 if found.is_empty else _DIFFERENT)
 

@@ -52,7 +52,7 @@ SUMMARY = "How often to checkpoint, and what it costs."
     metavar="CKPT",
     help="Take the size from this checkpoint.",
 )
-@options.option("--tag", group=options.READ, help="Which checkpoint, where CKPT holds several.")
+@options.tag
 @options.option(
     "--keep", type=click.IntRange(min=1), metavar="K", help="How many checkpoints are kept."
 )

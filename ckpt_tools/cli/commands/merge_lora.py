@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ckpt_tools.cli import options, reporting
+from ckpt_tools.cli import options, reporting, shapes
 from ckpt_tools.cli.adapter_options import of_adapter
 from ckpt_tools.cli.outcome import reports_errors
 from ckpt_tools.cli.writing import write_directory
@@ -20,26 +20,20 @@ SUMMARY = "A LoRA adapter and its base become one model."
 @click.argument("ckpt", type=options.PATH)
 @click.argument("out", type=options.PATH)
 @of_adapter("Which adapter, where there are several; or several with weights: a=0.7,b=0.3.")
-@options.option(
+@shapes.one_of(
     "--combination",
     group=options.READ,
-    type=click.Choice(["cat", "linear"]),
-    default="cat",
-    show_default=True,
+    among=("cat", "linear"),
     help="How several adapters become one, as in PEFT: cat adds their updates, linear their factors.",
 )
-@options.option(
+@shapes.place(
     "--adapter-dir",
     group=options.READ,
-    type=options.PATH,
-    metavar="DIR",
     help="Take the adapter from a directory that PEFT wrote, and CKPT as the base.",
 )
-@options.option(
+@shapes.place(
     "--base",
     group=options.READ,
-    type=options.PATH,
-    metavar="DIR",
     help="A Hugging Face directory of the base: tensors that CKPT lacks come from it.",
 )
 @options.model_writing

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from ckpt_tools.cli import caching, options, reporting
+from ckpt_tools.cli import caching, options, reporting, shapes
 from ckpt_tools.cli.files import write_whole
 from ckpt_tools.cli.outcome import joined_ranks, print_traceback, reports_errors
 from ckpt_tools.cli.progress import shown_progress
@@ -25,60 +25,48 @@ SUMMARY = "Everything that is wrong with a finished directory."
 
 @click.command("verify", cls=options.Command)
 @click.argument("directories", nargs=-1, required=True, metavar="DIR...", type=options.PATH)
-@options.option(
+@shapes.place(
     "--against",
     group=options.CHECK,
-    type=options.PATH,
     metavar="CKPT",
     help="Compare every tensor, bit for bit, with the checkpoint that it was made from.",
 )
-@options.option(
+@shapes.place(
     "--also",
     group=options.CHECK,
-    type=options.PATH,
     multiple=True,
-    metavar="DIR",
     help="With --against: a further folder with files of CKPT, such as another machine's; repeatable.",
 )
-@options.option(
+@shapes.switch(
     "--read-data",
     group=options.CHECK,
-    is_flag=True,
     help="Read every byte: digests, NaN, constant weights.",
 )
-@options.option(
+@shapes.switch(
     "--load",
     group=options.CHECK,
-    is_flag=True,
     help="Load it with transformers or PEFT, call it, generate. Takes the model's memory.",
 )
-@options.option(
+@shapes.seconds(
     "--load-seconds",
     group=options.CHECK,
-    type=click.FloatRange(min=1),
     default=3600,
-    show_default=True,
-    metavar="SECONDS",
     help="With --load: when the process that loads is ended.",
 )
-@options.option(
+@shapes.count(
     "--load-memory",
     group=options.CHECK,
-    type=click.IntRange(min=1),
     metavar="GB",
     help="With --load: the memory of the process that loads. Default: 17 GB and 8 times the weights.",
 )
-@options.option(
+@shapes.place(
     "--base",
     group=options.CHECK,
-    type=options.PATH,
-    metavar="DIR",
     help="The base of an adapter. Default: the directory that the adapter names, if there is one.",
 )
-@options.option(
+@shapes.place(
     "--like",
     group=options.CHECK,
-    type=options.PATH,
     metavar="MODEL",
     help="Compare config, tokenizer, chat template and generation config with those of MODEL: the base, or "
     "the directory that the training run loaded.",
@@ -91,22 +79,19 @@ SUMMARY = "Everything that is wrong with a finished directory."
     multiple=True,
     help="What this reader will not take; repeatable. docs/verify.md lists the rules and versions.",
 )
-@options.option("--strict", group=options.CHECK, is_flag=True, help="Warnings fail too.")
-@options.option(
+@shapes.switch("--strict", group=options.CHECK, help="Warnings fail too.")
+@shapes.switch(
     "--trust-remote-code",
     group=options.CHECK,
-    is_flag=True,
     help="Run custom code that lies in DIR, in a process of its own.",
 )
 @options.workers
 @caching.no_cache
-@options.option(
+@shapes.one_of(
     "--format",
     "form",
     group=options.WRITE,
-    type=click.Choice(["text", "json", "junit", "github"]),
-    default="text",
-    show_default=True,
+    among=("text", "json", "junit", "github"),
     help="What to print: a table, JSON (docs/verify.md), JUnit XML, or annotations for GitHub.",
 )
 @options.option(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckpt_tools.cli import completing, options
+from ckpt_tools.cli import completing, options, shapes
 from ckpt_tools.cli.adapter_options import base_model, of_adapter
 from ckpt_tools.cli.outcome import reports_errors
 from ckpt_tools.cli.progress import shown_progress
@@ -30,23 +30,19 @@ SUMMARY = "Each checkpoint of a training that runs becomes a directory."
 @click.command("watch", cls=options.Command)
 @click.argument("run", type=options.PATH)
 @click.argument("out", type=options.LOCAL)
-@options.option(
+@shapes.switch(
     "--once",
-    is_flag=True,
     help="Do what can be done now, and end; for cron and at the end of a run.",
 )
-@options.option(
+@shapes.count(
     "--every",
     group=options.READ,
-    type=click.IntRange(min=1),
     metavar="K",
     help="Convert the checkpoints whose number (the last one in the name) is a multiple of K.",
 )
-@options.option(
+@shapes.count(
     "--keep",
     group=options.WRITE,
-    type=click.IntRange(min=1),
-    metavar="N",
     help="Remove all outputs but the newest N.",
 )
 @options.option(
@@ -55,25 +51,20 @@ SUMMARY = "Each checkpoint of a training that runs becomes a directory."
     help="Run CMD by sh after each conversion, with CKPT_TOOLS_OUTPUT, CKPT_TOOLS_CHECKPOINT, "
     "CKPT_TOOLS_NAME and CKPT_TOOLS_STEP.",
 )
-@options.option(
+@shapes.switch(
     "--prune-source",
-    is_flag=True,
     help="Remove a checkpoint that training does not need once its output was compared with it bit for bit.",
 )
-@options.option(
+@shapes.seconds(
     "--settle",
-    type=click.FloatRange(min=0),
+    least=0,
     default=30,
-    show_default=True,
-    metavar="SECONDS",
     help="How long files must stand still where nothing else says that a checkpoint is finished.",
 )
-@options.option(
+@shapes.seconds(
     "--poll",
-    type=click.FloatRange(min=0.01),
+    least=0.01,
     default=10,
-    show_default=True,
-    metavar="SECONDS",
     help="Time between two looks at RUN.",
 )
 @options.option(
@@ -84,9 +75,7 @@ SUMMARY = "Each checkpoint of a training that runs becomes a directory."
     shell_complete=completing.attributes,
     help="Write this attribute of a composite model, as extract-attr does.",
 )
-@options.option(
-    "--lora", is_flag=True, group=options.READ, help="Write the adapter, as extract-lora does."
-)
+@shapes.switch("--lora", group=options.READ, help="Write the adapter, as extract-lora does.")
 @of_adapter("With --lora: which adapter, where there are several; `all` writes each.")
 @base_model
 @options.watch_writing

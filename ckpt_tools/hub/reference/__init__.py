@@ -102,6 +102,12 @@ class ReferenceModel:
     dispensable: frozenset[str] = frozenset()
     passed_over: frozenset[str] = frozenset()
 
+    def is_parameter(self, name: str) -> bool:
+        """Whether a tensor of the directory is made of parameters, so that its dtype is floating."""
+        recipe = (self.saved.get(name) or self.tied[name]).recipe
+        live = (self.live.get(leaf.name) for leaf in leaves(recipe) if isinstance(leaf, Live))
+        return any(tensor is not None and tensor.kind == "parameter" for tensor in live)
+
     @cached_property
     def hub_names(self) -> Mapping[str, str]:
         """The hub name of each live tensor that is written unchanged, tied ones included."""

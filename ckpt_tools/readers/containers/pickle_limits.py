@@ -23,7 +23,35 @@ import pickle
 import pickletools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+
+from ckpt_tools.readers.containers.pickle_opcodes import (
+    BUILD,
+    DUP,
+    FRAME,
+    FROZEN,
+    GET,
+    LAST,
+    MANY,
+    MARK,
+    MEMOIZE,
+    MUTABLE,
+    NAME,
+    NUMBER,
+    OBJECT,
+    POP,
+    PREFIXES,
+    PUSH,
+    PUT,
+    SET,
+    SETS,
+    STOP,
+    TAKE,
+    TEXT,
+    TUPLE,
+    end_of_argument,
+    table_of_opcodes,
+)
+from ckpt_tools.readers.containers.pickle_segments import Segments
 
 # A key of frameworks has a few parts.
 _LARGEST_KEY = 1_000
@@ -38,54 +66,9 @@ _WINDOW, _LARGEST_WINDOW = 1 << 16, 1 << 28
 # Calls may copy this many items for each byte of a pickle, and as many in any pickle.
 _COPIES_A_BYTE, _COPIES = 2, 1 << 18
 
-# The size of an object whose class decides what is in it, and of a list, a dictionary or a set.
-# A tuple that holds one of the latter is at least as large, and the rest of its size counts what is plain.
-_OBJECT, _MUTABLE = 3, 1 << 40
 # A nest has at most this many levels more than the largest key has items.
 _MOST_LARGE = 1_000
 _MEMOIZE_CODE = ord("\x94")
-
-_PUSH, _TEXT, _PUT, _GET, _MEMOIZE, _TAKE, _MARK, _TUPLE, _SET, _LAST, _MANY, _SETS = range(12)
-_NUMBER, _NAME, _FROZEN, _POP, _DUP, _STOP, _FRAME, _NONE = range(12, 20)
-_KINDS = {
-    "MEMOIZE": _MEMOIZE,
-    "BINGET": _GET,
-    "LONG_BINGET": _GET,
-    "GET": _GET,
-    "TUPLE1": _LAST,
-    "TUPLE2": _LAST,
-    "TUPLE3": _LAST,
-    "TUPLE": _TUPLE,
-    "MARK": _MARK,
-    "BINPUT": _PUT,
-    "LONG_BINPUT": _PUT,
-    "PUT": _PUT,
-    "SETITEM": _SET,
-    "SETITEMS": _SETS,
-    "DICT": _SETS,
-    "ADDITEMS": _FROZEN,
-    "FROZENSET": _FROZEN,
-    "STACK_GLOBAL": _NAME,
-    "INT": _NUMBER,
-    "LONG": _NUMBER,
-    "LONG4": _NUMBER,
-    "FLOAT": _NUMBER,
-    "FRAME": _FRAME,
-    "POP": _POP,
-    "DUP": _DUP,
-    "STOP": _STOP,
-}
-_SIZES = {
-    **dict.fromkeys(("EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET", "BYTEARRAY8"), _MUTABLE),
-    **dict.fromkeys(("LIST", "DICT"), _MUTABLE),
-    **dict.fromkeys(("GLOBAL", "PERSID", "EXT1", "EXT2", "EXT4", "INST", "OBJ"), _OBJECT),
-}
-_PREFIXES = {
-    pickletools.TAKEN_FROM_ARGUMENT1: 1,
-    pickletools.TAKEN_FROM_ARGUMENT4: 4,
-    pickletools.TAKEN_FROM_ARGUMENT4U: 4,
-    pickletools.TAKEN_FROM_ARGUMENT8U: 8,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,82 +150,44 @@ def is_plain_key(key: object, depth: int = 4) -> bool:
     return key is None or isinstance(key, int | float | complex)
 
 
-@lru_cache(maxsize=1)
-def _table() -> list[tuple[int, int, int, int]]:
-    """For each opcode: its kind, the size of its argument, its effect on the stack, the size of its result.
-
-    The size of an argument that is not constant is a negative number that says how it is found.
-    """
-    kinds, arguments, effects, results = [_NONE] * 256, [0] * 256, [0] * 256, [1] * 256
-    for opcode in pickletools.opcodes:
-        code, before = ord(opcode.code), [taken.name for taken in opcode.stack_before]
-        effects[code] = len(opcode.stack_after) - len(before)
-        arguments[code] = 0 if opcode.arg is None else opcode.arg.n
-        results[code] = _SIZES.get(opcode.name, 1)
-        if opcode.name in _KINDS:
-            kinds[code] = _KINDS[opcode.name]
-        elif "mark" in before:
-            kinds[code] = _MANY
-        elif effects[code] == 1:
-            kinds[code] = _TEXT if arguments[code] < -1 and results[code] == 1 else _PUSH
-        else:
-            kinds[code] = _TAKE
-        if kinds[code] == _LAST:
-            effects[code] = -len(before)
-        elif "mark" in before:
-            effects[code] = len(opcode.stack_after) - before.index("mark")
-    return [*zip(kinds, arguments, effects, results, strict=True)]
-
-
-def _end(data: bytes, start: int, size: int) -> int:
-    """The end of the argument at ``start``; a negative ``size`` says how the size is found."""
-    if size >= 0:
-        return start + size
-    if size == pickletools.UP_TO_NEWLINE:
-        for _ in range(2 if data[start - 1 : start] in (b"c", b"i") else 1):
-            start = data.find(b"\n", start) + 1 or len(data) + 1
-        return start
-    prefix = _PREFIXES[size]
-    return start + prefix + int.from_bytes(data[start : start + prefix], "little")
-
-
 def values(data: bytes) -> Iterator[tuple[int, int]]:
     """Where the numbers and texts of a pickle that was followed lie, without the lengths before them.
 
     Its limits are the same whatever these bytes are.
     """
-    table, at = _table(), 0
+    table, at = table_of_opcodes(), 0
     while at < len(data):
         kind, size, _, _ = table[data[at]]
-        start, at = at + 1, _end(data, at + 1, size)
-        if kind == _PUSH and size > 0:
+        start, at = at + 1, end_of_argument(data, at + 1, size)
+        if kind == PUSH and size > 0:
             yield start, at
-        elif kind == _TEXT:
-            yield start + _PREFIXES[size], at
+        elif kind == TEXT:
+            yield start + PREFIXES[size], at
 
 
 def _follow(data: bytes) -> tuple[int, bool, bool, Sequence[int]]:
     """The end of the pickle, and the facts of :class:`Followed`; raises as :func:`follow`."""
-    table = _table()
+    table = table_of_opcodes()
     # There are millions of steps, and a look-up in the module would make each a third slower.
     pushes, texts, puts, gets, memoize, take, last = (
-        _PUSH,
-        _TEXT,
-        _PUT,
-        _GET,
-        _MEMOIZE,
-        _TAKE,
-        _LAST,
+        PUSH,
+        TEXT,
+        PUT,
+        GET,
+        MEMOIZE,
+        TAKE,
+        LAST,
     )
     whole, one_byte = int.from_bytes, pickletools.TAKEN_FROM_ARGUMENT1
-    limit, plain, longest = _LARGEST_KEY, _MUTABLE - 1, _LONGEST_KEY
+    limit, plain, longest = _LARGEST_KEY, MUTABLE - 1, _LONGEST_KEY
     stack: list[int] = []
     marks: list[int] = []
-    memo: dict[int, int] = {}
+    memo: list[int] | _OddMemo = []
     shares: list[int] = []
-    push, share, at, start = stack.append, shares.append, 0, 0
+    push, share, memoise, at, start = stack.append, shares.append, memo.append, 0, 0
     is_odd = has_containers = False
-    large, huge = 0, _MUTABLE + limit + 1
+    segments = Segments(data, limit)
+    large, huge = 0, MUTABLE + limit + 1
     try:
         while True:
             kind, size, effect, result = table[data[at]]
@@ -252,7 +197,7 @@ def _follow(data: bytes) -> tuple[int, bool, bool, Sequence[int]]:
             elif size == one_byte:
                 at = start + 1 + data[start]
             else:
-                at = _end(data, start, size)
+                at = end_of_argument(data, start, size)
             if kind == pushes:
                 push(result)
             elif kind == gets:
@@ -265,7 +210,7 @@ def _follow(data: bytes) -> tuple[int, bool, bool, Sequence[int]]:
                 push(held := memo[index])
                 if held > 1:
                     share(index)
-                    if held > _OBJECT:
+                    if held > OBJECT:
                         has_containers = True
                 continue
             elif kind == texts:
@@ -284,32 +229,41 @@ def _follow(data: bytes) -> tuple[int, bool, bool, Sequence[int]]:
                 if index != len(memo):
                     if index > at + _FIRST_INDICES:
                         raise pickle.UnpicklingError("an index of its memo is beyond its length")
+                    if isinstance(memo, list):
+                        memo = _OddMemo(enumerate(memo))
+                        memoise = memo.append
                     # Two values may have the same index, one after the other.
                     is_odd = True
-                memo[index] = stack[-1]
+                    memo[index] = stack[-1]
+                else:
+                    memoise(stack[-1])
             elif kind == memoize:
-                memo[len(memo)] = stack[-1]
-            elif kind == _MARK:
+                memoise(stack[-1])
+            elif kind == BUILD:
+                del stack[-1:]
+                if isinstance(memo, list):
+                    at = segments.pass_on(at, stack, marks, memo, shares)
+            elif kind == MARK:
                 marks.append(len(stack))
-            elif kind == _TUPLE:
+            elif kind == TUPLE:
                 first = marks.pop()
                 total = 1 + sum(stack[first:])
                 del stack[first:]
                 if total & plain > limit:
                     large, total = large + 1, huge
                 push(total)
-            elif kind == _SET:
+            elif kind == SET:
                 if stack[-2] > limit:
                     raise _too_large()
                 del stack[-2:]
-            elif kind in (_SETS, _MANY):
+            elif kind in (SETS, MANY):
                 first = marks.pop()
-                if kind == _SETS and max(stack[first::2], default=0) > limit:
+                if kind == SETS and max(stack[first::2], default=0) > limit:
                     raise _too_large()
                 del stack[first:]
                 if effect:
                     push(result)
-            elif kind == _FROZEN:
+            elif kind == FROZEN:
                 first = marks.pop()
                 if max(stack[first:], default=0) > limit:
                     raise _too_large()
@@ -318,31 +272,31 @@ def _follow(data: bytes) -> tuple[int, bool, bool, Sequence[int]]:
                 if effect:
                     large += total & plain > limit
                     push(min(total, huge))
-            elif kind == _NUMBER:
+            elif kind == NUMBER:
                 if at - start > _LONGEST_NUMBER:
                     raise pickle.UnpicklingError("a number in it has thousands of digits")
                 push(1)
-            elif kind == _NAME:
+            elif kind == NAME:
                 del stack[-1]
-                stack[-1] = _OBJECT
-            elif kind == _POP:
+                stack[-1] = OBJECT
+            elif kind == POP:
                 if marks and marks[-1] == len(stack):
                     marks.pop()
                 else:
                     stack.pop()
-            elif kind == _DUP:
+            elif kind == DUP:
                 push(stack[-1])
                 is_odd = True
-            elif kind == _FRAME:
+            elif kind == FRAME:
                 if int.from_bytes(data[start:at], "little") > _LARGEST_FRAME:
                     raise pickle.UnpicklingError("it has a frame that no pickler writes")
-            elif kind == _STOP:
+            elif kind == STOP:
                 return at, is_odd or large > _MOST_LARGE, has_containers, shares
             else:
                 raise pickle.UnpicklingError(f"invalid load key, {data[start - 1 : start]!r}")
             # Most opcodes are followed by this one.
             if data[at] == _MEMOIZE_CODE:
-                memo[len(memo)] = stack[-1]
+                memoise(stack[-1])
                 at += 1
     except (IndexError, KeyError, ValueError) as error:
         if max(at, start) >= len(data):
@@ -356,7 +310,18 @@ def _index(data: bytes, start: int, stop: int, size: int) -> int:
         return int.from_bytes(data[start:stop], "little")
     if stop - start > _LONGEST_NUMBER:
         raise pickle.UnpicklingError("a number in it has thousands of digits")
-    return int(data[start:stop])
+    index = int(data[start:stop])
+    if index < 0:
+        raise pickle.UnpicklingError("an index of its memo is negative")
+    return index
+
+
+class _OddMemo(dict[int, int]):
+    """The sizes in a memo whose indices do not count from 0."""
+
+    def append(self, size: int) -> None:
+        """Add a size as MEMOIZE does."""
+        self[len(self)] = size
 
 
 def _too_large() -> pickle.UnpicklingError:

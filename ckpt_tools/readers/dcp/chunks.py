@@ -26,6 +26,7 @@ from ckpt_tools.readers.containers.torch_file import TorchFile, layout_of
 from ckpt_tools.readers.dcp.metadata import Chunk
 from ckpt_tools.storage.places import Region
 from ckpt_tools.storage.reading import open_for_reading, read_at
+from ckpt_tools.storage.temporary import TemporaryFolder
 from ckpt_tools.tensors.catalogue import Box, FlatRange, Fragment, Shape, Strided
 from ckpt_tools.tensors.deferred import DeferredFragment, Place
 from ckpt_tools.tensors.dtypes import DType
@@ -70,7 +71,7 @@ class ChunkStore:
     def __init__(self) -> None:
         self.heads: dict[tuple[DType, Shape, int], _Head] = {}
         self._lock = threading.Lock()
-        self._directory: tempfile.TemporaryDirectory[str] | None = None
+        self._directory: TemporaryFolder | None = None
 
     def __reduce__(self) -> tuple[Callable[..., ChunkStore], tuple[()]]:
         """Pickle an empty store: the temporary directory belongs to this machine."""
@@ -86,8 +87,8 @@ class ChunkStore:
         try:
             with self._lock:
                 if self._directory is None:
-                    self._directory = tempfile.TemporaryDirectory(prefix="ckpt-tools-")
-            with tempfile.NamedTemporaryFile(dir=self._directory.name, delete=False) as stream:
+                    self._directory = TemporaryFolder()
+            with tempfile.NamedTemporaryFile(dir=self._directory.path, delete=False) as stream:
                 yield Path(stream.name), stream
         except OSError as error:
             raise OutputFailed(

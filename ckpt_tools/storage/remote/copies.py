@@ -1,14 +1,11 @@
 """Owns copies of small files of a store on this machine, for libraries that read nothing but local files.
 
-They lie in one private temporary folder, which is removed when the process ends.
+They lie in one temporary folder, which is removed when the process ends.
 """
 
 from __future__ import annotations
 
-import atexit
 import errno
-import shutil
-import tempfile
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from ckpt_tools.storage.places import FileFacts
 from ckpt_tools.storage.remote.ranges import Ranges
+from ckpt_tools.storage.temporary import TemporaryFolder
 
 # A tokenizer has tens of megabytes.
 _LARGEST = 256 << 20
@@ -39,10 +37,8 @@ _AT_ONCE = 16
 
 
 @cache
-def _folder() -> Path:
-    made = Path(tempfile.mkdtemp(prefix="ckpt-tools-remote-"))
-    atexit.register(shutil.rmtree, made, ignore_errors=True)
-    return made
+def _folder() -> TemporaryFolder:
+    return TemporaryFolder()
 
 
 class Copies:
@@ -64,7 +60,7 @@ class Copies:
         Raises:
             OSError: the file is too large.
         """
-        home = _folder() / self._name
+        home = _folder().path / self._name
         wanted = [relative] if relative in self._files else self._small(relative)
         with self._lock:
             if relative not in self._files:

@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from ckpt_tools.storage.places import FileFacts, Requests
 from ckpt_tools.storage.remote.failures import Patience
 from ckpt_tools.storage.remote.stores import Store
+from ckpt_tools.storage.wire import carry
 
 # Requests under way in a process, and their bytes. Beside them are the buffers of the threads that convert:
-# for each of 4 threads a block of 16 MiB, and its source of twice the size while elements are cast to half
+# for each of 4 threads a block of 8 MiB, and its source of twice the size while elements are cast to half
 # their size. That is less than 500 MB in all.
 AT_ONCE = 64
 BYTES_AT_ONCE = 96 << 20
-REMOTE = Requests(nbytes=8 << 20, gap_bytes=128 << 10, at_once=32, threads=4, block_bytes=16 << 20)
+REMOTE = Requests(nbytes=8 << 20, gap_bytes=128 << 10, at_once=32, threads=4, block_bytes=8 << 20)
 
 # A pickle lies at the start of a torch file, the directory of a zip at the end.
 _HEAD_BYTES = 128 << 10
@@ -102,6 +103,7 @@ class Ranges:
         with self._lock:
             self.traffic.requests += 1
             self.traffic.nbytes += len(view)
+        carry(len(view))
 
     def peek(self, path: str, view: memoryview, offset: int, facts: FileFacts) -> int:
         """Fill ``view`` with metadata, as far as one request goes; returns the number of bytes."""

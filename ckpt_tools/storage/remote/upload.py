@@ -17,6 +17,7 @@ from ckpt_tools.errors import OutputExists, OutputFailed
 from ckpt_tools.storage.addresses import Address
 from ckpt_tools.storage.remote.failures import Patience
 from ckpt_tools.storage.remote.stores import Bucket
+from ckpt_tools.storage.wire import carry
 
 Sent = Callable[[int], None]
 
@@ -113,6 +114,7 @@ class BucketOutput:
         self._patience.call(
             lambda: self._bucket.put(at.path, path, part, _PARTS_AT_ONCE), lambda: str(at)
         )
+        carry(size)
         facts = self._patience.call(lambda: self._bucket.facts(at.path), lambda: str(at))
         if facts is None or facts.size != size:
             found = "none" if facts is None else f"{facts.size:,}"

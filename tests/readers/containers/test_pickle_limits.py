@@ -23,6 +23,7 @@ from ckpt_tools.errors import DamagedCheckpoint
 from ckpt_tools.readers.containers import (
     pickle_alike,
     pickle_limits,
+    pickle_opcodes,
     pickle_sharing,
     restricted_pickle,
 )
@@ -417,7 +418,7 @@ def largest(plain: Any) -> int:
     def size(one: Any) -> int:
         if isinstance(one, tuple | frozenset):
             return 1 + sum(map(size, one)) if one else 1
-        return pickle_limits._MUTABLE if isinstance(one, list | dict | set) else 1
+        return pickle_opcodes.MUTABLE if isinstance(one, list | dict | set) else 1
 
     inner = plain.values() if isinstance(plain, dict) else plain
     nested = [largest(one) for one in inner] if isinstance(plain, list | tuple | dict) else []
@@ -438,7 +439,7 @@ def test_it_counts_as_much_as_there_is(protocol: int, monkeypatch: pytest.Monkey
         data = b"\x80\x04}" + opcodes + b"Ns."
         monkeypatch.setattr(pickle_limits, "_LARGEST_KEY", size)
         follow(io.BytesIO(data))
-        monkeypatch.setattr(pickle_limits, "_LARGEST_KEY", min(size, pickle_limits._MUTABLE) - 1)
+        monkeypatch.setattr(pickle_limits, "_LARGEST_KEY", min(size, pickle_opcodes.MUTABLE) - 1)
         with pytest.raises(pickle.UnpicklingError, match="not a plain value"):
             follow(io.BytesIO(data))
         seen.add(size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -95,6 +96,58 @@ def test_an_interrupted_upload_has_no_config_and_continues(
     assert len(asked) == len(set(asked)) + 1
     assert held(store, "up/again").keys() > {"config.json", "model.safetensors"}
     assert asked[-1].endswith("/config.json")
+
+
+# The process dies when the store has a file that the record of the upload does not list.
+_KILLED = """
+import os, signal, sys
+from ckpt_tools import consolidate
+from ckpt_tools.storage.remote.stores import Bucket
+
+put, sent = Bucket.put, []
+
+def killing(self, path, *more):
+    put(self, path, *more)
+    sent.append(path)
+    if len(sent) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Bucket.put = killing
+checkpoint, address, beside, scratch = sys.argv[1:]
+consolidate(checkpoint, address, config=beside, tokenizer=beside, scratch=scratch)
+"""
+
+
+@pytest.mark.slow
+def test_an_upload_that_was_killed_continues(
+    store: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, beside, scratch = f"s3://{BUCKET}/up/killed", ZERO3 / "hf", tmp_path / "scratch"
+    command = [sys.executable, "-c", _KILLED, CHECKPOINT, address, beside, scratch]
+    ended = subprocess.run(list(map(str, command)), check=False, capture_output=True, text=True)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    first = held(store, "up/killed")
+    assert len(first) == 2
+    assert "model.safetensors" in first
+    assert "config.json" not in first
+    asked: list[str] = []
+    put: Callable[..., None] = Bucket.put
+
+    def noting(self: Bucket, path: str, *more: Any) -> None:
+        asked.append(path.rpartition("/")[2])
+        put(self, path, *more)
+
+    monkeypatch.setattr(Bucket, "put", noting)
+    options: dict[str, Any] = {"config": beside, "tokenizer": beside}
+    consolidate(CHECKPOINT, address, resume=True, scratch=scratch, **options)
+    consolidate(CHECKPOINT, tmp_path / "out", **options)
+
+    assert held(store, "up/killed") == files_of(tmp_path / "out")
+    # The record lists the first file, which is not sent again.
+    assert "model.safetensors" not in asked
+    assert set(first) - {"model.safetensors"} <= set(asked)
+    assert asked[-1] == "config.json"
+    assert list(scratch.iterdir()) == []
 
 
 def test_an_output_that_is_replaced_leaves_no_old_file(store: S3, tmp_path: Path) -> None:

@@ -39,8 +39,6 @@ def wrapped(framework: str, width: int) -> Any:
     module.to_empty(device="cpu")
     for number, parameter in enumerate(module.parameters()):
         nn.init.constant_(parameter, number + 0.5)
-    if framework == "ddp":
-        return nn.parallel.DistributedDataParallel(module)
     if framework == "zero3":
         config = {
             "train_micro_batch_size_per_gpu": 1,
