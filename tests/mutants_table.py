@@ -1584,8 +1584,8 @@ _ANALYSIS = (
     _mutant(
         "inspect-integers-cast",
         "analysis/inspection.py",
-        "dtype if dtype is not None and weight.dtype.is_floating else weight.dtype",
-        "dtype if dtype is not None else weight.dtype",
+        "to if to is not None and dtype.is_floating else dtype",
+        "to if to is not None else dtype",
         "the size of an output is told as if integers were cast",
         "analysis/test_inspection.py",
         "cli/test_inspect.py",
