@@ -21,7 +21,8 @@ from ckpt_tools.text import markdown, markdown_code
 CARD_NAME = "README.md"
 # The metadata of a card is a block of YAML at its start.
 _METADATA = re.compile(r"\A---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
-_LARGEST_CARD = 1 << 20
+# YAML takes seconds a megabyte, and the metadata of cards has a few kilobytes.
+_LARGEST_CARD, _LARGEST_METADATA = 1 << 20, 1 << 16
 _LICENSE = ("license", "license_name", "license_link")
 
 
@@ -63,7 +64,7 @@ def license_beside(config: Path) -> dict[str, str]:
         if path.stat().st_size > _LARGEST_CARD:
             return {}
         block = _METADATA.match(content_of(path).decode())
-        data = yaml.safe_load(block[1]) if block else None
+        data = yaml.safe_load(block[1]) if block and len(block[1]) <= _LARGEST_METADATA else None
     except (OSError, ValueError, CkptError, RecursionError, yaml.YAMLError):
         return {}
     stated = data if isinstance(data, dict) else {}
