@@ -93,7 +93,7 @@ class AttributeNotFound(UsageError):
 
     def __init__(self, fact: str, *, choices: Mapping[str, int], path: Path | None = None) -> None:
         self.choices = dict(choices)
-        listed = ", ".join(f"{name} ({count} tensors)" for name, count in self.choices.items())
+        listed = ", ".join(f"{name} ({tensors(count)})" for name, count in self.choices.items())
         super().__init__(fact, path=path, hint=f"It has: {listed}.")
 
 
@@ -169,6 +169,11 @@ class StoreFailed(CkptError):
     """An object store, a web server or the Hub refuses a request, or cannot be reached."""
 
     exit_code = 9
+
+
+def tensors(count: int) -> str:
+    """A number of tensors as text: ``1 tensor``, ``2 tensors``."""
+    return f"{count:,} tensor" if count == 1 else f"{count:,} tensors"
 
 
 def listed(items: Collection[object], limit: int = 6, total: int | None = None) -> str:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from ckpt_tools.errors import UsageError
+from ckpt_tools.errors import UsageError, tensors
 
 PREFIX = "base_model.model."
 # The segments that PEFT puts between a module and its original tensors.
@@ -170,7 +170,7 @@ def choose_adapter(adapted: AdaptedNames, name: str | None) -> str:
             "the checkpoint holds no adapter",
             hint="Use ckpt-tools consolidate for a model without an adapter.",
         )
-    listed = ", ".join(f"{a} ({len(parts)} tensors)" for a, parts in adapted.adapters.items())
+    listed = ", ".join(f"{a} ({tensors(len(parts))})" for a, parts in adapted.adapters.items())
     if name is None:
         if len(adapted.adapters) > 1:
             raise UsageError(

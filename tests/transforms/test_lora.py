@@ -93,7 +93,7 @@ def test_choosing_an_adapter() -> None:
     assert choose_adapter(two, "two") == "two"
     with pytest.raises(UsageError, match="2 adapters") as caught:
         choose_adapter(two, None)
-    assert "one (1 tensors), two (1 tensors)" in (caught.value.hint or "")
+    assert "one (1 tensor), two (1 tensor)" in (caught.value.hint or "")
     with pytest.raises(UsageError, match="no adapter 'three'"):
         choose_adapter(two, "three")
     with pytest.raises(UsageError, match="holds no adapter"):
