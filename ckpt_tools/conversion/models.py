@@ -235,7 +235,8 @@ def _combined(
 def _near(source: Checkpoint, request: Request) -> list[Path]:
     """Where the config of a source may lie, nearest first."""
     named = [] if request.config is None else [request.config]
-    return [*named, source.location.directory, *source.location.near]
+    place = source.location.directory
+    return [*named, place.parent if place.is_file() else place, *source.location.near]
 
 
 def _refuse_mean_of_codes(states: Sequence[State]) -> None:

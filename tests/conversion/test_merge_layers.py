@@ -199,6 +199,32 @@ def test_attention_of_pytorch_is_copied_but_not_merged(tmp_path: Path) -> None:
         merge_lora(run, tmp_path / "merged", weights_only=True, **given)
 
 
+def test_a_state_in_one_file_is_merged(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model: Any = get_peft_model(
+        nn.Sequential(nn.Linear(4, 6, bias=False)),
+        LoraConfig(r=2, lora_alpha=4, target_modules=["0"]),
+    )
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, 3)
+    model.peft_config["default"].base_model_name_or_path = "base"
+    model.save_pretrained(tmp_path / "peft")
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    (tmp_path / "config.json").write_text("{}")
+
+    merge_lora(
+        tmp_path / "model.pt",
+        tmp_path / "out",
+        adapter_config=tmp_path / "peft",
+        weights_only=True,
+    )
+
+    (merged,) = load_file(tmp_path / "out/model.safetensors").values()
+    assert torch.equal(merged, model.merge_and_unload()[0].weight)
+    assert torch.equal(merged, torch.full((6, 4), 3.0 + 2 * 2 * 9))
+
+
 def test_an_adapter_of_another_model_is_not_called_damaged(tmp_path: Path) -> None:
     _adapted(nn.Linear(4, 6), tmp_path)
     save_file({"layer.weight": torch.ones(5, 4)}, tmp_path / "base/model.safetensors")
