@@ -7,6 +7,7 @@ It is removed after the upload. After a failed upload it is kept, and ``--resume
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -101,6 +102,11 @@ def _pushed(request: Request, convert: Callable[[Request], Report]) -> Report:
         raise UsageError(
             "--push-to-hub uploads an OUT that is a folder of this machine",
             hint="Name the repository either as OUT or with --push-to-hub.",
+        )
+    if not re.fullmatch(r"[^/:@]+/[^/:@]+", request.push_to_hub or ""):
+        raise UsageError(
+            f"{request.push_to_hub!r} is no repository of the Hub",
+            hint="Pass --push-to-hub ORG/REPO; --revision names another branch than main.",
         )
     revision = f"@{request.revision.replace('/', '%2F')}" if request.revision else ""
     address = parsed(f"hf://{request.push_to_hub}{revision}")

@@ -164,6 +164,14 @@ def test_a_web_server_is_not_written(tmp_path: Path) -> None:
         consolidate(CHECKPOINT, "https://host/out", weights_only=True)
 
 
+@pytest.mark.parametrize("wrong", ["nope", "hf://org/name", "org/name@branch", "a/b/c"])
+def test_a_repository_has_two_parts(wrong: str, tmp_path: Path) -> None:
+    options: Any = {"push_to_hub": wrong}
+    with pytest.raises(UsageError, match="is no repository of the Hub"):
+        consolidate(CHECKPOINT, tmp_path / "out", weights_only=True, **options)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_the_hub_gets_one_commit_and_is_read_back(tmp_path: Path) -> None:
     with hubs.serving() as hub:
