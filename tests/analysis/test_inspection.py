@@ -223,6 +223,7 @@ def test_inspecting_imports_no_framework(name: str) -> None:
     assert (ran.stdout.strip(), ran.stderr) == ("[]", "")
 
 
+@pytest.mark.slow
 def test_reading_a_tensor_imports_torch_and_no_training_framework() -> None:
     program = (
         "import sys; from ckpt_tools import open_checkpoint; "

@@ -76,6 +76,7 @@ def test_each_byte_is_moved_once(
     assert counted["scratch"] <= WORKERS * LOCAL.nbytes
 
 
+@pytest.mark.slow
 def test_looking_imports_no_torch(tmp_path: Path) -> None:
     """`inspect`, `verify` of the structure and `diff` without common tensors read headers and metadata alone.
 

@@ -708,6 +708,7 @@ MEMORY = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="measured with Linux's /proc")
 @pytest.mark.parametrize(
     ("nbytes", "ranks", "limit"),

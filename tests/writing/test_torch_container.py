@@ -164,6 +164,7 @@ def test_records_and_files_over_4_gib_are_read_by_torch_and_zipfile(tmp_path: Pa
     assert [f.offset for f in held["after"].fragments] == [starts["after"]]
 
 
+@pytest.mark.slow
 def test_more_records_than_16_bits_count(tmp_path: Path) -> None:
     path = tmp_path / "many.bin"
     layouts = {f"t{number}": (BY_NAME["int8"], (1,)) for number in range(66_000)}

@@ -64,6 +64,7 @@ def assert_alike(source: Path, store: S3, tmp_path: Path) -> None:
     assert there == converted(source, source, tmp_path / "here" / source.name), source
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", QUICK)
 def test_an_output_has_the_same_bytes(source: str, store: S3, tmp_path: Path) -> None:
     assert_alike(FIXTURES / source, store, tmp_path)

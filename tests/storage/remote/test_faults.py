@@ -54,6 +54,7 @@ def truth(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return (out / SHOWN).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["drop", "503", "429", "truncate"])
 def test_a_transient_failure_of_every_other_request_is_repeated(
     kind: str, truth: bytes, tmp_path: Path
