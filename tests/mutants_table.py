@@ -1819,6 +1819,25 @@ _PAGE = (
     ),
 )
 
+_UPLOADS = (
+    _mutant(
+        "upload-folder-not-locked",
+        "conversion/staging.py",
+        "fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        "pass",
+        "two runs to one address upload what the other has half written",
+        "storage/remote/test_uploads.py",
+    ),
+    _mutant(
+        "upload-folder-of-anybody",
+        "conversion/staging.py",
+        "if os.fstat(lock).st_uid != os.geteuid():",
+        "if False:",
+        "what another user put into a shared temporary folder is uploaded",
+        "storage/remote/test_uploads.py",
+    ),
+)
+
 MUTANTS = (
     *_PAGE,
     *_READERS,
@@ -1833,4 +1852,5 @@ MUTANTS = (
     *_VERIFICATION,
     *_ANALYSIS,
     *_CLI,
+    *_UPLOADS,
 )

@@ -18,6 +18,7 @@ import xxhash
 from ckpt_tools._version import __version__
 from ckpt_tools.conversion.report import Report
 from ckpt_tools.conversion.request import Request
+from ckpt_tools.conversion.staging import alone_in
 from ckpt_tools.errors import CkptError, UsageError
 from ckpt_tools.storage.addresses import Address, PathLike, parsed
 from ckpt_tools.storage.naming import as_path
@@ -69,6 +70,13 @@ def sent(sources: Sources, request: Request, convert: Callable[[Request], Report
 
 
 def _uploaded(
+    address: Address, sources: Sources, request: Request, convert: Callable[[Request], Report]
+) -> Report:
+    with alone_in(request.output.parent):
+        return _made_and_sent(address, sources, request, convert)
+
+
+def _made_and_sent(
     address: Address, sources: Sources, request: Request, convert: Callable[[Request], Report]
 ) -> Report:
     home = request.output.parent
@@ -209,8 +217,6 @@ def _earlier(request: Request, signature: str) -> Report | None:
 
 def _forget(home: Path, keep_partial: bool) -> None:
     """Remove what an earlier run left; its partial directory can be continued."""
-    for path in home.iterdir() if home.is_dir() else ():
+    for path in home.iterdir():
         if not (keep_partial and path.name.startswith("output.partial-")):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    if home.is_dir() and not any(home.iterdir()):
-        home.rmdir()

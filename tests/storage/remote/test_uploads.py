@@ -150,6 +150,39 @@ def test_an_upload_that_was_killed_continues(
     assert list(scratch.iterdir()) == []
 
 
+def test_two_runs_to_one_address_do_not_share_their_folder(
+    store: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that begins while another uploads is refused, and the other's upload is whole."""
+    address, scratch = f"s3://{BUCKET}/up/both", tmp_path / "scratch"
+    put: Callable[..., None] = Bucket.put
+    refused: list[UsageError] = []
+
+    def beside(self: Bucket, path: str, *more: Any) -> None:
+        with pytest.raises(UsageError, match="another run to this address") as caught:
+            consolidate(CHECKPOINT, address, weights_only=True, scratch=scratch, overwrite=True)
+        refused.append(caught.value)
+        put(self, path, *more)
+
+    monkeypatch.setattr(Bucket, "put", beside)
+    consolidate(CHECKPOINT, address, weights_only=True, scratch=scratch)
+    consolidate(CHECKPOINT, tmp_path / "out", weights_only=True)
+
+    assert len(refused) == 2
+    assert held(store, "up/both") == files_of(tmp_path / "out")
+    assert list(scratch.iterdir()) == []
+
+
+def test_a_folder_of_another_user_is_not_uploaded(
+    store: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = os.geteuid() + 1
+    monkeypatch.setattr("os.geteuid", lambda: other)
+    with pytest.raises(UsageError, match="belongs to another user"):
+        consolidate(CHECKPOINT, f"s3://{BUCKET}/up/mine", weights_only=True, scratch=tmp_path)
+    assert not store.keys("up/mine/")
+
+
 def test_an_output_that_is_replaced_leaves_no_old_file(store: S3, tmp_path: Path) -> None:
     for name in ("model-00001-of-00002.safetensors", "config.json"):
         store.client.put_object(Bucket=BUCKET, Key=f"up/old/{name}", Body=b"old")
@@ -189,6 +222,7 @@ def test_the_hub_gets_one_commit_and_is_read_back(tmp_path: Path) -> None:
                     "HF_ENDPOINT": hub.url,
                     "HF_TOKEN": "hf_hidden",
                     "HF_HOME": str(tmp_path / "home"),
+                    "TMPDIR": str(tmp_path),
                 },
             )
             assert "hf_hidden" not in ended.stdout + ended.stderr
