@@ -224,6 +224,7 @@ def write(
     log: ReadLog | None = None,
     requests: Requests = LOCAL,
     depth: Depth | None = None,
+    residence: Residence | None = None,
 ) -> Written:
     """Write units of a plan, and wait until they are on disk.
 
@@ -239,6 +240,7 @@ def write(
         requests: how the sources are read best. A store is slow for one request and fast for many, so
             blocks are larger then, and the number of threads does not depend on the processors.
         depth: decides how many requests are under way. By default it follows from the others.
+        residence: opens the sources.
 
     Raises:
         DamagedCheckpoint: a source file ended early or cannot be read.
@@ -250,7 +252,7 @@ def write(
     if depth is None:
         depth = Depth(levels(workers or default_workers(), block_bytes, requests))
     touched: set[int] = set()
-    residence = Residence()
+    residence = residence or Residence()
 
     def work(stays: Callable[[], bool]) -> tuple[int, int, ReadLog | None]:
         buffer = bytearray(block_bytes)
