@@ -27,7 +27,7 @@ _SOURCE = 2
 # A step is tried where threads wait for so much of their time, and kept if the rate grows by this factor.
 _WAITING, _GAIN = 0.4, 1.15
 # Blocks of each thread that are measured, after one that may have begun on another level.
-_ROUNDS = 3
+_ROUNDS = 2
 # Blocks of all threads until a step is tried again; twice as many each time that it was of no use.
 _PAUSE = 128
 
