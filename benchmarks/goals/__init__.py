@@ -6,7 +6,7 @@
 from pathlib import Path
 from typing import Protocol
 
-from goals import cold, limited, memory, peers, ranks, slow, start, whole
+from goals import cold, limited, memory, network, peers, ranks, slow, start, whole
 from goals.raw import Line
 from goals.simulated import Simulated
 
@@ -31,5 +31,6 @@ GROUPS: dict[str, tuple[Group, int]] = {
     "405B": (Simulated("405B", 1024), 1),
     "1T": (Simulated("1T", 2048), 1),
     "ranks": (ranks, 3),
+    "network": (network, 1),
     "peers": (peers, 2),
 }
