@@ -1120,8 +1120,8 @@ _WRITING = (
     _mutant(
         "ahead-without-limit",
         "tensors/ahead.py",
-        "while at < run.stop and left > 0:",
-        "while at < run.stop:",
+        "step = min(run.stop - at, _STEP_BYTES, left)",
+        "step = min(run.stop - at, _STEP_BYTES)",
         "more is read ahead than the page cache may hold",
         "tensors/test_ahead.py",
     ),

@@ -65,12 +65,11 @@ def _read(tensors: Iterable[Tensor], residence: Residence, ended: threading.Even
                 continue
             with contextlib.closing(file):
                 at = run.start
-                while at < run.stop and left > 0:
-                    if ended.is_set():
+                while at < run.stop:
+                    step = min(run.stop - at, _STEP_BYTES, left)
+                    if not step or ended.is_set():
                         return
-                    count = os.sendfile(
-                        null.fileno(), file.fileno(), at, min(run.stop - at, _STEP_BYTES, left)
-                    )
+                    count = os.sendfile(null.fileno(), file.fileno(), at, step)
                     if not count:
                         return
                     at, left = at + count, left - count
