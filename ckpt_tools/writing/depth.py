@@ -26,10 +26,10 @@ MEMORY_BYTES = 96 << 20
 _SOURCE = 2
 # A step is tried where threads wait for so much of their time, and kept if the rate grows by this factor.
 _WAITING, _GAIN = 0.4, 1.15
-# Blocks of each thread that are measured, after one that may have begun on another level.
-_ROUNDS = 2
-# Blocks of all threads until a step is tried again; twice as many each time that it was of no use.
-_PAUSE = 128
+# Blocks of each thread that are measured, after one that may have begun on another level, and seconds.
+_ROUNDS, _SECONDS = 2, 0.1
+# Seconds until a step is tried again; twice as many each time that it was of no use.
+_PAUSE = 1.0
 
 
 class Level(NamedTuple):
@@ -86,7 +86,7 @@ class Depth:
         self._lock = threading.Lock()
         self._at = 0
         self._before: float | None = None
-        self._rest, self._pause = 0, _PAUSE
+        self._next, self._pause = clock(), _PAUSE
         self._begin()
 
     @property
@@ -116,8 +116,9 @@ class Depth:
             self._nbytes += nbytes
             self._waited += waited
             self._took += took
-            if self._blocks >= _ROUNDS * self.level.threads:
-                self._judge()
+            seconds = self._clock() - self._began
+            if self._blocks >= _ROUNDS * self.level.threads and seconds >= _SECONDS:
+                self._judge(self._nbytes / seconds)
                 self._begin()
 
     def _begin(self) -> None:
@@ -125,16 +126,14 @@ class Depth:
         self._waited = self._took = 0.0
         self._began = self._clock()
 
-    def _judge(self) -> None:
-        rate = self._nbytes / max(self._clock() - self._began, 1e-9)
+    def _judge(self, rate: float) -> None:
         before, self._before = self._before, None
         if before is not None and rate < _GAIN * before:
             self._at -= 1
-            self._rest, self._pause = self._pause, 2 * self._pause
+            self._next, self._pause = self._clock() + self._pause, 2 * self._pause
             return
-        self._rest = max(self._rest - self._blocks, 0)
-        waits = self._waited > _WAITING * self._took
-        if waits and not self._rest and self._at + 1 < len(self._choice):
+        waits = self._waited > _WAITING * self._took and self._clock() >= self._next
+        if waits and self._at + 1 < len(self._choice):
             self._at += 1
             self._before = rate
 

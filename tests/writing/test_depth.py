@@ -65,7 +65,7 @@ def test_a_place_that_answers_slowly_is_read_in_as_many_requests_as_the_memory_a
 def test_the_depth_is_no_larger_than_the_processors_can_use() -> None:
     """Two cores are busy with 8 threads; 16 do not raise the rate, so the step is taken back."""
     place = Simulated(latency=0.01, work=0.004)
-    seen = place.run(400)
+    seen = place.run(2000)
     assert Level(16, 4) in seen
     assert place.depth.level == Level(8, 4)
 
@@ -74,7 +74,7 @@ def test_the_depth_is_no_larger_than_the_processors_can_use() -> None:
 def test_a_disk_that_is_busy_is_asked_again_ever_more_rarely(disk: float) -> None:
     place = Simulated(latency=1e-5, work=1e-4, disk=disk)
     first, second = levels(2, BLOCK, LOCAL)[:2]
-    tried = [place.run(50) == {first, second} for _ in range(100)]
+    tried = [place.run(400) == {first, second} for _ in range(100)]
     assert place.depth.level == first
     assert sum(tried[:10]) > 1
     assert sum(tried[50:]) <= 2
