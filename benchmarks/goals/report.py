@@ -7,6 +7,7 @@ from pathlib import Path
 
 from compare import machine
 
+from goals import times
 from goals.raw import Line
 
 TITLES = {
@@ -71,6 +72,7 @@ def write(directory: Path, lines: Sequence[Line], failures: Mapping[str, str]) -
             *(f"| {name} | {why.replace('|', '/')} |" for name, why in failures.items()),
             "",
         ]
+    text += times.table()
     # What measurements alone do not say: before and after, what was tried, why goals are missed.
     text.append((Path(__file__).parent / "notes.md").read_text())
     (directory / "RESULTS.md").write_text("\n".join(text).rstrip() + "\n")
