@@ -1110,6 +1110,22 @@ _WRITING = (
         "writing/test_bytes.py",
     ),
     _mutant(
+        "depth-kept-without-gain",
+        "writing/depth.py",
+        "if before is not None and rate < _GAIN * before:",
+        "if before is not None and rate < 0:",
+        "a busy disk gets more and more requests, and the write more and more memory",
+        "writing/test_depth.py",
+    ),
+    _mutant(
+        "ahead-without-limit",
+        "tensors/ahead.py",
+        "step = min(run.stop - at, _STEP_BYTES, left)",
+        "step = min(run.stop - at, _STEP_BYTES)",
+        "more is read ahead than the page cache may hold",
+        "tensors/test_ahead.py",
+    ),
+    _mutant(
         "write-recorded-before-written",
         "writing/bytes.py",
         "                outputs.write(block.file, view, block.offset)\n"

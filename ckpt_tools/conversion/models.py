@@ -33,7 +33,6 @@ from ckpt_tools.model.state import State, cast_state, main_dtype, mean_state, mo
 from ckpt_tools.tensors.catalogue import Catalogue, Tensor
 from ckpt_tools.tensors.checkpoint import Checkpoint
 from ckpt_tools.tensors.derived import cast
-from ckpt_tools.tensors.threads import load_torch
 from ckpt_tools.text import markdown, markdown_code
 from ckpt_tools.transforms.key_map import KeyMap, key_map
 from ckpt_tools.transforms.lora import choose_adapter
@@ -191,9 +190,8 @@ def prepare_model(sources: Sequence[Checkpoint], request: Request) -> _Model:
         answer = ask_model(
             catalogue, config, extra, main_dtype(catalogue), trust=request.trust_remote_code
         )
-        # The import takes seconds and is needed later; the answer takes seconds too.
-        load_torch()
-    tensors = [tensor for each in states for tensor in each.catalogue.values()]
+    # Within a file of the output they lie by name.
+    tensors = [tensor for each in states for _, tensor in sorted(each.catalogue.items())]
     return _Model(sources, request, tensors, combined, catalogue, like, extra, config, answer)
 
 
