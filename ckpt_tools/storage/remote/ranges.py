@@ -25,6 +25,8 @@ AT_ONCE = 64
 BYTES_AT_ONCE = 96 << 20
 REMOTE = Requests(nbytes=8 << 20, gap_bytes=128 << 10, at_once=32, threads=4, block_bytes=8 << 20)
 
+# A file of this size is read at once, as fast as two parts of it.
+_SMALL_BYTES = 1 << 20
 # A pickle lies at the start of a torch file, the directory of a zip at the end.
 _HEAD_BYTES = 128 << 10
 _TAIL_BYTES = 64 << 10
@@ -124,7 +126,7 @@ class Ranges:
 
     def _near(self, path: str, offset: int, count: int, size: int) -> tuple[int, int]:
         """The bytes that are read where some are needed."""
-        if size <= _HEAD_BYTES:
+        if size <= _SMALL_BYTES:
             return 0, size
         if offset >= size - _TAIL_BYTES:
             return size - _TAIL_BYTES, size

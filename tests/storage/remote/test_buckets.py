@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from ckpt_tools import average, consolidate, diff, extract_lora, inspect, merge_lora, verify
-from ckpt_tools.errors import CkptError, StoreFailed, UsageError
+from ckpt_tools.errors import CkptError, NotACheckpoint, StoreFailed, UsageError
 from tests.conftest import FIXTURES
 from tests.support.ranks.launching import launch
+from tests.support.remote import hub as hubs
 from tests.support.remote.s3 import BUCKET, S3, VARIABLES
 
 ZERO3 = FIXTURES / "zero" / "zero3-bf16-olmo2-chat-2ranks"
@@ -189,6 +190,36 @@ def test_the_files_of_the_aws_command_line_are_read(
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
     monkeypatch.setenv("AWS_PROFILE", "team")
     assert inspect(address).parameters == 27_888
+
+
+def test_a_process_that_is_offline_does_not_ask_the_hub() -> None:
+    with pytest.raises(StoreFailed, match="HF_HUB_OFFLINE forbids requests"):
+        inspect("hf://org/runs/checkpoint")
+
+
+@pytest.mark.slow
+def test_a_repository_of_the_hub_has_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    sources = [FIXTURES / source for source in QUICK]
+    with hubs.serving() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        hub.repositories["org/runs"] = {"trial": {}, "main": {}}
+        for source in sources:
+            for name, data in files_of(source).items():
+                hub.repositories["org/runs"]["trial"][f"{source.name}/{name}"] = data
+        for source in sources:
+            address = f"hf://org/runs@trial/{source.name}"
+            (name, *_) = sorted(path.name for path in source.glob("checkpoint*"))
+            there, here = inspect(f"{address}/{name}"), inspect(source / name)
+            assert (there.parameters, there.step) == (here.parameters, here.step)
+            made = converted(address, source, tmp_path / "there" / source.name)
+            assert made == converted(source, source, tmp_path / "here" / source.name), source
+        with pytest.raises(NotACheckpoint, match="no such file or directory"):
+            inspect("hf://org/runs@main/checkpoint")
 
 
 def test_inspect_asks_for_metadata_alone(store: S3) -> None:
