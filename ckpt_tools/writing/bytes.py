@@ -269,7 +269,7 @@ def write(
                     progress(block.nbytes)
             return gatherer.bytes_read, done, own
 
-    count = requests.threads or workers or default_workers()
+    count = requests.threads_for(block_bytes) or workers or default_workers()
     with casting_on_one_core(), pool(count) as threads:
         try:
             jobs = [threads.submit(work) for _ in range(count)]

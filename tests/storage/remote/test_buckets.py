@@ -13,6 +13,8 @@ import pytest
 
 from ckpt_tools import average, consolidate, diff, extract_lora, inspect, merge_lora, verify
 from ckpt_tools.errors import CkptError, NotACheckpoint, StoreFailed, UsageError
+from ckpt_tools.storage.places import LOCAL
+from ckpt_tools.storage.remote.ranges import REMOTE
 from tests.conftest import FIXTURES
 from tests.support.ranks.launching import launch
 from tests.support.remote import hub as hubs
@@ -230,8 +232,20 @@ def test_inspect_asks_for_metadata_alone(store: S3) -> None:
     inspect(address)
     tree = as_path(address).pool  # type: ignore[attr-defined]
     assert isinstance(tree, StoreTree)
-    # Four files of torch and the pointer.
-    assert tree.store.ranges.traffic.requests <= 9
+    # Four small files of torch and the pointer; the step of each rank lies in them.
+    assert tree.store.ranges.traffic.requests == 5
+
+
+@pytest.mark.parametrize("mebibytes", [1, 2, 8, 32])
+def test_buffers_do_not_grow_with_the_number_of_ranks(mebibytes: int) -> None:
+    """With many ranks, a block holds a piece of each."""
+    block = mebibytes << 20
+    assert LOCAL.threads_for(block) is None
+    threads = REMOTE.threads_for(block)
+    assert threads is not None
+    assert 1 <= threads <= REMOTE.threads
+    assert threads == REMOTE.threads or (threads + 1) * 3 * block > REMOTE.buffer_bytes
+    assert threads * 3 * block <= REMOTE.buffer_bytes
 
 
 @pytest.mark.slow
