@@ -14,6 +14,7 @@ import pytest
 from ckpt_tools import average, consolidate, diff, extract_lora, inspect, merge_lora, verify
 from ckpt_tools.errors import CkptError, NotACheckpoint, StoreFailed, UsageError
 from ckpt_tools.storage.places import LOCAL
+from ckpt_tools.storage.remote import ranges
 from ckpt_tools.storage.remote.ranges import REMOTE
 from tests.conftest import FIXTURES
 from tests.support.ranks.launching import launch
@@ -234,6 +235,24 @@ def test_inspect_asks_for_metadata_alone(store: S3) -> None:
     assert isinstance(tree, StoreTree)
     # Four small files of torch and the pointer; the step of each rank lies in them.
     assert tree.store.ranges.traffic.requests == 5
+
+
+def test_the_records_of_a_large_file_take_two_requests(
+    store: S3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its start and its end; the directory of a zip is read in many short reads."""
+    from ckpt_tools.readers.containers.records import Records
+    from ckpt_tools.storage.naming import as_path
+
+    monkeypatch.setattr(ranges, "_SMALL_BYTES", 0)
+    monkeypatch.setattr(ranges, "_HEAD_BYTES", 1 << 10)
+    monkeypatch.setattr(ranges, "_TAIL_BYTES", 4 << 10)
+    (here,) = (ZERO3 / "checkpoint").rglob("bf16_zero_pp_rank_0*")
+    there = as_path(store.put(here.parent, "records")) / here.name
+    with Records(there, "") as far, Records(here, "") as near:
+        assert far.signature == near.signature
+        assert far
+    assert there.pool.store.ranges.traffic.requests == 2  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("mebibytes", [1, 2, 8, 32])
