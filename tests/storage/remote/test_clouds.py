@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
 
 from ckpt_tools import consolidate, inspect, verify
+from ckpt_tools.storage.places import FileFacts
+from ckpt_tools.storage.remote.stores import facts_of
 from tests.conftest import FIXTURES
 from tests.storage.remote.test_buckets import ZERO3, files_of
 from tests.support.remote import clouds
@@ -57,6 +60,19 @@ def assert_written(address: str, tmp_path: Path) -> None:
     assert held == files_of(tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("stated", "version"),
+    [("0x8D", '"0x8D"'), ('"0x8D"', '"0x8D"'), ('W/"1"', 'W/"1"'), (None, "7")],
+)
+def test_a_version_is_quoted_alike_in_listings_and_answers(
+    stated: str | None, version: str
+) -> None:
+    """Listings of Azure have no quotes; its answers have."""
+    written = datetime.fromtimestamp(1, tz=timezone.utc)
+    meta = {"size": 3, "last_modified": written, "e_tag": stated, "version": "7"}
+    assert facts_of(meta) == FileFacts(3, 10**9, version)
+
+
 @pytest.mark.slow
 def test_checkpoints_in_a_bucket_of_google(tmp_path: Path) -> None:
     assert_read(clouds.google(), tmp_path)
@@ -74,7 +90,5 @@ def test_an_output_in_a_bucket_of_google(
 @pytest.mark.slow
 def test_checkpoints_and_an_output_in_azure(tmp_path: Path) -> None:
     with clouds.azure() as prefix:
-        from contextlib import nullcontext
-
         assert_read(nullcontext(prefix), tmp_path)
         assert_written(f"{prefix}/out", tmp_path / "written")
