@@ -32,7 +32,7 @@ _ANSWER_SECONDS = 60
 _CONNECT_SECONDS = 10
 _IDLE_CONNECTIONS = 64
 # An answer is taken in pieces of about this size, which fit into the cache of a processor.
-_PIECE_BYTES = 512 << 10
+_PIECE_BYTES = 256 << 10
 _WEAK = "W/"
 _OTHER_LENGTH = "the answer has another number of bytes than was asked for"
 
