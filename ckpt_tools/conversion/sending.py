@@ -161,11 +161,9 @@ def _send(
 
     assert record is not None
     sizes = [path.stat().st_size for path in directory.rglob("*") if path.is_file()]
-    total, done = sum(sizes), 0
+    total = sum(sizes)
 
-    def sent_bytes(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
+    def sent_bytes(done: int) -> None:
         request.active()
         if request.progress is not None:
             request.progress(done, total)

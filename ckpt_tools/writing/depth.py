@@ -55,8 +55,9 @@ def levels(threads: int, block_bytes: int, requests: Requests) -> tuple[Level, .
         block_bytes: bytes of the largest block.
         requests: how the sources are read best.
     """
-    if requests.threads is not None:
-        return (Level(requests.threads, requests.at_once),)
+    stated = requests.threads_for(block_bytes)
+    if stated is not None:
+        return (Level(stated, requests.at_once),)
     found = [Level(threads, requests.at_once)]
     of_a_block = -(-_SOURCE * block_bytes // requests.nbytes)
     while True:

@@ -14,6 +14,9 @@ import pytest
 
 from ckpt_tools import consolidate
 from ckpt_tools.errors import OutputExists, StoreFailed, UsageError
+from ckpt_tools.storage.addresses import parsed
+from ckpt_tools.storage.remote import upload
+from ckpt_tools.storage.remote.failures import Patience
 from ckpt_tools.storage.remote.stores import Bucket
 from ckpt_tools.storage.remote.upload import upload_order
 from tests.conftest import FIXTURES
@@ -96,6 +99,21 @@ def test_an_interrupted_upload_has_no_config_and_continues(
     assert len(asked) == len(set(asked)) + 1
     assert held(store, "up/again").keys() > {"config.json", "model.safetensors"}
     assert asked[-1].endswith("/config.json")
+
+
+def test_the_progress_of_an_upload_counts_parts_of_files(
+    store: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upload, "_PART_BYTES", 5 << 20)
+    monkeypatch.setattr(upload, "_PARTS_AT_ONCE", 1)
+    weights, config = bytes(range(256)) * (11 << 12), b"{}"
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    (tmp_path / "config.json").write_bytes(config)
+    address, told = parsed(f"s3://{BUCKET}/up/parts"), list[int]()
+    output = upload.BucketOutput(address, Patience())
+    output.upload(tmp_path, tmp_path.parent / "record.json", told.append)
+    assert told == [0, 5 << 20, 10 << 20, 11 << 20, (11 << 20) + 2]
+    assert held(store, "up/parts") == {"model.safetensors": weights, "config.json": config}
 
 
 # The process dies when the store has a file that the record of the upload does not list.
