@@ -18,7 +18,7 @@ from ckpt_tools.cli.usage import Unusable
 from ckpt_tools.cli.writing import show_report
 
 if TYPE_CHECKING:
-    from ckpt_tools.watching.events import Event, Tell
+    from ckpt_tools.conversion.watching.events import Event, Tell
 
 # Told also under --quiet, and those that need a look.
 _FAILED = ("failed", "command failed")
@@ -94,7 +94,7 @@ def command(
       ckpt-tools watch run models --config base-model --verify --keep 3
       ckpt-tools watch run models --once --exec 'evaluate "$CKPT_TOOLS_OUTPUT"'
     """
-    from ckpt_tools.watching.api import watch
+    from ckpt_tools.conversion.watching.api import watch
 
     if is_rank():
         raise Unusable(

@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from ckpt_tools.conversion.api import open_checkpoint
+from ckpt_tools.conversion.watching.saves import Look, Save
 from ckpt_tools.errors import CkptError, listed
 from ckpt_tools.tensors.checkpoint import Checkpoint
 from ckpt_tools.verification import verify
-from ckpt_tools.watching.saves import Look, Save
 
 # Files of training that hold no weights of the model, by the frameworks that are read.
 _OF_TRAINING = re.compile(

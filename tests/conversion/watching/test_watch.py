@@ -20,6 +20,10 @@ from safetensors.torch import load_file
 
 import ckpt_tools
 from ckpt_tools.conversion.api import consolidate
+from ckpt_tools.conversion.watching.command import run_command
+from ckpt_tools.conversion.watching.events import Event
+from ckpt_tools.conversion.watching.records import Records
+from ckpt_tools.conversion.watching.watch import Asked, Watch
 from ckpt_tools.errors import (
     CkptError,
     DamagedCheckpoint,
@@ -28,10 +32,6 @@ from ckpt_tools.errors import (
     OutputExists,
     UsageError,
 )
-from ckpt_tools.watching.command import run_command
-from ckpt_tools.watching.events import Event
-from ckpt_tools.watching.records import Records
-from ckpt_tools.watching.watch import Asked, Watch
 from tests.cli.test_consolidate import run as typed
 from tests.conftest import FIXTURES
 from tests.support.outputs import contents, partials
@@ -438,7 +438,9 @@ def test_once_gives_a_save_time_to_stand_still(
     slept: list[float] = []
     monkeypatch.setattr(time, "sleep", slept.append)
     clock = iter(range(0, 10_000, 50))
-    monkeypatch.setattr("ckpt_tools.watching.api.time.monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(
+        "ckpt_tools.conversion.watching.api.time.monotonic", lambda: float(next(clock))
+    )
     shutil.copytree(ZERO, tmp_path / "run")
     events: list[Event] = []
 

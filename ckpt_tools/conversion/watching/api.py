@@ -16,10 +16,10 @@ from ckpt_tools.conversion.request import (
     requested,
 )
 from ckpt_tools.conversion.signature import states_options
+from ckpt_tools.conversion.watching.events import Tell
+from ckpt_tools.conversion.watching.watch import Asked, Convert, Watch
 from ckpt_tools.errors import NotACheckpoint, UsageError
 from ckpt_tools.storage.addresses import PathLike, is_address
-from ckpt_tools.watching.events import Tell
-from ckpt_tools.watching.watch import Asked, Convert, Watch
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -69,7 +69,7 @@ def watch(
             it is finished.
         poll: seconds between two looks at the run.
         stop: asked between two looks; the watch returns when it is true.
-        tell: called with each :class:`ckpt_tools.watching.events.Event`.
+        tell: called with each :class:`ckpt_tools.conversion.watching.events.Event`.
         attribute: write this part of a composite model, as ``extract-attr`` does.
         lora: write the adapter, as ``extract-lora`` does.
         adapter: which adapter, where there are several.
