@@ -292,7 +292,7 @@ def test_a_tag_that_is_not_there_lists_those_that_are(run: Path) -> None:
         2,
         "there is no checkpoint with the tag 'global_step3'",
     )
-    assert error.hint == "Found: global_step2, global_step4."
+    assert error.hint == "Pass --tag with one of: global_step2, global_step4."
 
 
 def test_a_tag_of_another_directory_is_refused(run: Path) -> None:

@@ -117,7 +117,7 @@ def _drop_options_of_models(context: click.Context, asked: dict[str, Any]) -> No
                 is not click.core.ParameterSource.DEFAULT
             ):
                 raise Unusable(
-                    f"{parameter.opts[0]} is of models, and --lora writes adapters",
+                    f"{parameter.opts[0]} is an option for whole models, and --lora writes adapters",
                     hint=f"Leave out {parameter.opts[0]}.",
                 )
             del asked[parameter.name]

@@ -168,7 +168,10 @@ def _refuse_contradictions(
     given = [name for name, value in adapters.items() if value is not None]
     if given and not lora:
         option = f"--{given[0].replace('_', '-')}"
-        raise UsageError(f"{option} is of adapters", hint="Pass --lora to write adapters.")
+        raise UsageError(
+            f"{option} is an option for adapters",
+            hint=f"Add --lora to write adapters, or leave out {option}.",
+        )
     if prune and (lora or attribute is not None):
         raise UsageError(
             "--prune-source would lose what is not in the outputs, which hold a part of the model",

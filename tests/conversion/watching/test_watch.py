@@ -481,7 +481,7 @@ def test_a_watch_ends_when_it_is_told_to(tmp_path: Path) -> None:
         ({"keep": 0}, "--keep is 0"),
         ({"every": -1}, "--every is -1"),
         ({"lora": True, "attribute": "policy"}, "exclude each other"),
-        ({"adapter": "a"}, "--adapter is of adapters"),
+        ({"adapter": "a"}, "--adapter is an option for adapters"),
         ({"lora": True, "prune_source": True}, "a part of the model"),
         ({"attribute": "policy", "prune_source": True}, "a part of the model"),
     ],
@@ -553,4 +553,7 @@ def test_adapters_are_written_and_told_as_json(tmp_path: Path) -> None:
 
     refused = typed("watch", source, out, "--lora", "--max-shard-size", "1GB", "--once")
     assert refused.exit_code == 2
-    assert "--max-shard-size is of models, and --lora writes adapters" in refused.stderr
+    assert (
+        "--max-shard-size is an option for whole models, and --lora writes adapters"
+        in refused.stderr
+    )
