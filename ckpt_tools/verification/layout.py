@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckpt_tools.errors import AmbiguousCheckpoint, CkptError, listed
+from ckpt_tools.errors import AmbiguousCheckpoint, CkptError, listed, tensors
 from ckpt_tools.hub.adapter_config import NAME as ADAPTER_CONFIG
 from ckpt_tools.readers.containers.weight_files import ADAPTER_FILES
 from ckpt_tools.verification.container import Entry, read_container, read_pickled
@@ -79,7 +79,7 @@ def read_weights(directory: Directory, findings: Findings) -> None:
     family = _SAFETENSORS if safe else _PICKLED
     directory.tensors = _Weights(directory, family, held[family], findings).read()
     findings.checked.append(
-        f"{len(directory.tensors)} tensors in the weight files, their places and sizes"
+        f"{tensors(len(directory.tensors))} in the weight files, their places and sizes"
     )
     if family is _PICKLED:
         findings.add(

@@ -14,10 +14,10 @@ _VARIABLE = "_CKPT_TOOLS_COMPLETE"
 
 
 @click.command("completion", cls=options.Command)
-@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]), metavar="SHELL")
 @click.pass_context
 def command(context: click.Context, shell: str) -> None:
-    """Print the script that lets SHELL complete what is typed after ckpt-tools.
+    """Print the script that lets SHELL (bash, zsh or fish) complete what is typed after ckpt-tools.
 
     Commands, options and their values are completed, and the tags, models and adapters of the checkpoint that
     is named.

@@ -105,7 +105,9 @@ def command(
         _drop_options_of_models(context, asked)
     with shown_progress(quiet or as_json) as progress:
         tell = _tell_json if as_json else _telling(quiet, verbose)
-        watch(run, out, progress=progress, tell=tell, **asked)
+        reports = watch(run, out, progress=progress, tell=tell, **asked)
+    if asked["once"] and not reports and not (quiet or as_json):
+        say("No checkpoint was converted: none is new and finished.")
 
 
 def _drop_options_of_models(context: click.Context, asked: dict[str, Any]) -> None:

@@ -17,9 +17,12 @@ from ckpt_tools.conversion.request import (
 )
 from ckpt_tools.conversion.signature import states_options
 from ckpt_tools.conversion.watching.events import Tell
+from ckpt_tools.conversion.watching.saves import look_at
 from ckpt_tools.conversion.watching.watch import Asked, Convert, Watch
-from ckpt_tools.errors import NotACheckpoint, UsageError
+from ckpt_tools.errors import CkptError, NotACheckpoint, UsageError
+from ckpt_tools.readers import locate
 from ckpt_tools.storage.addresses import PathLike, is_address
+from ckpt_tools.tensors.checkpoint import FINISHED, LAST
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -116,12 +119,7 @@ def watch(
         settle,
         time.monotonic,
     )
-    if not run.is_dir():
-        raise NotACheckpoint(
-            "the directory of the run does not exist",
-            path=run,
-            hint="Check the path, or make the directory before training begins.",
-        )
+    _refuse_no_run(run, out)
     with watched.records.alone():
         _go_on(watched, once=once, settle=settle, poll=poll, stop=stop)
     if watched.errors:
@@ -141,6 +139,27 @@ def _go_on(
     while not (stop is not None and stop()):
         watched.once()
         time.sleep(poll)
+
+
+def _refuse_no_run(run: Path, out: Path) -> None:
+    """Raise for what is not the directory in which checkpoints appear side by side."""
+    if not run.exists():
+        raise NotACheckpoint(
+            "the directory of the run does not exist",
+            path=run,
+            hint="Check the path, or make the directory before training begins.",
+        )
+    hint = "Name the directory in which the checkpoints appear side by side."
+    if not run.is_dir():
+        raise UsageError("it is not a directory", path=run, hint=hint)
+    if look_at(run, out).saves:
+        return
+    try:
+        found = locate(run)
+    except CkptError:
+        return  # no checkpoint yet
+    if found.format not in (*FINISHED, *LAST) and found.directory.resolve() == run.resolve():
+        raise UsageError("it is one checkpoint, not the directory of a run", path=run, hint=hint)
 
 
 def _refuse_contradictions(

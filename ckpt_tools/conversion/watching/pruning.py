@@ -27,7 +27,7 @@ _OF_TRAINING = re.compile(
     r"(rng_state(_\d+)?\.pth|random_states_\d+\.pkl|scheduler(_\d+)?\.(pt|bin)|scaler\.pt"
     r"|sampler(_\d+)?\.bin|dl_state_dict(_\d+)?\.bin|optimizer(_\d+)?\.(pt|bin)"
     r"|optimizer_\d+/(\.metadata|__\d+_\d+\.distcp)|trainer_state\.json|training_args\.bin"
-    r"|latest|zero_to_fp32\.py|COMPLETED|train/rank\d+\.pt|\.metadata\.json|data_paths\.txt"
+    r"|latest|zero_to_(fp32|torch)\.py|COMPLETED|train/rank\d+\.pt|\.metadata\.json|data_paths\.txt"
     r"|model(-\d+-of-\d+)?\.safetensors\.index\.json|pytorch_model\.bin\.index\.json)"
 )
 # What else than a model readers find in a save, by its key or kind; custom objects may be anything.

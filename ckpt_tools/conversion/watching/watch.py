@@ -207,7 +207,7 @@ class Watch:
         if asked.command is not None:
             status = run_command(asked.command, environment(save.path, output, step))
             if status:
-                fact = f"the command ended with status {status}"
+                fact = f"the command of --exec ended with status {status}"
                 self.errors.append(CkptError(fact, path=output, hint="See what it printed."))
                 self._say("command failed", save, fact)
         self.records.write(Record(save.name, output.name, step, save.signature, status))

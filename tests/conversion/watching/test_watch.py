@@ -502,6 +502,10 @@ def test_where_and_who(tmp_path: Path) -> None:
     saved(tmp_path / "run" / "step-1")
     with pytest.raises(UsageError, match="among the checkpoints"):
         ckpt_tools.watch(tmp_path / "run", tmp_path / "run", once=True)
+    with pytest.raises(UsageError, match="one checkpoint, not the directory of a run"):
+        ckpt_tools.watch(ZERO / "global_step2", tmp_path / "out", once=True)
+    with pytest.raises(UsageError, match="it is not a directory"):
+        ckpt_tools.watch(ZERO / "latest", tmp_path / "out", once=True)
     with pytest.raises(UsageError, match="s3://runs/a is in a store"):
         ckpt_tools.watch("s3://runs/a", tmp_path / "out", once=True)
     with pytest.raises(TypeError, match=r"unexpected option 'verfy'\. Did you mean 'verify'"):
