@@ -339,7 +339,5 @@ def _not_floating(
                 "--weights-only to write the tensors as they are.",
             )
     dtypes = listed(sorted({str(tensors[name].dtype) for name in names}))
-    return [
-        f"the model has floating-point parameters, and transformers will cast these from {dtypes}: "
-        f"{listed(names)}"
-    ]
+    what = f"transformers will cast these from {dtypes}: {listed(names)}"
+    return [f"the model has floating-point parameters, and {what}"]

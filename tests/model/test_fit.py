@@ -292,7 +292,9 @@ def test_complex_numbers_for_a_real_parameter_are_refused(
     values = torch.full(state[name].shape, 1 + 2j, dtype=torch.complex64)
     odd = {**state, **on_disk(tmp_path, {name: values})}
 
-    with pytest.raises(UsageError, match="its dtype is complex64, and .* real parameter") as caught:
+    with pytest.raises(
+        UsageError, match=r"its dtype is complex64, and .* real parameter"
+    ) as caught:
         fit(odd, config_of(tied, tmp_path))
 
     assert caught.value.tensor == name
