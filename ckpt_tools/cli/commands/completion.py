@@ -24,7 +24,7 @@ def command(context: click.Context, shell: str) -> None:
 
     \b
     Examples:
-      ckpt-tools completion bash > ~/.local/share/bash-completion/completions/ckpt-tools
+      ckpt-tools completion bash >> ~/.bash_completion
       ckpt-tools completion zsh > ~/.zfunc/_ckpt-tools
       ckpt-tools completion fish > ~/.config/fish/completions/ckpt-tools.fish
     """

@@ -359,7 +359,10 @@ def test_a_command_that_fails_is_told_and_stops_nothing(run: Run) -> None:
 def test_a_proven_save_is_removed_and_the_newest_never(run: Run) -> None:
     for step in (2, 4, 6):
         run.zero(step, latest=4)
-    for script in ("zero_to_fp32.py", "zero_to_torch.py"):  # DeepSpeed 0.19 copies both into the save
+    for script in (
+        "zero_to_fp32.py",
+        "zero_to_torch.py",
+    ):  # DeepSpeed 0.19 copies both into the save
         (run.path / "global_step2" / script).write_text("")
     watch = run.watch(prune=True)
     watch.once()
