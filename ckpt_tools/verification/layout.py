@@ -65,7 +65,7 @@ def read_weights(directory: Directory, findings: Findings) -> None:
     is_model = any(held.values()) or any(f.index in names for f in held)
     if not is_model:
         if not directory.adapters:
-            below = [f.rpartition("/")[0] for f in directory.files if f.endswith(f"/{CONFIG}")]
+            below = _models_below(directory.files)
             findings.add(
                 "no-weights",
                 "no file of the directory holds weights that a loader would find",
@@ -95,6 +95,20 @@ def read_weights(directory: Directory, findings: Findings) -> None:
             file=name,
             hint="Delete the file. Loaders use the safetensors.",
         )
+
+
+def _models_below(files: Collection[str]) -> list[str]:
+    """The folders with a config and weights."""
+    held: dict[str, list[str]] = {}
+    for file in files:
+        folder, _, name = file.rpartition("/")
+        held.setdefault(folder, []).append(name)
+    families = (_SAFETENSORS, _PICKLED)
+    return [
+        folder
+        for folder, names in held.items()
+        if CONFIG in names and any(family.files(names) for family in families)
+    ]
 
 
 def _how_to_convert(path: Path) -> str | None:

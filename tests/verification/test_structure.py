@@ -486,6 +486,10 @@ def test_a_checkpoint_of_training_is_to_be_converted() -> None:
         "It is a checkpoint of training (deepspeed). Convert it, and verify the output: "
         f"ckpt-tools consolidate {zero} OUT."
     )
+    # Its folder with a config has no weights.
+    verl = FIXTURES / "rank_files" / "verl-fsdp1-3ranks" / "checkpoint"
+    (problem,) = verify(verl).problems
+    assert (problem.hint or "").startswith("It is a checkpoint of training (rank-files).")
     (problem,) = verify(FIXTURES / "dcp" / "torchtitan-2ranks" / "checkpoint").problems
     assert (problem.hint or "").startswith(
         "It holds checkpoints of training. List them: ckpt-tools"
