@@ -208,17 +208,12 @@ def read_key_map(path: Path | None) -> KeyMap | None:
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
         raise UsageError(
-            f"the key map cannot be read ({error.strerror})",
+            f"the key map cannot be read ({why})",
             path=path,
             hint="Pass --key-map with a JSON file. docs/formats.md describes it.",
-        ) from error
-    except ValueError as error:
-        raise UsageError(
-            f"the key map is not JSON ({error})",
-            path=path,
-            hint="Correct the file. docs/formats.md describes it.",
         ) from error
     return key_map(content)
 
