@@ -1018,8 +1018,8 @@ _ASSETS = (
     _mutant(
         "reference-asked-of-wrong-class",
         "hub/reference/child.py",
-        "parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}",
-        "parameters = {name for name, _ in model.named_buffers()}",
+        "named = model.named_parameters(remove_duplicate=False)",
+        "named = model.named_buffers()",
         "the child process takes parameters for buffers (seen in a child process alone)",
         "hub/test_reference.py",
         "verification/test_model.py",
