@@ -113,7 +113,7 @@ def _pushed(request: Request, convert: Callable[[Request], Report]) -> Report:
         )
     if not re.fullmatch(r"[^/:@]+/[^/:@]+", request.push_to_hub or ""):
         raise UsageError(
-            f"{request.push_to_hub!r} is no repository of the Hub",
+            f"{request.push_to_hub!r} is not the name of a repository of the Hub",
             hint="Pass --push-to-hub ORG/REPO; --revision names another branch than main.",
         )
     revision = f"@{request.revision.replace('/', '%2F')}" if request.revision else ""

@@ -218,7 +218,7 @@ def test_a_web_server_is_not_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize("wrong", ["nope", "hf://org/name", "org/name@branch", "a/b/c"])
 def test_a_repository_has_two_parts(wrong: str, tmp_path: Path) -> None:
     options: Any = {"push_to_hub": wrong}
-    with pytest.raises(UsageError, match="is no repository of the Hub"):
+    with pytest.raises(UsageError, match="is not the name of a repository of the Hub"):
         consolidate(CHECKPOINT, tmp_path / "out", weights_only=True, **options)
     assert not list(tmp_path.iterdir())
 
