@@ -18,6 +18,7 @@ from ckpt_tools.conversion.bases import (
     is_adapter,
     lacks_base,
     named_base,
+    weights_named_by,
     with_adapter_as_checkpoint,
 )
 from ckpt_tools.conversion.extraction import prepare_adapters
@@ -304,12 +305,9 @@ def _carried_out(
         own = find_tokenizer(None, nearby(AssetOptions(search=near)))
         tokenizer = request.tokenizer or (None if own is None else own.directory)
         request = replace(request, search=(*near, request.base), tokenizer=tokenizer)
-        sources.append(
-            _opened(
-                request.search[-1],
-                replace(request, tag=None, model=None, source_format=None, also=()),
-            )
-        )
+        plain = replace(request, tag=None, model=None, source_format=None, also=())
+        with weights_named_by("--base", request.base):
+            sources.append(_opened(request.base, plain))
     return run(sources, request, prepare, clock)
 
 

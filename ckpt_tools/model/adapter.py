@@ -243,7 +243,7 @@ def read_adapter_directory(
     empty = [name for name, tensor in held.items() if not tensor.numel]
     if empty:
         raise DamagedCheckpoint(
-            f"{len(empty)} tensors of the adapter are empty: {listed(empty)}",
+            f"the adapter has empty tensors: {listed(empty)}",
             path=entry,
             hint=_NOT_GATHERED,
         )
