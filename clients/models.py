@@ -20,7 +20,8 @@ QUESTION, ANSWER = (
     "What is a checkpoint?",
     "A checkpoint is a copy of a training run, written to disk.",
 )
-OTHER_ANSWER = "It is what a run leaves behind, so that another can go on from there."
+# In the words of the base's answer: those that the frozen head never learnt stay all but impossible.
+OTHER_ANSWER = "A copy of a training run, written to disk, is a checkpoint."
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] "
     "+ '<|im_end|>\\n' }}{% endfor %}"

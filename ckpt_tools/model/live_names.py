@@ -62,7 +62,7 @@ def in_one_layout(given: Layouts, config: ConfigSource | None, *, trust: bool) -
 
 
 def _others_have_more(given: Layouts) -> bool:
-    """Whether ``--base`` has names that a checkpoint with all its targets lacks: it may name them otherwise."""
+    """Whether the base has names that a checkpoint with all its targets lacks: other names, perhaps."""
     first, *others = given.states
     plain = {*state_names(first).plain.values()}
     more = any(not plain >= {*other.catalogue, *other.catalogue.ties} for other in others)
