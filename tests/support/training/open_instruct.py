@@ -25,7 +25,7 @@ def save(
     attribute: str | None = None,
     template_name: str = "tulu",
 ) -> dict[str, Any]:
-    """Save as open-instruct does; every rank calls it. Gives the state that was gathered."""
+    """Save as open-instruct does; every rank calls it. Gives the state that was gathered, on the first."""
     model.generation_config = _generation_config(tokenizer, template_name)
     inner = accelerator.unwrap_model(model)
     if attribute is not None:
@@ -43,7 +43,7 @@ def save(
         inner.save_pretrained(output, state_dict=state)
     if leads:
         tokenizer.save_pretrained(output)
-    return dict(state)
+    return dict(state or {})
 
 
 def _gathered(accelerator: Any, model: Any) -> Any:
