@@ -111,7 +111,6 @@ def prepare(case: Case) -> None:
     for folder, more in (("outputs", ()), ("outputs-4", ("--compat", "transformers-4"))):
         out = BUILD / folder / case.name
         if not out.exists():
-            more = () if is_adapter(case) else more
             subprocess.run([*command(case, home, out), *more], check=True)
 
 

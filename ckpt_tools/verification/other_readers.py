@@ -269,25 +269,27 @@ def _llama_names(facts: Facts) -> str | None:
 def _peft_type(facts: Facts) -> str | None:
     """A peft_type that it lacks."""
     kind = facts.config.get("peft_type")
-    return f"has no type {kind}" if isinstance(kind, str) and kind not in _PEFT_TYPES else None
+    known = table("peft")["types"]
+    return f"has no type {kind}" if isinstance(kind, str) and kind not in known else None
+
+
+def _peft_init(facts: Facts) -> str | None:
+    """A value of init_lora_weights that it cannot load."""
+    start = facts.config.get("init_lora_weights")
+    fine = tuple(table("peft")["init_lora_weights"])
+    if not isinstance(start, str) or start.lower().startswith(fine):
+        return None
+    return f"fails on init_lora_weights {start!r}"
 
 
 def _peft_keys(facts: Facts) -> str | None:
     """Keys that it lacks."""
     if facts.config.get("peft_type") != "LORA":
         return None
-    found = [key for key in _PEFT_NEW if facts.config.get(key)]
+    known = table("peft")["lora_keys"]
+    found = [key for key, value in facts.config.items() if value and key not in known]
     return f"does not know {listed(found)}, and leaves it out with a warning" if found else None
 
-
-_PEFT_TYPES = (
-    *("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "LORA", "ADALORA"),
-    *("BOFT", "ADAPTION_PROMPT", "IA3", "LOHA", "LOKR", "OFT", "POLY", "LN_TUNING", "VERA"),
-    *("FOURIERFT", "XLORA", "HRA", "VBLORA", "CPT", "BONE", "MISS", "RANDLORA"),
-    *("TRAINABLE_TOKENS", "SHIRA", "C3A"),
-)
-# Keys of LoraConfig that change the computation and that version 0.17 lacks.
-_PEFT_NEW = ("alora_invocation_tokens", "use_bdlora")
 
 _HELPER = "vllm/lora/peft_helper.py"
 _V4 = "transformers-4"
@@ -299,6 +301,11 @@ RULES = (
     ),
     Rule(
         *(_V4, "transformers-4-refuses", "model", "models/auto/tokenization_auto.py"),
+        v4_tokenizer,
+        _COMPAT,
+    ),
+    Rule(
+        *(_V4, "transformers-4-refuses", "adapter", "models/auto/tokenization_auto.py"),
         v4_tokenizer,
         _COMPAT,
     ),
@@ -360,5 +367,6 @@ RULES = (
         "llama.cpp", "llama.cpp-differs", "adapter", "convert_lora_to_gguf.py", _llama_scale, _MERGE
     ),
     Rule("peft", "peft-refuses", "adapter", "peft/utils/peft_types.py", _peft_type),
+    Rule("peft", "peft-refuses", "adapter", "peft/tuners/lora/layer.py", _peft_init, _MERGE),
     Rule("peft", "peft-differs", "adapter", "peft/config.py (from_peft_type)", _peft_keys),
 )
