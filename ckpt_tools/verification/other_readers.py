@@ -189,6 +189,16 @@ def _vllm_init(facts: Facts) -> str | None:
     return f"refuses init_lora_weights {init!r}, which changes the base"
 
 
+def _vllm_bias(facts: Facts) -> str | None:
+    """A bias but none."""
+    bias = facts.config.get("bias")
+    return (
+        f"takes bias 'none' alone, and the config states {bias!r}"
+        if bias not in (None, "none")
+        else None
+    )
+
+
 def _vllm_names(facts: Facts) -> str | None:
     """Names of tensors that it does not read."""
     endings = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
@@ -328,6 +338,7 @@ RULES = (
         "vllm", "vllm-refuses", "adapter", _HELPER, _is("lora_bias", "takes no lora_bias"), _MERGE
     ),
     Rule("vllm", "vllm-refuses", "adapter", _HELPER, _vllm_init, _MERGE),
+    Rule("vllm", "vllm-refuses", "adapter", _HELPER, _vllm_bias, _MERGE),
     *(
         Rule("vllm", "vllm-refuses", "adapter", _HELPER, _is(key, f"takes no {key}"))
         for key in ("alora_invocation_tokens", "layer_replication", "use_bdlora", "use_qalora")

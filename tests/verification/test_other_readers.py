@@ -21,7 +21,7 @@ from ckpt_tools.verification.other_readers import KINDS, READERS, RULES, check
 from ckpt_tools.verification.run import Request, Run
 
 MODEL = {"model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"], "rope_theta": 5e5}
-LORA = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}
+LORA = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"], "bias": "none"}
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 PAIR = (f"{Q}.lora_A.weight", f"{Q}.lora_B.weight")
 IN_5 = {"rope_type": "default", "rope_theta": 7.0}
@@ -138,6 +138,7 @@ NOT_TAKEN: list[tuple[str, str, dict[str, Any], dict[str, Any], str]] = [
     ("vllm", "refuses", LORA | {"modules_to_save": ["lm_head"]}, {}, "here: lm_head"),
     ("vllm", "refuses", LORA | {"use_dora": True}, {}, "takes no DoRA"),
     ("vllm", "refuses", LORA | {"lora_bias": True}, {}, "takes no lora_bias"),
+    ("vllm", "refuses", LORA | {"bias": "all"}, {}, "takes bias 'none' alone"),
     ("vllm", "refuses", LORA | {"init_lora_weights": "pissa"}, {}, "init_lora_weights 'pissa'"),
     (
         "vllm",
