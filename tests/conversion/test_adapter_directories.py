@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ckpt_tools import average, consolidate, extract_lora, inspect, merge_lora
+from ckpt_tools import average, consolidate, extract_lora, inspect, merge_lora, verify
 from ckpt_tools.analysis.inspection import Group
 from ckpt_tools.errors import MissingAsset, NotACheckpoint
 from tests.support.adapted import base_directory
@@ -103,6 +103,19 @@ def test_commands_for_models_name_the_command_for_adapters(adapter: Path, tmp_pa
         assert "merge-lora BASE OUT --adapter-dir" in str(raised.value.hint)
         assert f"extract-lora {adapter} OUT" in str(raised.value.hint)
     extract_lora(adapter, tmp_path / "out", dtype="fp32", base_model="org/base")
+
+
+def test_its_tokenizer_is_one_that_transformers_4_reads_too(
+    adapter: Path, fixtures: Path, tmp_path: Path
+) -> None:
+    hf = fixtures / "zero/zero3-bf16-olmo2-chat-2ranks/hf"
+    problems = []
+    for out, compat in (("5", None), ("4", "transformers-4")):
+        extract_lora(adapter, tmp_path / out, tokenizer=hf, compat=compat)
+        found = verify(tmp_path / out, readers=("transformers-4",)).problems
+        problems.append([each.kind for each in found if each.kind.startswith("transformers-4")])
+    assert problems == [["transformers-4-refuses"], []]
+    assert (tmp_path / "4/tokenizer.json").read_bytes() == (hf / "tokenizer.json").read_bytes()
 
 
 def test_inspect_describes_an_adapter(adapter: Path) -> None:
