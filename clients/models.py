@@ -20,7 +20,8 @@ QUESTION, ANSWER = (
     "What is a checkpoint?",
     "A checkpoint is a copy of a training run, written to disk.",
 )
-OTHER_ANSWER = "It is what a run leaves behind, so that another can go on from there."
+# In the words of the base's answer: those that the frozen head never learnt stay all but impossible.
+OTHER_ANSWER = "A copy of a training run, written to disk, is a checkpoint."
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] "
     "+ '<|im_end|>\\n' }}{% endfor %}"
@@ -91,7 +92,11 @@ CASES = (
     Case("olmo3", "olmo3", {"sliding_window": 16, "layer_types": LAYERS}),
     Case("llama", "llama", {}),
     Case("qwen3-tied", "qwen3", {"tie_word_embeddings": True, "head_dim": 32}),
-    Case("olmoe", "olmoe", {"num_experts": 8, "num_experts_per_tok": 2}),
+    # As many heads for keys as for queries, as OLMoE has: llama.cpp loads no other.
+    Case(
+        *("olmoe", "olmoe"),
+        {"num_experts": 8, "num_experts_per_tok": 2, "num_key_value_heads": 2},
+    ),
     Case("policy", "olmo2", {}, ("extract-attr", "policy"), PolicyAndValue),
     Case("lora", "olmo2", {}, ("extract-lora",), adapted, "olmo2"),
     Case("merged", "olmo2", {}, ("merge-lora",), adapted, "olmo2"),
@@ -122,8 +127,7 @@ def make(case: Case, home: Path, wheel: Path, base: Path | None) -> None:
     if base is None:
         config = AutoConfig.for_model(
             case.model_type,
-            **SIZES,
-            **case.settings,
+            **{**SIZES, **case.settings},
             vocab_size=-(-len(words) // 128) * 128,
             eos_token_id=words.eos_token_id,
             pad_token_id=words.pad_token_id,

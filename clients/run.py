@@ -3,7 +3,7 @@
 Trains the tiny models, converts them, and gives each directory to each client, which runs in an environment
 and a process of its own. The tokens that a client generates greedily must be those of transformers, up to and
 including the token that ends the turn. The results become the table of docs/clients.md. Ends with status 1 if
-a client's tokens differ from the expected ones where the table of reasons below does not say why.
+a client's tokens differ from the expected ones, or it refuses a case in other words than UNSUPPORTED has.
 """
 
 from __future__ import annotations
@@ -55,14 +55,19 @@ CLIENTS_OF_MODELS = (
     Client("mergekit", "mergekit", "with_mergekit"),
     Client("CTranslate2", "ctranslate2", "with_ctranslate2", compat=True),
 )
-# What a client says of a case that it does not support, whoever wrote the directory.
+# What a client answers to a case that it does not support, whoever wrote the directory.
+_UNREGISTERED = "No conversion is registered for the model configuration {}Config"
 UNSUPPORTED = {
-    ("CTranslate2", "lora"): "no adapters",
-    ("CTranslate2", "olmo2"): "no OLMo 2",
-    ("CTranslate2", "olmo3"): "no OLMo 3",
-    ("CTranslate2", "olmoe"): "no OLMoE",
-    ("CTranslate2", "policy"): "no OLMo 2",
-    ("CTranslate2", "merged"): "no OLMo 2",
+    **{
+        ("CTranslate2", case): _UNREGISTERED.format(name)
+        for case, name in (
+            *(("olmo2", "Olmo2"), ("olmo3", "Olmo3"), ("olmoe", "Olmoe")),
+            *(("policy", "Olmo2"), ("merged", "Olmo2")),
+        )
+    },
+    ("CTranslate2", "lora"): "its converter has no adapters",
+    # Its loader of Llama writes the token that begins a text, and this tokenizer has none.
+    ("CTranslate2", "llama"): "type must be string, but is null",
 }
 
 
@@ -95,7 +100,7 @@ def main() -> int:
         f"{client}, {case}: {result}"
         for client, _, results in rows
         for case, result in results.items()
-        if result != "same" and (client, case) not in UNSUPPORTED
+        if result not in ("same", UNSUPPORTED.get((client, case)))
     ]
     print("\n".join(["", *wrong]) if wrong else "\nAll clients say the same.")
     return 1 if wrong else 0
@@ -111,7 +116,6 @@ def prepare(case: Case) -> None:
     for folder, more in (("outputs", ()), ("outputs-4", ("--compat", "transformers-4"))):
         out = BUILD / folder / case.name
         if not out.exists():
-            more = () if is_adapter(case) else more
             subprocess.run([*command(case, home, out), *more], check=True)
 
 
@@ -190,7 +194,9 @@ def compared(client: Client, case: Case, answers: Answers, expected: Answers) ->
     """The result of a client in words."""
     answer, right = answers[case.name], expected[case.name]
     if "failure" in answer:
-        return UNSUPPORTED.get((client.name, case.name), str(answer["failure"]))
+        known = UNSUPPORTED.get((client.name, case.name))
+        failure = str(answer["failure"])
+        return known if known is not None and known in failure else failure
     if answer["prompt"] != right.get("prompt"):
         return f"other prompt: {answer['prompt']}"
     return "same" if answer["tokens"] == right["tokens"] else f"other tokens: {answer['tokens']}"

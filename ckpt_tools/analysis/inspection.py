@@ -10,15 +10,18 @@ import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ckpt_tools import readers
-from ckpt_tools.errors import CkptError, number_ranges
+from ckpt_tools.errors import CkptError, NotACheckpoint, number_ranges
 from ckpt_tools.readers.containers.suspicion import suspicious
+from ckpt_tools.readers.containers.weight_files import ADAPTER_FILES, entry_in
+from ckpt_tools.readers.opening import open_weights
 from ckpt_tools.storage.folders import read_as_one, shown
 from ckpt_tools.storage.naming import as_path
-from ckpt_tools.tensors.checkpoint import Checkpoint, Weight
+from ckpt_tools.tensors.checkpoint import ADAPTER, Checkpoint, Location, Weight
 from ckpt_tools.tensors.dtypes import BY_SHORT_NAME, DType
 from ckpt_tools.tensors.threads import garbage_kept
 from ckpt_tools.transforms.lora import adapter_of
@@ -113,9 +116,16 @@ def inspect(
             not an error: its ``problems`` describe the damage.
     """
     place = read_as_one(as_path(path), also)
-    location = readers.locate(place, tag, model=model, format=source_format)
     try:
-        checkpoint = readers.read(location)
+        location = readers.locate(place, tag, model=model, format=source_format)
+        opened = partial(readers.read, location)
+    except NotACheckpoint:
+        if entry_in(place, ADAPTER_FILES) is None:
+            raise
+        location = Location(ADAPTER, place, place.name, (place,))
+        opened = partial(open_weights, place)
+    try:
+        checkpoint = opened()
         named = suspicious(checkpoint.files, location.directory)
         with garbage_kept():
             return replace(_facts(checkpoint), suspicious=named)
@@ -147,7 +157,10 @@ def _facts(checkpoint: Checkpoint) -> Inspection:
     stripped = strip_wrappers([*weights, *checkpoint.ties])
     named = {stripped.names[name]: weight for name, weight in weights.items()}
     parameters = {name: w for name, w in named.items() if w.kind != "buffer"}
-    adapted = {name: weight for name, weight in named.items() if adapter_of(name) is not None}
+    # A directory of PEFT's holds one adapter, and its names do not say which.
+    saved = checkpoint.location.format == ADAPTER
+    adapters = {name: "default" if saved else adapter_of(name) for name in named}
+    adapted = {name: weight for name, weight in named.items() if adapters[name] is not None}
     return Inspection(
         path=shown(checkpoint.location.directory),
         format=checkpoint.location.format,
@@ -167,8 +180,8 @@ def _facts(checkpoint: Checkpoint) -> Inspection:
         frozen=_group(w for w in named.values() if w.kind == "frozen"),
         buffers=_group(w for w in named.values() if w.kind == "buffer"),
         tied={stripped.names[a]: stripped.names[k] for a, k in checkpoint.ties.items()},
-        adapters=_grouped(adapted, adapter_of),
-        attributes=_grouped(named, lambda name: name.split(".")[0]),
+        adapters=_grouped(adapted, adapters.get),
+        attributes={} if saved else _grouped(named, lambda name: name.split(".")[0]),
         wrappers=stripped.removed,
         output_bytes=_output_bytes(named, adapted.values()),
         numbered=_numbered(named),

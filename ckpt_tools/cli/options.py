@@ -148,6 +148,12 @@ _ADAPTERS: dict[str, Decorator[Any]] = {
         metavar="FILE",
         help="Chat template of the output, in the place of the tokenizer's own. The end tokens follow it.",
     ),
+    "compat": option(
+        "--compat",
+        group=ASSETS,
+        type=click.Choice(["transformers-4"]),
+        help="Write config, tokenizer and processor files that transformers 4.57 reads as well as 5.",
+    ),
     "follow_links": option(
         "--follow-links",
         group=READ,
@@ -281,12 +287,6 @@ _MODELS: dict[str, Decorator[Any]] = {
         metavar="auto|olmo|none|FILE|DIR",
         help="olmo: greedy, no bos, <|im_end|> and <|endoftext|> end a text. auto: olmo for OLMo chat models "
         "whose tokenizer has both tokens, else the source's own.",
-    ),
-    "compat": option(
-        "--compat",
-        group=ASSETS,
-        type=click.Choice(["transformers-4"]),
-        help="Write config, tokenizer and processor files that transformers 4.57 reads as well as 5.",
     ),
     "card": option(
         "--no-card",

@@ -18,6 +18,7 @@ from ckpt_tools.conversion.bases import (
     is_adapter,
     lacks_base,
     named_base,
+    weights_named_by,
     with_adapter_as_checkpoint,
 )
 from ckpt_tools.conversion.extraction import prepare_adapters
@@ -297,19 +298,17 @@ def _carried_out(
         request = replace(request, tokenizer=tokenizer)
     elif merges and request.base is None and lacks_base(sources[0], request.weights):
         request = replace(request, base=named_base(request, near))
-    if request.base is None:
+    base = request.base
+    if base is None:
         request = replace(request, search=near)
     else:
         # The run's own tokenizer, which may know more tokens, before that of the base.
         own = find_tokenizer(None, nearby(AssetOptions(search=near)))
         tokenizer = request.tokenizer or (None if own is None else own.directory)
-        request = replace(request, search=(*near, request.base), tokenizer=tokenizer)
-        sources.append(
-            _opened(
-                request.search[-1],
-                replace(request, tag=None, model=None, source_format=None, also=()),
-            )
-        )
+        request = replace(request, search=(*near, base), tokenizer=tokenizer)
+        plain = replace(request, tag=None, model=None, source_format=None, also=())
+        with weights_named_by("--base", base):
+            sources.append(_opened(base, plain))
     return run(sources, request, prepare, clock)
 
 

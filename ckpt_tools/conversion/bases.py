@@ -1,17 +1,20 @@
 """Where the base of an adapter is, if the request does not name it.
 
-Owns the directories that PEFT wrote as the checkpoint of ``merge-lora``, and the base that the config of an
-adapter names. A name of the Hub is not a directory; nothing is downloaded.
+Owns the directories that PEFT wrote as the checkpoint of ``merge-lora``, the base that the config of an
+adapter names, and the refusal of a directory without weights. A name of the Hub is not a directory; nothing
+is downloaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from ckpt_tools import readers
 from ckpt_tools.conversion.request import Request
-from ckpt_tools.errors import CkptError, MissingAsset
+from ckpt_tools.errors import CkptError, MissingAsset, NotACheckpoint
 from ckpt_tools.hub.adapter_config import find_adapter_config
 from ckpt_tools.model.adapter import state_names
 from ckpt_tools.model.state import model_state
@@ -31,7 +34,7 @@ def with_adapter_as_checkpoint(
     """The request with the base as the checkpoint, where an adapter's directory was given as it.
 
     Raises:
-        MissingAsset: the adapter's base is not a directory on this machine.
+        MissingAsset: the adapter's base is not a directory on this machine, or has no weights.
     """
     (given,) = checkpoints
     if isinstance(given, Checkpoint) or request.adapter_dir is not None or not is_adapter(given):
@@ -45,6 +48,8 @@ def with_adapter_as_checkpoint(
             hint="Pass --base DIR with the directory of the base. The adapter's config names none on this "
             "machine.",
         )
+    with weights_named_by("--base", base, None if request.base else "the adapter's config"):
+        readers.locate(base, request.tag, model=request.model, format=request.source_format)
     return [base], replace(request, adapter_dir=directory, base=None)
 
 
@@ -75,6 +80,37 @@ def named_base(request: Request, search: Sequence[Path]) -> Path | None:
         return None
     places = (Path(text), config.path.parent / text)
     return next((place for place in places if place.is_dir()), None)
+
+
+def read_like(path: Path) -> Checkpoint:
+    """The model in the directory of ``--like``."""
+    with weights_named_by("--like", path):
+        return readers.read(readers.locate(path))
+
+
+@contextmanager
+def weights_named_by(option: str, path: Path, by: str | None = None) -> Iterator[None]:
+    """Say in the refusal of a directory without weights who named it.
+
+    Args:
+        option: the option that names such a directory.
+        path: the directory.
+        by: what named it, if that was not the option.
+
+    Raises:
+        MissingAsset: the directory has no weights.
+    """
+    try:
+        yield
+    except NotACheckpoint as error:
+        if not path.is_dir() or is_adapter(path):
+            raise
+        raise MissingAsset(
+            f"{by or option} names a directory without weights",
+            path=path,
+            hint="The directory of a whole model has model.safetensors, or shards and their index, beside "
+            f"config.json. Copy the weights there, or pass {option} with another directory.",
+        ) from error
 
 
 def lacks_base(source: Checkpoint, copy: Copy) -> bool:

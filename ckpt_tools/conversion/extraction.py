@@ -29,6 +29,7 @@ from ckpt_tools.hub.config import text_value
 from ckpt_tools.hub.files import AssetFile, read_object
 from ckpt_tools.hub.sources import nearby
 from ckpt_tools.hub.tokenizer import find_tokenizer, with_template
+from ckpt_tools.hub.transformers_4 import files_for_transformers_4
 from ckpt_tools.model.adapter import Adapter, as_live, base_shapes, state_names
 from ckpt_tools.model.state import State, model_state
 from ckpt_tools.tensors.catalogue import Catalogue, Tensor
@@ -67,13 +68,17 @@ class _Adapters:
         if self.source.location.format != ADAPTER:
             found, doubts = ask_peft(self.found, self.base, request)
         options = {"weights": request.weights, "dtype": request.dtype, "adapter": request.adapter}
+        if request.compat is not None:
+            options["compat"] = request.compat
+        beside, changes = _tokenizer(request)
         return Planned(
-            outputs=tuple(_output(one, request) for one in found),
+            outputs=tuple(_output(one, request, beside) for one in found),
             provenance=Provenance(request.command, (self.source,), options),
             notes=(
                 *state.notes,
                 *(note for one in found for note in (*one.config.notes, *one.notes)),
                 *([f"left out: adapters {listed(self.others)}"] if self.others else []),
+                *changes,
             ),
             warnings=(*self.source.remarks, *warnings, *doubts),
         )
@@ -194,7 +199,7 @@ def _left_out(found: Sequence[Found], state: State) -> list[str]:
     return [f"trained, but not part of an adapter as PEFT saves it: {listed(lost)}"] if lost else []
 
 
-def _output(one: Found, request: Request) -> Output:
+def _output(one: Found, request: Request, beside: Sequence[AssetFile]) -> Output:
     cast = Catalogue({**cast_tensors(one.adapter.state, one.names, request), **one.made})
     # PEFT never shards an adapter.
     layout = plan(
@@ -204,10 +209,12 @@ def _output(one: Found, request: Request) -> Output:
         format=request.output_format,
     )
     folder = one.adapter.name if request.adapter == _ALL and one.adapter.name != _DEFAULT else ""
-    beside = () if folder else _tokenizer(request)
-    return Output(folder, layout, (adapter_config_file(one.config), *beside))
+    files = () if folder else beside
+    return Output(folder, layout, (adapter_config_file(one.config), *files))
 
 
-def _tokenizer(options: AssetOptions) -> tuple[AssetFile, ...]:
+def _tokenizer(options: AssetOptions) -> tuple[tuple[AssetFile, ...], tuple[str, ...]]:
+    """The files of the tokenizer, and notes on what changed in them."""
     found = with_template(find_tokenizer(options.tokenizer, nearby(options)), options.chat_template)
-    return () if found is None else found.files
+    files = () if found is None else found.files
+    return (files, ()) if options.compat is None else files_for_transformers_4(files)

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from ckpt_tools import readers
 from ckpt_tools._version import __version__
+from ckpt_tools.conversion.bases import read_like
 from ckpt_tools.conversion.pipeline import Planned, dtype_counts
 from ckpt_tools.conversion.request import Request
 from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout, UsageError, listed
@@ -184,7 +184,7 @@ def prepare_model(sources: Sequence[Checkpoint], request: Request) -> _Model:
     combined = _combined(states, sources, request)
     catalogue = cast_state(combined.state, request.dtype, combined.as_stored)
     config, combined = _with_quantizer(found, combined, request)
-    like = None if request.like is None else readers.read(readers.locate(request.like))
+    like = None if request.like is None else read_like(request.like)
     extra = None if like is None else _extra(like, request)
     answer = None
     if config is not None and not combined.as_stored:

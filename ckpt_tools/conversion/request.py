@@ -142,6 +142,7 @@ class ConversionOptions(TypedDict, total=False):
     config: PathLike | None
     tokenizer: PathLike | None
     chat_template: PathLike | None
+    compat: Compat | None
     workers: int | None
     overwrite: bool
     marker: str | None
@@ -174,7 +175,6 @@ class _OfModels(TypedDict, total=False):
 
     key_map: PathLike | None
     generation_config: str
-    compat: Compat | None
     like: PathLike | None
     max_shard_size: int | str
     weights_only: bool

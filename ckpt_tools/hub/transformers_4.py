@@ -133,13 +133,26 @@ def for_transformers_4(
             path,
         )
     _convert(changed, model_type, path)
-    notes = [f"config.json states rope and dtype as transformers {table().version} reads them"]
+    note = f"config.json states rope and dtype as transformers {table().version} reads them"
+    beside, notes = files_for_transformers_4(files)
+    return changed, beside, (note, *notes)
+
+
+def files_for_transformers_4(
+    files: Sequence[AssetFile],
+) -> tuple[tuple[AssetFile, ...], tuple[str, ...]]:
+    """Files of a tokenizer or processor in the form that transformers 4.57 reads too, and notes.
+
+    Raises:
+        UnsupportedLayout: version 4.57 has no such tokenizer.
+    """
+    notes: list[str] = []
     named = {file.name: file for file in files}
     if _TOKENIZER_CONFIG in named:
         named[_TOKENIZER_CONFIG] = _tokenizer_config(named[_TOKENIZER_CONFIG], named, notes)
     if _PROCESSOR_CONFIG in named:
         named |= _processor_configs(named, notes)
-    return changed, tuple(named[name] for name in sorted(named)), tuple(notes)
+    return tuple(named[name] for name in sorted(named)), tuple(notes)
 
 
 def _refuse(fact: str, path: Path | None) -> NoReturn:

@@ -34,10 +34,11 @@ def in_one_layout(given: Layouts, config: ConfigSource | None, *, trust: bool) -
     Nothing changes where every target is found as it is, or where the model of the config is not known.
     """
     wrapped = _wrapped(given.adapter or given.states[0])
-    if not wrapped or not _lacking(given, wrapped):
+    if not wrapped or not (_lacking(given, wrapped) or _others_have_more(given)):
         return given
     given = _with_same_head(given, wrapped)
-    if config is None or not _lacking(given, _wrapped(given.adapter or given.states[0])):
+    lacking = _lacking(given, _wrapped(given.adapter or given.states[0]))
+    if config is None or not (lacking or _others_have_more(given)):
         return given
     # What a directory holds has hub names; what the run saved has those of the model in memory.
     first = 0 if given.adapter is not None else 1
@@ -56,9 +57,16 @@ def in_one_layout(given: Layouts, config: ConfigSource | None, *, trust: bool) -
     if adapter is not None:
         adapter = _renamed(adapter, live_modules(model))
     found = Layouts(states, adapter)
-    wrapped = _wrapped(given.adapter or given.states[0])
-    after = _wrapped(adapter or states[0])
-    return found if len(_lacking(found, after)) < len(_lacking(given, wrapped)) else given
+    after = _lacking(found, _wrapped(adapter or states[0]))
+    return found if not after or len(after) < len(lacking) else given
+
+
+def _others_have_more(given: Layouts) -> bool:
+    """Whether the base has names that a checkpoint with all its targets lacks: other names, perhaps."""
+    first, *others = given.states
+    plain = {*state_names(first).plain.values()}
+    more = any(not plain >= {*other.catalogue, *other.catalogue.ties} for other in others)
+    return given.adapter is None and more and not lacking_modules(_wrapped(first), plain)
 
 
 def _with_same_head(given: Layouts, wrapped: Sequence[str]) -> Layouts:

@@ -60,6 +60,14 @@ def refuse_unknown_settings(config: AdapterConfig) -> None:
         )
     known = _READ | _WITHOUT_EFFECT
     odd = [key for key, value in config.data.items() if key not in known and not _is_empty(value)]
+    if "layer_replication" in odd:
+        raise UnsupportedLayout(
+            "merging is not supported with layer_replication: copies of a layer share one weight, and their "
+            "updates differ",
+            path=config.path,
+            hint="Write the adapter with extract-lora, and load it with PEFT's from_pretrained without "
+            "merging it.",
+        )
     if odd:
         raise UnsupportedLayout(
             f"merging is not supported with these settings of the adapter: {listed(sorted(odd))}",

@@ -106,6 +106,8 @@ def _locate(path: Path, tag: str | None, model: int | str | None, format: str | 
             path=adapters[0] if len(adapters) == 1 else path,
             hint="To merge it into its base model, run: "
             f"ckpt-tools merge-lora BASE OUT --adapter-dir {adapters[-1]}. "
+            "To change its dtype or the name of its base, run: "
+            f"ckpt-tools extract-lora {adapters[-1]} OUT. "
             "PEFT loads it without a conversion.",
         )
     if not found and (refusal := unread(path)) is not None:

@@ -189,6 +189,16 @@ def _vllm_init(facts: Facts) -> str | None:
     return f"refuses init_lora_weights {init!r}, which changes the base"
 
 
+def _vllm_bias(facts: Facts) -> str | None:
+    """A bias but none."""
+    bias = facts.config.get("bias")
+    return (
+        f"takes bias 'none' alone, and the config states {bias!r}"
+        if bias not in (None, "none")
+        else None
+    )
+
+
 def _vllm_names(facts: Facts) -> str | None:
     """Names of tensors that it does not read."""
     endings = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
@@ -269,25 +279,27 @@ def _llama_names(facts: Facts) -> str | None:
 def _peft_type(facts: Facts) -> str | None:
     """A peft_type that it lacks."""
     kind = facts.config.get("peft_type")
-    return f"has no type {kind}" if isinstance(kind, str) and kind not in _PEFT_TYPES else None
+    known = table("peft")["types"]
+    return f"has no type {kind}" if isinstance(kind, str) and kind not in known else None
+
+
+def _peft_init(facts: Facts) -> str | None:
+    """A value of init_lora_weights that it cannot load."""
+    start = facts.config.get("init_lora_weights")
+    fine = tuple(table("peft")["init_lora_weights"])
+    if not isinstance(start, str) or start.lower().startswith(fine):
+        return None
+    return f"fails on init_lora_weights {start!r}"
 
 
 def _peft_keys(facts: Facts) -> str | None:
     """Keys that it lacks."""
     if facts.config.get("peft_type") != "LORA":
         return None
-    found = [key for key in _PEFT_NEW if facts.config.get(key)]
+    known = table("peft")["lora_keys"]
+    found = [key for key, value in facts.config.items() if value and key not in known]
     return f"does not know {listed(found)}, and leaves it out with a warning" if found else None
 
-
-_PEFT_TYPES = (
-    *("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "LORA", "ADALORA"),
-    *("BOFT", "ADAPTION_PROMPT", "IA3", "LOHA", "LOKR", "OFT", "POLY", "LN_TUNING", "VERA"),
-    *("FOURIERFT", "XLORA", "HRA", "VBLORA", "CPT", "BONE", "MISS", "RANDLORA"),
-    *("TRAINABLE_TOKENS", "SHIRA", "C3A"),
-)
-# Keys of LoraConfig that change the computation and that version 0.17 lacks.
-_PEFT_NEW = ("alora_invocation_tokens", "use_bdlora")
 
 _HELPER = "vllm/lora/peft_helper.py"
 _V4 = "transformers-4"
@@ -299,6 +311,11 @@ RULES = (
     ),
     Rule(
         *(_V4, "transformers-4-refuses", "model", "models/auto/tokenization_auto.py"),
+        v4_tokenizer,
+        _COMPAT,
+    ),
+    Rule(
+        *(_V4, "transformers-4-refuses", "adapter", "models/auto/tokenization_auto.py"),
         v4_tokenizer,
         _COMPAT,
     ),
@@ -321,6 +338,7 @@ RULES = (
         "vllm", "vllm-refuses", "adapter", _HELPER, _is("lora_bias", "takes no lora_bias"), _MERGE
     ),
     Rule("vllm", "vllm-refuses", "adapter", _HELPER, _vllm_init, _MERGE),
+    Rule("vllm", "vllm-refuses", "adapter", _HELPER, _vllm_bias, _MERGE),
     *(
         Rule("vllm", "vllm-refuses", "adapter", _HELPER, _is(key, f"takes no {key}"))
         for key in ("alora_invocation_tokens", "layer_replication", "use_bdlora", "use_qalora")
@@ -360,5 +378,6 @@ RULES = (
         "llama.cpp", "llama.cpp-differs", "adapter", "convert_lora_to_gguf.py", _llama_scale, _MERGE
     ),
     Rule("peft", "peft-refuses", "adapter", "peft/utils/peft_types.py", _peft_type),
+    Rule("peft", "peft-refuses", "adapter", "peft/tuners/lora/layer.py", _peft_init, _MERGE),
     Rule("peft", "peft-differs", "adapter", "peft/config.py (from_peft_type)", _peft_keys),
 )

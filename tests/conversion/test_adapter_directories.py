@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ckpt_tools import average, consolidate, extract_lora, merge_lora
+from ckpt_tools import average, consolidate, extract_lora, inspect, merge_lora, verify
+from ckpt_tools.analysis.inspection import Group
 from ckpt_tools.errors import MissingAsset, NotACheckpoint
 from tests.support.adapted import base_directory
 
@@ -99,3 +101,48 @@ def test_commands_for_models_name_the_command_for_adapters(adapter: Path, tmp_pa
         with pytest.raises(NotACheckpoint, match="an adapter that PEFT saved") as raised:
             refused()
         assert "merge-lora BASE OUT --adapter-dir" in str(raised.value.hint)
+        assert f"extract-lora {adapter} OUT" in str(raised.value.hint)
+    extract_lora(adapter, tmp_path / "out", dtype="fp32", base_model="org/base")
+
+
+def test_its_tokenizer_is_one_that_transformers_4_reads_too(
+    adapter: Path, fixtures: Path, tmp_path: Path
+) -> None:
+    hf = fixtures / "zero/zero3-bf16-olmo2-chat-2ranks/hf"
+    problems = []
+    for out, compat in (("5", None), ("4", "transformers-4")):
+        extract_lora(adapter, tmp_path / out, tokenizer=hf, compat=compat)
+        found = verify(tmp_path / out, readers=("transformers-4",)).problems
+        problems.append([each.kind for each in found if each.kind.startswith("transformers-4")])
+    assert problems == [["transformers-4-refuses"], []]
+    assert (tmp_path / "4/tokenizer.json").read_bytes() == (hf / "tokenizer.json").read_bytes()
+
+
+def test_inspect_describes_an_adapter(adapter: Path) -> None:
+    found = inspect(adapter)
+    state = load_file(adapter / WEIGHTS)
+    elements = sum(value.numel() for value in state.values())
+    assert (found.title, found.problems) == ("PEFT adapter", ())
+    assert found.adapters == {"default": Group(len(state), elements, elements * 2)}
+    assert found.attributes == {}
+    (adapter / WEIGHTS).write_bytes(b"short")
+    assert WEIGHTS in inspect(adapter).problems[0]
+
+
+@pytest.mark.parametrize("option", ["like", "base"])
+def test_a_directory_without_weights_is_refused_by_the_name_of_its_option(
+    option: str, adapter: Path, fixtures: Path, tmp_path: Path
+) -> None:
+    hf = fixtures / "peft/zero3-olmo2-lora/hf"
+    ways: dict[str, Callable[[Path], Any]] = {
+        "like": lambda named: consolidate(tmp_path / "base", tmp_path / "out", like=named),
+        "base": lambda named: merge_lora(adapter, tmp_path / "out", base=named),
+    }
+    with pytest.raises(MissingAsset, match=f"--{option} names a directory without weights"):
+        ways[option](hf)
+    ways[option](tmp_path / "base")
+    _name_base(adapter, str(hf))
+    with pytest.raises(
+        MissingAsset, match="the adapter's config names a directory without weights"
+    ):
+        merge_lora(adapter, tmp_path / "other")

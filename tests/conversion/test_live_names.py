@@ -64,6 +64,19 @@ def test_the_layout_is_undone_before_targets_are_looked_for(title: str, tmp_path
     assert not all(torch.equal(before[name], value) for name, value in ours.items())
 
 
+def test_a_base_that_a_whole_checkpoint_does_not_need_is_no_second_copy(tmp_path: Path) -> None:
+    """The run names its tensors as the model in memory does, the base as the hub does."""
+    adapted = _trained("Qwen2_5_VLForConditionalGeneration", tmp_path)
+    (tmp_path / "run").mkdir()
+    torch.save(adapted.state_dict(), tmp_path / "run/pytorch_model.bin")
+    given: Any = {"adapter_config": tmp_path / "adapter", "config": tmp_path / "base"}
+    merge_lora(tmp_path / "run", tmp_path / "whole", **given)
+    merge_lora(tmp_path / "run", tmp_path / "out", base=tmp_path / "base", **given)
+    whole, ours = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    assert ours.keys() == whole.keys() == load_file(tmp_path / "base/model.safetensors").keys()
+    assert all(torch.equal(ours[name], value) for name, value in whole.items())
+
+
 @pytest.mark.parametrize("loaded", ["LlamaModel", "LlamaForCausalLM"])
 def test_an_adapter_of_a_model_without_head_fits_one_with_it(loaded: str, tmp_path: Path) -> None:
     import transformers

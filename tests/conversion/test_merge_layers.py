@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -171,9 +172,10 @@ class Attending(nn.Module):
 
 def test_attention_of_pytorch_is_copied_but_not_merged(tmp_path: Path) -> None:
     """PEFT adds the update of the output projection twice, in the forward pass too."""
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, PeftModel, get_peft_model
 
     base: Any = Attending()
+    fresh = deepcopy(base)
     model: Any = get_peft_model(base, LoraConfig(r=2, target_modules=["attn"]))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -197,6 +199,10 @@ def test_attention_of_pytorch_is_copied_but_not_merged(tmp_path: Path) -> None:
         UnsupportedLayout, match=r"torch\.nn\.MultiheadAttention is not merged: attn"
     ):
         merge_lora(run, tmp_path / "merged", weights_only=True, **given)
+    # The next step that the refusal names.
+    x = torch.rand(3, 1, 16)
+    merged = PeftModel.from_pretrained(fresh, str(tmp_path / "adapter")).merge_and_unload()
+    assert torch.equal(merged(x), model(x))
 
 
 def test_a_state_in_one_file_is_merged(tmp_path: Path) -> None:
@@ -240,7 +246,7 @@ def test_replicated_layers_are_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "adapter/adapter_config.json"
     config = json.loads(path.read_bytes())
     path.write_text(json.dumps({**config, "layer_replication": [[0, 2], [1, 2]]}))
-    with pytest.raises(UnsupportedLayout, match="these settings of the adapter: layer_replication"):
+    with pytest.raises(UnsupportedLayout, match="not supported with layer_replication"):
         merge_lora(
             tmp_path / "base", tmp_path / "out", adapter_dir=tmp_path / "adapter", weights_only=True
         )

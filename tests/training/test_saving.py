@@ -25,6 +25,9 @@ from ckpt_tools.ranks import from_process_group
 from ckpt_tools.training.saving import _wanted
 from ckpt_tools.training.state_dict import holding_of
 from ckpt_tools.training.wrappers import unwrapped
+from tests.support.outputs import contents
+
+CHAT, MANIFEST = "zero/zero3-bf16-olmo2-chat-2ranks/hf", "ckpt_tools_manifest.json"
 
 
 class Composite(nn.Module):
@@ -193,3 +196,28 @@ def test_an_adapter_on_a_base_without_a_name_is_saved_as_peft_does(tmp_path: Pat
 
 def test_a_process_alone_has_no_ranks() -> None:
     assert from_process_group(1.0) is None
+
+
+@pytest.mark.slow
+def test_compat_and_chat_template_are_those_of_a_conversion(fixtures: Path, tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    hf, template = fixtures / CHAT, tmp_path / "template.jinja"
+    template.write_text(
+        "{% for message in messages %}{{ message['content'] }}<|im_end|>{% endfor %}"
+    )
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(hf))
+    options: dict[str, Any] = {"compat": "transformers-4", "chat_template": template}
+    options |= {"tokenizer": hf, "card": False}
+    training.save(model, tmp_path / "live", **options)
+    (tmp_path / "state").mkdir()
+    torch.save(model.state_dict(), tmp_path / "state/pytorch_model.bin")
+    ckpt_tools.consolidate(tmp_path / "state", tmp_path / "converted", config=hf, **options)
+
+    live, converted = contents(tmp_path / "live"), contents(tmp_path / "converted")
+    assert {name for name in live if live[name] != converted.get(name)} == {MANIFEST}
+    assert live.keys() == converted.keys()
+    assert live["chat_template.jinja"] == template.read_bytes()
+    config, tokenizer = (json.loads(live[n]) for n in ("config.json", "tokenizer_config.json"))
+    assert (config["rope_theta"], config["torch_dtype"]) == (10000.0, "bfloat16")
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load
 
 from tests.support.outputs import contents
 from tests.support.ranks.launching import ended, start
@@ -19,10 +21,14 @@ CASES = [
     "zero3:olmo3:model",
     "zero3:olmo2:lora",
     "zero3:olmo2:policy",
+    "fsdp1:olmo2:model",
+    "fsdp1:olmo2:lora",
+    "fsdp1:olmo3:policy",
     "fsdp2:olmo3:model",
     "fsdp2:olmo3:lora",
     "fsdp2:olmo2:policy",
 ]
+ADAPTER = "adapter_model.safetensors"
 # What transformers derives from the config where nobody chose a generation config: the engine of DeepSpeed
 # took the one that open-instruct sets, and the model inside keeps its own.
 DERIVED = {
@@ -57,6 +63,15 @@ def test_only_the_named_files_and_keys_differ(saved: Path) -> None:
         del ours["ckpt_tools_manifest.json"]
         if case.endswith(":lora"):
             del theirs["README.md"]
+            live = torch.load(home / "live.pt", weights_only=True)
+            saved_by_us = load(ours[ADAPTER])
+            assert {*saved_by_us} == {name.replace(".default", "") for name in live}, case
+            for name, tensor in live.items():
+                assert torch.equal(saved_by_us[name.replace(".default", "")], tensor), (case, name)
+            if case.startswith("fsdp1:"):
+                # PEFT looks for the names of the wrapped modules, which the gathered state does not have.
+                assert load(theirs.pop(ADAPTER)) == {}
+                del ours[ADAPTER]
         else:
             del ours["README.md"]
             generation = [

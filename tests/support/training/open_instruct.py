@@ -6,9 +6,12 @@ e6c3044): the whole state is gathered by Accelerate, and transformers or PEFT sa
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+from torch.distributed.fsdp._flat_param import FlatParamHandle
 from transformers import GenerationConfig
 
 
@@ -21,13 +24,13 @@ def save(
     adapter: bool = False,
     attribute: str | None = None,
     template_name: str = "tulu",
-) -> None:
-    """Save as open-instruct does; every rank calls it."""
+) -> dict[str, Any]:
+    """Save as open-instruct does; every rank calls it. Gives the state that was gathered, on the first."""
     model.generation_config = _generation_config(tokenizer, template_name)
     inner = accelerator.unwrap_model(model)
     if attribute is not None:
         inner = getattr(inner, attribute)
-    state = accelerator.get_state_dict(model)
+    state = _gathered(accelerator, model)
     leads = accelerator.is_main_process
     if attribute is not None and leads:
         start = f"{attribute}."
@@ -40,6 +43,15 @@ def save(
         inner.save_pretrained(output, state_dict=state)
     if leads:
         tokenizer.save_pretrained(output)
+    return dict(state or {})
+
+
+def _gathered(accelerator: Any, model: Any) -> Any:
+    """The whole state, as Accelerate gathers it."""
+    # FSDP1 frees a flat parameter once it has moved it to the CPU. One that is there already is not copied,
+    # so its views read freed memory (torch 2.13: a segmentation fault). Nothing has to be moved here.
+    with patch.object(FlatParamHandle, "to_cpu", lambda handle: nullcontext()):
+        return accelerator.get_state_dict(model)
 
 
 def _generation_config(tokenizer: Any, template_name: str) -> GenerationConfig:

@@ -2,7 +2,8 @@
 
 side_by_side.py OUT FRAMEWORK:ARCHITECTURE:KIND ...
 
-Each case goes to ``OUT/CASE``: ``theirs``, ``ours``, and ``checkpoint``, which Accelerate saved.
+Each case goes to ``OUT/CASE``: ``theirs``, ``ours``, and ``checkpoint``, which Accelerate saved. The
+adapter's tensors, as they were gathered from the live model, go to ``live.pt``.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def run(case: str, out: Path) -> None:
         **OPTIONS[kind],
     )
     # Last, because it gives the model another generation config.
-    open_instruct.save(
+    state = open_instruct.save(
         trained.accelerator,
         trained.model,
         what.tokenizer,
@@ -102,6 +103,8 @@ def run(case: str, out: Path) -> None:
         attribute="policy" if kind == "policy" else None,
         template_name="olmo",
     )
+    if kind == "lora" and dist.get_rank() == 0:
+        torch.save({name: t for name, t in state.items() if ".lora_" in name}, out / "live.pt")
     dist.barrier()
 
 
