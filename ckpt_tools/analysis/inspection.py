@@ -18,7 +18,7 @@ from ckpt_tools.errors import CkptError, number_ranges
 from ckpt_tools.readers.containers.suspicion import suspicious
 from ckpt_tools.storage.folders import read_as_one, shown
 from ckpt_tools.storage.naming import as_path
-from ckpt_tools.tensors.checkpoint import Checkpoint, Weight
+from ckpt_tools.tensors.checkpoint import Checkpoint, Location, Weight
 from ckpt_tools.tensors.dtypes import BY_SHORT_NAME, DType
 from ckpt_tools.tensors.threads import garbage_kept
 from ckpt_tools.transforms.lora import adapter_of
@@ -112,26 +112,32 @@ def inspect(
         NotACheckpoint, UsageError: the path does not name exactly one checkpoint. A damaged checkpoint is
             not an error: its ``problems`` describe the damage.
     """
-    place = read_as_one(as_path(path), also)
-    location = readers.locate(place, tag, model=model, format=source_format)
-    try:
-        checkpoint = readers.read(location)
-        named = suspicious(checkpoint.files, location.directory)
-        with garbage_kept():
+    # What is read lives until the report is made; the collector would visit all of it between two steps.
+    with garbage_kept():
+        place = read_as_one(as_path(path), also)
+        location = readers.locate(place, tag, model=model, format=source_format)
+        try:
+            checkpoint = readers.read(location)
+            named = suspicious(checkpoint.files, location.directory)
             return replace(_facts(checkpoint), suspicious=named)
-    except CkptError as error:
-        sizes = list(_sizes(location.directory))
-        return Inspection(
-            path=shown(location.directory),
-            format=location.format,
-            title=f"{location.format} checkpoint",
-            name=location.name,
-            files=len(sizes),
-            bytes_on_disk=sum(sizes),
-            remarks=location.remarks,
-            problems=(str(error),),
-            suspicious=suspicious((), location.directory),
-        )
+        except CkptError as error:
+            return _of_damaged(location, error)
+
+
+def _of_damaged(location: Location, error: CkptError) -> Inspection:
+    """What is known of a checkpoint that cannot be read."""
+    sizes = list(_sizes(location.directory))
+    return Inspection(
+        path=shown(location.directory),
+        format=location.format,
+        title=f"{location.format} checkpoint",
+        name=location.name,
+        files=len(sizes),
+        bytes_on_disk=sum(sizes),
+        remarks=location.remarks,
+        problems=(str(error),),
+        suspicious=suspicious((), location.directory),
+    )
 
 
 def _sizes(directory: Path) -> Iterator[int]:

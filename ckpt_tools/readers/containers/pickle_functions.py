@@ -72,8 +72,9 @@ def _size(items: Any = ()) -> tuple[int, ...]:
     """``torch.Size``. Only numbers are allowed, because nested tuples in it would not be counted."""
     if not isinstance(items, tuple | list) or len(items) > _MOST_DIMENSIONS:
         raise pickle.UnpicklingError("a torch.Size that is not a short list of numbers")
-    if not all(type(n) is int and abs(n) <= _MAX_INT for n in items):
-        raise pickle.UnpicklingError("a torch.Size with an item that is not a number")
+    for n in items:
+        if type(n) is not int or not -_MAX_INT <= n <= _MAX_INT:
+            raise pickle.UnpicklingError("a torch.Size with an item that is not a number")
     return tuple(items)
 
 
@@ -129,7 +130,7 @@ class Names:
         if len(global_name) > _LONGEST_NAME:
             raise pickle.UnpicklingError("the name of a class is too long")
         name = global_name.rpartition(".")[2] or "Opaque"
-        body = {"global_name": global_name, "meter": self._meter}
+        body = {"__slots__": (), "global_name": global_name, "meter": self._meter}
         made = self.classes[global_name] = type(name, (Opaque,), body)
         return made
 

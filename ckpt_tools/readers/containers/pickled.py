@@ -29,6 +29,8 @@ class Opaque:
         state: the argument of its ``__setstate__``, or None.
     """
 
+    # Metadata has a million of these objects.
+    __slots__ = ("args", "state")
     global_name: str = "?"
     meter: Meter | None = None
     args: tuple[Any, ...]
@@ -36,7 +38,7 @@ class Opaque:
 
     def __new__(cls, *args: Any, **_: Any) -> Opaque:
         """Keep the arguments."""
-        if cls.meter is not None:
+        if args and cls.meter is not None:
             cls.meter.spend(len(args))
         self = object.__new__(cls)
         self.args = args
