@@ -21,8 +21,10 @@ from __future__ import annotations
 import io
 import pickle
 import pickletools
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from ckpt_tools.readers.containers.pickle_opcodes import (
     BUILD,
@@ -80,13 +82,22 @@ class Followed:
         is_odd: whether it builds many large tuples, or gives values several places in another way than by
             an index of the memo that has one value.
         has_containers: whether a tuple, list, dictionary or set has several places.
-        shares: the index of the memo for each further place of a value that is not plain.
+        shares: the further places of values that are not plain.
     """
 
     data: bytes
     is_odd: bool
     has_containers: bool
-    shares: Sequence[int]
+    shares: Shares
+
+
+class Shares(list[int]):
+    """The index of the memo for each further place of a value."""
+
+    @cached_property
+    def places(self) -> Mapping[int, int]:
+        """The number of places for each index. Pickles that are alike share it."""
+        return Counter(self)
 
 
 class Meter:
@@ -165,7 +176,7 @@ def values(data: bytes) -> Iterator[tuple[int, int]]:
             yield start + PREFIXES[size], at
 
 
-def _follow(data: bytes) -> tuple[int, bool, bool, Sequence[int]]:
+def _follow(data: bytes) -> tuple[int, bool, bool, Shares]:
     """The end of the pickle, and the facts of :class:`Followed`; raises as :func:`follow`."""
     table = table_of_opcodes()
     # There are millions of steps, and a look-up in the module would make each a third slower.
@@ -183,7 +194,7 @@ def _follow(data: bytes) -> tuple[int, bool, bool, Sequence[int]]:
     stack: list[int] = []
     marks: list[int] = []
     memo: list[int] | _OddMemo = []
-    shares: list[int] = []
+    shares = Shares()
     push, share, memoise, at, start = stack.append, shares.append, memo.append, 0, 0
     is_odd = has_containers = False
     segments = Segments(data, limit)

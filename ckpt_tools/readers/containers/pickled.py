@@ -114,6 +114,14 @@ class StorageRef(Sealed, ABC):
     def data_offset(self) -> int:
         """First byte of the data in that file."""
 
+    @abstractmethod
+    def spend(self, runs: int) -> None:
+        """Count runs into which placements cut tensors of that file, after the first of each tensor.
+
+        Raises:
+            DamagedCheckpoint: they are more than the file has bytes.
+        """
+
 
 # Without slots: up to Python 3.11.3 a frozen dataclass with slots replaces its __setstate__ by one that sets
 # attributes.

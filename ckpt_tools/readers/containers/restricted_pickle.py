@@ -20,7 +20,6 @@ from __future__ import annotations
 import copyreg
 import io
 import pickle
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -89,8 +88,8 @@ def _may_expand(followed: Followed, unpickler: RestrictedUnpickler) -> bool:
     if not (followed.has_containers or unpickler.meter.mappings):
         return False
     memo = unpickler.memo.copy()
-    places = Counter(followed.shares)
-    return may_expand(((memo[index], n) for index, n in places.items()), len(followed.data))
+    places = followed.shares.places.items()
+    return may_expand(((memo[index], n) for index, n in places), len(followed.data))
 
 
 def unpickle(
