@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import overload
 
-from ckpt_tools.errors import DamagedCheckpoint
+from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout
 from ckpt_tools.tensors.catalogue import Box, FlatRange, Fragment, Shape, Stored
 from ckpt_tools.tensors.dtypes import DType
 
@@ -75,6 +75,7 @@ def assembled(
 
     Raises:
         DamagedCheckpoint: the pieces overlap, leave a hole or reach outside the tensor.
+        UnsupportedLayout: the tensor is cut along too many axes.
     """
     if len(pieces) == 1 and (whole := pieces[0][0]).sizes == shape and not any(whole.offsets):
         numel = whole.numel
@@ -83,6 +84,8 @@ def assembled(
         fragments = _fragments(shape, [(box, make) for box, make in pieces if box.numel])
     try:
         return Stored(dtype, shape, fragments)
+    except UnsupportedLayout as error:
+        raise UnsupportedLayout(error.fact, path=source, tensor=name, hint=error.hint) from error
     except DamagedCheckpoint as error:
         raise DamagedCheckpoint(
             error.fact, path=source, tensor=name, missing=error.missing, hint=hint
