@@ -155,8 +155,7 @@ class _Functions:
             self._meter.spend(len(items))
             pairs = items.items() if isinstance(items, dict) else items
             for key, value in pairs:
-                if not is_plain_key(key):
-                    raise pickle.UnpicklingError("a key in it is not a plain value, or too large")
+                self._meter.spend_key(key)
                 made[key] = value
         return made
 
@@ -165,6 +164,9 @@ class _Functions:
         self._meter.spend(len(items))
         if not isinstance(items, list | tuple) or not all(map(_is_item, items)):
             return Opaque(items)
+        for item in items:
+            if not isinstance(item, Opaque | type):
+                self._meter.spend_key(item)
         return {*items}
 
     def frozenset(self, items: Any = ()) -> Any:
