@@ -7,6 +7,7 @@ package, and over snippets that break it, so that a rule which sees nothing fail
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -52,6 +53,10 @@ IMPORTERS = {"__import__", "import_module", "importlib.import_module"}
 MAX_LINES = 400
 
 
+# Every rule reads every module.
+parsed = functools.cache(ast.parse)
+
+
 class Module(NamedTuple):
     """One source file: its dotted name (a package has the name of its directory) and its text."""
 
@@ -61,7 +66,7 @@ class Module(NamedTuple):
 
     @property
     def tree(self) -> ast.Module:
-        return ast.parse(self.source)
+        return parsed(self.source)
 
     @property
     def room(self) -> str:

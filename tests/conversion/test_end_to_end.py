@@ -21,6 +21,7 @@ from ckpt_tools.errors import DamagedCheckpoint, UsageError
 from ckpt_tools.tensors.dtypes import BY_SHORT_NAME
 from tests.conftest import FIXTURES
 from tests.support.models import live_model, loaded, of_config, same_logits
+from tests.support.sampled import sampled
 
 State = dict[str, torch.Tensor]
 
@@ -92,7 +93,7 @@ def one_of_each_kind() -> list[Case]:
     return list(kinds.values())
 
 
-def every(cases: list[Case]) -> Any:
+def every(cases: list[Any]) -> Any:
     assert cases
     return pytest.mark.parametrize("case", cases, ids=lambda case: case.path.name)
 
@@ -160,7 +161,7 @@ def test_fp32_output_is_the_live_masters(tmp_path: Path, case: Case) -> None:
     assert different(written(tmp_path / "out"), case.named(cast(expected, torch.float32))) == []
 
 
-@every(KINDS)
+@every(sampled(KINDS))
 def test_kept_output_is_the_live_masters_in_their_own_dtypes(tmp_path: Path, case: Case) -> None:
     consolidate(case.checkpoint, tmp_path / "out", dtype="keep", weights_only=True)
 
@@ -168,7 +169,7 @@ def test_kept_output_is_the_live_masters_in_their_own_dtypes(tmp_path: Path, cas
     assert different(written(tmp_path / "out"), case.named(expected)) == []
 
 
-@every(CASES)
+@every(sampled(CASES))
 def test_auto_output_is_the_live_weights_and_the_input_is_as_it_was(
     tmp_path: Path, case: Case
 ) -> None:

@@ -13,6 +13,7 @@ from ckpt_tools import consolidate, open_checkpoint
 from ckpt_tools.errors import AttributeNotFound, DamagedCheckpoint
 from tests.conftest import FIXTURES
 from tests.support.models import live_model, loaded, same_logits
+from tests.support.sampled import sampled
 
 COMPOSITE = FIXTURES / "composite"
 
@@ -38,7 +39,7 @@ def assert_equal_to_truth(out: Path, truth: Path) -> None:
         assert torch.equal(found[name], tensor), name
 
 
-@pytest.mark.parametrize(("name", "attribute"), MODELS)
+@pytest.mark.parametrize(("name", "attribute"), sampled(MODELS))
 def test_an_attribute_is_the_live_model_and_loads_as_one(
     name: str, attribute: str, tmp_path: Path
 ) -> None:

@@ -31,6 +31,7 @@ from tests.support.adapted import (
 )
 from tests.support.models import same_logits
 from tests.support.peft_models import live_adapted
+from tests.support.sampled import sampled
 
 LORA = [case for case in CASES if set(facts(case)["adapters"].values()) == {"LORA"}]
 OTHERS = [case for case in CASES if case not in LORA]
@@ -42,7 +43,7 @@ ASKED = [
 ]
 
 
-@pytest.mark.parametrize("case", LORA)
+@pytest.mark.parametrize("case", sampled(LORA))
 def test_rules_alone_give_pefts_directory(case: str, fixtures: Path, tmp_path: Path) -> None:
     source = fixtures / "peft" / case
     with base_in_place(case, tmp_path):

@@ -31,6 +31,7 @@ from tests.support.merges import (
     with_exact_factors,
 )
 from tests.support.models import loaded, same_logits
+from tests.support.sampled import sampled
 
 # One of a trait whose scale is exact in fp32; DoRA's norms are not.
 EXACT = [
@@ -71,7 +72,7 @@ def _merge(source: Path, adapter: str, out: Path, **options: Any) -> Any:
     )
 
 
-@pytest.mark.parametrize(("case", "adapter"), MERGES)
+@pytest.mark.parametrize(("case", "adapter"), sampled(MERGES))
 def test_it_is_the_exact_merge_rounded(
     case: str, adapter: str, fixtures: Path, tmp_path: Path
 ) -> None:

@@ -24,6 +24,7 @@ from tests.conversion.test_end_to_end import (
     saved_by_transformers,
     written,
 )
+from tests.support.sampled import sampled
 
 KINDS = ("accelerate", "dcp", "rank_files", "trainer")
 # Which of several in one directory, and where the truth of each lies.
@@ -150,7 +151,7 @@ def label(case: StateCase) -> str:
     return "-".join([case.name, *(str(value) for _, value in case.choice)])
 
 
-def each(cases: list[StateCase], slow: tuple[StateCase, ...] = ()) -> Any:
+def each(cases: list[Any], slow: tuple[StateCase, ...] = ()) -> Any:
     assert cases
     marked = [pytest.param(c, marks=pytest.mark.slow) if c in slow else c for c in cases]
     return pytest.mark.parametrize("case", marked, ids=label)
@@ -175,7 +176,7 @@ def test_every_shipped_state_is_among_them() -> None:
     assert len(MODELS) >= 45
 
 
-@each(STATES)
+@each(sampled(STATES))
 def test_the_weights_are_those_of_the_live_model(tmp_path: Path, case: StateCase) -> None:
     if case.name in SHAPELESS:
         consolidate(case.checkpoint, tmp_path / "out", config=case.hf)

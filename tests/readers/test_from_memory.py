@@ -23,6 +23,7 @@ from ckpt_tools.tensors.deferred import settle
 from tests.readers.dcp import test_dcp
 from tests.support.in_memory import Memory
 from tests.support.readers.contract import FIXTURES, assert_same, bits, in_pieces
+from tests.support.sampled import sampled
 
 EVERY = sorted(path.parent for path in FIXTURES.glob("*/*/checkpoint"))
 
@@ -67,7 +68,7 @@ def in_odd_windows(tensor: Tensor) -> bytes:
     return in_pieces(tensor, 331)
 
 
-@pytest.mark.parametrize("fixture", EVERY, ids=lambda path: path.name)
+@pytest.mark.parametrize("fixture", sampled(EVERY), ids=lambda path: path.name)
 def test_from_memory_is_as_from_the_disk(fixture: Path) -> None:
     """What lies on the disk is what the live engine held: the contract of each reader."""
     path = far(fixture / "checkpoint")

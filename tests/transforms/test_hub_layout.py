@@ -22,6 +22,7 @@ from ckpt_tools.tensors.catalogue import Catalogue, FlatRange, Fragment, Stored
 from ckpt_tools.tensors.dtypes import BFLOAT16, BY_NAME, FLOAT32
 from ckpt_tools.transforms.hub_layout import HubLayout, hub_layout
 from ckpt_tools.transforms.live_layout import live_layout
+from tests.support.sampled import sampled
 
 Config = dict[str, Any]
 
@@ -360,7 +361,7 @@ def assert_is_live(made: Catalogue, live: dict[str, torch.Tensor], *, whole: boo
 # -- states of every architecture ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("title", ARCHITECTURES)
+@pytest.mark.parametrize("title", sampled(ARCHITECTURES))
 def test_live_state_becomes_what_save_pretrained_writes(title: str, tmp_path: Path) -> None:
     case = Case(title, tmp_path)
     reference = case.reference()

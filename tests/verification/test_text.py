@@ -380,11 +380,14 @@ def add_token(path: Path, token: str, number: int) -> None:
     write(path / "tokenizer.json", held)
 
 
+def test_without_damage_there_is_no_problem(tmp_path: Path) -> None:
+    assert problems(make(tmp_path / "out")) == []
+
+
 @pytest.mark.parametrize("name", DAMAGES)
 def test_damage_is_named(name: str, tmp_path: Path) -> None:
     damage, expected = DAMAGES[name]
     path = make(tmp_path / "out")
-    assert problems(path) == []
     damage(path)
 
     found = problems(path)

@@ -13,6 +13,7 @@ from ckpt_tools import open_checkpoint
 from ckpt_tools.analysis.interval import saved_size
 from ckpt_tools.errors import AmbiguousCheckpoint, DamagedCheckpoint, NotACheckpoint
 from tests.conftest import FIXTURES
+from tests.support.sampled import sampled
 
 ZERO = sorted((FIXTURES / "zero").iterdir())
 
@@ -23,7 +24,7 @@ def below(directory: Path) -> tuple[int, int]:
     return len(files), sum(os.path.getsize(file) for file in files)
 
 
-@pytest.mark.parametrize("case", ZERO, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", sampled(ZERO), ids=lambda case: case.name)
 def test_of_deepspeed(case: Path) -> None:
     tag = json.loads((case / "facts.json").read_text())["tags"][-1]
 

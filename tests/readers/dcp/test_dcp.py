@@ -198,6 +198,7 @@ def test_a_chunk_of_the_same_length_that_lies_otherwise_is_read_in_order(
 # Compression.
 
 
+@pytest.mark.slow
 def test_a_compressed_chunk_is_unpacked_when_it_is_read_and_removed_at_the_end() -> None:
     program = (
         "from pathlib import Path\n"
