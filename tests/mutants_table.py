@@ -385,8 +385,8 @@ _READERS = (
     _mutant(
         "dcp-scheduler-is-a-model",
         "readers/dcp/names.py",
-        ".lower() in _TRAINING_KEYS for key in path[:-1])",
-        ".lower() in _OPTIMIZER_KEYS for key in path[:-1])",
+        "or _is_below(_TRAINING_KEYS, path[:-1])",
+        "or _is_below(_OPTIMIZER_KEYS, path[:-1])",
         "what lies below keys of the training loop may be a model",
         "readers/dcp/test_dcp.py",
         "readers/test_olmo_core.py",

@@ -115,33 +115,39 @@ def inspect(
         NotACheckpoint, UsageError: the path does not name exactly one checkpoint. A damaged checkpoint is
             not an error: its ``problems`` describe the damage.
     """
-    place = read_as_one(as_path(path), also)
-    try:
-        location = readers.locate(place, tag, model=model, format=source_format)
-        opened = partial(readers.read, location)
-    except NotACheckpoint:
-        if entry_in(place, ADAPTER_FILES) is None:
-            raise
-        location = Location(ADAPTER, place, place.name, (place,))
-        opened = partial(open_weights, place)
-    try:
-        checkpoint = opened()
-        named = suspicious(checkpoint.files, location.directory)
-        with garbage_kept():
+    # What is read lives until the report is made; the collector would visit all of it between two steps.
+    with garbage_kept():
+        place = read_as_one(as_path(path), also)
+        try:
+            location = readers.locate(place, tag, model=model, format=source_format)
+            opened = partial(readers.read, location)
+        except NotACheckpoint:
+            if entry_in(place, ADAPTER_FILES) is None:
+                raise
+            location = Location(ADAPTER, place, place.name, (place,))
+            opened = partial(open_weights, place)
+        try:
+            checkpoint = opened()
+            named = suspicious(checkpoint.files, location.directory)
             return replace(_facts(checkpoint), suspicious=named)
-    except CkptError as error:
-        sizes = list(_sizes(location.directory))
-        return Inspection(
-            path=shown(location.directory),
-            format=location.format,
-            title=f"{location.format} checkpoint",
-            name=location.name,
-            files=len(sizes),
-            bytes_on_disk=sum(sizes),
-            remarks=location.remarks,
-            problems=(str(error),),
-            suspicious=suspicious((), location.directory),
-        )
+        except CkptError as error:
+            return _of_damaged(location, error)
+
+
+def _of_damaged(location: Location, error: CkptError) -> Inspection:
+    """What is known of a checkpoint that cannot be read."""
+    sizes = list(_sizes(location.directory))
+    return Inspection(
+        path=shown(location.directory),
+        format=location.format,
+        title=f"{location.format} checkpoint",
+        name=location.name,
+        files=len(sizes),
+        bytes_on_disk=sum(sizes),
+        remarks=location.remarks,
+        problems=(str(error),),
+        suspicious=suspicious((), location.directory),
+    )
 
 
 def _sizes(directory: Path) -> Iterator[int]:

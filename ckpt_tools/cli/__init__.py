@@ -70,6 +70,8 @@ CKPT_TOOLS_CONSOLIDATE_DTYPE=fp32 is --dtype fp32 of consolidate.
 _LISTEN_SECONDS = 10.0
 
 _INTERRUPTED = 130
+# A normal exit frees each of them, which takes a second for ten million.
+_MANY_OBJECTS = 1_000_000
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "CKPT_TOOLS"}
 
@@ -142,7 +144,8 @@ def main(args: list[str] | None = None) -> None:
         if args is None:
             # The process ends. Called with arguments, the caller's process goes on.
             ignore_signals()
-        is_slow = args is None and "torch" in sys.modules
+        objects = sys.getallocatedblocks()
+        is_slow = args is None and ("torch" in sys.modules or objects > _MANY_OBJECTS)
         if is_slow or end.code in STATUSES or is_rank():
             leave_at_once(end.code)
         raise

@@ -47,7 +47,7 @@ from ckpt_tools.storage.folders import places_of, read_as_one
 from ckpt_tools.storage.naming import as_path
 from ckpt_tools.storage.reading import is_near
 from ckpt_tools.tensors.checkpoint import Checkpoint
-from ckpt_tools.tensors.threads import begin_torch
+from ckpt_tools.tensors.threads import begin_torch, garbage_kept
 from ckpt_tools.writing.delivery import follow
 
 if TYPE_CHECKING:
@@ -79,8 +79,9 @@ def open_checkpoint(
     Raises:
         CkptError: see :mod:`ckpt_tools.errors`.
     """
-    place = read_as_one(as_path(path), also)
-    return readers.read(readers.locate(place, tag, model=model, format=source_format))
+    with garbage_kept():
+        place = read_as_one(as_path(path), also)
+        return readers.read(readers.locate(place, tag, model=model, format=source_format))
 
 
 @states_options(ModelOptions)

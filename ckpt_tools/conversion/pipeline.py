@@ -26,7 +26,9 @@ from ckpt_tools.errors import UnsafePickle, VerificationFailed, listed
 from ckpt_tools.hub.links import home_of, refuse_any_leaving, refuse_leaving
 from ckpt_tools.readers.containers.suspicion import suspicious
 from ckpt_tools.storage.folders import folders_of
+from ckpt_tools.storage.reading import is_near
 from ckpt_tools.storage.residence import Residence
+from ckpt_tools.storage.stamps import stamps_in
 from ckpt_tools.tensors.ahead import reading_ahead
 from ckpt_tools.tensors.catalogue import Tensor
 from ckpt_tools.tensors.checkpoint import Checkpoint
@@ -121,7 +123,12 @@ def run(sources: Sequence[Checkpoint], request: Request, prepare: Prepare, clock
         inputs = [*folders, *request.named_inputs]
         check_target(request.output, inputs, overwrite=request.overwrite)
     checks = _Checks()
+    for source in sources:
+        checks.see(source.stamps)
+    for path in filter(is_near, request.named_inputs):
+        checks.see(stamps_in(path))
     checks.add(file for source in sources for file in source.files)
+    checks.refuse_changed()
     pending = prepare(sources, request)
     held = (file for source in sources for file in source.files)
     settle(pending.tensors, max(request.workers, threads_for(held)))

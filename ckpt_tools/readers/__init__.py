@@ -10,7 +10,7 @@ from __future__ import annotations
 import pkgutil
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
@@ -33,6 +33,7 @@ from ckpt_tools.readers.tree import look_below
 from ckpt_tools.readers.unread import unread
 from ckpt_tools.storage.folders import assets_near, searched
 from ckpt_tools.storage.replaced import how_to_restore
+from ckpt_tools.storage.stamps import Stamp, changed_since, refusal_of, stamp_of, stamps_in
 from ckpt_tools.tensors.checkpoint import FINISHED, LAST, Checkpoint, Location
 from ckpt_tools.tensors.threads import garbage_kept
 
@@ -244,21 +245,45 @@ def read(location: Location) -> Checkpoint:
     """Read the checkpoint at ``location`` from metadata alone.
 
     Raises:
+        DamagedCheckpoint: it is damaged, or was written while it was read.
         CkptError: see :mod:`ckpt_tools.errors`.
     """
     try:
         reader = readers()[location.format]
     except KeyError:
         raise UsageError(f"there is no reader for the format {location.format!r}") from None
-    with (
-        garbage_kept(),
-        _folders_named(location.directory),
-        unexpected_is_damage(location.directory, location.format),
-    ):
-        checkpoint = reader.read(location)
+    before = stamps_in(location.directory)
+    with garbage_kept(), _folders_named(location.directory):
+        with (
+            _changes_named(before, location.directory),
+            unexpected_is_damage(location.directory, location.format),
+        ):
+            checkpoint = reader.read(location)
+        checkpoint.stamps.update((path, stamp_of(path)) for path in checkpoint.files)
+        changed = [p for p, stamp in checkpoint.stamps.items() if before.get(p, stamp) != stamp]
+        if changed:
+            raise refusal_of(changed, len(checkpoint.files))
     if checkpoint.lost is not None:
         _name_folders(checkpoint.lost, location.directory)
     return checkpoint
+
+
+@contextmanager
+def _changes_named(before: Mapping[Path, Stamp | None], directory: Path) -> Iterator[None]:
+    """Turn an error about a file that changed meanwhile, or about all files, into one that says so."""
+    try:
+        yield
+    except DamagedCheckpoint as error:
+        changed = changed_since(before)
+        if changed and error.path in (
+            None,
+            directory,
+            str(directory),
+            *changed,
+            *map(str, changed),
+        ):
+            raise refusal_of(changed, len(before)) from error
+        raise
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from ckpt_tools.errors import CkptError, DamagedCheckpoint, UnsupportedLayout, UsageError
+from ckpt_tools.storage.stamps import Stamp
 from ckpt_tools.tensors.catalogue import Catalogue, Shape, Stored, Tensor
 from ckpt_tools.tensors.dtypes import DType
 
@@ -120,6 +121,7 @@ class Checkpoint(Mapping[str, Tensor]):
         shapeless: tensors of which the files record the number of elements alone; their shape here is flat.
         unlisted: tensors in files beside it that its index does not name, each with its file.
         replicas: pairs of tensors that must be equal.
+        stamps: the stamps of the files when they were read.
 
     Raises:
         DamagedCheckpoint: a name is no text that a file can hold.
@@ -140,6 +142,7 @@ class Checkpoint(Mapping[str, Tensor]):
     shapeless: frozenset[str] = frozenset()
     unlisted: Mapping[str, Path] = field(default_factory=dict)
     replicas: Sequence[Replica] = ()
+    stamps: dict[Path, Stamp | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in (*self.weights, *self.ties):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import overload
 
-from ckpt_tools.errors import DamagedCheckpoint
+from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout
 from ckpt_tools.tensors.catalogue import Box, FlatRange, Fragment, Shape, Stored
 from ckpt_tools.tensors.dtypes import DType
 from ckpt_tools.tensors.tiling import Consecutive
@@ -79,8 +79,25 @@ def assembled(
 
     Raises:
         DamagedCheckpoint: the pieces overlap, leave a hole or reach outside the tensor.
+        UnsupportedLayout: the tensor is cut along too many axes.
     """
-    held = [(box, make) for box, make in pieces if box.numel]
+    if len(pieces) == 1 and (whole := pieces[0][0]).sizes == shape and not any(whole.offsets):
+        numel = whole.numel
+        fragments = [pieces[0][1](FlatRange(0, numel))] if numel else []
+    else:
+        fragments = _fragments(shape, [(box, make) for box, make in pieces if box.numel])
+    try:
+        return Stored(dtype, shape, fragments)
+    except UnsupportedLayout as error:
+        raise UnsupportedLayout(error.fact, path=source, tensor=name, hint=error.hint) from error
+    except DamagedCheckpoint as error:
+        raise DamagedCheckpoint(
+            error.fact, path=source, tensor=name, missing=error.missing, hint=hint
+        ) from error
+
+
+def _fragments(shape: Shape, held: list[Piece]) -> list[Fragment]:
+    """The fragments of pieces that have elements; flat ranges in rising order if all are whole rows."""
     rest, inner = shape[1:], math.prod(shape[1:])
     ranges = [_rows(shape, rest, inner, box) for box, _ in held]
     regions: list[Region] = [box for box, _ in held]
@@ -88,13 +105,7 @@ def assembled(
         order = sorted(range(len(held)), key=lambda i: held[i][0].offsets)
         held = [held[i] for i in order]
         regions = [flat for i in order if (flat := ranges[i]) is not None]
-    fragments = [make(region) for (_, make), region in zip(held, regions, strict=True)]
-    try:
-        return Stored(dtype, shape, fragments)
-    except DamagedCheckpoint as error:
-        raise DamagedCheckpoint(
-            error.fact, path=source, tensor=name, missing=error.missing, hint=hint
-        ) from error
+    return [make(region) for (_, make), region in zip(held, regions, strict=True)]
 
 
 def _rows(shape: Shape, rest: Shape, inner: int, box: Box) -> FlatRange | None:

@@ -9,6 +9,7 @@ Source: ``torch/distributed/tensor/_utils.py`` (``_compute_local_shape_and_globa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -98,3 +99,12 @@ def local_boxes(spans: Sequence[Spans]) -> Iterator[tuple[Box, int]]:
         box = Box(tuple(low for low, _ in cell), tuple(size for _, size in cell))
         yield box, start
         start += box.numel
+
+
+def count_of_boxes(spans: Sequence[Spans]) -> int:
+    """The number of boxes that :func:`local_boxes` gives."""
+    broken = [axis for axis, held in enumerate(spans) if len(held) != 1]
+    if not broken:
+        return 1
+    rows = [sum(high - low for low, high in held) for held in spans[: broken[-1]]]
+    return math.prod(rows) * len(spans[broken[-1]])

@@ -42,6 +42,9 @@ def strip_wrappers(names: Collection[str]) -> Stripped:
     Raises:
         DamagedCheckpoint: two names become the same.
     """
+    # Most checkpoints have none, and splitting a million names takes a second.
+    if not any(wrapper in name for wrapper in _WRAPPERS for name in names):
+        return Stripped({name: name for name in names}, {})
     paths = {name: name.split(".") for name in names}
     removed: dict[str, int] = {}
     while (wrapper := _find_wrapper(paths.values())) is not None:
@@ -81,7 +84,7 @@ class _Node:
 
 def _find_wrapper(paths: Collection[list[str]]) -> list[str] | None:
     """The outermost wrapper: a path whose last segment is the only child of its parent."""
-    # Most checkpoints have none, and the tree of a million names takes seconds.
+    # After the last wrapper there is none, and the tree of a million names takes seconds.
     if all(_WRAPPERS.isdisjoint(path) for path in paths):
         return None
     tree = _Node()

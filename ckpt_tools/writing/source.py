@@ -8,14 +8,14 @@ are few. A record of which only a part was read, as for an adapter, is counted a
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from ckpt_tools.errors import DamagedCheckpoint, listed
+from ckpt_tools.errors import DamagedCheckpoint
 from ckpt_tools.readers.containers.records import Record, Records
-from ckpt_tools.storage.folders import local_paths
+from ckpt_tools.storage.stamps import Stamp, changed_since, refusal_of, stamp_of
 from ckpt_tools.tensors.catalogue import Computed, Tensor
 from ckpt_tools.tensors.checksums import ReadLog, joined
 from ckpt_tools.tensors.threads import read_each
@@ -186,13 +186,19 @@ class Stamps:
     """Size, time and inode of source files, to see at the end that none was changed meanwhile."""
 
     def __init__(self) -> None:
-        self._before: dict[Path, tuple[int, int, int] | None] = {}
+        self._before: dict[Path, Stamp | None] = {}
+        self._seen: dict[Path, Stamp | None] = {}
+
+    def see(self, stamps: Mapping[Path, Stamp | None]) -> None:
+        """Remember stamps from before files were read, for those that :meth:`add` will name."""
+        self._seen = {**stamps, **self._seen}
 
     def add(self, files: Iterable[Path]) -> None:
-        """Note the files as they are now; those that were noted before stay."""
+        """Note the files as they were seen, or else as they are; those that were noted before stay."""
         for path in files:
             if path not in self._before:
-                self._before[path] = _stamp(path)
+                seen = self._seen
+                self._before[path] = seen[path] if path in seen else stamp_of(path)
 
     def refuse_changed(self) -> None:
         """Compare every file with its note.
@@ -200,24 +206,8 @@ class Stamps:
         Raises:
             DamagedCheckpoint: a file was written, replaced or removed since.
         """
-        changed = [path for path, before in self._before.items() if _stamp(path) != before]
-        if changed:
-            raise DamagedCheckpoint(
-                f"{len(changed)} of {len(self._before)} source files changed while they were read: "
-                f"{listed([path.name for path in changed])}",
-                path=changed[0],
-                hint="Wait until the training run has finished its save, then convert again.",
-            )
-
-
-def _stamp(path: Path) -> tuple[int, int, int] | None:
-    try:
-        # A path of a pool knows facts of its listing; its file on this machine tells the present. Each range
-        # of a file in a store is demanded in the version of the listing.
-        found = next(iter(local_paths(path)), path).stat()
-    except OSError:
-        return None
-    return found.st_size, found.st_mtime_ns, found.st_ino
+        if changed := changed_since(self._before):
+            raise refusal_of(changed, len(self._before))
 
 
 def runs_of(tensor: Tensor, start: int, stop: int) -> Iterable[tuple[Path, int, int]]:

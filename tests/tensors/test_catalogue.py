@@ -11,7 +11,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from ckpt_tools.errors import DamagedCheckpoint
+from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout
+from ckpt_tools.tensors import tiling
 from ckpt_tools.tensors.catalogue import (
     Box,
     Catalogue,
@@ -256,6 +257,52 @@ def test_boxes_that_meet_at_a_corner_only_leave_holes() -> None:
 def test_boxes_whose_sizes_add_up_may_overlap_all_the_same() -> None:
     told = "two fragments hold the same elements"
     assert refusal((4,), Box((0,), (2,)), Box((1,), (2,))) == told
+
+
+def thin_boxes(count: int) -> tuple[Shape, list[Box]]:
+    """A tiling by a few thousand boxes that cuts the tensor into billions of cells."""
+    shape = (3 * count, count, count)
+    boxes = []
+    for axis in range(3):
+        for at in range(count):
+            offsets, sizes = [axis * count, 0, 0], [count, count, count]
+            offsets[axis] += at
+            sizes[axis] = 1
+            boxes.append(Box((offsets[0], offsets[1], offsets[2]), (sizes[0], sizes[1], sizes[2])))
+    return shape, boxes
+
+
+def test_many_thin_boxes_are_compared_by_their_corners() -> None:
+    shape, boxes = thin_boxes(1_000)
+    fragments = [Fragment(FILE, 0, box) for box in boxes]
+    told = "its fragments do not hold each of its elements once"
+
+    assert Stored(INT32, shape, fragments).pieces == 3_000
+    assert refusal(shape, *boxes[:-1]) == told
+    assert refusal(shape, *boxes, boxes[7]) == told
+    assert refusal(shape, *boxes[:-1], boxes[7]) == told
+
+
+@given(boxes_of(), st.data())
+def test_corners_and_cells_tell_the_same(
+    case: tuple[Disk, Stored, np.ndarray], data: st.DataObject
+) -> None:
+    _, tensor, _ = case
+    boxes = [fragment.region for fragment in tensor.fragments]
+    assume(all(isinstance(box, Box) for box in boxes) and boxes)
+    taken = [box for box in boxes if isinstance(box, Box) and data.draw(st.booleans())]
+    count = np.zeros(tensor.shape, dtype=int)
+    for box in taken:
+        count[tuple(slice(o, o + n) for o, n in zip(box.offsets, box.sizes, strict=True))] += 1
+
+    assert tiling._corners_cancel(taken, tensor.shape) == bool((count == 1).all())
+
+
+def test_more_axes_than_can_be_compared_are_refused_as_such() -> None:
+    fragments = [Fragment(FILE, 0, Box((i,) * 24, (1,) * 24)) for i in range(2)]
+
+    with pytest.raises(UnsupportedLayout, match="2 parts along 24 axes"):
+        Stored(INT32, (2,) * 24, fragments)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,12 +58,16 @@ def command(
       ckpt-tools inspect run/global_step500
     """
     from ckpt_tools.analysis.inspection import inspect
+    from ckpt_tools.tensors.threads import garbage_kept
 
-    found = inspect(ckpt, tag=tag, model=model, source_format=source_format, also=also)
-    if as_json:
-        print_json(found.to_json())
-    else:
-        _show(found)
+    # Metadata that was read is kept for the next step of a command. Here it ends, so nobody collects it.
+    with garbage_kept():
+        found = inspect(ckpt, tag=tag, model=model, source_format=source_format, also=also)
+        if as_json:
+            print_json(found.to_json())
+        else:
+            _show(found)
+        gc.freeze()
     if found.problems:
         sys.exit(4)
 

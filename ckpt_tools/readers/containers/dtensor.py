@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout
 from ckpt_tools.readers.containers.quantised_classes import dequantised
@@ -26,15 +26,24 @@ from ckpt_tools.tensors.catalogue import Box, Fragment, Shape, Stored, Strided
 from ckpt_tools.tensors.deferred import Place
 from ckpt_tools.tensors.dequantise import Dequantised
 from ckpt_tools.tensors.dtypes import DType
-from ckpt_tools.tensors.placements import Sharding, local_boxes, local_spans
+from ckpt_tools.tensors.placements import (
+    Sharding,
+    Spans,
+    count_of_boxes,
+    local_boxes,
+    local_spans,
+)
 from ckpt_tools.tensors.regions import digits, dot
 
 # A strided placement makes a span of each chunk; there are as many as ranks of a tensor-parallel group.
 _MOST_CHUNKS = 1 << 16
+# torch allows no more dimensions. A mesh has a few, each the product of a few sizes.
+_MOST_SIZES = 64
+_MAX_SIZE = (1 << 63) - 1
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+# A thousand ranks have a million of both.
+class Run(NamedTuple):
     """One box of the whole, and its place in a tensor of a file.
 
     Attributes:
@@ -56,8 +65,7 @@ class Run:
         return Place(ref.storage.path, ref.byte_offset + first * ref.dtype.itemsize, layout)
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """The part of a tensor that one rank holds.
 
     Attributes:
@@ -162,9 +170,10 @@ def _of_dtensor(value: Opaque, path: Path, name: str) -> Part:
     coordinate = mesh["_coordinate_on_dim"]
     if coordinate is None:  # this rank is not in the mesh
         return Part(dtype, shape, (), "DTensor", rank, world_size)
-    placements = [_placement(each, len(shape), path, name) for each in spec["placements"]]
-    spans = local_spans(shape, _mesh_shape(mesh), _shape(coordinate), placements)
-    sizes = tuple(sum(high - low for low, high in held) for held in spans)
+    placements = tuple([_placement(each, len(shape), path, name) for each in spec["placements"]])
+    chunks = math.prod([1 if each is None else each.split_factor for each in placements])
+    local.storage.spend(chunks - 1)
+    spans, sizes = _held(shape, _mesh_shape(mesh), _shape(coordinate), placements)
     # FSDP2 keeps a part with other sizes if the tensor has no elements.
     if local.dtype != dtype or (local.shape != sizes and math.prod(shape)):
         raise DamagedCheckpoint(
@@ -173,8 +182,25 @@ def _of_dtensor(value: Opaque, path: Path, name: str) -> Part:
             tensor=name,
             hint="The file was changed after it was saved, or torch shards it in an unknown way.",
         )
-    runs = tuple(Run(box, local, start) for box, start in local_boxes(spans))
+    local.storage.spend(max(count_of_boxes(spans) - 1, 0))
+    runs = tuple([Run(box, local, start) for box, start in _boxes(spans)])
     return Part(dtype, shape, runs, "DTensor", rank, world_size)
+
+
+# Most tensors of a model have one of a few shapes, and a rank one place in the mesh.
+@lru_cache(maxsize=64)
+def _held(
+    shape: Shape, mesh: Shape, coordinate: Shape, placements: tuple[Sharding | None, ...]
+) -> tuple[tuple[Spans, ...], Shape]:
+    """The spans that a rank holds, and the sizes of its part."""
+    spans = local_spans(shape, mesh, coordinate, placements)
+    return spans, tuple(sum(high - low for low, high in held) for held in spans)
+
+
+@lru_cache(maxsize=64)
+def _boxes(spans: tuple[Spans, ...]) -> tuple[tuple[Box, int], ...]:
+    """The boxes of a part, each with the element of the part at which it begins."""
+    return tuple(local_boxes(spans))
 
 
 def _placement(value: Opaque, ndim: int, path: Path, name: str) -> Sharding | None:
@@ -200,16 +226,26 @@ def _mesh_shape(mesh: Mapping[str, Any]) -> Shape:
         return _shape(mesh["mesh"].shape)
     layout = mesh["_layout"].state
     if "axes" in layout:
-        return tuple(math.prod(axis.state["shape"]) for axis in layout["axes"])
+        return _shape([_product(axis.state["shape"]) for axis in layout["axes"][:_MOST_SIZES]])
     shape = layout["shape"]
-    return tuple(_product(size) for size in (shape if isinstance(shape, tuple) else (shape,)))
+    sizes = shape[:_MOST_SIZES] if isinstance(shape, tuple) else (shape,)
+    return tuple([_product(size) for size in sizes])
 
 
 def _product(sizes: Any) -> int:
     """The product of nested tuples, which layouts of flattened axes have."""
-    if isinstance(sizes, tuple):
-        return math.prod(_product(size) for size in sizes)
-    return int(sizes)
+    if type(sizes) is int and 0 <= sizes <= _MAX_SIZE:
+        return sizes
+    product, pending = 1, [sizes]
+    for _ in range(_MOST_SIZES):
+        if not pending:
+            return product
+        one = pending.pop()
+        if isinstance(one, tuple | list):
+            pending += one[:_MOST_SIZES]
+        else:
+            product *= _shape((one,))[0]
+    raise ValueError("an axis of more sizes than a mesh has")
 
 
 def _world_size(mesh: Mapping[str, Any]) -> int:
@@ -221,12 +257,13 @@ def _world_size(mesh: Mapping[str, Any]) -> int:
 def _of_sharded_tensor(value: Opaque, path: Path, name: str) -> Part:
     dtype, shape = value.args[1], _shape(value.args[2])
     shards, _, group = value.state[:3]
-    runs = []
+    runs: list[Run] = []
     for shard in shards:
         local = plain(shard.state[1]["tensor"], path, name)
         metadata = shard.state[1]["metadata"]
         if local is None:
             raise ValueError("a shard is not a tensor")
+        local.storage.spend(bool(runs))
         placed = metadata.state[1]
         box = Box(_shape(placed["shard_offsets"]), _shape(placed["shard_sizes"]))
         if (local.dtype, local.shape) != (dtype, box.sizes):
@@ -247,6 +284,9 @@ _SHARDED = {"DTensor": _of_dtensor, "ShardedTensor": _of_sharded_tensor}
 
 def _shape(sizes: Any) -> Shape:
     shape = tuple(sizes)
-    if not all(isinstance(size, int) and size >= 0 for size in shape):
-        raise ValueError(f"malformed sizes {shape}")
+    if len(shape) > _MOST_SIZES:
+        raise ValueError(f"{len(shape)} sizes")
+    for size in shape:
+        if not isinstance(size, int) or not 0 <= size <= _MAX_SIZE:
+            raise ValueError("malformed sizes")
     return shape

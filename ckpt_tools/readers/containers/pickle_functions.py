@@ -131,7 +131,7 @@ class Names:
         if len(global_name) > _LONGEST_NAME:
             raise pickle.UnpicklingError("the name of a class is too long")
         name = global_name.rpartition(".")[2] or "Opaque"
-        body = {"global_name": global_name, "meter": self._meter}
+        body = {"__slots__": (), "global_name": global_name, "meter": self._meter}
         made = self.classes[global_name] = type(name, (Opaque,), body)
         return made
 
@@ -156,8 +156,7 @@ class _Functions:
             self._meter.spend(len(items))
             pairs = items.items() if isinstance(items, dict) else items
             for key, value in pairs:
-                if not is_plain_key(key):
-                    raise pickle.UnpicklingError("a key in it is not a plain value, or too large")
+                self._meter.spend_key(key)
                 made[key] = value
         return made
 
@@ -166,6 +165,9 @@ class _Functions:
         self._meter.spend(len(items))
         if not isinstance(items, list | tuple) or not all(map(_is_item, items)):
             return Opaque(items)
+        for item in items:
+            if not isinstance(item, Opaque | type):
+                self._meter.spend_key(item)
         return {*items}
 
     def frozenset(self, items: Any = ()) -> Any:

@@ -7,6 +7,8 @@ because hashing, comparing and printing a tuple visit it that often. Refused are
 * an index of the memo beyond the bytes before it: the unpickler allocates memory for all indices below;
 * a key of a dictionary or a set that is a large tuple, or a tuple with a list in it: Python hashes a tuple
   recursively in C, without a limit of depth or time;
+* more than ten thousand keys that are tuples or long numbers, which may have one hash: Python compares each
+  with all others (:func:`~ckpt_tools.readers.containers.restricted_pickle.unpickle` refuses them);
 * numbers of thousands of digits, and frames that no pickler writes.
 
 Following takes about as long as building. What a pickle shares between lists and dictionaries is measured
@@ -21,8 +23,10 @@ from __future__ import annotations
 import io
 import pickle
 import pickletools
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from ckpt_tools.readers.containers.pickle_opcodes import (
     BUILD,
@@ -30,12 +34,16 @@ from ckpt_tools.readers.containers.pickle_opcodes import (
     FRAME,
     FROZEN,
     GET,
+    INSTANCE,
     LAST,
+    LONG,
+    LONGEST_SIMPLE,
     MANY,
     MARK,
     MEMOIZE,
     MUTABLE,
     NAME,
+    NEW,
     NUMBER,
     OBJECT,
     POP,
@@ -44,6 +52,7 @@ from ckpt_tools.readers.containers.pickle_opcodes import (
     PUT,
     SET,
     SETS,
+    SIMPLE,
     STOP,
     TAKE,
     TEXT,
@@ -56,6 +65,8 @@ from ckpt_tools.readers.containers.pickle_segments import Segments
 # A key of frameworks has a few parts.
 _LARGEST_KEY = 1_000
 _LONGEST_KEY = 1 << 16
+# Comparing so many keys with each other takes seconds.
+MOST_ODD_KEYS = 10_000
 # The integers of a random generator's state have some 40 digits.
 _LONGEST_NUMBER = 1_000
 # Any pickle may use these indices of the memo.
@@ -80,13 +91,25 @@ class Followed:
         is_odd: whether it builds many large tuples, or gives values several places in another way than by
             an index of the memo that has one value.
         has_containers: whether a tuple, list, dictionary or set has several places.
-        shares: the index of the memo for each further place of a value that is not plain.
+        shares: the further places of values that are not plain.
+        odd_keys: number of keys that are tuples, results of calls or long numbers. Python compares all keys
+            of one hash with each other, and anybody can find such keys that have one hash.
     """
 
     data: bytes
     is_odd: bool
     has_containers: bool
-    shares: Sequence[int]
+    shares: Shares
+    odd_keys: int = 0
+
+
+class Shares(list[int]):
+    """The index of the memo for each further place of a value."""
+
+    @cached_property
+    def places(self) -> Mapping[int, int]:
+        """The number of places for each index. Pickles that are alike share it."""
+        return Counter(self)
 
 
 class Meter:
@@ -100,7 +123,7 @@ class Meter:
     """
 
     def __init__(self, length: int) -> None:
-        self.mappings = 0
+        self.mappings = self._odd_keys = 0
         self._left = _COPIES + _COPIES_A_BYTE * length
 
     def spend(self, count: int) -> None:
@@ -112,6 +135,19 @@ class Meter:
         self._left -= count
         if self._left < 0:
             raise pickle.UnpicklingError("its calls copy much more than it holds")
+
+    def spend_key(self, key: object) -> None:
+        """Count a key of a mapping or a set that a call makes.
+
+        Raises:
+            pickle.UnpicklingError: it is not a plain value, or one of too many that may have one hash.
+        """
+        if not is_plain_key(key):
+            raise pickle.UnpicklingError("a key in it is not a plain value, or too large")
+        if isinstance(key, tuple | complex) or (isinstance(key, int) and key.bit_length() > 55):
+            self._odd_keys += 1
+            if self._odd_keys > MOST_ODD_KEYS:
+                raise pickle.UnpicklingError("its calls make too many keys that are tuples")
 
 
 def follow(file: io.BufferedIOBase | io.BytesIO) -> Followed:
@@ -130,7 +166,7 @@ def follow(file: io.BufferedIOBase | io.BytesIO) -> Followed:
         file.seek(start)
         data = file.read(window)
         try:
-            end, is_odd, has_containers, shares = _follow(data)
+            end, is_odd, has_containers, shares, odd_keys = _follow(data)
             break
         except EOFError:
             if len(data) < window or window == _LARGEST_WINDOW:
@@ -138,7 +174,7 @@ def follow(file: io.BufferedIOBase | io.BytesIO) -> Followed:
         window *= 4
     file.seek(start + end)
     held = data if end == len(data) else data[:end]
-    return Followed(held, is_odd, has_containers, shares)
+    return Followed(held, is_odd, has_containers, shares, odd_keys)
 
 
 def is_plain_key(key: object, depth: int = 4) -> bool:
@@ -161,11 +197,11 @@ def values(data: bytes) -> Iterator[tuple[int, int]]:
         start, at = at + 1, end_of_argument(data, at + 1, size)
         if kind == PUSH and size > 0:
             yield start, at
-        elif kind == TEXT:
+        elif kind in (TEXT, LONG):
             yield start + PREFIXES[size], at
 
 
-def _follow(data: bytes) -> tuple[int, bool, bool, Sequence[int]]:
+def _follow(data: bytes) -> tuple[int, bool, bool, Shares, int]:
     """The end of the pickle, and the facts of :class:`Followed`; raises as :func:`follow`."""
     table = table_of_opcodes()
     # There are millions of steps, and a look-up in the module would make each a third slower.
@@ -183,9 +219,10 @@ def _follow(data: bytes) -> tuple[int, bool, bool, Sequence[int]]:
     stack: list[int] = []
     marks: list[int] = []
     memo: list[int] | _OddMemo = []
-    shares: list[int] = []
+    shares = Shares()
     push, share, memoise, at, start = stack.append, shares.append, memo.append, 0, 0
     is_odd = has_containers = False
+    odd_keys = 0
     segments = Segments(data, limit)
     large, huge = 0, MUTABLE + limit + 1
     try:
@@ -252,21 +289,27 @@ def _follow(data: bytes) -> tuple[int, bool, bool, Sequence[int]]:
                 if total & plain > limit:
                     large, total = large + 1, huge
                 push(total)
+            elif kind == NEW:
+                del stack[effect:]
+                stack[-1] = INSTANCE
+            elif kind == LONG:
+                push(1 if data[start] <= LONGEST_SIMPLE else OBJECT)
             elif kind == SET:
-                if stack[-2] > limit:
-                    raise _too_large()
+                if stack[-2] > SIMPLE:
+                    odd_keys += 1
+                    if stack[-2] > limit:
+                        raise _too_large()
                 del stack[-2:]
             elif kind in (SETS, MANY):
                 first = marks.pop()
-                if kind == SETS and max(stack[first::2], default=0) > limit:
-                    raise _too_large()
+                if kind == SETS and max(keys := stack[first::2], default=0) > SIMPLE:
+                    odd_keys += _odd(keys)
                 del stack[first:]
                 if effect:
                     push(result)
             elif kind == FROZEN:
                 first = marks.pop()
-                if max(stack[first:], default=0) > limit:
-                    raise _too_large()
+                odd_keys += _odd(stack[first:])
                 total = 1 + sum(stack[first:])
                 del stack[first:]
                 if effect:
@@ -275,7 +318,7 @@ def _follow(data: bytes) -> tuple[int, bool, bool, Sequence[int]]:
             elif kind == NUMBER:
                 if at - start > _LONGEST_NUMBER:
                     raise pickle.UnpicklingError("a number in it has thousands of digits")
-                push(1)
+                push(1 if at - start <= 2 * LONGEST_SIMPLE else OBJECT)
             elif kind == NAME:
                 del stack[-1]
                 stack[-1] = OBJECT
@@ -291,7 +334,7 @@ def _follow(data: bytes) -> tuple[int, bool, bool, Sequence[int]]:
                 if int.from_bytes(data[start:at], "little") > _LARGEST_FRAME:
                     raise pickle.UnpicklingError("it has a frame that no pickler writes")
             elif kind == STOP:
-                return at, is_odd or large > _MOST_LARGE, has_containers, shares
+                return at, is_odd or large > _MOST_LARGE, has_containers, shares, odd_keys
             else:
                 raise pickle.UnpicklingError(f"invalid load key, {data[start - 1 : start]!r}")
             # Most opcodes are followed by this one.
@@ -302,6 +345,13 @@ def _follow(data: bytes) -> tuple[int, bool, bool, Sequence[int]]:
         if max(at, start) >= len(data):
             raise EOFError from error
         raise pickle.UnpicklingError("an opcode takes an object that does not exist") from error
+
+
+def _odd(keys: list[int]) -> int:
+    """The number of keys that may be made to have one hash."""
+    if max(keys, default=0) > _LARGEST_KEY:
+        raise _too_large()
+    return sum(size > SIMPLE for size in keys)
 
 
 def _index(data: bytes, start: int, stop: int, size: int) -> int:

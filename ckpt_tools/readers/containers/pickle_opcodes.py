@@ -12,7 +12,12 @@ from functools import lru_cache
 # A tuple that holds one of the latter is at least as large, and the rest of its size counts what is plain.
 OBJECT, MUTABLE = 3, 1 << 40
 PUSH, TEXT, PUT, GET, MEMOIZE, TAKE, MARK, TUPLE, SET, LAST, MANY, SETS = range(12)
-NUMBER, NAME, FROZEN, POP, DUP, STOP, FRAME, NONE, BUILD = range(12, 21)
+NUMBER, NAME, FROZEN, POP, DUP, STOP, FRAME, NONE, BUILD, NEW, LONG = range(12, 23)
+# The size of an instance of a class, which is hashed by its identity, and that of the largest key that is an
+# instance or one plain value. Others, such as tuples, may be made to have one hash.
+INSTANCE = SIMPLE = 2
+# Numbers of more bytes may have one hash, too.
+LONGEST_SIMPLE = 7
 _KINDS = {
     "MEMOIZE": MEMOIZE,
     "BINGET": GET,
@@ -41,6 +46,9 @@ _KINDS = {
     "DUP": DUP,
     "STOP": STOP,
     "BUILD": BUILD,
+    "NEWOBJ": NEW,
+    "NEWOBJ_EX": NEW,
+    "LONG1": LONG,
 }
 _SIZES = {
     **dict.fromkeys(("EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET", "BYTEARRAY8"), MUTABLE),

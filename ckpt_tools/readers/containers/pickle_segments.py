@@ -21,15 +21,20 @@ from itertools import compress
 from ckpt_tools.readers.containers.pickle_opcodes import (
     BUILD,
     GET,
+    INSTANCE,
     LAST,
+    LONG,
+    LONGEST_SIMPLE,
     MANY,
     MARK,
     MEMOIZE,
     MUTABLE,
+    NEW,
     OBJECT,
     PUSH,
     SET,
     SETS,
+    SIMPLE,
     TAKE,
     TEXT,
     TUPLE,
@@ -38,6 +43,8 @@ from ckpt_tools.readers.containers.pickle_opcodes import (
 
 # Opcodes that are looked at to find effects: in any pickle, for each byte of one, and in one segment.
 _STEPS, _STEPS_A_BYTE, _LONGEST = 1 << 14, 1 / 256, 256
+# The length of a number of few bytes.
+_SHORT = b"[\\x00-\\x%02x]" % LONGEST_SIMPLE
 # Segments that begin with one opcode, and objects in a segment.
 _MOST_ALIKE, _OBJECTS = 8, 6
 
@@ -140,7 +147,7 @@ class Segments:
     def _learn(self, at: int, memo: list[int]) -> bool:
         """Whether the segment at a place is one that can be known, and is known now."""
         kind = table_of_opcodes()[self._data[at]][0]
-        if kind not in (PUSH, TEXT, GET, MARK) or self._steps < 0:
+        if kind not in (PUSH, TEXT, LONG, GET, MARK) or self._steps < 0:
             return False
         segment = self._effect(at, memo)
         if segment is None:
@@ -169,7 +176,9 @@ class Segments:
             elif kind == SET:
                 taken = -2
             # What it takes, and the object that it changes, must be the segment's own.
-            if -taken + (kind in (TAKE, BUILD, SET)) > len(stack) - (marks[-1] if marks else 0):
+            if -taken + (kind in (TAKE, BUILD, SET, NEW)) > len(stack) - (
+                marks[-1] if marks else 0
+            ):
                 return None
             self._steps -= 1
             items = stack[len(stack) + taken :] if taken < 0 else []
@@ -178,9 +187,11 @@ class Segments:
             if kind == PUSH and size >= 0:
                 stack.append(result)
                 writer.any(size)
-            elif kind == TEXT and size == pickletools.TAKEN_FROM_ARGUMENT1:
+            elif kind in (TEXT, LONG) and size == pickletools.TAKEN_FROM_ARGUMENT1:
+                if kind == LONG and data[at + 1] > LONGEST_SIMPLE:
+                    return None
                 stack.append(1)
-                segment.runs.append(writer.run(ends_in_text=True))
+                segment.runs.append(writer.run(_SHORT if kind == LONG else b"."))
                 writer = _Writer()
                 after = at + 2 + data[at + 1]
             elif kind == GET and size > 0:
@@ -209,10 +220,12 @@ class Segments:
                     return None
                 del stack[len(stack) - len(items) :]
                 stack.append(total)
-            elif kind in (TAKE, BUILD, SET, SETS, MANY) and size == 0:
-                if kind in (SET, SETS) and max(items[::2], default=0) > limit:
+            elif kind in (TAKE, BUILD, SET, SETS, MANY, NEW) and size == 0:
+                if kind in (SET, SETS) and max(items[::2], default=0) > SIMPLE:
                     return None
                 del stack[len(stack) - len(items) :]
+                if kind == NEW:
+                    stack[-1] = INSTANCE
                 if kind in (SETS, MANY) and effect:
                     stack.append(result)
             else:
@@ -220,7 +233,7 @@ class Segments:
             at = after
             objects -= kind == BUILD
             if objects == 0:
-                segment.runs.append(writer.run(ends_in_text=False))
+                segment.runs.append(writer.run())
                 return segment
         return None
 
@@ -254,9 +267,9 @@ class _Writer:
         self._held.append(held)
         self._shared.append(size > 1)
 
-    def run(self, *, ends_in_text: bool) -> _Run:
-        """What was written."""
-        pattern = self._pattern + (b"." if ends_in_text else b"")
+    def run(self, end: bytes = b"") -> _Run:
+        """What was written; ``end`` matches the length of the text or number at its end."""
+        pattern = self._pattern + end
         return _Run(
             re.compile(pattern, re.DOTALL).match,
             struct.Struct(self._format).unpack_from,

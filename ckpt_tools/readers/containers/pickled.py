@@ -29,6 +29,8 @@ class Opaque:
         state: the argument of its ``__setstate__``, or None.
     """
 
+    # Metadata has a million of these objects.
+    __slots__ = ("args", "state")
     global_name: str = "?"
     meter: Meter | None = None
     args: tuple[Any, ...]
@@ -36,7 +38,7 @@ class Opaque:
 
     def __new__(cls, *args: Any, **_: Any) -> Opaque:
         """Keep the arguments."""
-        if cls.meter is not None:
+        if args and cls.meter is not None:
             cls.meter.spend(len(args))
         self = object.__new__(cls)
         self.args = args
@@ -111,6 +113,14 @@ class StorageRef(Sealed, ABC):
     @abstractmethod
     def data_offset(self) -> int:
         """First byte of the data in that file."""
+
+    @abstractmethod
+    def spend(self, runs: int) -> None:
+        """Count runs into which placements cut tensors of that file, after the first of each tensor.
+
+        Raises:
+            DamagedCheckpoint: they are more than the file has bytes.
+        """
 
 
 # Without slots: up to Python 3.11.3 a frozen dataclass with slots replaces its __setstate__ by one that sets

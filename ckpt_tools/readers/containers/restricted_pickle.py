@@ -20,14 +20,13 @@ from __future__ import annotations
 import copyreg
 import io
 import pickle
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from ckpt_tools.errors import CkptError, DamagedCheckpoint, UnsafePickle
+from ckpt_tools.errors import CkptError, DamagedCheckpoint, UnsafePickle, UnsupportedLayout
 from ckpt_tools.readers.containers.pickle_alike import follow_alike
 from ckpt_tools.readers.containers.pickle_functions import Names, allowed
-from ckpt_tools.readers.containers.pickle_limits import Followed, Meter, follow
+from ckpt_tools.readers.containers.pickle_limits import MOST_ODD_KEYS, Followed, Meter, follow
 from ckpt_tools.readers.containers.pickle_sharing import may_expand, without_expansion
 from ckpt_tools.readers.containers.pickled import Opaque as Opaque
 from ckpt_tools.readers.containers.pickled import StorageRef as StorageRef
@@ -89,8 +88,8 @@ def _may_expand(followed: Followed, unpickler: RestrictedUnpickler) -> bool:
     if not (followed.has_containers or unpickler.meter.mappings):
         return False
     memo = unpickler.memo.copy()
-    places = Counter(followed.shares)
-    return may_expand(((memo[index], n) for index, n in places.items()), len(followed.data))
+    places = followed.shares.places.items()
+    return may_expand(((memo[index], n) for index, n in places), len(followed.data))
 
 
 def unpickle(
@@ -103,12 +102,20 @@ def unpickle(
     Raises:
         UnsafePickle: the pickle uses an object in a way that needs the object's code.
         DamagedCheckpoint: the pickle is malformed or truncated.
+        UnsupportedLayout: it has many keys of which Python compares each with all others.
     """
     # Extension codes are looked up in this cache before `find_class` is called. The cache must not give the
     # pickle a registered function, and must not keep our replacement.
     copyreg.clear_extension_cache()
     try:
         followed = follow_alike(file) if isinstance(file, io.BytesIO) else follow(file)
+        if followed.odd_keys > MOST_ODD_KEYS:
+            raise UnsupportedLayout(
+                f"the pickle in it has {followed.odd_keys:,} keys that are tuples or long numbers; up to "
+                f"{MOST_ODD_KEYS:,} are read, because comparing more may take hours",
+                path=path,
+                hint="Remove the dictionaries with these keys from what the training script saves.",
+            )
         meter = Meter(len(followed.data))
         unpickler = RestrictedUnpickler(followed.data, meter, persistent_load)
         try:

@@ -46,6 +46,8 @@ _NO_ZIP = (
 _LOAD_AND_SAVE = (
     "Load it with torch where it was written, and save plain contiguous tensors with torch.save."
 )
+# Placements may cut the tensors of any file into so many runs.
+_RUNS = 1 << 16
 # A few bytes of an expanded tensor can stand for any number of elements.
 _MOST_REPEATED = 1 << 30
 _COPY_ANEW = "The file is truncated or was overwritten. Copy it anew from where it was written."
@@ -85,6 +87,10 @@ class ZipStorage(StorageRef):
             self._offset = self.file.offset + start
         return self._offset
 
+    def spend(self, runs: int) -> None:
+        """See the base class."""
+        self.file.spend(runs)
+
 
 @dataclass(slots=True)
 class StreamStorage(StorageRef):
@@ -104,6 +110,10 @@ class StreamStorage(StorageRef):
     def data_offset(self) -> int:
         """First byte of its data."""
         return self.start
+
+    def spend(self, runs: int) -> None:
+        """See the base class."""
+        self.file.spend(runs)
 
 
 class TorchFile:
@@ -142,6 +152,17 @@ class TorchFile:
             raise DamagedCheckpoint("the file is empty", path=path, hint=_COPY_ANEW)
         self.is_zip = magic == b"PK\x03\x04"
         self.root: str | None = None
+        self._runs_left = max(self.size, _RUNS)
+
+    def spend(self, runs: int) -> None:
+        """See :meth:`StorageRef.spend`."""
+        self._runs_left -= runs
+        if self._runs_left < 0:
+            raise DamagedCheckpoint(
+                "its placements cut its tensors into more runs than it has bytes",
+                path=self.path,
+                hint="The file was changed after it was saved. Copy it anew from where it was written.",
+            )
 
     def open(self) -> io.BufferedReader:
         """A stream of the region."""

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from ckpt_tools.errors import CkptError, DamagedCheckpoint, listed
 from ckpt_tools.readers.containers.restricted_pickle import Opaque, unpickle
@@ -33,8 +33,7 @@ DATA_FILE = re.compile(r"__(\d+)_\d+\.distcp")
 KeyPath = tuple[str | int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Extent:
+class Extent(NamedTuple):
     """A run of bytes in a data file.
 
     Attributes:
@@ -50,12 +49,12 @@ class Extent:
     transforms: tuple[str, ...]
 
 
+# There may be a million of the three records here; a named tuple is made in a third of a dataclass's time.
 # By flat name and first index; the index is None for entries that are not tensors.
 _Extents = dict[tuple[str, Shape | None], Extent]
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """A box of a tensor and its place: first index, sizes, bytes."""
 
     offsets: Shape
@@ -63,8 +62,7 @@ class Chunk:
     extent: Extent
 
 
-@dataclass(frozen=True, slots=True)
-class SavedTensor:
+class SavedTensor(NamedTuple):
     """A tensor of the checkpoint.
 
     Attributes:
@@ -205,25 +203,25 @@ def _parse(saved: Any, path: Path) -> Metadata:
     extents: _Extents = {}
     names: dict[Any, str] = {}
     for index, info in (state["storage_data"] or {}).items():
-        offset = index.state.get("offset")
+        key = index.state
+        offset = key.get("offset")
         place = None if offset is None else _sizes(offset)
-        extents[index.state["fqn"], place] = _extent(info.state, names)
+        extents[key["fqn"], place] = _extent(info.state, names)
         writer = info.global_name.partition(".")[0]
     tensors: dict[str, SavedTensor] = {}
     objects: dict[str, Extent] = {}
+    kinds: dict[type, str] = {}
     for name, entry in state["state_dict_metadata"].items():
         if not isinstance(name, str):
             raise ValueError("a name that is not text")
-        if _class(entry) == "TensorStorageMetadata":
+        kind = kinds.get(type(entry)) or kinds.setdefault(type(entry), _class(entry))
+        if kind == "TensorStorageMetadata":
             tensors[name] = _tensor(name, entry.state, extents, path)
-        elif _class(entry) == "BytesStorageMetadata":
+        elif kind == "BytesStorageMetadata":
             objects[name] = _lookup(extents, name, None, path)
         else:
-            raise ValueError(f"an entry of class {_class(entry)}")
-    held = {(name, chunk.offsets) for name, tensor in tensors.items() for chunk in tensor.chunks}
-    for name, place in extents.keys() - held - {(name, None) for name in objects}:
-        where = "" if place is None else f" at {place}"
-        raise _damaged(f"storage_data has a part{where} that state_dict_metadata lacks", path, name)
+            raise ValueError(f"an entry of class {kind}")
+    _refuse_surplus(extents, tensors, objects, path)
     _refuse_shared_bytes(tensors, path)
     # torch writes the key even where the value is None.
     paths = state["planner_data"]
@@ -241,6 +239,8 @@ def _parse(saved: Any, path: Path) -> Metadata:
 
 def _keys(name: str, keys: Sequence[Any], path: Path) -> KeyPath:
     """The keys of a flat name. The file has no checksum, but it has most names more than once."""
+    if len(keys) == 1 and type(keys[0]) is str and keys[0] == name:
+        return (name,)
     if not all(type(key) in (str, int) for key in keys):
         raise _damaged("its keys in planner_data are not names and numbers", path, name)
     if ".".join(map(str, keys)) != name:
@@ -250,22 +250,45 @@ def _keys(name: str, keys: Sequence[Any], path: Path) -> KeyPath:
     return tuple(keys)
 
 
+def _refuse_surplus(
+    extents: _Extents,
+    tensors: Mapping[str, SavedTensor],
+    objects: Mapping[str, Extent],
+    path: Path,
+) -> None:
+    """Refuse parts of no entry. Each entry has found its parts, so their numbers tell where none is left."""
+    count = len(objects)
+    for tensor in tensors.values():
+        chunks = tensor.chunks
+        count += len(chunks) if len(chunks) < 2 else len({chunk.offsets for chunk in chunks})
+    if count == len(extents):
+        return
+    held = {(name, chunk.offsets) for name, tensor in tensors.items() for chunk in tensor.chunks}
+    for name, place in extents.keys() - held - {(name, None) for name in objects}:
+        where = "" if place is None else f" at {place}"
+        raise _damaged(f"storage_data has a part{where} that state_dict_metadata lacks", path, name)
+
+
 def _refuse_shared_bytes(tensors: Mapping[str, SavedTensor], path: Path) -> None:
     """Refuse parts that overlap. A safetensors file holds elements alone, and its places are relative."""
-    # A chunk that is listed twice is refused later, because its tensor is not tiled.
-    runs = {
-        (extent.file, extent.start, extent.start + extent.length, name, chunk.offsets)
-        for name, tensor in tensors.items()
-        for chunk in tensor.chunks
-        if (extent := chunk.extent).length != _nbytes(tensor.dtype, chunk.sizes)
-    }
-    for (file, _, stop, name, _), (other, start, _, after, _) in pairwise(sorted(runs)):
-        if file == other and start < stop:
-            raise _damaged(f"its bytes in {file} are also those of {name}", path, after)
-
-
-def _nbytes(dtype: DType | None, sizes: Shape) -> int | None:
-    return None if dtype is None else math.prod(sizes) * dtype.itemsize
+    runs: dict[str, list[tuple[int, int, str, Shape]]] = {}
+    for name, tensor in tensors.items():
+        itemsize = None if tensor.dtype is None else tensor.dtype.itemsize
+        for chunk in tensor.chunks:
+            file, start, length, _ = chunk.extent
+            if itemsize is None or length != math.prod(chunk.sizes) * itemsize:
+                run = (start, start + length, name, chunk.offsets)
+                if file in runs:
+                    runs[file].append(run)
+                else:
+                    runs[file] = [run]
+    for file in sorted(runs):
+        runs[file].sort()
+        for run, following in pairwise(runs[file]):
+            (_, stop, name, _), (start, _, after, _) = run, following
+            # A chunk that is listed twice is refused later, because its tensor is not tiled.
+            if start < stop and run != following:
+                raise _damaged(f"its bytes in {file} are also those of {name}", path, after)
 
 
 def _damaged(fact: str, path: Path, tensor: str) -> DamagedCheckpoint:
@@ -291,10 +314,15 @@ def _extent(info: Mapping[str, Any], names: dict[Any, str]) -> Extent:
     name = names.get(info["relative_path"])
     if name is None:
         name = names[info["relative_path"]] = _inner_name(info["relative_path"])
-    if not all(type(n) is int and 0 <= n < 1 << 63 for n in (start, length)):
+    if (
+        type(start) is not int
+        or type(length) is not int
+        or not 0 <= start < 1 << 63
+        or not 0 <= length < 1 << 63
+    ):
         raise ValueError("a run of bytes that is no range of numbers")
     transforms = tuple(info.get("transform_descriptors") or ())
-    if not all(isinstance(one, str) for one in transforms):
+    if transforms and not all(isinstance(one, str) for one in transforms):
         raise ValueError("a transform without a name")
     return Extent(name, start, length, transforms)
 

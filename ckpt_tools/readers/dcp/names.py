@@ -19,7 +19,7 @@ from functools import lru_cache
 from ckpt_tools.readers.dcp.metadata import KeyPath, Metadata
 
 # Keys that training loops use beside a model, never inside one.
-_OPTIMIZER_KEYS = {"optim", "optims", "optimizer", "optimizers"}
+_OPTIMIZER_KEYS = frozenset({"optim", "optims", "optimizer", "optimizers"})
 _TRAINING_KEYS = _OPTIMIZER_KEYS | {
     "dataloader",
     "grad_scaler",
@@ -60,7 +60,10 @@ def models(metadata: Metadata) -> Mapping[str, Mapping[str, str]]:
     for flat in _in_order(metadata.tensors, metadata.paths):
         path = metadata.path_of(flat)
         if not _is_beside_a_model(path, optimizers):
-            groups.setdefault(path[:-1], {})[str(path[-1])] = flat
+            root = path[:-1]
+            if root not in groups:
+                groups[root] = {}
+            groups[root][str(path[-1])] = flat
     # A counter or a seed that is a tensor among plain numbers is not a model.
     sized = {
         root: names
@@ -136,26 +139,44 @@ def _optimizer_roots(metadata: Metadata) -> frozenset[KeyPath]:
     """The keys of optimizers: the parents of each ``param_groups``, nested or flattened into one key."""
     roots = set()
     for flat in (*metadata.objects, *metadata.tensors):
-        path = metadata.path_of(flat)
-        for depth, key in enumerate(path):
-            if str(key).split(".")[0] == "param_groups":
-                roots.add(path[:depth])
+        if "param_groups" in flat:  # the name is made of the keys
+            path = metadata.path_of(flat)
+            roots |= {path[:i] for i, key in enumerate(path) if _first(key) == "param_groups"}
     return frozenset(roots)
+
+
+def _first(key: str | int) -> str:
+    """The part of a key before its first dot."""
+    return str(key).partition(".")[0]
 
 
 def _is_beside_a_model(path: KeyPath, optimizers: frozenset[KeyPath]) -> bool:
     return (
         _is_of_optimizer(path, optimizers)
-        or any(_NUMBER.sub("", str(key)).lower() in _TRAINING_KEYS for key in path[:-1])
-        # Extra state of a module: bytes, or tensors that are not weights.
-        or any(str(key).rpartition(".")[2] == "_extra_state" for key in path)
+        or _is_below(_TRAINING_KEYS, path[:-1])
+        or _is_extra_state(path[-1])
+        or any(map(_is_extra_state, path[:-1]))
     )
 
 
+def _is_extra_state(key: str | int) -> bool:
+    """Whether a key is that of a module's extra state: bytes, or tensors that are not weights."""
+    return str(key).endswith("_extra_state") and str(key).rpartition(".")[2] == "_extra_state"
+
+
 def _is_of_optimizer(path: KeyPath, optimizers: frozenset[KeyPath]) -> bool:
-    if len(path) == 1 and str(path[0]).split(".")[0] in _OPTIMIZER_KEYS:
+    if len(path) == 1 and _first(path[0]) in _OPTIMIZER_KEYS:
         return True
-    return any(
-        path[:depth] in optimizers and str(path[depth]).split(".")[0] in {"state", "param_groups"}
+    if optimizers and any(
+        path[:depth] in optimizers and _first(path[depth]) in {"state", "param_groups"}
         for depth in range(len(path))
-    ) or any(_NUMBER.sub("", str(key)).lower() in _OPTIMIZER_KEYS for key in path[:-1])
+    ):
+        return True
+    return _is_below(_OPTIMIZER_KEYS, path[:-1])
+
+
+# A state has a million names, and its tensors have a few dicts.
+@lru_cache(maxsize=1024)
+def _is_below(known: frozenset[str], root: KeyPath) -> bool:
+    """Whether a key on the way to a dict is one of these, with a number or without."""
+    return any(_NUMBER.sub("", str(key)).lower() in known for key in root)

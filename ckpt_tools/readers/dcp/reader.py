@@ -226,6 +226,7 @@ class Saving:
             entry: entry.stat().st_size for entry in sorted(directory.iterdir()) if entry.is_file()
         }
         self.remarks: list[str] = []
+        self._source = path if (path := directory / GLOBAL_FILE) in self.files else directory
         wanted = {c.extent.file for n in needed for c in metadata.tensors[n].chunks}
         self._check_files(wanted)
 
@@ -300,13 +301,12 @@ class Saving:
 
     def _stored(self, flat: str, saved: SavedTensor, dtype: DType) -> Stored:
         pieces = [self._piece(flat, chunk, dtype) for chunk in saved.chunks]
-        source = self._directory / GLOBAL_FILE
         return assembled(
             flat,
             dtype,
             saved.shape,
             pieces,
-            source if source in self.files else self._directory,
+            self._source,
             "The metadata is damaged, or that of a rank is missing. Copy it anew from where it was "
             "written, or pass the folder with the rest with --also DIR.",
         )
@@ -314,8 +314,8 @@ class Saving:
     def _piece(self, flat: str, chunk: Chunk, dtype: DType) -> Piece:
         box = Box(chunk.offsets, chunk.sizes)
         # There may be 100,000 chunks, and making a path takes as long as all other steps here.
-        path = self._paths.get(chunk.extent.file) or self._directory / chunk.extent.file
-        self._paths[chunk.extent.file] = path
+        if (path := self._paths.get(chunk.extent.file)) is None:
+            path = self._paths[chunk.extent.file] = self._directory / chunk.extent.file
         check_transforms(chunk, path)
         if box.numel and is_bare(chunk, dtype):
             tensor = self._of_shard(flat, chunk, dtype)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -291,11 +292,15 @@ class _Joined:
         self.weights: dict[str, Weight] = {}
         self.ties: dict[str, str] = {}
         places: dict[object, str] = {}
-        for name in dict.fromkeys(name for file in ranks for name in file.parts):
+        named = dict.fromkeys(name for file in ranks for name in file.parts)
+        starts = Counter(_start(ranks, name) for name in named)
+        for name in named:
             held = [(file, file.parts[name]) for file in ranks if name in file.parts]
             self._agree(name, held)
             runs = [run for _, part in held for run in part.runs]
-            first = places.setdefault(_place(runs) or name, name)
+            # Names of one tensor start at one place; few others do, and the place has a part of each rank.
+            place = _place(runs) if starts[_start(ranks, name)] > 1 else ()
+            first = places.setdefault(place or name, name)
             if first == name:
                 self.weights[name] = self._weight(name, held[0][1], runs)
             else:
@@ -352,6 +357,16 @@ class _Joined:
             having = [file.path for file in self._ranks if name in file.parts]
             source, hint = min(lacking, having, key=len)[0], f"Not every rank has it. {_OTHER_SAVE}"
         return assembled(name, part.dtype, part.shape, pieces, source, hint)
+
+
+def _start(ranks: Sequence[_RankFile], name: str) -> object:
+    """Equal for two names of one tensor: where its first run starts."""
+    for file in ranks:
+        part = file.parts.get(name)
+        if part is not None and part.runs:
+            ref = part.runs[0].ref
+            return id(ref.storage), ref.storage_offset, part.runs[0].start
+    return name
 
 
 def _place(runs: Sequence[Run]) -> object:

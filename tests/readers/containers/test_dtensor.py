@@ -17,6 +17,7 @@ from torch.distributed.tensor.placement_types import Placement, Replicate, Shard
 from ckpt_tools.errors import CkptError, DamagedCheckpoint, UnsafePickle, UnsupportedLayout
 from ckpt_tools.readers.containers.dtensor import Part, part_of
 from ckpt_tools.readers.containers.restricted_pickle import Opaque, StorageRef, TensorRef
+from ckpt_tools.readers.containers.torch_file import TorchFile
 from ckpt_tools.tensors.catalogue import Box, Fragment, Shape, Stored
 from ckpt_tools.tensors.dtypes import FLOAT32, DType
 from ckpt_tools.tensors.placements import Sharding, local_boxes, local_spans
@@ -121,6 +122,9 @@ class Storage(StorageRef):
 
     def __init__(self, numel: int) -> None:
         self.dtype, self.numel = FLOAT32, numel
+
+    def spend(self, runs: int) -> None:
+        pass
 
 
 def ref(*shape: int) -> TensorRef:
@@ -252,3 +256,18 @@ def test_what_is_no_tensor_is_none(value: object) -> None:
 def test_an_object_that_only_its_own_code_can_build_is_refused() -> None:
     with pytest.raises(UnsafePickle, match=r"os\.system"):
         part_of(opaque("os.system"), HERE, "w")
+
+
+def test_placements_cut_a_file_into_no_more_runs_than_it_has_bytes(tmp_path: Path) -> None:
+    torch.save({"w": torch.zeros(1)}, tmp_path / "rank_0.pt")
+    storage = TorchFile(tmp_path / "rank_0.pt").load()["w"].storage
+    shard = opaque(f"{PLACEMENTS}._StridedShard", dim=0, split_factor=1 << 15)
+    repeated = TensorRef(storage, FLOAT32, 0, (1 << 15,), (0,))
+    one = dtensor((1 << 16,), repeated, mesh_of((0,), mesh=ref(2)), shard)
+    squared = dtensor((1 << 40,), repeated, mesh_of((0, 0), mesh=ref(2, 2)), shard, shard)
+
+    assert len(read(one).runs) == 1 << 15
+    with pytest.raises(DamagedCheckpoint, match="more runs than it has bytes"):
+        read(squared)
+    with pytest.raises(DamagedCheckpoint, match="more runs than it has bytes"):
+        read(one)

@@ -17,9 +17,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from ckpt_tools import open_checkpoint
-from ckpt_tools.errors import DamagedCheckpoint
+from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout
 from ckpt_tools.readers.containers import (
     pickle_alike,
     pickle_limits,
@@ -578,3 +579,62 @@ def test_what_is_shared_within_the_limit_is_not_measured(monkeypatch: pytest.Mon
     data = pickle.dumps([OrderedDict({f"layers.{i}": (i, mesh) for i in range(200)})], 2)
 
     assert unpickle(io.BytesIO(data), "some/file") == pickle.loads(data)
+
+
+PRIME = (1 << 61) - 1  # whole numbers that differ by it have one hash
+
+
+def tuples_of_one_hash(count: int) -> bytes:
+    """-1 and -2 have one hash, and so do the tuples that they are in."""
+    numbers = b"J\xff\xff\xff\xff\x940J\xfe\xff\xff\xff\x940"
+    places = (
+        b"".join(b"h\x01" if i >> k & 1 else b"h\x00" for k in range(16)) for i in range(count)
+    )
+    return numbers + b"}(" + b"".join(b"(" + place + b"tN" for place in places) + b"u"
+
+
+def sizes(count: int) -> bytes:
+    keys = (call(name("torch", "Size"), value((i, 1))) for i in range(count))
+    return b"}(" + b"".join(key + b"N" for key in keys) + b"u"
+
+
+def numbers_as_text(count: int) -> bytes:
+    return b"}(" + b"".join(b"I%d\nN" % (i * PRIME) for i in range(9, count + 9)) + b"u"
+
+
+KEYS_OF_ONE_HASH = {
+    "long numbers": lambda n: value({i * PRIME: None for i in range(4, n + 4)}),
+    "long numbers as text": numbers_as_text,
+    "tuples": tuples_of_one_hash,
+    "sizes": sizes,
+    "items of a set": lambda n: b"\x8f(" + b"".join(value((i, 1)) for i in range(n)) + b"\x90",
+}
+
+
+@pytest.mark.parametrize("keys", KEYS_OF_ONE_HASH)
+def test_keys_that_may_have_one_hash_are_few(keys: str) -> None:
+    """Comparing each with all others would take minutes or hours."""
+    few = b"\x80\x04" + KEYS_OF_ONE_HASH[keys](300) + b"."
+    assert len(unpickle(io.BytesIO(few), "x")) == 300
+    assert follow(io.BytesIO(few)).odd_keys == 300
+
+    many = b"\x80\x04" + KEYS_OF_ONE_HASH[keys](pickle_limits.MOST_ODD_KEYS + 1) + b"."
+    with pytest.raises(UnsupportedLayout, match="keys that are tuples or long numbers"):
+        unpickle(io.BytesIO(many), "x")
+
+
+def test_calls_make_few_keys_that_may_have_one_hash() -> None:
+    numbers = [i * PRIME for i in range(4, pickle_limits.MOST_ODD_KEYS + 5)]
+    pairs = call(name("collections", "OrderedDict"), value([[i, None] for i in numbers]))
+    for made in (pairs, call(name("builtins", "set"), value(numbers))):
+        with pytest.raises(DamagedCheckpoint, match="too many keys"):
+            unpickle(io.BytesIO(b"\x80\x04" + made + b"."), "x")
+
+
+def test_texts_small_numbers_and_objects_are_any_number_of_keys() -> None:
+    count = pickle_limits.MOST_ODD_KEYS + 1
+    held = [{f"n{i}": None for i in range(count)}, {i << 20: None for i in range(count)}]
+
+    assert unpickle(io.BytesIO(pickle.dumps(held)), "x") == held
+    index = [MetadataIndex(f"n{i}", torch.Size([i, 0])) for i in range(count)]
+    assert len(unpickle(io.BytesIO(pickle.dumps(dict.fromkeys(index))), "x")) == count

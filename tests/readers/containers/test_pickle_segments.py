@@ -50,7 +50,14 @@ def at_each_opcode(data: bytes, monkeypatch: pytest.MonkeyPatch) -> Followed | s
 def alike(found: Followed | str, expected: Followed | str) -> bool:
     if isinstance(found, str) or isinstance(expected, str):
         return found == expected
-    return (found.data, found.is_odd, found.has_containers, sorted(found.shares)) == (
+    return (
+        found.odd_keys,
+        found.data,
+        found.is_odd,
+        found.has_containers,
+        sorted(found.shares),
+    ) == (
+        expected.odd_keys,
         expected.data,
         expected.is_odd,
         expected.has_containers,
