@@ -102,6 +102,8 @@ package: $(STAMP)
 	@rm -rf dist
 	@$(BIN)/python -m build --outdir dist .
 	@$(BIN)/python -m twine check --strict dist/*
+	@! grep -q 'github.com/OWNER/' pyproject.toml || \
+		echo "The URLs of the project name OWNER: write the account into pyproject.toml before you publish dist/."
 
 fuzz: $(STAMP)
 	@$(PIP) install -qq --constraint constraints.txt --editable '.[fuzz]' || \

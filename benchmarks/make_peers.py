@@ -6,6 +6,7 @@ Owns nothing of the layouts: transformers, PEFT and torch write them.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 from pathlib import Path
@@ -23,11 +24,11 @@ from transformers import AutoModelForCausalLM
 RANKS = 4
 
 
-def shards(rank: int, store: str, out: str, base: str) -> None:
-    """One rank's part of a save by HuggingFaceStorageWriter."""
+def shards(rank: int, store: str, out: str, verl: str, base: str) -> None:
+    """One rank's part of a save by HuggingFaceStorageWriter, and of one by verl."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
-    mesh = init_device_mesh("cpu", (RANKS,))
+    mesh = init_device_mesh("cpu", (RANKS,), mesh_dim_names=("fsdp",))
     state: dict[str, Any] = AutoModelForCausalLM.from_pretrained(base).state_dict()
     cut = {
         name: DTensor.from_local(
@@ -41,6 +42,8 @@ def shards(rank: int, store: str, out: str, base: str) -> None:
     }
     writer = checkpoint.HuggingFaceStorageWriter(out, save_distributed=True)
     checkpoint.save(cut, storage_writer=writer)
+    # verl/utils/checkpoint/fsdp_checkpoint_manager.py
+    torch.save(cut, Path(verl, f"model_world_size_{RANKS}_rank_{rank}.pt"))
     dist.destroy_process_group()
 
 
@@ -63,10 +66,13 @@ def main() -> None:
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.01)
     adapted.save_pretrained(options.out / "adapter")
+    (options.out / "verl").mkdir()
+    (options.out / "verl" / "fsdp_config.json").write_text(json.dumps({"world_size": RANKS}))
     with tempfile.TemporaryDirectory() as scratch:
         arguments = (
             str(Path(scratch) / "store"),
             str(options.out / "shards"),
+            str(options.out / "verl"),
             str(options.out / "base"),
         )
         spawn(shards, arguments, nprocs=RANKS)

@@ -33,12 +33,12 @@ if TYPE_CHECKING:
     )
     from ckpt_tools.conversion.compat import merge_fsdp_weights as merge_fsdp_weights
     from ckpt_tools.conversion.report import Report as Report
+    from ckpt_tools.conversion.watching.api import watch as watch
     from ckpt_tools.errors import CkptError as CkptError
     from ckpt_tools.tensors.checkpoint import Checkpoint as Checkpoint
     from ckpt_tools.verification import Problem as Problem
     from ckpt_tools.verification import Verdict as Verdict
     from ckpt_tools.verification import verify as verify
-    from ckpt_tools.watching.api import watch as watch
 
 _HOMES = {
     "analysis.difference": ("Difference", "TensorDifference", "diff"),
@@ -47,10 +47,10 @@ _HOMES = {
     "conversion.api": ("average", "consolidate", "extract_lora", "merge_lora", "open_checkpoint"),
     "conversion.compat": ("get_fp32_state_dict_from_zero_checkpoint", "merge_fsdp_weights"),
     "conversion.report": ("Report",),
+    "conversion.watching.api": ("watch",),
     "errors": ("CkptError",),
     "tensors.checkpoint": ("Checkpoint",),
     "verification": ("Problem", "Verdict", "verify"),
-    "watching.api": ("watch",),
     "_version": ("__version__",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

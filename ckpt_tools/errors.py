@@ -171,9 +171,14 @@ class StoreFailed(CkptError):
     exit_code = 9
 
 
+def counted(count: int, noun: str) -> str:
+    """A number of things as text: ``1 tensor``, ``2 tensors``."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def tensors(count: int) -> str:
-    """A number of tensors as text: ``1 tensor``, ``2 tensors``."""
-    return f"{count:,} tensor" if count == 1 else f"{count:,} tensors"
+    """A number of tensors as text."""
+    return counted(count, "tensor")
 
 
 def listed(items: Collection[object], limit: int = 6, total: int | None = None) -> str:
@@ -198,3 +203,8 @@ def number_ranges(numbers: Iterable[int]) -> str:
         else:
             spans.append([number, number])
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
+
+
+def rank_ranges(ranks: Collection[int]) -> str:
+    """Rising ranks as text: ``rank 1``, ``ranks 0-2, 5``."""
+    return f"rank{'' if len(ranks) == 1 else 's'} {number_ranges(ranks)}"

@@ -6,7 +6,7 @@
 from pathlib import Path
 from typing import Protocol
 
-from goals import cold, peers, ranks, slow, start, whole
+from goals import cold, limited, memory, network, peers, ranks, slow, start, whole
 from goals.raw import Line
 from goals.simulated import Simulated
 
@@ -23,11 +23,14 @@ class Group(Protocol):
 GROUPS: dict[str, tuple[Group, int]] = {
     "whole": (whole, 3),
     "cold": (cold, 3),
+    "limited": (limited, 1),
     "start": (start, 5),
+    "memory": (memory, 1),
     "slow": (slow, 1),
     "70B": (Simulated("70B", 64), 1),
     "405B": (Simulated("405B", 1024), 1),
     "1T": (Simulated("1T", 2048), 1),
     "ranks": (ranks, 3),
+    "network": (network, 1),
     "peers": (peers, 2),
 }

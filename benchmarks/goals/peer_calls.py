@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 
 def dcp_to_torch_save(state: str, out: str) -> None:
@@ -50,9 +52,35 @@ def mergekit(first: str, second: str, out: str) -> None:
         run_merge(MergeConfiguration.model_validate(config), out, options)
 
 
+def verl(state: str, out: str) -> None:
+    """The arithmetic of verl's merger for FSDP, and huggingface_hub's way to write shards.
+
+    The package around it imports ray. The merger itself does not need it, so the packages are empty here.
+    """
+    found = importlib.util.find_spec("verl")
+    if found is None or found.origin is None:
+        raise SystemExit("verl is not installed")
+    home = Path(found.origin).parent
+    for name, folder in (("verl", home), ("verl.model_merger", home / "model_merger")):
+        sys.modules[name] = ModuleType(name)
+        sys.modules[name].__path__ = [str(folder)]
+    base = ModuleType("verl.model_merger.base_model_merger")
+    base.BaseModelMerger = object  # type: ignore[attr-defined]
+    sys.modules[base.__name__] = base
+    merging = importlib.import_module("verl.model_merger.fsdp_model_merger")
+
+    from huggingface_hub import save_torch_state_dict
+
+    Path(out).mkdir()
+    merger = merging.FSDPModelMerger()
+    merger.config = SimpleNamespace(local_dir=state, operation="merge", hf_upload=False)
+    merger.save_hf_model_and_tokenizer = lambda merged: save_torch_state_dict(merged, out)
+    merger.merge_and_save()
+
+
 CALLS: dict[str, Callable[..., None]] = {
     call.__name__: call
-    for call in (dcp_to_torch_save, consolidate_safetensors, merge_and_unload, mergekit)
+    for call in (dcp_to_torch_save, consolidate_safetensors, merge_and_unload, mergekit, verl)
 }
 
 if __name__ == "__main__":

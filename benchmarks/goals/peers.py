@@ -16,6 +16,9 @@ from goals.raw import Line, add, column, has, load, middle
 
 NAME = "peers"
 PYTHON = sys.executable
+# Tools that are no dependency, without what they depend on: the rest is there, or is not needed.
+OTHERS = ("immutables==0.21", "mergekit==0.1.5", "verl==0.9.1")
+INSTALLED = Path("build/peers").absolute()
 PARAMETERS = "3e8"
 
 
@@ -47,7 +50,8 @@ def pairs(fsdp: Path, made: Path) -> list[Pair]:
     script = str(Path(__file__).with_name("peer_calls.py"))
 
     def call(name: str, *arguments: Path) -> Callable[[Path], list[str]]:
-        return lambda out: [PYTHON, script, name, *map(str, arguments), str(out)]
+        start = ["env", f"PYTHONPATH={INSTALLED}", PYTHON, script, name]
+        return lambda out: [*start, *map(str, arguments), str(out)]
 
     merge = [PYTHON, "-m", "accelerate.commands.accelerate_cli", "merge-weights", str(state)]
     one_file = ("--weights-only", "--max-shard-size", "1TB")
@@ -92,6 +96,14 @@ def pairs(fsdp: Path, made: Path) -> list[Pair]:
             call("mergekit", *tuned),
             tuned,
         ),
+        Pair(
+            "state of verl",
+            "the arithmetic of verl's merger",
+            ("consolidate", str(made / "verl")),
+            ("--weights-only", "--dtype", "bf16"),
+            call("verl", made / "verl"),
+            (made / "verl",),
+        ),
     ]
 
 
@@ -102,11 +114,14 @@ def run(checkpoint: Path) -> None:
     if not (fsdp / "benchmark.json").exists():
         command = [PYTHON, str(scripts / "make_fsdp.py"), str(fsdp), "--params", PARAMETERS]
         subprocess.run(command, check=True)
-    if not (made / "shards").exists():
+    if not (made / "verl").exists():
         shutil.rmtree(made, ignore_errors=True)
         subprocess.run(
             [PYTHON, str(scripts / "make_peers.py"), str(made), "--params", PARAMETERS], check=True
         )
+    if not INSTALLED.exists():
+        command = [PYTHON, "-m", "pip", "install", "--quiet", "--no-deps", "--target", INSTALLED]
+        subprocess.run([*command, *OTHERS], check=False)
     for pair in pairs(fsdp, made):
         inputs = tuple(
             Range(file, 0, file.stat().st_size)
@@ -124,7 +139,7 @@ def run(checkpoint: Path) -> None:
                 try:
                     measured = measure(contender, Path(scratch))
                 except SystemExit as error:
-                    print(error, file=sys.stderr)  # a tool that is not installed
+                    print(error, file=sys.stderr)  # a tool that cannot be installed here
                     break
                 print(f"{contender.name}: {measured.wall_seconds:.2f} s", file=sys.stderr)
                 add(NAME, [asdict(measured) | {"durable_seconds": measured.durable_seconds}])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from compare import machine
 
+from goals import times
 from goals.raw import Line
 
 TITLES = {
@@ -31,8 +32,14 @@ MEANING = (
 BAR, LABEL, ROW = 360, 470, 22
 
 
-def write(directory: Path, lines: Sequence[Line]) -> None:
-    """Write both files."""
+def write(directory: Path, lines: Sequence[Line], failures: Mapping[str, str]) -> None:
+    """Write both files.
+
+    Args:
+        directory: where.
+        lines: the measurements.
+        failures: the groups that could not be measured, and why.
+    """
     text = [
         "# Results",
         "",
@@ -56,6 +63,16 @@ def write(directory: Path, lines: Sequence[Line]) -> None:
                 *map(row, own),
                 "",
             ]
+    if failures:
+        text += [
+            "## Not measured",
+            "",
+            "| group | why |",
+            "|---|---|",
+            *(f"| {name} | {why.replace('|', '/')} |" for name, why in failures.items()),
+            "",
+        ]
+    text += times.table()
     # What measurements alone do not say: before and after, what was tried, why goals are missed.
     text.append((Path(__file__).parent / "notes.md").read_text())
     (directory / "RESULTS.md").write_text("\n".join(text).rstrip() + "\n")

@@ -13,6 +13,7 @@ from typing import Any
 from compare import Contender, Range, measure
 
 from goals.raw import Line, add, column, has, load, middle
+from goals.times import steps
 
 NAME = "whole"
 DOES = {
@@ -57,6 +58,8 @@ def run(checkpoint: Path) -> None:
             print(f"{contender.name}: {measured.wall_seconds:.2f} s", file=sys.stderr)
             facts: dict[str, Any] = asdict(measured) | {"parameters": parameters}
             facts["durable_seconds"] = measured.durable_seconds
+            if measured.move_seconds is not None:
+                facts |= steps(Path(scratch), measured.wall_seconds)
             add(NAME, [facts])
 
 

@@ -1,6 +1,6 @@
 """Owns ``--report`` and ``--statistics``: the page that a command writes, checked before the work begins.
 
-:mod:`ckpt_tools.page` makes the page.
+:mod:`ckpt_tools.cli.page` makes the page.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ckpt_tools.cli.usage import Unusable
 from ckpt_tools.errors import OutputFailed
 
 if TYPE_CHECKING:
-    from ckpt_tools.page import Page
+    from ckpt_tools.cli.page import Page
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -85,7 +85,7 @@ def page_with_statistics(function: F) -> F:
 
 def command_line() -> str:
     """The command line of this process, with the variables of the environment that stood for options."""
-    from ckpt_tools.page import shell_line
+    from ckpt_tools.cli.page import shell_line
 
     context = click.get_current_context()
     settings = {}
@@ -119,7 +119,7 @@ def write_page(file: Path, made: Page) -> None:
     Raises:
         OutputFailed: it cannot be written.
     """
-    from ckpt_tools.page import rendered
+    from ckpt_tools.cli.page import rendered
 
     try:
         write_whole(file, rendered(made))

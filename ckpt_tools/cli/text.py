@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ckpt_tools.errors import counted as counted
 from ckpt_tools.text import nbytes_text as nbytes_text
 from ckpt_tools.text import neutral
 from ckpt_tools.text import printable as printable
@@ -87,11 +88,6 @@ def folded(text: str, width: int) -> str:
     glued = _SIZE.sub(_NO_BREAK, text)
     lines = textwrap.wrap(glued, max(width, 8), break_on_hyphens=False) or [""]
     return "\n".join(lines).replace(_NO_BREAK, " ")
-
-
-def counted(count: int, noun: str) -> str:
-    """A number of things: ``1 tensor``, ``2 tensors``."""
-    return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
 def count_text(count: int) -> str:

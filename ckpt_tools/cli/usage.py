@@ -12,6 +12,12 @@ import click
 
 from ckpt_tools.cli.text import say
 
+_SURPLUS = re.compile(r"\.? \(?Did you mean|\. Choose from:")
+_WORDS = (
+    (re.compile(r"(\S+) is not in the range x>=(\d+)(?:\.0)?$"), r"\1 is less than \2"),
+    (re.compile(r"is not a valid integer(?: range)?$"), "is not a whole number"),
+    (re.compile(r"is not a valid float(?: range)?$"), "is not a number"),
+)
 _UNKNOWN = re.compile(r"[Nn]o such (?:command|option):? '?([^' ]+)'?")
 
 
@@ -39,7 +45,7 @@ def show_usage_error(error: click.ClickException) -> None:
     if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):
         error.show()
         return
-    fact = message.split(" Did you mean")[0].strip().removesuffix(".")
+    fact = _in_plain_words(message)
     say(fact[0].lower() + fact[1:], label="error: ", color="red", bold=True, err=True)
     if isinstance(error, Unusable):
         say(error.hint, label="  next: ", err=True)
@@ -53,6 +59,14 @@ def show_usage_error(error: click.ClickException) -> None:
     close = _close_names(context, unknown[1]) if unknown is not None else []
     meant = f"Did you mean {' or '.join(close)}? " if close else ""
     say(f"{meant}Run {context.command_path} --help.", label="  next: ", err=True)
+
+
+def _in_plain_words(message: str) -> str:
+    """Click's sentence without its list of choices and close names, which the next step and --help show."""
+    fact = _SURPLUS.split(message)[0].strip().removesuffix(".")
+    for pattern, words in _WORDS:
+        fact = pattern.sub(words, fact)
+    return fact
 
 
 def _is_about_arguments(error: click.ClickException) -> bool:

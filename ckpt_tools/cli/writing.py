@@ -40,7 +40,7 @@ def write_directory(
     elif not quiet:
         show_report(done, verbose)
     if report is not None:
-        from ckpt_tools.page.conversion import page_of_conversion
+        from ckpt_tools.cli.page.conversion import page_of_conversion
 
         with shown_progress(quiet or as_json or not statistics, "reading") as progress:
             page = page_of_conversion(

@@ -17,6 +17,7 @@ from ckpt_tools.conversion.bases import read_like
 from ckpt_tools.conversion.pipeline import Planned, dtype_counts
 from ckpt_tools.conversion.request import Request
 from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout, UsageError, listed
+from ckpt_tools.errors import tensors as tensors_text
 from ckpt_tools.hub import AssetFile, Assets, ConfigSource, collect, find_config
 from ckpt_tools.hub.adapter_config import AdapterConfig, with_given
 from ckpt_tools.hub.card import CardFacts, license_beside, model_card
@@ -33,7 +34,6 @@ from ckpt_tools.model.state import State, cast_state, main_dtype, mean_state, mo
 from ckpt_tools.tensors.catalogue import Catalogue, Tensor
 from ckpt_tools.tensors.checkpoint import Checkpoint
 from ckpt_tools.tensors.derived import cast
-from ckpt_tools.tensors.threads import load_torch
 from ckpt_tools.text import markdown, markdown_code
 from ckpt_tools.transforms.key_map import KeyMap, key_map
 from ckpt_tools.transforms.lora import choose_adapter
@@ -191,9 +191,8 @@ def prepare_model(sources: Sequence[Checkpoint], request: Request) -> _Model:
         answer = ask_model(
             catalogue, config, extra, main_dtype(catalogue), trust=request.trust_remote_code
         )
-        # The import takes seconds and is needed later; the answer takes seconds too.
-        load_torch()
-    tensors = [tensor for each in states for tensor in each.catalogue.values()]
+    # Within a file of the output they lie by name.
+    tensors = [tensor for each in states for _, tensor in sorted(each.catalogue.items())]
     return _Model(sources, request, tensors, combined, catalogue, like, extra, config, answer)
 
 
@@ -208,10 +207,11 @@ def read_key_map(path: Path | None) -> KeyMap | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
         raise UsageError(
-            f"the key map cannot be read: {error}",
+            f"the key map cannot be read ({why})",
             path=path,
-            hint="It is a JSON file; docs/formats.md describes it.",
+            hint="Pass --key-map with a JSON file. docs/formats.md describes it.",
         ) from error
     return key_map(content)
 
@@ -257,7 +257,8 @@ def _with_quantizer(
     has = KEY in config.data
     if combined.as_stored and not has:
         raise UsageError(
-            f"{len(combined.as_stored)} tensors are a quantiser's, and the config has no {KEY}: "
+            f"the checkpoint holds {tensors_text(len(combined.as_stored))} of a quantiser, "
+            f"and the config has no {KEY}: "
             f"{listed(sorted(combined.as_stored))}",
             path=config.path,
             hint="Pass --dequantize for 16-bit weights, or --config with the config of the quantised model.",

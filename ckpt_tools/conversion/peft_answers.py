@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from ckpt_tools.conversion.request import Request
 from ckpt_tools.errors import CkptError, UnsupportedLayout, UsageError, listed
+from ckpt_tools.errors import tensors as tensors_text
 from ckpt_tools.hub import ConfigSource
 from ckpt_tools.hub.adapter_config import AdapterConfig
 from ckpt_tools.hub.config import finish
@@ -141,7 +142,7 @@ def _as_peft(one: Found, answer: AdapterAnswer, question: str, request: Request)
     lacking = [saved for saved, (live, _) in wanted.items() if not live]
     if lacking:
         raise UsageError(
-            f"the config's adapter {adapter.name!r} has {len(lacking)} tensors that the checkpoint "
+            f"the config's adapter {adapter.name!r} has {tensors_text(len(lacking))} that the checkpoint "
             f"lacks: {listed(lacking)}",
             path=one.config.path,
             hint=hint,

@@ -13,6 +13,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -25,10 +26,12 @@ from ckpt_tools.errors import UnsafePickle, VerificationFailed, listed
 from ckpt_tools.hub.links import home_of, refuse_any_leaving, refuse_leaving
 from ckpt_tools.readers.containers.suspicion import suspicious
 from ckpt_tools.storage.folders import folders_of
+from ckpt_tools.storage.residence import Residence
+from ckpt_tools.tensors.ahead import reading_ahead
 from ckpt_tools.tensors.catalogue import Tensor
 from ckpt_tools.tensors.checkpoint import Checkpoint
 from ckpt_tools.tensors.deferred import settle
-from ckpt_tools.tensors.threads import threads_for
+from ckpt_tools.tensors.threads import load_torch, threads_for
 from ckpt_tools.verification import verify
 from ckpt_tools.writing.bytes import Written
 from ckpt_tools.writing.delivery import Delivered, deliver
@@ -122,8 +125,34 @@ def run(sources: Sequence[Checkpoint], request: Request, prepare: Prepare, clock
     pending = prepare(sources, request)
     held = (file for source in sources for file in source.files)
     settle(pending.tensors, max(request.workers, threads_for(held)))
-    suspicions = _suspicions(sources, request)
-    clock.lap("read")
+    residence = Residence()
+    reads = not request.dry_run and not request.resume
+    with reading_ahead(pending.tensors, residence) if reads else nullcontext():
+        # The import takes seconds, and the answer about the model takes seconds too.
+        load_torch()
+        suspicions = _suspicions(sources, request)
+        clock.lap("read")
+        checked = _check_copies(sources, request)
+        clock.lap("check")
+        planned = pending.plan()
+    planned = replace(planned, provenance=replace(planned.provenance, request=asked))
+    refuse_marker(request.marker, planned.outputs)
+    if not request.follow_links:
+        _refuse_links(planned.outputs, request)
+        for directory, files in planned.provenance.files_beside().items():
+            refuse_any_leaving(files, [directory])
+    clock.lap("plan")
+    checks.add(planned.provenance.files())
+    delivered = deliver(
+        request.output, planned.outputs, request, planned.provenance, checks, residence
+    )
+    clock.lap("write")
+    planned = replace(planned, warnings=(*suspicions, *planned.warnings))
+    return _report(sources[0], request, planned, delivered, checked, clock)
+
+
+def _check_copies(sources: Sequence[Checkpoint], request: Request) -> int:
+    """Compare what a checkpoint holds twice; the number of masters that were compared with 16-bit weights."""
     checked = 0
     if request.weights == "master":
         checked = sum(
@@ -142,20 +171,7 @@ def run(sources: Sequence[Checkpoint], request: Request, prepare: Prepare, clock
             check_all_masters=request.check_all_masters,
             workers=request.workers,
         )
-    clock.lap("check")
-    planned = pending.plan()
-    planned = replace(planned, provenance=replace(planned.provenance, request=asked))
-    refuse_marker(request.marker, planned.outputs)
-    if not request.follow_links:
-        _refuse_links(planned.outputs, request)
-        for directory, files in planned.provenance.files_beside().items():
-            refuse_any_leaving(files, [directory])
-    clock.lap("plan")
-    checks.add(planned.provenance.files())
-    delivered = deliver(request.output, planned.outputs, request, planned.provenance, checks)
-    clock.lap("write")
-    planned = replace(planned, warnings=(*suspicions, *planned.warnings))
-    return _report(sources[0], request, planned, delivered, checked, clock)
+    return checked
 
 
 def _suspicions(sources: Sequence[Checkpoint], request: Request) -> list[str]:

@@ -18,6 +18,7 @@ import xxhash
 from ckpt_tools._version import __version__
 from ckpt_tools.conversion.report import Report
 from ckpt_tools.conversion.request import Request
+from ckpt_tools.conversion.staging import alone_in
 from ckpt_tools.errors import CkptError, UsageError
 from ckpt_tools.storage.addresses import Address, PathLike, parsed
 from ckpt_tools.storage.naming import as_path
@@ -71,6 +72,13 @@ def sent(sources: Sources, request: Request, convert: Callable[[Request], Report
 def _uploaded(
     address: Address, sources: Sources, request: Request, convert: Callable[[Request], Report]
 ) -> Report:
+    with alone_in(request.output.parent):
+        return _made_and_sent(address, sources, request, convert)
+
+
+def _made_and_sent(
+    address: Address, sources: Sources, request: Request, convert: Callable[[Request], Report]
+) -> Report:
     home = request.output.parent
     record = home / "uploaded.json"
     signature = _signature(sources, request)
@@ -105,7 +113,7 @@ def _pushed(request: Request, convert: Callable[[Request], Report]) -> Report:
         )
     if not re.fullmatch(r"[^/:@]+/[^/:@]+", request.push_to_hub or ""):
         raise UsageError(
-            f"{request.push_to_hub!r} is no repository of the Hub",
+            f"{request.push_to_hub!r} is not the name of a repository of the Hub",
             hint="Pass --push-to-hub ORG/REPO; --revision names another branch than main.",
         )
     revision = f"@{request.revision.replace('/', '%2F')}" if request.revision else ""
@@ -153,11 +161,9 @@ def _send(
 
     assert record is not None
     sizes = [path.stat().st_size for path in directory.rglob("*") if path.is_file()]
-    total, done = sum(sizes), 0
+    total = sum(sizes)
 
-    def sent_bytes(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
+    def sent_bytes(done: int) -> None:
         request.active()
         if request.progress is not None:
             request.progress(done, total)
@@ -209,8 +215,6 @@ def _earlier(request: Request, signature: str) -> Report | None:
 
 def _forget(home: Path, keep_partial: bool) -> None:
     """Remove what an earlier run left; its partial directory can be continued."""
-    for path in home.iterdir() if home.is_dir() else ():
+    for path in home.iterdir():
         if not (keep_partial and path.name.startswith("output.partial-")):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    if home.is_dir() and not any(home.iterdir()):
-        home.rmdir()

@@ -25,7 +25,7 @@ _SENTENCE_TRANSFORMERS = (
 _NOT_ASSETS = re.compile(
     r"\..*|.*\.(safetensors|bin|pt|pth|ckpt|distcp|h5|msgpack|onnx|gguf|npz|log|out|err|lock)|"
     r".*\.(safetensors|bin)\.index\.json|config\.json|generation_config\.json|adapter_config\.json|"
-    r"ckpt_tools_manifest\.json|SHA256SUMS|README\.md|latest|latest_.*|zero_to_fp32\.py|"
+    r"ckpt_tools_manifest\.json|SHA256SUMS|README\.md|latest|latest_.*|zero_to_(fp32|torch)\.py|"
     r"(trainer|training|scheduler)_.*\.json|.*results\.json|ds_config.*\.json|\.metadata"
 )
 
@@ -64,7 +64,7 @@ def left_behind(places: Iterable[Path], copied: Iterable[AssetFile]) -> Iterator
             if path.is_file() and path.name not in names and not _NOT_ASSETS.fullmatch(path.name)
         )
         if left:
-            yield f"left in {place}: {listed(left)}"
+            yield f"not copied from {place}: {listed(left)}"
 
 
 def _modules(place: Path) -> Iterator[tuple[str, str]]:

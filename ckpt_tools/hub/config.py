@@ -309,7 +309,7 @@ def _clear_leftovers(
     if any(architectures.never_generates(str(name)) for name in names):
         found = [(place, key) for place, key in found if key != "use_cache"]
     for place, key in found:
-        text = f"{key} {json.dumps(place[key])} is of the training run"
+        text = f"{key} {json.dumps(place[key])} was for training alone"
         if source.is_named:
             warnings.append(f"{text}; it was kept, because --config names this config")
         elif key == "use_cache":

@@ -11,7 +11,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from ckpt_tools.errors import DamagedCheckpoint, MissingAsset, UnsupportedLayout, UsageError, listed
+from ckpt_tools.errors import (
+    DamagedCheckpoint,
+    MissingAsset,
+    UnsupportedLayout,
+    UsageError,
+    listed,
+    tensors,
+)
 from ckpt_tools.hub.adapter_config import (
     NAME,
     AdapterConfig,
@@ -81,7 +88,7 @@ class Adapter:
         empty = [part.name for part in self.parts if not self.state.catalogue[part.name].numel]
         if empty:
             raise DamagedCheckpoint(
-                f"{len(empty)} tensors of adapter {self.name!r} are empty: {listed(empty)}",
+                f"adapter {self.name!r} has {tensors(len(empty))} without elements: {listed(empty)}",
                 hint=_NOT_GATHERED,
             )
 
@@ -235,7 +242,7 @@ def read_adapter_directory(
         raise MissingAsset(
             f"it holds no {ADAPTER_FILES[0]}" if entry is None else f"it holds no {NAME}",
             path=directory,
-            hint="Pass --adapter-dir a directory that PEFT's save_pretrained wrote.",
+            hint="Pass --adapter-dir with a directory that PEFT's save_pretrained wrote.",
         )
     held = Catalogue(dict(read_weight_files(entry).tensors))
     dtypes = {name: tensor.dtype for name, tensor in held.items()}
@@ -243,7 +250,7 @@ def read_adapter_directory(
     empty = [name for name, tensor in held.items() if not tensor.numel]
     if empty:
         raise DamagedCheckpoint(
-            f"the adapter has empty tensors: {listed(empty)}",
+            f"the adapter has {tensors(len(empty))} without elements: {listed(empty)}",
             path=entry,
             hint=_NOT_GATHERED,
         )

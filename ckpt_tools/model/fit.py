@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from ckpt_tools.errors import DamagedCheckpoint, UsageError, listed
+from ckpt_tools.errors import tensors as tensors_text
 from ckpt_tools.hub import ConfigSource
 from ckpt_tools.hub.architectures import (
     BESIDE_LANGUAGE_MODELS,
@@ -137,11 +138,13 @@ def _notes(
     notes = []
     if layout.renamed:
         old, new = next(iter(layout.renamed.items()))
-        notes.append(f"{len(layout.renamed)} tensors got their hub names, such as {new} ({old})")
+        notes.append(
+            f"{tensors_text(len(layout.renamed))} got their hub names, such as {new} ({old})"
+        )
     if layout.converted:
         new, parts = next(iter(layout.converted.items()))
         notes.append(
-            f"{len(layout.converted)} tensors were brought into the hub's layout, such as {new} "
+            f"{tensors_text(len(layout.converted))} brought into the hub's layout, such as {new} "
             f"(from {listed(parts, 2)})"
         )
     if layout.ignored:
@@ -235,23 +238,30 @@ def _refuse_another_model(
     """Refuse a state with adapters, and the config of another model."""
     if is_adapted(surplus):
         raise UsageError(
-            f"the checkpoint is of a LoRA model ({listed([n for n in surplus if '.lora_' in n])})",
+            f"the checkpoint holds a LoRA adapter ({listed([n for n in surplus if '.lora_' in n], 2)})",
             path=config.path,
-            hint="extract-lora writes the adapter, merge-lora the model with the adapter merged; "
+            hint="Write the adapter with extract-lora, or the model with the adapter merged with merge-lora. "
             "--weights-only writes the tensors under the names that they have.",
         )
     if len(lacking) == len(reference.saved) or len(surplus) > len(tensors) // 2:
         tops = sorted({name.split(".")[0] for name in tensors})
-        numbered = (
-            "numbered by the layers of a pipeline, such as" if tops[0].isdigit() else "called"
+        numbered = "called"
+        hint = (
+            f"Top-level attributes of the checkpoint: {', '.join(tops)}. Pass the config of the "
+            "model that was trained, write one attribute with extract-attr, name the tensors with "
+            "--key-map FILE, or pass --weights-only to write them under these names."
         )
+        if tops[0].isdigit():
+            numbered = "numbered by the layers of a pipeline, such as"
+            hint = (
+                "Name the tensors with --key-map FILE, which docs/formats.md describes, or pass "
+                "--weights-only to write them under these names."
+            )
         raise UsageError(
             f"the config describes {reference.architecture}, whose tensors are called "
             f"{listed(lacking[:2])}; those of the checkpoint are {numbered} {listed(surplus[:2])}",
             path=config.path,
-            hint=f"Top-level attributes of the checkpoint: {', '.join(tops)}. Pass the config of the "
-            "model that was trained, write one attribute with extract-attr, name the tensors with "
-            "--key-map FILE, or pass --weights-only to write them under these names.",
+            hint=hint,
         )
 
 
@@ -259,7 +269,7 @@ def _incomplete(
     missing: Sequence[str], reference: ReferenceModel, config: ConfigSource
 ) -> DamagedCheckpoint:
     return DamagedCheckpoint(
-        f"{len(missing)} tensors of {reference.architecture} are not in the checkpoint: "
+        f"the checkpoint lacks {tensors_text(len(missing))} of {reference.architecture}: "
         f"{listed(missing, 50)}",
         path=config.path,
         missing=missing,
@@ -304,12 +314,30 @@ def _rounded(tensors: Mapping[str, Tensor], reference: ReferenceModel, dtype: DT
 def _not_floating(
     tensors: Mapping[str, Tensor], reference: ReferenceModel, config: ConfigSource
 ) -> list[str]:
-    """Parameters whose dtype is not floating, although no quantizer makes weights of them."""
+    """A warning for integers in the place of floating parameters, where no quantizer makes weights of them.
+
+    ``from_pretrained`` casts what it reads to the dtype of the parameter. Integers stay the same numbers.
+    Complex numbers lose their imaginary part, so that the model would not be the one that was trained.
+
+    Raises:
+        UsageError: complex numbers are in the place of floating parameters.
+    """
     if "quantization_config" in config.data:
         return []
     names = [n for n in reference.saved if not tensors[n].dtype.is_floating]
     names = [name for name in names if reference.is_parameter(name)]
     if not names:
         return []
+    for name in names:
+        if str(dtype := tensors[name].dtype).startswith("complex"):
+            raise UsageError(
+                f"its dtype is {dtype}, and the model of the config has a real parameter there: transformers "
+                "would drop the imaginary part",
+                path=config.path,
+                tensor=name,
+                hint="Pass the config of the model that was trained (--config FILE|DIR), or pass "
+                "--weights-only to write the tensors as they are.",
+            )
     dtypes = listed(sorted({str(tensors[name].dtype) for name in names}))
-    return [f"the model has floating-point parameters, but these are {dtypes}: {listed(names)}"]
+    what = f"transformers will cast these from {dtypes}: {listed(names)}"
+    return [f"the model has floating-point parameters, and {what}"]

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ckpt_tools.errors import UnsupportedLayout, listed
+from ckpt_tools.errors import UnsupportedLayout, counted, listed
 from ckpt_tools.hub.files import read_object
 from ckpt_tools.model.state import State
 from ckpt_tools.tensors.catalogue import Catalogue
@@ -80,7 +80,7 @@ def plain_state(state: State, quantizer: Mapping[str, Any], instead: Collection[
     odd = sorted(storage - known - beside)
     if odd:
         raise UnsupportedLayout(
-            f"{len(odd)} tensors are of a quantiser that is not known: {listed(odd)}",
+            f"the quantiser of {counted(len(odd), 'tensor')} is not known: {listed(odd)}",
             hint="Pass --base DIR with the 16-bit model.",
         )
     ties = {a: kept for a, kept in catalogue.ties.items() if kept in tensors and a not in tensors}

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from ckpt_tools.errors import UnsupportedLayout, listed
+from ckpt_tools.errors import UnsupportedLayout, counted, listed
 from ckpt_tools.hub.adapter_config import AdapterConfig
 
 # Settings that the merge reads, or that the tensors state by themselves.
@@ -107,7 +107,7 @@ def refuse_another_base(config: AdapterConfig, elsewhere: Iterable[str]) -> None
         )
     raise UnsupportedLayout(
         f"init_lora_weights {start!r} changed the base before training, and "
-        f"{len(names)} weights here are of the base before that: {listed(names)}",
+        f"{counted(len(names), 'weight')} here came from the base before that: {listed(names)}",
         path=config.path,
         hint="Merge the whole checkpoint of the run, which holds the changed base, without --base. "
         + other

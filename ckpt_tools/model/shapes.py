@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ckpt_tools.errors import UnsupportedLayout, UsageError, listed
+from ckpt_tools.errors import UnsupportedLayout, UsageError, counted, listed
 from ckpt_tools.hub import ConfigSource
 from ckpt_tools.hub.reference import ReferenceModel
 from ckpt_tools.model.fit import ask_model
@@ -29,7 +29,7 @@ def with_shapes(state: State, config: ConfigSource | None, *, trust: bool = Fals
         return state
     if config is None:
         raise UsageError(
-            f"the files do not record the shapes of {len(state.shapeless)} parameters",
+            f"the files do not record the shapes of {counted(len(state.shapeless), 'parameter')}",
             hint="Pass --config with the config of the model that was trained, without --weights-only.",
         )
     dtype = main_dtype(state.catalogue)
@@ -47,7 +47,7 @@ def with_shapes(state: State, config: ConfigSource | None, *, trust: bool = Fals
         name: _shaped(name, tensor, reference, config) if name in state.shapeless else tensor
         for name, tensor in state.catalogue.items()
     }
-    note = f"{len(state.shapeless)} parameters got their shapes from {config.path.name}"
+    note = f"{counted(len(state.shapeless), 'parameter')} got their shapes from {config.path.name}"
     return replace(
         state,
         catalogue=Catalogue(tensors, state.catalogue.ties),

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ckpt_tools.errors import UnsupportedLayout, UsageError
+from ckpt_tools.errors import UnsupportedLayout, UsageError, counted, tensors
 from ckpt_tools.tensors.catalogue import Catalogue, Tensor
 from ckpt_tools.tensors.checkpoint import Checkpoint, Copy, Kind
 from ckpt_tools.tensors.derived import cast
@@ -68,7 +68,7 @@ def model_state(
     """
     if checkpoint.shapeless and not flat:
         raise UnsupportedLayout(
-            f"the files do not record the shapes of {len(checkpoint.shapeless)} parameters",
+            f"the files do not record the shapes of {counted(len(checkpoint.shapeless), 'parameter')}",
             path=checkpoint.location.directory,
             hint="consolidate with --config takes the shapes from the config. Pass its output here.",
         )
@@ -94,7 +94,7 @@ def model_state(
     shapeless = {id(checkpoint.weights[name]) for name in checkpoint.shapeless}
     notes = [f"stripped {where} from {count} names" for where, count in removed.items()]
     if names is not None:
-        notes.insert(0, f"the key map gave {len(whole)} tensors their names")
+        notes.insert(0, f"the key map named {tensors(len(whole))}")
     return State(
         catalogue,
         {name: weight.dtype for name, weight in held.items()},

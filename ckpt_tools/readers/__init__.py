@@ -86,7 +86,11 @@ def locate(
 
 def _locate(path: Path, tag: str | None, model: int | str | None, format: str | None) -> Location:
     if not path.exists():
-        raise NotACheckpoint("no such file or directory", path=path, hint=how_to_restore(path))
+        raise NotACheckpoint(
+            "no such file or directory",
+            path=path,
+            hint=how_to_restore(path) or "Check the path.",
+        )
     found = _find(path, tag, format)
     if path.is_dir() and all(location.format in LAST for location in found):
         found = _below(path, tag, format) or found
@@ -94,7 +98,7 @@ def _locate(path: Path, tag: str | None, model: int | str | None, format: str | 
         raise UsageError(
             f"there is no checkpoint with the tag {tag!r}",
             path=path,
-            hint=f"Found: {', '.join(location.name for location in others)}.",
+            hint=f"Pass --tag with one of: {', '.join(location.name for location in others)}.",
         )
     if not found and (adapters := _adapters(path)):
         raise NotACheckpoint(
@@ -113,7 +117,9 @@ def _locate(path: Path, tag: str | None, model: int | str | None, format: str | 
             "no checkpoint of a known format was found",
             path=path,
             hint=f"The path holds: {_listing(path)}. Pass the directory with `latest`, the global_stepN "
-            "directory or the checkpoint-N directory.",
+            "directory or the checkpoint-N directory."
+            if path.is_dir()
+            else "Pass a file that holds weights, or the directory of a checkpoint.",
         )
     if model is not None:
         found = _numbered(path, found, model)
@@ -201,7 +207,9 @@ def _numbered(path: Path, found: list[Location], model: int | str) -> list[Locat
         raise UsageError(
             f"there is no model {model}",
             path=path,
-            hint=f"Found: {', '.join(location.name for location in found)}.",
+            hint="There is one model. Leave out --model."
+            if len(found) == 1
+            else f"Pass --model with one of: {', '.join(location.name for location in found)}.",
         )
     return chosen
 
@@ -226,7 +234,8 @@ def _asked(format: str | None) -> list[Reader]:
         return list(readers().values())
     if format not in readers():
         raise UsageError(
-            f"unknown format {format!r}", hint=f"Formats: {', '.join(sorted(readers()))}."
+            f"unknown format {format!r}",
+            hint=f"Pass --source-format with one of: {', '.join(sorted(readers()))}.",
         )
     return [readers()[format]]
 

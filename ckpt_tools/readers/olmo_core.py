@@ -63,7 +63,7 @@ def find(path: Path, tag: str | None = None) -> list[Location]:
         raise UsageError(
             f"there is no checkpoint with the tag {tag!r}",
             path=path,
-            hint=f"Found: {', '.join(entry.name for _, entry in steps)}.",
+            hint=f"Pass --tag with one of: {', '.join(entry.name for _, entry in steps)}.",
         )
     return [_location(chosen[0] / _STATE, tag)]
 

@@ -57,7 +57,9 @@ class Requests:
         at_once: the number of requests that one thread makes at a time. If more than 1, a long run is cut
             into requests of ``nbytes``.
         block_bytes: at least so many bytes of an output are made at a time.
-        threads: the number of threads that read, whatever the number of processors; None if they are as many.
+        threads: the largest number of threads that read, whatever the number of processors; None if they are
+            as many.
+        buffer_bytes: bytes of the buffers of these threads together. With large blocks they are fewer.
     """
 
     nbytes: int = 1 << 20
@@ -65,6 +67,14 @@ class Requests:
     at_once: int = 1
     threads: int | None = None
     block_bytes: int = 0
+    buffer_bytes: int = 0
+
+    def threads_for(self, block_bytes: int) -> int | None:
+        """The number of threads that read for blocks of an output; None if they are as many as processors."""
+        if self.threads is None:
+            return None
+        # A block, and its source of twice the size where elements are cast to half their size.
+        return max(min(self.threads, self.buffer_bytes // (3 * block_bytes)), 1)
 
 
 LOCAL = Requests()

@@ -50,13 +50,24 @@ class Residence:
     def open(self, path: Path) -> Readable:
         """Open a file of any place; raises as :func:`ckpt_tools.storage.pool.open_for_reading` does."""
         file = open_for_reading(path)
-        if not isinstance(file, LocalFile):
+        if not isinstance(file, LocalFile) or self._was_resident(path, file):
             return file
+        return _ReadOnce(file)
+
+    def open_absent(self, path: Path) -> LocalFile | None:
+        """Open a file of this machine that was not in the page cache; None for others. Raises as above."""
+        file = open_for_reading(path)
+        if isinstance(file, LocalFile) and not self._was_resident(path, file):
+            return file
+        file.close()
+        return None
+
+    def _was_resident(self, path: Path, file: LocalFile) -> bool:
         with self._lock:
             resident = self._resident.get(path)
             if resident is None:
                 resident = self._resident[path] = is_resident(file.fileno())
-        return file if resident else _ReadOnce(file)
+        return resident
 
 
 class _ReadOnce:

@@ -10,12 +10,13 @@ from typing import overload
 from ckpt_tools.errors import DamagedCheckpoint
 from ckpt_tools.tensors.catalogue import Box, FlatRange, Fragment, Shape, Stored
 from ckpt_tools.tensors.dtypes import DType
+from ckpt_tools.tensors.tiling import Consecutive
 
 Region = FlatRange | Box
 Piece = tuple[Box, Callable[[Region], Fragment]]
 
 
-class EvenSlices(Sequence[Fragment]):
+class EvenSlices(Consecutive):
     """The slices of a flattened tensor, one in each rank's file, made on demand.
 
     All slices have one length but the last, which may be shorter. A model of a thousand parameters on a
@@ -38,10 +39,13 @@ class EvenSlices(Sequence[Fragment]):
         bases: Sequence[int] | None = None,
     ) -> None:
         self._files, self._bases = files, bases
-        self._offset, self._length, self._numel = offset, length, numel
+        self._offset, self._length, self.numel = offset, length, numel
+        self._count = -(-numel // length) if numel else 0
+        if self._count > len(files):
+            raise ValueError(f"{self._count} slices in {len(files)} files")
 
     def __len__(self) -> int:
-        return math.ceil(self._numel / self._length) if self._numel else 0
+        return self._count
 
     @overload
     def __getitem__(self, index: int) -> Fragment: ...
@@ -53,7 +57,7 @@ class EvenSlices(Sequence[Fragment]):
         rank = range(len(self))[index]
         base = 0 if self._bases is None else self._bases[rank]
         start = rank * self._length
-        region = FlatRange(start, min(start + self._length, self._numel))
+        region = FlatRange(start, min(start + self._length, self.numel))
         return Fragment(self._files[rank], base + self._offset, region)
 
 

@@ -4,11 +4,12 @@ One :class:`Gatherer` belongs to one thread. It keeps its files and its read buf
 depend on the size of the tensors. The runs of a window are read in the order of their bytes in the files, and
 neighbours are read in one request. With many ranks, a window holds a small piece of each of many parameters
 from each rank, and these pieces are neighbours in the rank's file. The place of a file says how large a
-request is, and how many requests one thread makes at a time.
+request is, and how many requests one thread makes at a time. A gatherer may be told to make more.
 """
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -57,6 +58,11 @@ class Gatherer:
     Args:
         log: where the checksums of the bytes that are read are noted, if they are wanted.
         residence: opens the files, where they are read once.
+
+    Attributes:
+        at_once: the number of requests that it makes at a time, if a place says no larger one.
+        bytes_read: the bytes that it read.
+        waited: seconds of the thread that passed without work while bytes were read.
     """
 
     def __init__(self, log: ReadLog | None = None, residence: Residence | None = None) -> None:
@@ -70,7 +76,9 @@ class Gatherer:
         self._threads: ThreadPoolExecutor | None = None
         self._log = log
         self._open_file = open_for_reading if residence is None else residence.open
+        self.at_once = 1
         self.bytes_read = 0
+        self.waited = 0.0
 
     def __enter__(self) -> Gatherer:
         return self
@@ -106,7 +114,7 @@ class Gatherer:
                     work.append((move, part))
         work.sort(key=lambda pair: (pair[0].file, pair[0].offset))
         waiting: list[_Request] = []
-        for request in _requests_of(work, buffer):
+        for request in _requests_of(work, buffer, self.at_once):
             waiting.append(request)
             if len(waiting) >= min(request.at_once, _OPEN_FILES):
                 self._carry_out(waiting, buffer)
@@ -118,12 +126,14 @@ class Gatherer:
         """Read what is requested, all at once, and put each run in place, cast on the way."""
         views = self._views(requests)
         files = [self._open(request.file) for request in requests]
+        idle = _idle()
         if len(requests) == 1:
             _read(files[0], requests[0], views[0])
         else:
             if self._threads is None:
                 self._threads = ThreadPoolExecutor(_OPEN_FILES)
             list(self._threads.map(_read, files, requests, views))
+        self.waited += _idle() - idle
         self.bytes_read += sum(request.nbytes for request in requests)
         for request, view in zip(requests, views, strict=True):
             if self._log is not None:
@@ -230,7 +240,7 @@ class _Request:
         file: the file.
         offset: its first byte.
         nbytes: the number of bytes.
-        at_once: the number of requests that the file's place accepts at a time.
+        at_once: the number of requests that are made at a time.
         into: where the bytes belong, where they need no change.
         moves: otherwise what is made of the bytes.
     """
@@ -256,30 +266,39 @@ class _Request:
         )
 
 
-def _requests_of(work: Iterable[tuple[Move, Slice]], buffer: bytearray) -> Iterator[_Request]:
+def _requests_of(
+    work: Iterable[tuple[Move, Slice]], buffer: bytearray, at_once: int
+) -> Iterator[_Request]:
     """Moves, sorted by file and offset, as few requests."""
     file, requests = None, LOCAL
+    count = at_once
     pending: _Request | None = None
     for move, part in work:
         if move.file is not file and move.file != file:
             file, requests = move.file, requests_for(move.file)
+            count = max(requests.at_once, at_once)
         if move.is_plain and move.nbytes >= requests.gap_bytes:
             view = memoryview(buffer)[part.at + move.at * move.dtype.itemsize :][: move.nbytes]
-            step = requests.nbytes if requests.at_once > 1 else move.nbytes
+            step = requests.nbytes if count > 1 else move.nbytes
             for start in range(0, move.nbytes, step):
                 into = view[start : start + step]
-                yield _Request(file, move.offset + start, len(into), requests.at_once, into)
+                yield _Request(file, move.offset + start, len(into), count, into)
             continue
         for small in _split(move, requests.nbytes):
             if pending is None or not pending.takes(small, requests):
                 if pending is not None:
                     yield pending
-                pending = _Request(file, small.offset, small.nbytes, requests.at_once)
+                pending = _Request(file, small.offset, small.nbytes, count)
             end = max(pending.offset + pending.nbytes, small.offset + small.nbytes)
             pending.nbytes = end - pending.offset
             pending.moves.append((small, part))
     if pending is not None:
         yield pending
+
+
+def _idle() -> float:
+    """Seconds, from any start, that this thread did not work."""
+    return time.monotonic() - time.thread_time()
 
 
 def _read(file: Readable, request: _Request, into: memoryview) -> None:

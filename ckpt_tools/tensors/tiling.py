@@ -31,14 +31,24 @@ class Fragment:
     layout: Strided | None = None
 
 
+class Consecutive(Sequence[Fragment]):
+    """Flat ranges of which each begins where the one before ends, by the way they are made.
+
+    Attributes:
+        numel: the number of elements from the start of the first to the end of the last.
+    """
+
+    numel: int
+
+
 def prove_ranges_tile(fragments: Sequence[Fragment], numel: int) -> None:
     """Prove that flat ranges, in rising order, hold each of ``numel`` elements once.
 
     Raises:
         DamagedCheckpoint: they do not.
     """
-    end = 0
-    for fragment in fragments:
+    end = fragments.numel if isinstance(fragments, Consecutive) else 0
+    for fragment in () if isinstance(fragments, Consecutive) else fragments:
         region = fragment.region
         if not isinstance(region, FlatRange):
             raise DamagedCheckpoint("it has flat and boxed fragments", path=fragment.file)

@@ -71,11 +71,16 @@ def average(states: Sequence[Catalogue], coefficients: Sequence[float] | None = 
     """
     weights = tuple(coefficients or [1 / len(states)] * len(states))
     if len(weights) != len(states):
-        raise UsageError(f"{len(weights)} coefficients for {len(states)} checkpoints")
+        raise UsageError(
+            f"there are {len(states)} checkpoints, and the number of coefficients is {len(weights)}",
+            hint="Pass one coefficient for each checkpoint.",
+        )
+    if not all(map(math.isfinite, weights)):
+        raise UsageError("a coefficient is not a number", hint="Pass numbers that add up to 1.")
     if not math.isclose(sum(weights), 1, abs_tol=1e-6):
         raise UsageError(
             f"the coefficients add up to {sum(weights):g}, not to 1",
-            hint="A mean of weights is one only if they do; scale them.",
+            hint="Divide each coefficient by their sum.",
         )
     first = states[0]
     for index, state in enumerate(states[1:], start=2):

@@ -268,5 +268,6 @@ def _once(name: str, old: str, tensors: Mapping[str, Tensor], ties: Mapping[str,
         raise UsageError(
             f"the key map gives two tensors the name {name}",
             tensor=old,
-            hint="Rules are tried in order: put the rule for a single name before that for many.",
+            hint="A name without * and {n} is for one tensor. Rules are tried in order: put the rule for one "
+            "tensor before the rule for many.",
         )

@@ -179,7 +179,9 @@ def choose_adapter(adapted: AdaptedNames, name: str | None) -> str:
             )
         return next(iter(adapted.adapters))
     if name not in adapted.adapters:
-        raise UsageError(f"there is no adapter {name!r}", hint=f"The checkpoint holds: {listed}.")
+        raise UsageError(
+            f"there is no adapter {name!r}", hint=f"Choose one with --adapter: {listed}."
+        )
     return name
 
 

@@ -93,8 +93,8 @@ def verify(
     """
     if also and (against is None or isinstance(against, Checkpoint)):
         raise UsageError(
-            "also needs the checkpoint that the directory is compared with",
-            hint="Name the path of that checkpoint with --against.",
+            "--also is for --against: it names further folders of that checkpoint",
+            hint="Pass --against with the path of the checkpoint, or leave out --also.",
         )
     if load and any(is_address(named) for named in (directory, base)):
         raise UsageError(

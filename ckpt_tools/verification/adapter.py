@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckpt_tools.errors import listed
+from ckpt_tools.errors import tensors as tensors_text
 from ckpt_tools.hub.adapter_config import NAME as ADAPTER_CONFIG
 from ckpt_tools.verification.container import Entry
 from ckpt_tools.verification.directory import read_object
@@ -119,7 +120,7 @@ def check(run: Run) -> None:
             findings.skipped.append(
                 f"ranks and targets of the adapter: its type is {kind}, not LORA"
             )
-        findings.checked.append(f"{kind} adapter of {len(tensors)} tensors, names and config")
+        findings.checked.append(f"{kind} adapter of {tensors_text(len(tensors))}, names and config")
 
 
 def _of_right_types(config: dict[str, Any], file: str, findings: Findings) -> dict[str, Any]:
@@ -353,7 +354,7 @@ class _Lora:
         if others:
             self._add(
                 "adapter-base-tensor",
-                f"{len(others)} tensors of the base model are in the adapter",
+                f"the adapter holds {tensors_text(len(others))} of the base model",
                 others[0],
                 hint="PEFT ignores them and uses those of the base model.",
             )

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from ckpt_tools.errors import CkptError, listed
+from ckpt_tools.errors import CkptError, listed, tensors
 from ckpt_tools.model.matching import Side, alike, match, side_of
 from ckpt_tools.readers.containers.weight_files import read_weight_files
 from ckpt_tools.readers.opening import open_weights
@@ -85,7 +85,7 @@ def check_against(
     compare(directory, expected, findings, count, progress)
     if expected:
         findings.checked.append(
-            f"{len(expected)} tensors against {checkpoint.title} {checkpoint.location.directory}, "
+            f"{tensors(len(expected))} against {checkpoint.title} {checkpoint.location.directory}, "
             "bit for bit"
         )
 
@@ -169,7 +169,7 @@ class _Question:
         for reason, names in done.absent.items():
             self.findings.add(
                 "against-unchecked",
-                f"{len(names)} tensors were not compared because another source is missing ({reason}): "
+                f"{tensors(len(names))} could not be compared because another source is missing ({reason}): "
                 f"{listed(names)}",
                 file=self._file(MANIFEST),
                 hint="Restore that source, and run verify again.",

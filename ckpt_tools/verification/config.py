@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ckpt_tools.errors import listed
+from ckpt_tools.errors import counted, listed
 from ckpt_tools.hub.architectures import contradiction
 from ckpt_tools.hub.config import embedding_rows, text_value
 from ckpt_tools.hub.reference import ReferenceModel
@@ -183,7 +183,7 @@ def check_precision(
     for dtype, names in others.items():
         findings.add(
             "dtype-mixed",
-            f"{len(names)} tensors are {dtype}, the others are {common}: {listed(names)}",
+            f"{counted(len(names), 'tensor')} in {dtype}, the others in {common}: {listed(names)}",
             tensor=names[0],
         )
     findings.checked.append(f"one dtype: {common}")

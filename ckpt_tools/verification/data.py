@@ -13,6 +13,7 @@ from pathlib import Path
 
 import xxhash
 
+from ckpt_tools.errors import counted
 from ckpt_tools.hub.reference import ReferenceModel
 from ckpt_tools.ranks import Ranks
 from ckpt_tools.verification.container import Entry
@@ -110,7 +111,7 @@ def check_data(
             _check_records(directory.path, file, findings)
     findings.checked.append(f"every byte of the weights{', digests' if manifests else ''}")
     if sums:
-        findings.checked.append(f"SHA-256 of {len(summed)} files")
+        findings.checked.append(f"SHA-256 of {counted(len(summed), 'file')}")
 
 
 def help_to_read(

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ckpt_tools.errors import UsageError
+from ckpt_tools.errors import UsageError, counted
 from ckpt_tools.storage.reading import is_near
 from ckpt_tools.storage.regular import content_of
 from ckpt_tools.storage.replaced import how_to_restore
@@ -134,7 +134,7 @@ def list_directory(path: Path, findings: Findings) -> Directory:
                 file=file,
                 hint="Repeat the interrupted step, or delete the file if it is not needed.",
             )
-    findings.checked.append(f"{len(files)} files listed")
+    findings.checked.append(f"{counted(len(files), 'file')} listed")
     return Directory(path, dict(sorted(files.items())))
 
 

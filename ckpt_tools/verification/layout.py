@@ -9,11 +9,13 @@ first), ``transformers/utils/hub.py`` (``get_checkpoint_shard_files``: what an i
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from ckpt_tools.errors import listed
+from ckpt_tools.errors import AmbiguousCheckpoint, CkptError, listed, tensors
 from ckpt_tools.hub.adapter_config import NAME as ADAPTER_CONFIG
 from ckpt_tools.readers.containers.weight_files import ADAPTER_FILES
 from ckpt_tools.verification.container import Entry, read_container, read_pickled
@@ -63,20 +65,21 @@ def read_weights(directory: Directory, findings: Findings) -> None:
     is_model = any(held.values()) or any(f.index in names for f in held)
     if not is_model:
         if not directory.adapters:
-            below = [f.rpartition("/")[0] for f in directory.files if f.endswith(f"/{CONFIG}")]
+            below = _models_below(directory.files)
             findings.add(
                 "no-weights",
                 "no file of the directory holds weights that a loader would find",
                 hint=f"Name one of the directories in it: {listed(below)}."
                 if below
-                else f"A model needs {_SAFETENSORS.single} or {_SAFETENSORS.index}.",
+                else _how_to_convert(directory.path)
+                or f"A model needs {_SAFETENSORS.single} or {_SAFETENSORS.index}.",
             )
         return
     safe = bool(held[_SAFETENSORS]) or _SAFETENSORS.index in names
     family = _SAFETENSORS if safe else _PICKLED
     directory.tensors = _Weights(directory, family, held[family], findings).read()
     findings.checked.append(
-        f"{len(directory.tensors)} tensors in the weight files, their places and sizes"
+        f"{tensors(len(directory.tensors))} in the weight files, their places and sizes"
     )
     if family is _PICKLED:
         findings.add(
@@ -92,6 +95,37 @@ def read_weights(directory: Directory, findings: Findings) -> None:
             file=name,
             hint="Delete the file. Loaders use the safetensors.",
         )
+
+
+def _models_below(files: Collection[str]) -> list[str]:
+    """The folders with a config and weights."""
+    held: dict[str, list[str]] = {}
+    for file in files:
+        folder, _, name = file.rpartition("/")
+        held.setdefault(folder, []).append(name)
+    families = (_SAFETENSORS, _PICKLED)
+    return [
+        folder
+        for folder, names in held.items()
+        if CONFIG in names and any(family.files(names) for family in families)
+    ]
+
+
+def _how_to_convert(path: Path) -> str | None:
+    """The next step where the directory is a checkpoint of training; None where it is none."""
+    from ckpt_tools.readers import locate
+
+    named = shlex.quote(str(path))
+    try:
+        found = locate(path)
+    except AmbiguousCheckpoint:
+        return f"It holds checkpoints of training. List them: ckpt-tools inspect {named}."
+    except CkptError:
+        return None
+    return (
+        f"It is a checkpoint of training ({found.format}). Convert it, and verify the output: "
+        f"ckpt-tools consolidate {named} OUT."
+    )
 
 
 def _read_adapters(directory: Directory, findings: Findings) -> None:

@@ -127,7 +127,7 @@ def _load_adapter(
     found = find_base(path, {"base_model_name_or_path": named}, base)
     if found is None:
         findings.skipped.append(
-            f"loading (the base {base or named} is not a directory of a model on this machine)"
+            f"loading (the base {str(base or named)!r} is not a directory of a model on this machine)"
         )
         return
     question = {

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
-from ckpt_tools.errors import CkptError, UsageError, listed
+from ckpt_tools.errors import CkptError, UsageError, counted, listed
 from ckpt_tools.hub.config import text_value
 from ckpt_tools.hub.reference import Live, ReferenceModel, SavedTensor, describe, leaves
 from ckpt_tools.verification.config import is_quantized, note_vocabulary
@@ -60,7 +60,7 @@ def check_model(directory: Directory, findings: Findings) -> ReferenceModel | No
         lambda like: _asked(directory, like, findings)
     )
     findings.checked.append(
-        f"names and shapes of {reference.architecture} ({len(reference.saved)} tensors)"
+        f"names and shapes of {reference.architecture} ({counted(len(reference.saved), 'tensor')})"
     )
     return reference
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable
 
+from ckpt_tools.errors import tensors
 from ckpt_tools.verification.problem import Findings
 
 # Written by torch's own wrappers at any depth.
@@ -47,7 +48,7 @@ def plain_names(names: Iterable[str], known: Collection[str], findings: Findings
     if lora:
         findings.add(
             "name-lora",
-            f"{len(lora)} tensors of an adapter are in the model's files",
+            f"the model's files hold {tensors(len(lora))} of an adapter",
             tensor=lora[0],
             hint=_MERGE,
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ckpt_tools.errors import listed
+from ckpt_tools.errors import counted, listed
 from ckpt_tools.verification.config import is_quantized
 from ckpt_tools.verification.container import Entry
 from ckpt_tools.verification.directory import CONFIG
@@ -35,7 +35,7 @@ def check(run: Run) -> None:
     if left:
         findings.add(
             "quantizer-leftover",
-            f"{len(left)} tensors of a quantiser lie beside weights that are plain: {listed(left)}",
+            f"plain weights have {counted(len(left), 'tensor')} of a quantiser beside them: {listed(left)}",
             file=tensors[left[0]].file,
             tensor=left[0],
             hint="Write the directory again from its sources; merge-lora leaves these out.",

@@ -7,6 +7,8 @@ workers use the other cores.
 
 The kernel lets one thread at a time write into a file, and a thread that waits for that burns its core. So
 workers take blocks of different files while there are several, and those of one file write in turns.
+
+Where workers wait for bytes most of the time, :mod:`~ckpt_tools.writing.depth` lets more of them work.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ import resource
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from itertools import chain
@@ -29,8 +30,9 @@ from ckpt_tools.storage.places import LOCAL, Requests
 from ckpt_tools.storage.residence import Residence
 from ckpt_tools.tensors.checksums import ReadLog
 from ckpt_tools.tensors.gather import Gatherer
-from ckpt_tools.tensors.threads import MAX_WORKERS, casting_on_one_core, default_workers, pool
+from ckpt_tools.tensors.threads import MAX_WORKERS, default_workers, pool
 from ckpt_tools.writing.behind import Behind
+from ckpt_tools.writing.depth import Depth, levels, side_by_side
 from ckpt_tools.writing.layout import Plan
 from ckpt_tools.writing.units import Block, Units
 
@@ -221,6 +223,8 @@ def write(
     ended: threading.Event | None = None,
     log: ReadLog | None = None,
     requests: Requests = LOCAL,
+    depth: Depth | None = None,
+    residence: Residence | None = None,
 ) -> Written:
     """Write units of a plan, and wait until they are on disk.
 
@@ -228,13 +232,15 @@ def write(
         units: the plan's units.
         outputs: its files.
         todo: the units to write.
-        workers: number of threads. The files do not depend on it.
+        workers: number of threads where no thread waits for bytes. The files do not depend on it.
         progress: called with the number of bytes after each block, from any worker's thread.
         record: called with each written block and its digests, from any worker's thread.
         ended: once it is set, no further block is started, and the write is incomplete.
         log: takes the checksums of the bytes that are read.
         requests: how the sources are read best. A store is slow for one request and fast for many, so
             blocks are larger then, and the number of threads does not depend on the processors.
+        depth: decides how many requests are under way. By default it follows from the others.
+        residence: opens the sources.
 
     Raises:
         DamagedCheckpoint: a source file ended early or cannot be read.
@@ -243,19 +249,22 @@ def write(
     started = time.monotonic()
     block_bytes = units.block_bytes_for(requests)
     blocks = _Shared(units, todo, block_bytes)
-    stop = threading.Event()
+    if depth is None:
+        depth = Depth(levels(workers or default_workers(), block_bytes, requests))
     touched: set[int] = set()
-    residence = Residence()
+    residence = residence or Residence()
 
-    def work() -> tuple[int, int, ReadLog | None]:
+    def work(stays: Callable[[], bool]) -> tuple[int, int, ReadLog | None]:
         buffer = bytearray(block_bytes)
         done = 0
         own = None if log is None else ReadLog()
         with Gatherer(own, residence) as gatherer:
             block: Block | None = None
-            while not stop.is_set() and (block := blocks.take(block)) is not None:
+            while stays() and (block := blocks.take(block)) is not None:
                 if ended is not None and ended.is_set():
                     break
+                began, waited = time.monotonic(), gatherer.waited
+                gatherer.at_once = depth.level.at_once
                 view = memoryview(buffer)[: block.nbytes]
                 _clear_gaps(view, block)
                 gatherer.fill(buffer, block.slices)
@@ -267,16 +276,12 @@ def write(
                     record(block, digests)
                 if progress is not None:
                     progress(block.nbytes)
+                depth.moved(block.nbytes, gatherer.waited - waited, time.monotonic() - began)
+            else:
+                blocks.leave(block)
             return gatherer.bytes_read, done, own
 
-    count = requests.threads or workers or default_workers()
-    with casting_on_one_core(), pool(count) as threads:
-        try:
-            jobs = [threads.submit(work) for _ in range(count)]
-            wait(jobs, return_when=FIRST_EXCEPTION)
-        finally:
-            stop.set()
-        done = [job.result() for job in jobs]
+    done = side_by_side(work, depth)
     moved = time.monotonic()
     outputs.sync(touched)
     outputs.drop(touched)
@@ -325,8 +330,7 @@ class _Shared:
             done: the block that the thread took before.
         """
         with self._lock:
-            if done is not None:
-                self._threads[done.file] -= 1
+            self._leave(done)
             while self._blocks:
                 file = self._least_busy()
                 block = next(self._blocks[file], None)
@@ -335,6 +339,15 @@ class _Shared:
                     return block
                 del self._blocks[file]
             return None
+
+    def leave(self, done: Block | None) -> None:
+        """Let others take blocks of the file that a thread was at."""
+        with self._lock:
+            self._leave(done)
+
+    def _leave(self, done: Block | None) -> None:
+        if done is not None:
+            self._threads[done.file] -= 1
 
     def _least_busy(self) -> int:
         free = (file for file in self._blocks if not self._threads[file])

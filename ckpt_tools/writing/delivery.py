@@ -21,6 +21,7 @@ from ckpt_tools._version import __version__
 from ckpt_tools.errors import DamagedCheckpoint, OutputFailed, RankFailed, listed
 from ckpt_tools.ranks import Ranks
 from ckpt_tools.storage.reading import slowest
+from ckpt_tools.storage.residence import Residence
 from ckpt_tools.tensors.checksums import ReadLog
 from ckpt_tools.writing import journal
 from ckpt_tools.writing.bytes import Written, laid_out, lay_out
@@ -59,6 +60,7 @@ def deliver(
     writing: Writing,
     provenance: Provenance,
     checks: Checks,
+    residence: Residence | None = None,
 ) -> Delivered | None:
     """Write the outputs and put them in place together; nothing is done in a dry run.
 
@@ -68,6 +70,7 @@ def deliver(
         writing: the options of the write.
         provenance: the origin of the outputs.
         checks: the last checks of sources and output.
+        residence: opens the sources on this rank.
 
     Raises:
         CkptError: the target appeared meanwhile, a source is damaged, the disk refused, another rank
@@ -102,7 +105,7 @@ def deliver(
                         # Units are most of the job, and all ranks hold them since they agreed on the plan.
                         writing.ranks.put("job", replace(job, units=()))
                     with _shown(job, writing) as progress:
-                        shares = write_shares(job, writing, progress)
+                        shares = write_shares(job, writing, progress, residence)
                     checked, equal = _checked(job, shares, provenance)
                     checks.refuse_changed()
                     for directory, each in zip(directories, units, strict=True):

@@ -170,7 +170,8 @@ def plan(
         )
     except (ValueError, OverflowError) as error:
         raise UsageError(
-            f"{max_shard_size!r} is not a size ({error})", hint="Write it as 5GB or 500MB."
+            f"{max_shard_size!r} is not a size of files",
+            hint="Write a positive number with its unit, such as 5GB or 500MB.",
         ) from error
     files = tuple(
         # In the order of the state: the split puts tensors without elements last.

@@ -9,6 +9,7 @@ empty.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -231,7 +232,10 @@ def _digest(path: Path, hasher: Any, progress: Callable[[int], None] | None = No
 
 
 def _dumped(content: Mapping[str, object]) -> str:
-    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    # json.dumps makes a list of all its pieces first: of 100,000 tensors it takes 150 MB.
+    text = io.StringIO()
+    json.dump(content, text, indent=1, ensure_ascii=False)
+    return text.getvalue() + "\n"
 
 
 def _versions() -> dict[str, str]:

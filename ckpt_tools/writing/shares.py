@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt_tools.storage.places import LOCAL, Requests
+from ckpt_tools.storage.residence import Residence
 from ckpt_tools.tensors.checksums import ReadLog
 from ckpt_tools.tensors.threads import default_workers, pool
 from ckpt_tools.writing import journal
@@ -58,8 +59,20 @@ class Share:
     log: ReadLog | None
 
 
-def write_shares(job: Job, writing: Writing, progress: Callable[[int], None] | None) -> list[Share]:
-    """Write this rank's share and wait for the others; the leader gets the shares of all."""
+def write_shares(
+    job: Job,
+    writing: Writing,
+    progress: Callable[[int], None] | None,
+    residence: Residence | None = None,
+) -> list[Share]:
+    """Write this rank's share and wait for the others; the leader gets the shares of all.
+
+    Args:
+        job: what all ranks write.
+        writing: the options of the write.
+        progress: called with the number of bytes after each block.
+        residence: opens the sources.
+    """
     ranks = writing.ranks
     rank, machines = (0, (0,)) if ranks is None else (ranks.rank, ranks.machines)
     digests: dict[int, dict[int, bytes]] = {}
@@ -94,6 +107,7 @@ def write_shares(job: Job, writing: Writing, progress: Callable[[int], None] | N
                         ended=ended,
                         log=read,
                         requests=job.requests,
+                        residence=residence,
                     )
                 )
             digests[number] = held | log.digests

@@ -159,7 +159,7 @@ def test_what_is_wrong_is_told_and_is_no_error(tmp_path: Path) -> None:
     damage.drop_rank(directory, 2)
     found = inspect(directory)
     (problem,) = found.problems
-    assert "1 of 7 optim_states files are missing: ranks 2" in problem
+    assert "1 of 7 optim_states files are missing: rank 2" in problem
     assert "copy the folder of every machine here" in problem
     sizes = [path.stat().st_size for path in directory.iterdir()]
     assert (found.files, found.bytes_on_disk) == (13, sum(sizes))

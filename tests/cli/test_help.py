@@ -45,6 +45,7 @@ def test_a_command_has_help_with_an_example(name: str) -> None:
     example = re.search(r"Examples?:\n((?: +ckpt-tools .*\n?)+)", done.stdout)
     assert example is not None
     assert f"ckpt-tools {name} " in example[1]
+    assert [line for line in done.stdout.splitlines() if len(line) > 80] == []
 
 
 @pytest.mark.parametrize("name", COMMANDS)

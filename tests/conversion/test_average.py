@@ -102,7 +102,7 @@ def test_what_is_not_floating_is_that_of_the_last(tmp_path: Path) -> None:
     ("cases", "coefficients", "fact"),
     [
         ((FIRST, OTHER), None, "differ in"),
-        ((FIRST, SECOND), [1.0], "1 coefficients for 2 checkpoints"),
+        ((FIRST, SECOND), [1.0], "2 checkpoints, and the number of coefficients is 1"),
         ((FIRST, SECOND), [0.5, 0.6], "add up to 1.1, not to 1"),
         ((FIRST,), None, "two checkpoints or more"),
     ],

@@ -407,7 +407,7 @@ def test_like_does_not_fill_in_a_whole_other_model(tmp_path: Path) -> None:
 
     with pytest.raises(UsageError, match="those of the checkpoint are called"):
         consolidate(tmp_path, tmp_path / "out", like=case / "base")
-    with pytest.raises(UsageError, match="the checkpoint is of a LoRA model"):
+    with pytest.raises(UsageError, match="the checkpoint holds a LoRA adapter"):
         consolidate(case / "checkpoint", tmp_path / "out", like=case / "base")
 
 

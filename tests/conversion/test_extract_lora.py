@@ -302,7 +302,7 @@ def test_empty_tensors_are_refused(tmp_path: Path) -> None:
     state[name] = state[name][:0]
     run = write_checkpoint(tmp_path / "run", state, adapter_config())
     with pytest.raises(
-        DamagedCheckpoint, match="1 tensors of adapter 'default' are empty"
+        DamagedCheckpoint, match="adapter 'default' has 1 tensor without elements"
     ) as error:
         extract_lora(run, tmp_path / "out")
     assert name in error.value.fact

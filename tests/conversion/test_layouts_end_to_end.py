@@ -99,7 +99,7 @@ def unrecorded_copy(tmp_path: Path) -> Path:
     ("change", "fact"),
     [
         ({"intermediate_size": 27}, "do not make up"),
-        ({"num_hidden_layers": 2}, "are not in the checkpoint"),
+        ({"num_hidden_layers": 2}, "the checkpoint lacks"),
         ({"model_type": "phi3", "architectures": ["Phi3ForCausalLM"]}, "no tensor of this name"),
     ],
     ids=lambda value: "" if isinstance(value, str) else next(iter(value)),

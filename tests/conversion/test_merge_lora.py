@@ -437,7 +437,7 @@ def test_trained_tokens_need_their_indices(fixtures: Path, tmp_path: Path) -> No
 
 def test_consolidate_names_the_commands_for_adapters(fixtures: Path, tmp_path: Path) -> None:
     source = fixtures / "peft/zero2-olmo2-lora"
-    with pytest.raises(UsageError, match="is of a LoRA model") as caught:
+    with pytest.raises(UsageError, match="holds a LoRA adapter") as caught:
         consolidate(source / "checkpoint", tmp_path / "out", config=source / "hf")
     assert "extract-lora" in (caught.value.hint or "")
     assert "merge-lora" in (caught.value.hint or "")

@@ -95,5 +95,5 @@ def test_what_is_left_behind_is_named(checkpoint: MakeCheckpoint) -> None:
         ".gitattributes",
     ):
         (source / name).write_text("")
-    (note,) = [note for note in gathered(source).notes if note.startswith("left in ")]
-    assert note == f"left in {source}: LICENSE, handler.py"
+    (note,) = [note for note in gathered(source).notes if note.startswith("not copied from ")]
+    assert note == f"not copied from {source}: LICENSE, handler.py"

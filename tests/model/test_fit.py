@@ -284,12 +284,28 @@ def test_a_value_head_beside_a_tied_language_model_is_written_with_a_warning(
     assert any("v_head.summary.weight" in warning for warning in fitted.warnings)
 
 
-@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64])
+def test_complex_numbers_for_a_real_parameter_are_refused(
+    tied: Case, state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """from_pretrained casts to the dtype of the parameter, and drops the imaginary part."""
+    name = "model.norm.weight"
+    values = torch.full(state[name].shape, 1 + 2j, dtype=torch.complex64)
+    odd = {**state, **on_disk(tmp_path, {name: values})}
+
+    with pytest.raises(
+        UsageError, match=r"its dtype is complex64, and .* real parameter"
+    ) as caught:
+        fit(odd, config_of(tied, tmp_path))
+
+    assert caught.value.tensor == name
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
 @pytest.mark.parametrize("quantised", [False, True])
-def test_parameters_that_are_not_floating_are_written_with_a_warning(
+def test_integers_for_a_floating_parameter_are_written_with_a_warning(
     tied: Case, state: dict[str, Tensor], tmp_path: Path, dtype: torch.dtype, quantised: bool
 ) -> None:
-    """transformers loads them as they are, and the model computes in them; a quantizer converts them."""
+    """from_pretrained casts them, so they stay the same numbers; a quantizer converts them."""
     name = "model.norm.weight"
     odd = {**state, **on_disk(tmp_path, {name: torch.ones(state[name].shape, dtype=dtype)})}
     changes = {"quantization_config": {"quant_method": "gptq"}} if quantised else {}
@@ -297,5 +313,5 @@ def test_parameters_that_are_not_floating_are_written_with_a_warning(
     fitted = fit(odd, config_of(tied, tmp_path, **changes))
 
     told = [warning for warning in fitted.warnings if "floating-point parameters" in warning]
-    wanted = f"these are {str(dtype).removeprefix('torch.')}: {name}"
+    wanted = f"cast these from {str(dtype).removeprefix('torch.')}: {name}"
     assert [warning.endswith(wanted) for warning in told] == ([] if quantised else [True])

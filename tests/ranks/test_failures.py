@@ -272,7 +272,7 @@ def test_machines_that_hold_too_little_or_too_much_are_told_so(tmp_path: Path) -
     lacking, differing, whole, unlike, unseen = said_by_ranks(*map(ended, runs))
 
     for said, error, *facts in (
-        (lacking, "DamagedCheckpoint", "1 of 2 optim_states files are missing: ranks 1"),
+        (lacking, "DamagedCheckpoint", "1 of 2 optim_states files are missing: rank 1"),
         (differing, "DamagedCheckpoint", "bytes in", "machine 1", stale.name),
         (unlike, "RankFailed", "rank 1 was started with no --node-local"),
         (unseen, "RankFailed", "rank 1: machine 1 cannot see it", "out.partial-"),

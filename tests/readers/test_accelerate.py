@@ -171,7 +171,7 @@ def test_several_models_are_a_choice() -> None:
         open_checkpoint(directory / "checkpoint" / "model_1.safetensors"),
         directory / "truth-model_1",
     )
-    with pytest.raises(UsageError, match="Found: model, model_1"):
+    with pytest.raises(UsageError, match="Pass --tag with one of: model, model_1"):
         open_checkpoint(directory / "checkpoint", tag="model_2")
 
 

@@ -277,7 +277,7 @@ def test_a_tensor_that_the_index_names_and_no_shard_has_is_named(tmp_path: Path)
         },
     )
     error = refusal(path)
-    assert (error.fact, error.tensor) == ("index and shards differ in 1 tensors", "c")
+    assert (error.fact, error.tensor) == ("index and shards differ in 1 tensor", "c")
 
 
 def test_a_tensor_that_the_index_does_not_name_is_named(tmp_path: Path) -> None:

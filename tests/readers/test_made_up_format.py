@@ -195,7 +195,7 @@ def test_damage_to_it_is_damage(cabinet: Path, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("added")
 def test_the_formats_to_choose_from_include_it(cabinet: Path) -> None:
-    with pytest.raises(UsageError, match=r"Formats: .*cabinet, .*deepspeed"):
+    with pytest.raises(UsageError, match=r"--source-format with one of: .*cabinet, .*deepspeed"):
         open_checkpoint(cabinet, source_format="wardrobe")
 
 

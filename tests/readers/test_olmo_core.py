@@ -64,7 +64,7 @@ def test_several_steps_are_a_choice_in_their_order(run: Path) -> None:
         readers.locate(run)
     assert caught.value.choices == ("step2", "step9", "step10")
     assert readers.locate(run, "step9").name == "step9"
-    with pytest.raises(UsageError, match="Found: step2, step9, step10"):
+    with pytest.raises(UsageError, match="one of: step2, step9, step10"):
         readers.locate(run, "step3")
 
 

@@ -225,7 +225,7 @@ REFUSALS = {
         "a universal checkpoint", "without its model files", "ds_to_universal.py again", WEIGHTS_ONLY, gone=True),
     "frozen left out": Refusal(
         whole(ZERO / "zero3-bf16-llama-frozen-excluded-2ranks"),
-        "LlamaForCausalLM", "are not in the checkpoint", "exclude_frozen_parameters"),
+        "LlamaForCausalLM", "the checkpoint lacks", "exclude_frozen_parameters"),
     "16-bit of ZeRO-3": Refusal(
         whole(ZERO / "zero3-bf16-llama-groups-2ranks"),
         "ZeRO-3", "no 16-bit weights are kept", "--dtype auto", (("weights", "model"),)),

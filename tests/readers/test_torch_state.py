@@ -77,7 +77,7 @@ def test_several_state_dicts_are_listed_and_chosen_by_name(tmp_path: Path) -> No
             assert_same(chosen[tensor].load(), truth, tensor)
     with pytest.raises(UsageError, match="there is no model generator") as missing:
         open_checkpoint(path, model="generator")
-    assert missing.value.hint == "Found: model, ema.shadow."
+    assert missing.value.hint == "Pass --model with one of: model, ema.shadow."
 
 
 def test_tied_tensors_are_one(tmp_path: Path) -> None:

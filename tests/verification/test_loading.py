@@ -345,7 +345,7 @@ class TestAdapters:
         findings = look_at(adapter)
         assert findings.problems == []
         assert findings.skipped == [
-            "loading (the base somebody/model is not a directory of a model on this machine)"
+            "loading (the base 'somebody/model' is not a directory of a model on this machine)"
         ]
         assert look_at(adapter, saved("olmo2")).checked
 

@@ -23,6 +23,7 @@ from ckpt_tools.verification import verify
 from ckpt_tools.verification.container import read_container
 from ckpt_tools.verification.directory import list_directory
 from ckpt_tools.verification.problem import Findings
+from tests.conftest import FIXTURES
 from tests.support.verification.directories import (
     INDEX,
     SINGLE,
@@ -474,6 +475,25 @@ def test_the_directory_above_the_models_says_where_they_are(
 
     assert problem.kind == "no-weights"
     assert problem.hint == "Name one of the directories in it: checkpoint-500."
+
+
+def test_a_checkpoint_of_training_is_to_be_converted() -> None:
+    zero = FIXTURES / "zero" / "zero2-bf16-llama-two-saves-2ranks" / "checkpoint"
+
+    (problem,) = verify(zero).problems
+    assert problem.kind == "no-weights"
+    assert problem.hint == (
+        "It is a checkpoint of training (deepspeed). Convert it, and verify the output: "
+        f"ckpt-tools consolidate {zero} OUT."
+    )
+    # Its folder with a config has no weights.
+    verl = FIXTURES / "rank_files" / "verl-fsdp1-3ranks" / "checkpoint"
+    (problem,) = verify(verl).problems
+    assert (problem.hint or "").startswith("It is a checkpoint of training (rank-files).")
+    (problem,) = verify(FIXTURES / "dcp" / "torchtitan-2ranks" / "checkpoint").problems
+    assert (problem.hint or "").startswith(
+        "It holds checkpoints of training. List them: ckpt-tools"
+    )
 
 
 @pytest.mark.parametrize(

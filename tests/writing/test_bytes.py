@@ -26,6 +26,7 @@ from ckpt_tools.tensors.derived import cast
 from ckpt_tools.tensors.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
 from ckpt_tools.tensors.threads import default_workers
 from ckpt_tools.writing.bytes import Outputs, Written, laid_out, lay_out, write
+from ckpt_tools.writing.depth import MEMORY_BYTES, Level
 from ckpt_tools.writing.layout import Plan, PlannedFile, Slot, plan
 from ckpt_tools.writing.publish import partial_directory
 from ckpt_tools.writing.units import Block, Units
@@ -671,6 +672,7 @@ MEMORY = """
     from ckpt_tools.writing.layout import plan
     from ckpt_tools.writing.units import Units
     from ckpt_tools.writing.bytes import Outputs, lay_out, write
+    from ckpt_tools.writing.depth import Depth, Level
 
     source, out, ranks = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     numel = source.stat().st_size // 4
@@ -700,7 +702,7 @@ MEMORY = """
             units,
             outputs,
             [range(len(units))],
-            workers=2,
+            depth=Depth([Level(int(sys.argv[4]), int(sys.argv[5]))]),
             record=lambda block, found: digests.update(enumerate(found, block.first)),
         )
     assert len(digests) == len(units)
@@ -711,26 +713,27 @@ MEMORY = """
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="measured with Linux's /proc")
 @pytest.mark.parametrize(
-    ("nbytes", "ranks", "limit"),
+    ("nbytes", "ranks", "level", "limit"),
     [
-        (200_000_000, 1, 40e6),
-        pytest.param(600_000_000, 1, 40e6, marks=pytest.mark.slow),
-        pytest.param(600_000_000, 300, 120e6, marks=pytest.mark.slow),
+        (200_000_000, 1, Level(2, 1), 40e6),
+        (600_000_000, 1, Level(2, 1), 40e6),
+        (600_000_000, 300, Level(2, 1), 120e6),
+        (600_000_000, 1, Level(16, 4), 40e6 + MEMORY_BYTES),
     ],
 )
 def test_memory_does_not_grow_with_the_tensors(
-    tmp_path: Path, nbytes: int, ranks: int, limit: float
+    tmp_path: Path, nbytes: int, ranks: int, level: Level, limit: float
 ) -> None:
     """Half of it is one tensor; zeros, so that the source takes no disk.
 
-    The limit is two workers' blocks and requests, larger with many ranks, and what torch and
-    threads need once.
+    The limit is the threads' blocks and requests, larger with many ranks, and what torch and threads
+    need once.
     """
     source = tmp_path / "source"
     with source.open("wb") as stream:
         stream.truncate(nbytes)
 
-    run = run_program(MEMORY, source, tmp_path, ranks)
+    run = run_program(MEMORY, source, tmp_path, ranks, *level)
 
     assert run.returncode == 0, run.stderr
     tensor_bytes, growth = map(int, run.stdout.split())

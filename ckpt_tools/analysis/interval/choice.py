@@ -237,7 +237,10 @@ def _size(
         measured = saved_size(checkpoint, tag=tag)
         return measured.nbytes, measured
     if tag is not None:
-        raise UsageError("--tag needs --from with a directory of checkpoints")
+        raise UsageError(
+            "--tag needs --from with a directory of checkpoints",
+            hint="Add --from DIR, or leave out --tag.",
+        )
     return None if given is None else nbytes("--checkpoint-size", given), None
 
 

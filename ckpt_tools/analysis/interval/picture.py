@@ -50,7 +50,11 @@ def draw(
     except OSError as error:
         with suppress(OSError):
             partial.unlink()
-        raise OutputFailed(f"cannot be written ({error.strerror})", path=target) from error
+        raise OutputFailed(
+            f"cannot be written ({error.strerror})",
+            path=target,
+            hint="Name a file in a directory that exists and can be written.",
+        ) from error
 
 
 def _check(target: Path, *, overwrite: bool) -> None:

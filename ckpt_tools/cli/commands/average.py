@@ -46,7 +46,7 @@ def command(
 
     \b
     Example:
-      ckpt-tools average run/global_step400 run/global_step500 soup --config base-model
+      ckpt-tools average run/checkpoint-4 run/checkpoint-5 soup --config base
     """
     from ckpt_tools.conversion.api import average
 

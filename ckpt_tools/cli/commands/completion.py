@@ -14,17 +14,17 @@ _VARIABLE = "_CKPT_TOOLS_COMPLETE"
 
 
 @click.command("completion", cls=options.Command)
-@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]), metavar="SHELL")
 @click.pass_context
 def command(context: click.Context, shell: str) -> None:
-    """Print the script that lets SHELL complete what is typed after ckpt-tools.
+    """Print the script that lets SHELL (bash, zsh or fish) complete what is typed after ckpt-tools.
 
     Commands, options and their values are completed, and the tags, models and adapters of the checkpoint that
     is named.
 
     \b
     Examples:
-      ckpt-tools completion bash > ~/.local/share/bash-completion/completions/ckpt-tools
+      ckpt-tools completion bash >> ~/.bash_completion
       ckpt-tools completion zsh > ~/.zfunc/_ckpt-tools
       ckpt-tools completion fish > ~/.config/fish/completions/ckpt-tools.fish
     """

@@ -112,7 +112,7 @@ def command(
             say(line)
     if report is not None:
         # The pages import the checks of verify, and those import NumPy.
-        from ckpt_tools.page.difference import page_of_difference
+        from ckpt_tools.cli.page.difference import page_of_difference
 
         reporting.write_page(report, page_of_difference(found, reporting.command_line()))
     sys.exit(0 if found.is_empty else _DIFFERENT)

@@ -66,7 +66,7 @@ def command(attr: str, ckpt: Path, out: Path, **asked: Any) -> None:
     \b
     Examples:
       ckpt-tools extract-attr policy run/global_step500 policy --config base-model
-      ckpt-tools extract-attr run/global_step500 policy --attr policy --config base-model
+      ckpt-tools extract-attr run policy --attr policy --config base-model
     """
     from ckpt_tools.conversion.api import consolidate
 

@@ -32,7 +32,7 @@ def command(ckpt: Path, out: Path, **asked: Any) -> None:
 
     \b
     Example:
-      ckpt-tools extract-lora run/global_step500 adapter --lora-alpha 32 --base-model allenai/OLMo-2-0425-1B
+      ckpt-tools extract-lora run adapter --lora-alpha 32 --base-model org/base
     """
     from ckpt_tools.conversion.api import extract_lora
 

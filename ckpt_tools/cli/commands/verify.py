@@ -139,7 +139,7 @@ def command(
       ckpt-tools verify out --against run/global_step500 --read-data
       ckpt-tools verify out out-adapter --load --format junit
     """
-    from ckpt_tools.page.verification import page_of_verification
+    from ckpt_tools.cli.page.verification import page_of_verification
 
     if as_json and form not in ("text", "json"):
         raise click.UsageError(f"--json does not fit --format {form}")

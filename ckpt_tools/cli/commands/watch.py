@@ -18,7 +18,7 @@ from ckpt_tools.cli.usage import Unusable
 from ckpt_tools.cli.writing import show_report
 
 if TYPE_CHECKING:
-    from ckpt_tools.watching.events import Event, Tell
+    from ckpt_tools.conversion.watching.events import Event, Tell
 
 # Told also under --quiet, and those that need a look.
 _FAILED = ("failed", "command failed")
@@ -94,7 +94,7 @@ def command(
       ckpt-tools watch run models --config base-model --verify --keep 3
       ckpt-tools watch run models --once --exec 'evaluate "$CKPT_TOOLS_OUTPUT"'
     """
-    from ckpt_tools.watching.api import watch
+    from ckpt_tools.conversion.watching.api import watch
 
     if is_rank():
         raise Unusable(
@@ -105,7 +105,9 @@ def command(
         _drop_options_of_models(context, asked)
     with shown_progress(quiet or as_json) as progress:
         tell = _tell_json if as_json else _telling(quiet, verbose)
-        watch(run, out, progress=progress, tell=tell, **asked)
+        reports = watch(run, out, progress=progress, tell=tell, **asked)
+    if asked["once"] and not reports and not (quiet or as_json):
+        say("No checkpoint was converted: none is new and finished.")
 
 
 def _drop_options_of_models(context: click.Context, asked: dict[str, Any]) -> None:
@@ -117,7 +119,7 @@ def _drop_options_of_models(context: click.Context, asked: dict[str, Any]) -> No
                 is not click.core.ParameterSource.DEFAULT
             ):
                 raise Unusable(
-                    f"{parameter.opts[0]} is of models, and --lora writes adapters",
+                    f"{parameter.opts[0]} is an option for whole models, and --lora writes adapters",
                     hint=f"Leave out {parameter.opts[0]}.",
                 )
             del asked[parameter.name]

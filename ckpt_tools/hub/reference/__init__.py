@@ -103,7 +103,7 @@ class ReferenceModel:
     passed_over: frozenset[str] = frozenset()
 
     def is_parameter(self, name: str) -> bool:
-        """Whether a tensor of the directory is made of parameters, so that its dtype is floating."""
+        """Whether a tensor of the directory is made of parameters with a floating dtype in the model."""
         recipe = (self.saved.get(name) or self.tied[name]).recipe
         live = (self.live.get(leaf.name) for leaf in leaves(recipe) if isinstance(leaf, Live))
         return any(tensor is not None and tensor.kind == "parameter" for tensor in live)

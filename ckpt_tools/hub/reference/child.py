@@ -123,7 +123,8 @@ def _describe(model: Any, like_names: Collection[str] | None) -> dict[str, Any]:
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
     state = model.state_dict()
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    named = model.named_parameters(remove_duplicate=False)
+    parameters = {name for name, parameter in named if parameter.is_floating_point()}
     ignored = [name for name in model._keys_to_ignore_on_save or () if name in state]
     written = {name: tensor for name, tensor in state.items() if name not in ignored}
     kept = remove_tied_weights_from_state_dict(dict(written), model)

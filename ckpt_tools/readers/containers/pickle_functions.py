@@ -59,8 +59,9 @@ def _ints(items: Any) -> tuple[int, ...]:
     """Sizes or strides of one tensor."""
     if not isinstance(items, tuple | list) or len(items) > _MOST_DIMENSIONS:
         raise pickle.UnpicklingError("a tensor with malformed sizes")
-    if not all(map(_is_size, items)):
-        raise pickle.UnpicklingError("a tensor with malformed sizes")
+    for item in items:
+        if type(item) is not int or not 0 <= item <= _MAX_INT:
+            raise pickle.UnpicklingError("a tensor with malformed sizes")
     return tuple(items)
 
 
@@ -72,8 +73,9 @@ def _size(items: Any = ()) -> tuple[int, ...]:
     """``torch.Size``. Only numbers are allowed, because nested tuples in it would not be counted."""
     if not isinstance(items, tuple | list) or len(items) > _MOST_DIMENSIONS:
         raise pickle.UnpicklingError("a torch.Size that is not a short list of numbers")
-    if not all(type(n) is int and abs(n) <= _MAX_INT for n in items):
-        raise pickle.UnpicklingError("a torch.Size with an item that is not a number")
+    for item in items:
+        if type(item) is not int or not -_MAX_INT <= item <= _MAX_INT:
+            raise pickle.UnpicklingError("a torch.Size with an item that is not a number")
     return tuple(items)
 
 

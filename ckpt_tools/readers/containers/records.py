@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt_tools.errors import DamagedCheckpoint
-from ckpt_tools.storage.places import Readable, Region, read_fully
+from ckpt_tools.storage.places import Distant, Readable, Region, read_fully
 from ckpt_tools.storage.reading import open_for_reading
 
 LOCAL_HEADER = struct.Struct("<4s5H3I2H")
@@ -135,11 +135,10 @@ class Records:
         found: list[list[zipfile.ZipInfo]] = []
         end = self._size
         while end:
-            signature = bytearray(4)
-            if read_fully(self._file, memoryview(signature), 0) < 4 or signature != _SIGNATURE:
-                return
-            region = Region(_Borrowed(self._file), 0, end)
+            region = Region(_borrowed(self._file), 0, end)
             try:
+                if region.read(len(_SIGNATURE)) != _SIGNATURE:
+                    return
                 with zipfile.ZipFile(io.BufferedReader(region)) as archive:
                     infos = archive.infolist()
             except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, ValueError):
@@ -160,7 +159,7 @@ class Records:
             DamagedCheckpoint: a header does not agree with the directory.
         """
         first = max(bisect_right(self._offsets, start) - 1, 0)
-        with io.BufferedReader(Region(_Borrowed(self._file), 0, self._size)) as stream:
+        with io.BufferedReader(Region(_borrowed(self._file), 0, self._size)) as stream:
             for info in self._infos[first:]:
                 if info.header_offset >= stop:
                     break
@@ -186,3 +185,18 @@ class _Borrowed:
 
     def close(self) -> None:
         pass
+
+
+class _BorrowedFar(_Borrowed):
+    """The same of a file in a store."""
+
+    def __init__(self, file: Distant) -> None:
+        super().__init__(file)
+        self._far = file
+
+    def peek_into(self, view: memoryview, offset: int) -> int:
+        return self._far.peek_into(view, offset)
+
+
+def _borrowed(file: Readable) -> Readable:
+    return _BorrowedFar(file) if isinstance(file, Distant) else _Borrowed(file)

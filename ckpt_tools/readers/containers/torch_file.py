@@ -279,11 +279,11 @@ class TorchFile:
 
     def _storage_id(self, pid: tuple[Any, ...]) -> tuple[DType | None, str, int]:
         """Element type (None if unknown), key and number of elements."""
-        kinds = (str, object, str, object, int)
         if (
             len(pid) < 5
-            or not all(map(isinstance, pid, kinds))
+            or type(pid[0]) is not str
             or pid[0] != "storage"
+            or type(pid[2]) is not str
             or type(pid[4]) is not int
             or not 0 <= pid[4] < 1 << 63
         ):

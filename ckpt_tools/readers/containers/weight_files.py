@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ckpt_tools.errors import CkptError, DamagedCheckpoint, listed
+from ckpt_tools.errors import CkptError, DamagedCheckpoint, listed, tensors
 from ckpt_tools.readers.containers.dtensor import whole_of
 from ckpt_tools.readers.containers.quantised_classes import quantised_remarks
 from ckpt_tools.readers.containers.restricted_pickle import TensorRef
@@ -190,5 +190,5 @@ def _agree(index: Path, weight_map: dict[str, str], names: Iterable[str]) -> Non
     odd = sorted(set(weight_map) ^ set(names))
     if odd:
         raise DamagedCheckpoint(
-            f"index and shards differ in {len(odd)} tensors", path=index, tensor=odd[0]
+            f"index and shards differ in {tensors(len(odd))}", path=index, tensor=odd[0]
         )

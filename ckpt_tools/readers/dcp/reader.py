@@ -117,7 +117,7 @@ def _inside(directory: Path, tag: str | None) -> list[Location]:
         raise UsageError(
             f"it has no model {tag!r}",
             path=directory,
-            hint=f"Found: {', '.join(names) or 'none'}.",
+            hint=f"Pass --tag with one of: {', '.join(names)}." if names else "Leave out --tag.",
         )
     if tag is None and len(names) < 2:
         return [location_of(NAME, directory)]
@@ -195,7 +195,7 @@ def model_names(metadata: Metadata, location: Location) -> Mapping[str, str]:
         raise UsageError(
             f"it holds {len(found)} models, and none is {location.part!r}",
             path=location.directory,
-            hint=f"Found: {', '.join(found)}.",
+            hint=f"Pass --tag with one of: {', '.join(found)}.",
         )
     return found[part]
 

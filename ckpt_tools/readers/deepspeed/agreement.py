@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckpt_tools.errors import CkptError, DamagedCheckpoint, listed, number_ranges
+from ckpt_tools.errors import CkptError, DamagedCheckpoint, listed, rank_ranges
 from ckpt_tools.readers.containers.restricted_pickle import TensorRef
 from ckpt_tools.readers.counts import counted
 
@@ -133,8 +133,8 @@ def check_models(world_size: int, directory: Path, models: Sequence[ModelState])
     frozen = models[0].get("frozen_param_shapes")
     if frozen or (0 in lacking and models[0].get("buffer_names")):
         raise _missing("model", lacking, world_size, directory, models)
-    ranks = number_ranges(lacking)
-    fact = f"{len(lacking)} of {world_size} model files are missing (ranks {ranks})"
+    ranks = rank_ranges(lacking)
+    fact = f"{len(lacking)} of {world_size} model files are missing ({ranks})"
     return (f"{fact}; no parameter is frozen, so they hold no weights",)
 
 
@@ -149,7 +149,7 @@ def _missing(
     names = [rank_text.sub(f"zero_pp_rank_{rank}_", example) for rank in lacking]
     stage = states[0].stage if isinstance(states[0], OptimState) else 3
     return _lost(
-        f"{len(lacking)} of {world_size} {kind}_states files are missing: ranks {number_ranges(lacking)}",
+        f"{len(lacking)} of {world_size} {kind}_states files are missing: {rank_ranges(lacking)}",
         1 if stage is None else stage,
         directory,
         names,
@@ -182,7 +182,7 @@ def check_extra(
         if extra:
             strays = [state.path for state in states if state.rank in extra]
             raise DamagedCheckpoint(
-                f"there are {kind}_states files of ranks {number_ranges(extra)}, but the save had "
+                f"there are {kind}_states files of {rank_ranges(extra)}, but the save had "
                 f"{world_size} ranks",
                 path=strays[0],
                 hint=f"The files of ranks 0 to {world_size - 1} belong together. Move these away: "

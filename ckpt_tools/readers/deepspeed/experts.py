@@ -169,7 +169,7 @@ def _expert_files(names: SaveNames, shards: ShardSet) -> dict[str, TensorRef]:
         ]
         if lacking and names.experts and EXPERT_FILE.fullmatch(names.experts[0])["layer"]:  # type: ignore[index]
             raise DamagedCheckpoint(
-                f"{len(lacking)} files of experts are missing",
+                f"files of experts are missing ({len(lacking)})",
                 path=names.directory,
                 missing=lacking,
                 hint=f"Expected {lacking[0]}. {NODE_LOCAL}",

@@ -71,7 +71,9 @@ def find(path: Path, tag: str | None = None) -> list[Location]:
         raise UsageError(
             f"there is no checkpoint with the tag {tag!r}",
             path=path,
-            hint=f"Found: {', '.join(names) or 'none'}.",
+            hint=f"Pass --tag with one of: {', '.join(names)}."
+            if names
+            else f"{latest.name} is here, and no checkpoint is. It may have been moved or deleted.",
         )
     if latest.is_file():
         return [_follow_latest(path, latest, names)]

@@ -11,6 +11,7 @@ Sources: ``deepspeed/runtime/engine.py`` (``_get_ckpt_name``, ``_get_zero_ckpt_n
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -213,6 +214,10 @@ def _read_optim(path: Path) -> OptimState:
             hint="If the optimizer was offloaded to NVMe, its masters are not in this file.",
         )
     base = state.get("base_optimizer_state", state.get("optimizer_state_dict"))
+    for group in groups:
+        # Kept by the group. Here many files are read at once; a store takes long for each of them.
+        with suppress(CkptError):  # raised again where the masters are needed
+            _ = group.byte_offset
     return OptimState(
         path=path,
         rank=int(match["dp"]),

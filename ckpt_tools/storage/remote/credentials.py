@@ -46,3 +46,15 @@ def aws_settings() -> dict[str, str]:
     if endpoint := variables.get("AWS_ENDPOINT_URL_S3") or variables.get("AWS_ENDPOINT_URL"):
         found["endpoint"] = endpoint
     return found
+
+
+def google_settings() -> dict[str, str]:
+    """The server that is asked in place of Google's.
+
+    Google's libraries have a variable for a server of tests. Such a server takes any credentials.
+    """
+    if server := os.environ.get("STORAGE_EMULATOR_HOST"):
+        url = server if "://" in server else f"http://{server}"
+        return {"base_url": url, "bearer_token": "none"}
+    server = os.environ.get("GOOGLE_BASE_URL")
+    return {"base_url": server} if server else {}

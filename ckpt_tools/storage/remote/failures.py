@@ -134,6 +134,10 @@ def _refusal(error: Exception, address: str) -> CkptError | None:
     if any(sign in text for sign in _NO_CREDENTIALS):
         where = _VARIABLES.get(scheme, "the credentials of the store")
         return StoreFailed("no credentials were found", path=address, hint=f"Set {where}. {_see()}")
+    if kind == "OfflineModeIsEnabled":
+        return StoreFailed(
+            "HF_HUB_OFFLINE forbids requests to the Hub", path=address, hint="Unset HF_HUB_OFFLINE."
+        )
     if kind == "PreconditionError" or status == 412:
         return changed(address)
     region = code == "the bucket is in another region" or status in (301, 307)

@@ -18,13 +18,22 @@ from ckpt_tools.storage.remote.failures import Patience
 from ckpt_tools.storage.remote.stores import Store
 from ckpt_tools.storage.wire import carry
 
-# Requests under way in a process, and their bytes. Beside them are the buffers of the threads that convert:
-# for each of 4 threads a block of 8 MiB, and its source of twice the size while elements are cast to half
-# their size. That is less than 500 MB in all.
+# Requests under way in a process, and their bytes. Answers go to the buffers of the threads that convert.
+# With torch, that is less than 500 MB in all. While some threads cast and write, others wait for the store.
+# So there are many, with small blocks.
 AT_ONCE = 64
 BYTES_AT_ONCE = 96 << 20
-REMOTE = Requests(nbytes=8 << 20, gap_bytes=128 << 10, at_once=32, threads=4, block_bytes=8 << 20)
+REMOTE = Requests(
+    nbytes=8 << 20,
+    gap_bytes=128 << 10,
+    at_once=AT_ONCE,
+    threads=16,
+    block_bytes=2 << 20,
+    buffer_bytes=96 << 20,
+)
 
+# A file of this size is read at once, as fast as two parts of it.
+_SMALL_BYTES = 1 << 20
 # A pickle lies at the start of a torch file, the directory of a zip at the end.
 _HEAD_BYTES = 128 << 10
 _TAIL_BYTES = 64 << 10
@@ -96,6 +105,10 @@ class Ranges:
 
     def read(self, path: str, view: memoryview, offset: int, facts: FileFacts) -> None:
         """Fill ``view`` from byte ``offset`` on; raises as :meth:`Patience.call`."""
+        held = self._held(path, offset)
+        if held is not None and offset + len(view) <= held[0] + len(held[1]):
+            view[:] = memoryview(held[1])[offset - held[0] :][: len(view)]
+            return
         with self._turns.taken(len(view)):
             self._patience.call(
                 lambda: self._store.read(path, view, offset, facts), lambda: self._address(path)
@@ -124,7 +137,7 @@ class Ranges:
 
     def _near(self, path: str, offset: int, count: int, size: int) -> tuple[int, int]:
         """The bytes that are read where some are needed."""
-        if size <= _HEAD_BYTES:
+        if size <= _SMALL_BYTES:
             return 0, size
         if offset >= size - _TAIL_BYTES:
             return size - _TAIL_BYTES, size

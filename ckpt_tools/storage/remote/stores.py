@@ -6,6 +6,7 @@ Hub list their files in their own ways, and obstore reads them by HTTP.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 from ckpt_tools.errors import StoreFailed, UsageError
 from ckpt_tools.storage.addresses import Address
 from ckpt_tools.storage.places import FileFacts
-from ckpt_tools.storage.remote.credentials import aws_settings
+from ckpt_tools.storage.remote.credentials import aws_settings, google_settings
 from ckpt_tools.storage.remote.failures import Incomplete, changed
 
 if TYPE_CHECKING:
@@ -24,12 +25,15 @@ if TYPE_CHECKING:
 
     ObjectStore = AzureStore | GCSStore | HTTPStore | S3Store
 
+Sent = Callable[[int], None]
+
 # An answer of 16 MiB takes so long at 500 kB/s.
 _ANSWER_SECONDS = 60
 _CONNECT_SECONDS = 10
 _IDLE_CONNECTIONS = 64
 # An answer is taken in pieces of about this size, which fit into the cache of a processor.
-_PIECE_BYTES = 512 << 10
+_PIECE_BYTES = 256 << 10
+_WEAK = "W/"
 _OTHER_LENGTH = "the answer has another number of bytes than was asked for"
 
 
@@ -94,15 +98,22 @@ def bucket_of(address: Address) -> ObjectStore:
     from obstore import store as stores
 
     try:
+        settings: Any
         if address.scheme == "gs":
+            settings = google_settings()
             return stores.GCSStore(
-                address.host, client_options=_bucket_options(), retry_config=ONE_ATTEMPT
+                address.host,
+                config=settings,
+                client_options=_bucket_options(settings.get("base_url", "")),
+                retry_config=ONE_ATTEMPT,
             )
         if address.scheme == "az":
             return stores.AzureStore(
-                address.host, client_options=_bucket_options(), retry_config=ONE_ATTEMPT
+                address.host,
+                client_options=_bucket_options(os.environ.get("AZURE_STORAGE_ENDPOINT", "")),
+                retry_config=ONE_ATTEMPT,
             )
-        settings: Any = aws_settings()
+        settings = aws_settings()
         return stores.S3Store(
             address.host,
             config=settings,
@@ -160,15 +171,36 @@ class Bucket:
         address = f"{self._root}/{path}"
         read_range(self._obstore, self._bucket, path, view, offset, facts, lambda: address)
 
-    def put(self, path: str, file: Path, part_bytes: int, parts_at_once: int) -> None:
-        """Write a file of this machine; it appears whole."""
+    def put(self, path: str, file: Path, part_bytes: int, parts_at_once: int, sent: Sent) -> None:
+        """Write a file of this machine; it appears whole.
+
+        Args:
+            path: its path in the store.
+            file: the file.
+            part_bytes: a longer file is sent in parts of so many bytes.
+            parts_at_once: the number of parts under way.
+            sent: called with the number of bytes of the file that have arrived.
+        """
+        size = file.stat().st_size
+        parts = file if size <= part_bytes else _parts_of(file, part_bytes, parts_at_once, sent)
         self._obstore.put(
-            self._bucket, path, file, chunk_size=part_bytes, max_concurrency=parts_at_once
+            self._bucket, path, parts, chunk_size=part_bytes, max_concurrency=parts_at_once
         )
+        sent(size)
 
     def remove(self, path: str) -> None:
         """Remove a file."""
         self._obstore.delete(self._bucket, path)
+
+
+def _parts_of(file: Path, part_bytes: int, parts_at_once: int, sent: Sent) -> Iterator[bytes]:
+    """The parts of a file. The library asks for another one when one of those under way has arrived."""
+    with file.open("rb") as stream:
+        given = 0
+        while part := stream.read(part_bytes):
+            yield part
+            given += 1
+            sent(max(given - parts_at_once, 0) * part_bytes)
 
 
 def read_range(
@@ -182,13 +214,14 @@ def read_range(
 ) -> None:
     """Fill ``view`` from one answer, piece by piece as it arrives; raises as :meth:`Store.read`."""
     options: dict[str, object] = {"range": (offset, offset + len(view))}
-    if facts.version is not None:
+    # RFC 9110 forbids a weak tag here: no version would match it.
+    if facts.version is not None and not facts.version.startswith(_WEAK):
         options["if_match"] = facts.version
     try:
         answer = library.get(store, path, options=options)
         if answer.meta["size"] != facts.size:
             raise changed(address())
-        version = answer.meta["e_tag"]
+        version = _tag_of(answer.meta)
         if facts.version is not None and version is not None and version != facts.version:
             raise changed(address())
         # The whole answer would lie in memory twice: in pieces, and joined.
@@ -209,4 +242,10 @@ def read_range(
 def facts_of(meta: Any) -> FileFacts:
     """The facts in what obstore says of an object."""
     written = int(meta["last_modified"].timestamp() * 1_000_000) * 1000
-    return FileFacts(meta["size"], written, meta["e_tag"] or meta["version"])
+    return FileFacts(meta["size"], written, _tag_of(meta) or meta["version"])
+
+
+def _tag_of(meta: Any) -> str | None:
+    """The ETag of an object, quoted. Azure quotes it in the answer to a request, and not in a listing."""
+    tag: str | None = meta["e_tag"]
+    return tag if not tag or tag.startswith(('"', _WEAK)) else f'"{tag}"'

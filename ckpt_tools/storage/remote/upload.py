@@ -8,7 +8,7 @@ was interrupted continues.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,10 +16,8 @@ from typing import Any
 from ckpt_tools.errors import OutputExists, OutputFailed
 from ckpt_tools.storage.addresses import Address
 from ckpt_tools.storage.remote.failures import Patience
-from ckpt_tools.storage.remote.stores import Bucket
+from ckpt_tools.storage.remote.stores import Bucket, Sent
 from ckpt_tools.storage.wire import carry
-
-Sent = Callable[[int], None]
 
 # Parts of a large file: S3 accepts 10,000 of them.
 _PART_BYTES = 16 << 20
@@ -84,7 +82,8 @@ class BucketOutput:
         Args:
             directory: the finished directory.
             record: the file that says what was uploaded; it may be of an interrupted upload.
-            sent: called with the bytes of each file.
+            sent: called with the number of bytes of the directory that have arrived until now. It falls
+                where a file is sent again.
 
         Raises:
             OutputFailed: a file of the store is not what was sent.
@@ -97,23 +96,24 @@ class BucketOutput:
         kept = {name for name in uploaded if name in paths and self._is_there(name, uploaded[name])}
         for name in reversed(upload_order([name for name in self.held() if name not in kept])):
             self._remove(name)
-        for name in upload_order(list(paths)):
-            size = paths[name].stat().st_size
-            if name not in kept:
-                uploaded[name] = self._put(name, paths[name], size)
-                record.write_text(json.dumps(uploaded), encoding="utf-8")
-            sent(size)
+        done = sum(paths[name].stat().st_size for name in kept)
+        for name in upload_order([name for name in paths if name not in kept]):
+            uploaded[name] = self._put(name, paths[name], done, sent)
+            record.write_text(json.dumps(uploaded), encoding="utf-8")
+            done += paths[name].stat().st_size
 
     def _at(self, name: str) -> Address:
         path = f"{self.address.path}/{name}" if self.address.path else name
         return replace(self.address, path=path)
 
-    def _put(self, name: str, path: Path, size: int) -> list[Any]:
-        at = self._at(name)
+    def _put(self, name: str, path: Path, before: int, sent: Sent) -> list[Any]:
+        at, size = self._at(name), path.stat().st_size
         part = max(_PART_BYTES, -(-size // _MOST_PARTS))
-        self._patience.call(
-            lambda: self._bucket.put(at.path, path, part, _PARTS_AT_ONCE), lambda: str(at)
-        )
+
+        def put() -> None:
+            self._bucket.put(at.path, path, part, _PARTS_AT_ONCE, lambda n: sent(before + n))
+
+        self._patience.call(put, lambda: str(at))
         carry(size)
         facts = self._patience.call(lambda: self._bucket.facts(at.path), lambda: str(at))
         if facts is None or facts.size != size:

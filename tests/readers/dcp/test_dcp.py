@@ -114,7 +114,7 @@ def test_two_models_are_a_choice(tmp_path: Path) -> None:
     assert (checkpoint.location.part, checkpoint.location.name) == ("ema", "ema")
     for name, value in ema.items():
         assert_same(checkpoint[name].load(), value, name)
-    with pytest.raises(UsageError, match="Found: model, ema"):
+    with pytest.raises(UsageError, match="one of: model, ema"):
         open_checkpoint(path, tag="teacher")
 
 

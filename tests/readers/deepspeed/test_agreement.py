@@ -56,7 +56,7 @@ def test_a_missing_rank_is_named(tmp_path: Path) -> None:
     directory = damage.copy_of(STAGE_2, tmp_path)
     name = damage.drop_rank(directory, 1)
     error = damaged(directory)
-    assert error.fact == "1 of 3 optim_states files are missing: ranks 1"
+    assert error.fact == "1 of 3 optim_states files are missing: rank 1"
     assert error.missing == (name,)
     assert error.hint == f"{WHOLE} Expected {name}. {ELSEWHERE}"
 
@@ -74,7 +74,7 @@ def test_a_missing_model_file_of_stage_3_with_frozen_slices_is_named(tmp_path: P
     directory = damage.copy_of("zero3-bf16-llama-frozen-3ranks", tmp_path)
     name = damage.drop_rank(directory, 1, "model")
     error = damaged(directory)
-    assert error.fact == "1 of 3 model_states files are missing: ranks 1"
+    assert error.fact == "1 of 3 model_states files are missing: rank 1"
     assert error.missing == (name,)
     assert error.hint == f"Expected {name}. {ELSEWHERE}"
 
@@ -88,7 +88,7 @@ def test_a_missing_model_file_of_stage_3_is_remarked_where_nothing_is_frozen(
     checkpoint = open_checkpoint(directory)
     (remark,) = checkpoint.remarks
     assert remark == (
-        f"1 of 7 model files are missing (ranks {rank}); no parameter is frozen, so they hold no weights"
+        f"1 of 7 model files are missing (rank {rank}); no parameter is frozen, so they hold no weights"
     )
     case = Case(damage.ZERO / STAGE_3)
     assert set(checkpoint) == set(case.model)
@@ -108,7 +108,7 @@ def test_a_missing_last_rank_is_not_taken_for_a_smaller_run(tmp_path: Path) -> N
     directory = damage.copy_of(STAGE_3, tmp_path)
     damage.drop_rank(directory, 6)
     damage.drop_rank(directory, 6, "model")
-    assert damaged(directory).fact == "1 of 7 optim_states files are missing: ranks 6"
+    assert damaged(directory).fact == "1 of 7 optim_states files are missing: rank 6"
 
 
 def test_the_folder_of_one_machine_says_where_the_others_are(tmp_path: Path) -> None:
@@ -359,7 +359,7 @@ def test_a_surplus_model_file_of_stage_3_is_named(tmp_path: Path) -> None:
     damage.take_over(last, directory, surplus)
     damage.as_saved_here(directory / surplus)
     error = damaged(directory)
-    assert error.fact == "there are model_states files of ranks 7, but the save had 7 ranks"
+    assert error.fact == "there are model_states files of rank 7, but the save had 7 ranks"
 
 
 def test_a_surplus_rank_is_named(tmp_path: Path) -> None:
@@ -369,7 +369,7 @@ def test_a_surplus_rank_is_named(tmp_path: Path) -> None:
     damage.take_over(last, directory, surplus)
     damage.as_saved_here(directory / surplus)
     error = damaged(directory)
-    assert error.fact == "there are optim_states files of ranks 3, but the save had 3 ranks"
+    assert error.fact == "there are optim_states files of rank 3, but the save had 3 ranks"
     assert error.path == directory / surplus
     assert error.hint == f"The files of ranks 0 to 2 belong together. Move these away: {surplus}."
 

@@ -160,8 +160,8 @@ def drop(directory: Path, pattern: str) -> str:
     [
         (AUTOTP, "mp_rank_01_model*", "a DeepSpeed checkpoint with no *_model_states.pt file"),
         (MEGATRON, "layer_02-model_01*", "the layers [2] lack the file of tensor-parallel rank 1"),
-        (MOE, "layer_1_expert_2_*", "1 files of experts are missing"),
-        (AUTOEP, "layer_0_expert_3_*", "1 files of experts are missing"),
+        (MOE, "layer_1_expert_2_*", "files of experts are missing (1)"),
+        (AUTOEP, "layer_0_expert_3_*", "files of experts are missing (1)"),
         (UNIVERSAL, "zero/model.norm.weight/fp32.pt", "1 of 13 parameters have no fp32.pt"),
         (UNIVERSAL, "zero_pp_rank_0_*", None),
         (

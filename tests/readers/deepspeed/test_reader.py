@@ -11,6 +11,9 @@ import torch
 from ckpt_tools import open_checkpoint
 from ckpt_tools.conversion.masters import check_masters
 from ckpt_tools.errors import DamagedCheckpoint
+from ckpt_tools.readers.containers import torch_file
+from ckpt_tools.readers.deepspeed.names import names_in
+from ckpt_tools.readers.deepspeed.shards import open_shards
 from ckpt_tools.tensors.checkpoint import Checkpoint
 from tests.support import damage
 from tests.support.readers.contract import FIXTURES, Case, ReaderContract, assert_same, cases
@@ -341,3 +344,14 @@ def test_an_older_tag_is_read_when_it_is_asked_for() -> None:
     for name, truth in masters.items():
         assert_same(older[name].load(), truth, name)
     assert any(not torch.equal(masters[name], case.masters[name]) for name in masters)
+
+
+def test_record_headers_are_read_with_their_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later they would be read one after the other, which a store takes long for."""
+    shards = open_shards(
+        names_in(ZERO / "zero3-bf16-olmo2-chat-2ranks" / "checkpoint" / "global_step120")
+    )
+    monkeypatch.setattr(torch_file, "data_start", None)
+    groups = [group for optim in shards.optims for group in optim.flat_groups]
+    assert len(groups) == 2
+    assert all(group.byte_offset % 64 == 0 for group in groups)

@@ -267,7 +267,7 @@ def test_two_world_sizes_in_a_directory_are_a_choice(directory: Path) -> None:
         open_checkpoint(directory)
     assert caught.value.choices == ("world_size_2", "world_size_3")
     assert open_checkpoint(directory, tag="world_size_2").world_size == 2
-    with pytest.raises(UsageError, match="Found: world_size_2, world_size_3"):
+    with pytest.raises(UsageError, match="one of: world_size_2, world_size_3"):
         open_checkpoint(directory, tag="world_size_8")
 
 

@@ -12,9 +12,13 @@ from typing import Any
 import pytest
 
 from ckpt_tools import average, consolidate, diff, extract_lora, inspect, merge_lora, verify
-from ckpt_tools.errors import CkptError, StoreFailed, UsageError
+from ckpt_tools.errors import CkptError, NotACheckpoint, StoreFailed, UsageError
+from ckpt_tools.storage.places import LOCAL
+from ckpt_tools.storage.remote import ranges
+from ckpt_tools.storage.remote.ranges import REMOTE
 from tests.conftest import FIXTURES
 from tests.support.ranks.launching import launch
+from tests.support.remote import hub as hubs
 from tests.support.remote.s3 import BUCKET, S3, VARIABLES
 
 ZERO3 = FIXTURES / "zero" / "zero3-bf16-olmo2-chat-2ranks"
@@ -191,6 +195,36 @@ def test_the_files_of_the_aws_command_line_are_read(
     assert inspect(address).parameters == 27_888
 
 
+def test_a_process_that_is_offline_does_not_ask_the_hub() -> None:
+    with pytest.raises(StoreFailed, match="HF_HUB_OFFLINE forbids requests"):
+        inspect("hf://org/runs/checkpoint")
+
+
+@pytest.mark.slow
+def test_a_repository_of_the_hub_has_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    sources = [FIXTURES / source for source in QUICK]
+    with hubs.serving() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        hub.repositories["org/runs"] = {"trial": {}, "main": {}}
+        for source in sources:
+            for name, data in files_of(source).items():
+                hub.repositories["org/runs"]["trial"][f"{source.name}/{name}"] = data
+        for source in sources:
+            address = f"hf://org/runs@trial/{source.name}"
+            (name, *_) = sorted(path.name for path in source.glob("checkpoint*"))
+            there, here = inspect(f"{address}/{name}"), inspect(source / name)
+            assert (there.parameters, there.step) == (here.parameters, here.step)
+            made = converted(address, source, tmp_path / "there" / source.name)
+            assert made == converted(source, source, tmp_path / "here" / source.name), source
+        with pytest.raises(NotACheckpoint, match="no such file or directory"):
+            inspect("hf://org/runs@main/checkpoint")
+
+
 def test_inspect_asks_for_metadata_alone(store: S3) -> None:
     from ckpt_tools.storage.naming import as_path
     from ckpt_tools.storage.remote.trees import StoreTree
@@ -199,8 +233,38 @@ def test_inspect_asks_for_metadata_alone(store: S3) -> None:
     inspect(address)
     tree = as_path(address).pool  # type: ignore[attr-defined]
     assert isinstance(tree, StoreTree)
-    # Four files of torch and the pointer.
-    assert tree.store.ranges.traffic.requests <= 9
+    # Four small files of torch and the pointer; the step of each rank lies in them.
+    assert tree.store.ranges.traffic.requests == 5
+
+
+def test_the_records_of_a_large_file_take_two_requests(
+    store: S3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its start and its end; the directory of a zip is read in many short reads."""
+    from ckpt_tools.readers.containers.records import Records
+    from ckpt_tools.storage.naming import as_path
+
+    monkeypatch.setattr(ranges, "_SMALL_BYTES", 0)
+    monkeypatch.setattr(ranges, "_HEAD_BYTES", 1 << 10)
+    monkeypatch.setattr(ranges, "_TAIL_BYTES", 4 << 10)
+    (here,) = (ZERO3 / "checkpoint").rglob("bf16_zero_pp_rank_0*")
+    there = as_path(store.put(here.parent, "records")) / here.name
+    with Records(there, "") as far, Records(here, "") as near:
+        assert far.signature == near.signature
+        assert far
+    assert there.pool.store.ranges.traffic.requests == 2  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("mebibytes", [1, 2, 8, 32])
+def test_buffers_do_not_grow_with_the_number_of_ranks(mebibytes: int) -> None:
+    """With many ranks, a block holds a piece of each."""
+    block = mebibytes << 20
+    assert LOCAL.threads_for(block) is None
+    threads = REMOTE.threads_for(block)
+    assert threads is not None
+    assert 1 <= threads <= REMOTE.threads
+    assert threads == REMOTE.threads or (threads + 1) * 3 * block > REMOTE.buffer_bytes
+    assert threads * 3 * block <= REMOTE.buffer_bytes
 
 
 @pytest.mark.slow

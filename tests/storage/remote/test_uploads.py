@@ -14,6 +14,9 @@ import pytest
 
 from ckpt_tools import consolidate
 from ckpt_tools.errors import OutputExists, StoreFailed, UsageError
+from ckpt_tools.storage.addresses import parsed
+from ckpt_tools.storage.remote import upload
+from ckpt_tools.storage.remote.failures import Patience
 from ckpt_tools.storage.remote.stores import Bucket
 from ckpt_tools.storage.remote.upload import upload_order
 from tests.conftest import FIXTURES
@@ -98,6 +101,21 @@ def test_an_interrupted_upload_has_no_config_and_continues(
     assert asked[-1].endswith("/config.json")
 
 
+def test_the_progress_of_an_upload_counts_parts_of_files(
+    store: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upload, "_PART_BYTES", 5 << 20)
+    monkeypatch.setattr(upload, "_PARTS_AT_ONCE", 1)
+    weights, config = bytes(range(256)) * (11 << 12), b"{}"
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    (tmp_path / "config.json").write_bytes(config)
+    address, told = parsed(f"s3://{BUCKET}/up/parts"), list[int]()
+    output = upload.BucketOutput(address, Patience())
+    output.upload(tmp_path, tmp_path.parent / "record.json", told.append)
+    assert told == [0, 5 << 20, 10 << 20, 11 << 20, (11 << 20) + 2]
+    assert held(store, "up/parts") == {"model.safetensors": weights, "config.json": config}
+
+
 # The process dies when the store has a file that the record of the upload does not list.
 _KILLED = """
 import os, signal, sys
@@ -150,6 +168,39 @@ def test_an_upload_that_was_killed_continues(
     assert list(scratch.iterdir()) == []
 
 
+def test_two_runs_to_one_address_do_not_share_their_folder(
+    store: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that begins while another uploads is refused, and the other's upload is whole."""
+    address, scratch = f"s3://{BUCKET}/up/both", tmp_path / "scratch"
+    put: Callable[..., None] = Bucket.put
+    refused: list[UsageError] = []
+
+    def beside(self: Bucket, path: str, *more: Any) -> None:
+        with pytest.raises(UsageError, match="another run to this address") as caught:
+            consolidate(CHECKPOINT, address, weights_only=True, scratch=scratch, overwrite=True)
+        refused.append(caught.value)
+        put(self, path, *more)
+
+    monkeypatch.setattr(Bucket, "put", beside)
+    consolidate(CHECKPOINT, address, weights_only=True, scratch=scratch)
+    consolidate(CHECKPOINT, tmp_path / "out", weights_only=True)
+
+    assert len(refused) == 2
+    assert held(store, "up/both") == files_of(tmp_path / "out")
+    assert list(scratch.iterdir()) == []
+
+
+def test_a_folder_of_another_user_is_not_uploaded(
+    store: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = os.geteuid() + 1
+    monkeypatch.setattr("os.geteuid", lambda: other)
+    with pytest.raises(UsageError, match="belongs to another user"):
+        consolidate(CHECKPOINT, f"s3://{BUCKET}/up/mine", weights_only=True, scratch=tmp_path)
+    assert not store.keys("up/mine/")
+
+
 def test_an_output_that_is_replaced_leaves_no_old_file(store: S3, tmp_path: Path) -> None:
     for name in ("model-00001-of-00002.safetensors", "config.json"):
         store.client.put_object(Bucket=BUCKET, Key=f"up/old/{name}", Body=b"old")
@@ -167,7 +218,7 @@ def test_a_web_server_is_not_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize("wrong", ["nope", "hf://org/name", "org/name@branch", "a/b/c"])
 def test_a_repository_has_two_parts(wrong: str, tmp_path: Path) -> None:
     options: Any = {"push_to_hub": wrong}
-    with pytest.raises(UsageError, match="is no repository of the Hub"):
+    with pytest.raises(UsageError, match="is not the name of a repository of the Hub"):
         consolidate(CHECKPOINT, tmp_path / "out", weights_only=True, **options)
     assert not list(tmp_path.iterdir())
 
@@ -189,6 +240,7 @@ def test_the_hub_gets_one_commit_and_is_read_back(tmp_path: Path) -> None:
                     "HF_ENDPOINT": hub.url,
                     "HF_TOKEN": "hf_hidden",
                     "HF_HOME": str(tmp_path / "home"),
+                    "TMPDIR": str(tmp_path),
                 },
             )
             assert "hf_hidden" not in ended.stdout + ended.stderr

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 
 @dataclass
@@ -138,7 +138,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._json({"files": [{"path": each["path"], **modes} for each in files]})
         elif parts[4] == "paths-info":
             files = hub.branch(name, parts[5]) or {}
-            wanted = json.loads(body)["paths"]
+            wanted = parse_qs(body.decode())["paths"]
             self._json([each for each in self._tree(files, "", True) if each["path"] in wanted])
         elif hub.refuse_commits:
             hub.refuse_commits -= 1

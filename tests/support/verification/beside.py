@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ckpt_tools import open_checkpoint
+from ckpt_tools.errors import counted
 from ckpt_tools.transforms.recipe import Json
 from ckpt_tools.verification.against import check_against
 from ckpt_tools.verification.directory import Directory, list_directory
@@ -52,7 +53,7 @@ def good(findings: Findings, tensors: int) -> bool:
     (checked,) = findings.checked
     assert not findings.problems, findings.problems
     assert not findings.skipped, findings.skipped
-    assert checked.startswith(f"{tensors} tensors against ")
+    assert checked.startswith(f"{counted(tensors, 'tensor')} against ")
     return checked.endswith(", bit for bit")
 
 

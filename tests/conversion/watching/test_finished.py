@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ckpt_tools.watching.finished import SKEW_NS, State, Stillness, judge
-from ckpt_tools.watching.saves import Look, Save, Stamp
+from ckpt_tools.conversion.watching.finished import SKEW_NS, State, Stillness, judge
+from ckpt_tools.conversion.watching.saves import Look, Save, Stamp
 
 RUN = Path("run")
 FINISHED, SETTLING, UNFINISHED = State.FINISHED, State.SETTLING, State.UNFINISHED

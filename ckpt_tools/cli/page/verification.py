@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Protocol
 
+from ckpt_tools.cli.page.numbers import texts
+from ckpt_tools.cli.page.parts import Level, Notice, Page, Section, Table
+from ckpt_tools.cli.page.weights import Progress, Weights, read_directory
 from ckpt_tools.errors import CkptError
-from ckpt_tools.page.numbers import texts
-from ckpt_tools.page.parts import Level, Notice, Page, Section, Table
-from ckpt_tools.page.weights import Progress, Weights, read_directory
 from ckpt_tools.storage.naming import as_path
 from ckpt_tools.text import nbytes_text
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from ckpt_tools.page.parts import Column
+from ckpt_tools.cli.page.parts import Column
 from ckpt_tools.text import nbytes_text
 
 NOTHING = "–"

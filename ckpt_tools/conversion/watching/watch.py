@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Protocol
 
 from ckpt_tools.conversion.report import Report
+from ckpt_tools.conversion.watching.command import environment, run_command
+from ckpt_tools.conversion.watching.events import Event, Happening, Tell
+from ckpt_tools.conversion.watching.finished import State, Stillness, judge
+from ckpt_tools.conversion.watching.pruning import protected, refusal
+from ckpt_tools.conversion.watching.records import Record, Records, remove_whole
+from ckpt_tools.conversion.watching.saves import Look, Save, look_at
 from ckpt_tools.errors import CkptError, DamagedCheckpoint, NotACheckpoint, UsageError
-from ckpt_tools.watching.command import environment, run_command
-from ckpt_tools.watching.events import Event, Happening, Tell
-from ckpt_tools.watching.finished import State, Stillness, judge
-from ckpt_tools.watching.pruning import protected, refusal
-from ckpt_tools.watching.records import Record, Records, remove_whole
-from ckpt_tools.watching.saves import Look, Save, look_at
 from ckpt_tools.writing.publish import leftovers
 
 
@@ -207,7 +207,7 @@ class Watch:
         if asked.command is not None:
             status = run_command(asked.command, environment(save.path, output, step))
             if status:
-                fact = f"the command ended with status {status}"
+                fact = f"the command of --exec ended with status {status}"
                 self.errors.append(CkptError(fact, path=output, hint="See what it printed."))
                 self._say("command failed", save, fact)
         self.records.write(Record(save.name, output.name, step, save.signature, status))

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.cli.page.test_rendering import Elements
 from tests.cli.test_consolidate import run
 from tests.cli.test_hostile_text import ESCAPES, NAME, assert_harmless
 from tests.conftest import FIXTURES
-from tests.page.test_rendering import Elements
 
 CASE = FIXTURES / "zero" / "zero3-bf16-qwen3-tied-2ranks"
 TRUTH = CASE / "truth" / "model.safetensors"

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckpt_tools.page.commands import shell_line
-from ckpt_tools.page.parts import Level, Notice, Page, Section
-from ckpt_tools.page.weights import Progress, read_directory
+from ckpt_tools.cli.page.commands import shell_line
+from ckpt_tools.cli.page.parts import Level, Notice, Page, Section
+from ckpt_tools.cli.page.weights import Progress, read_directory
 from ckpt_tools.storage.naming import as_path
 from ckpt_tools.text import nbytes_text
 from ckpt_tools.verification.directory import MANIFEST, SHA256SUMS

@@ -20,6 +20,10 @@ from safetensors.torch import load_file
 
 import ckpt_tools
 from ckpt_tools.conversion.api import consolidate
+from ckpt_tools.conversion.watching.command import run_command
+from ckpt_tools.conversion.watching.events import Event
+from ckpt_tools.conversion.watching.records import Records
+from ckpt_tools.conversion.watching.watch import Asked, Watch
 from ckpt_tools.errors import (
     CkptError,
     DamagedCheckpoint,
@@ -28,10 +32,6 @@ from ckpt_tools.errors import (
     OutputExists,
     UsageError,
 )
-from ckpt_tools.watching.command import run_command
-from ckpt_tools.watching.events import Event
-from ckpt_tools.watching.records import Records
-from ckpt_tools.watching.watch import Asked, Watch
 from tests.cli.test_consolidate import run as typed
 from tests.conftest import FIXTURES
 from tests.support.outputs import contents, partials
@@ -359,6 +359,11 @@ def test_a_command_that_fails_is_told_and_stops_nothing(run: Run) -> None:
 def test_a_proven_save_is_removed_and_the_newest_never(run: Run) -> None:
     for step in (2, 4, 6):
         run.zero(step, latest=4)
+    for script in (
+        "zero_to_fp32.py",
+        "zero_to_torch.py",
+    ):  # DeepSpeed 0.19 copies both into the save
+        (run.path / "global_step2" / script).write_text("")
     watch = run.watch(prune=True)
     watch.once()
     run.now += 30
@@ -438,7 +443,9 @@ def test_once_gives_a_save_time_to_stand_still(
     slept: list[float] = []
     monkeypatch.setattr(time, "sleep", slept.append)
     clock = iter(range(0, 10_000, 50))
-    monkeypatch.setattr("ckpt_tools.watching.api.time.monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(
+        "ckpt_tools.conversion.watching.api.time.monotonic", lambda: float(next(clock))
+    )
     shutil.copytree(ZERO, tmp_path / "run")
     events: list[Event] = []
 
@@ -479,7 +486,7 @@ def test_a_watch_ends_when_it_is_told_to(tmp_path: Path) -> None:
         ({"keep": 0}, "--keep is 0"),
         ({"every": -1}, "--every is -1"),
         ({"lora": True, "attribute": "policy"}, "exclude each other"),
-        ({"adapter": "a"}, "--adapter is of adapters"),
+        ({"adapter": "a"}, "--adapter is an option for adapters"),
         ({"lora": True, "prune_source": True}, "a part of the model"),
         ({"attribute": "policy", "prune_source": True}, "a part of the model"),
     ],
@@ -500,6 +507,10 @@ def test_where_and_who(tmp_path: Path) -> None:
     saved(tmp_path / "run" / "step-1")
     with pytest.raises(UsageError, match="among the checkpoints"):
         ckpt_tools.watch(tmp_path / "run", tmp_path / "run", once=True)
+    with pytest.raises(UsageError, match="one checkpoint, not the directory of a run"):
+        ckpt_tools.watch(ZERO / "global_step2", tmp_path / "out", once=True)
+    with pytest.raises(UsageError, match="it is not a directory"):
+        ckpt_tools.watch(ZERO / "latest", tmp_path / "out", once=True)
     with pytest.raises(UsageError, match="s3://runs/a is in a store"):
         ckpt_tools.watch("s3://runs/a", tmp_path / "out", once=True)
     with pytest.raises(TypeError, match=r"unexpected option 'verfy'\. Did you mean 'verify'"):
@@ -551,4 +562,7 @@ def test_adapters_are_written_and_told_as_json(tmp_path: Path) -> None:
 
     refused = typed("watch", source, out, "--lora", "--max-shard-size", "1GB", "--once")
     assert refused.exit_code == 2
-    assert "--max-shard-size is of models, and --lora writes adapters" in refused.stderr
+    assert (
+        "--max-shard-size is an option for whole models, and --lora writes adapters"
+        in refused.stderr
+    )

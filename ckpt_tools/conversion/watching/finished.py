@@ -26,7 +26,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from ckpt_tools.watching.saves import (
+from ckpt_tools.conversion.watching.saves import (
     COMPLETED,
     LATEST,
     TRAINER_STATE,

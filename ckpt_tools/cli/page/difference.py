@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ckpt_tools.page.numbers import counts, numbers, shares, texts
-from ckpt_tools.page.parts import Notice, Page, Section, Table
-from ckpt_tools.page.pictures import of_changes
-from ckpt_tools.page.weights import shape_text
+from ckpt_tools.cli.page.numbers import counts, numbers, shares, texts
+from ckpt_tools.cli.page.parts import Notice, Page, Section, Table
+from ckpt_tools.cli.page.pictures import of_changes
+from ckpt_tools.cli.page.weights import shape_text
 
 if TYPE_CHECKING:
     from ckpt_tools.analysis.difference import Difference, TensorDifference

@@ -11,12 +11,12 @@ from html.parser import HTMLParser
 
 import pytest
 
-from ckpt_tools.page import Page, rendered, shell_line
-from ckpt_tools.page.layers import Bins, place_of
-from ckpt_tools.page.numbers import counts, numbers, share_text, texts
-from ckpt_tools.page.parts import Notice, Section, Table
-from ckpt_tools.page.pictures import Size, of_changes, of_dtypes, of_kinds, of_layers
-from ckpt_tools.page.rendering import FIRST
+from ckpt_tools.cli.page import Page, rendered, shell_line
+from ckpt_tools.cli.page.layers import Bins, place_of
+from ckpt_tools.cli.page.numbers import counts, numbers, share_text, texts
+from ckpt_tools.cli.page.parts import Notice, Section, Table
+from ckpt_tools.cli.page.pictures import Size, of_changes, of_dtypes, of_kinds, of_layers
+from ckpt_tools.cli.page.rendering import FIRST
 
 HOSTILE = (
     "</script><script>alert(1)</script><!--<img src=x onerror=alert(2)>\"'&amp;{{ 7*7 }}\x1b[2J\u202e"

@@ -7,7 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
-from ckpt_tools.watching.saves import look_at
+from ckpt_tools.conversion.watching.saves import look_at
 from tests.conftest import FIXTURES
 
 TRAINER = FIXTURES / "accelerate" / "trainer-plain" / "checkpoint" / "checkpoint-2"

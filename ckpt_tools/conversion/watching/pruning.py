@@ -17,17 +17,17 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from ckpt_tools.conversion.api import open_checkpoint
+from ckpt_tools.conversion.watching.saves import Look, Save
 from ckpt_tools.errors import CkptError, listed
 from ckpt_tools.tensors.checkpoint import Checkpoint
 from ckpt_tools.verification import verify
-from ckpt_tools.watching.saves import Look, Save
 
 # Files of training that hold no weights of the model, by the frameworks that are read.
 _OF_TRAINING = re.compile(
     r"(rng_state(_\d+)?\.pth|random_states_\d+\.pkl|scheduler(_\d+)?\.(pt|bin)|scaler\.pt"
     r"|sampler(_\d+)?\.bin|dl_state_dict(_\d+)?\.bin|optimizer(_\d+)?\.(pt|bin)"
     r"|optimizer_\d+/(\.metadata|__\d+_\d+\.distcp)|trainer_state\.json|training_args\.bin"
-    r"|latest|zero_to_fp32\.py|COMPLETED|train/rank\d+\.pt|\.metadata\.json|data_paths\.txt"
+    r"|latest|zero_to_(fp32|torch)\.py|COMPLETED|train/rank\d+\.pt|\.metadata\.json|data_paths\.txt"
     r"|model(-\d+-of-\d+)?\.safetensors\.index\.json|pytorch_model\.bin\.index\.json)"
 )
 # What else than a model readers find in a save, by its key or kind; custom objects may be anything.

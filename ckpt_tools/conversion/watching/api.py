@@ -16,10 +16,13 @@ from ckpt_tools.conversion.request import (
     requested,
 )
 from ckpt_tools.conversion.signature import states_options
-from ckpt_tools.errors import NotACheckpoint, UsageError
+from ckpt_tools.conversion.watching.events import Tell
+from ckpt_tools.conversion.watching.saves import look_at
+from ckpt_tools.conversion.watching.watch import Asked, Convert, Watch
+from ckpt_tools.errors import CkptError, NotACheckpoint, UsageError
+from ckpt_tools.readers import locate
 from ckpt_tools.storage.addresses import PathLike, is_address
-from ckpt_tools.watching.events import Tell
-from ckpt_tools.watching.watch import Asked, Convert, Watch
+from ckpt_tools.tensors.checkpoint import FINISHED, LAST
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -69,7 +72,7 @@ def watch(
             it is finished.
         poll: seconds between two looks at the run.
         stop: asked between two looks; the watch returns when it is true.
-        tell: called with each :class:`ckpt_tools.watching.events.Event`.
+        tell: called with each :class:`ckpt_tools.conversion.watching.events.Event`.
         attribute: write this part of a composite model, as ``extract-attr`` does.
         lora: write the adapter, as ``extract-lora`` does.
         adapter: which adapter, where there are several.
@@ -116,12 +119,7 @@ def watch(
         settle,
         time.monotonic,
     )
-    if not run.is_dir():
-        raise NotACheckpoint(
-            "the directory of the run does not exist",
-            path=run,
-            hint="Check the path, or make the directory before training begins.",
-        )
+    _refuse_no_run(run, out)
     with watched.records.alone():
         _go_on(watched, once=once, settle=settle, poll=poll, stop=stop)
     if watched.errors:
@@ -141,6 +139,27 @@ def _go_on(
     while not (stop is not None and stop()):
         watched.once()
         time.sleep(poll)
+
+
+def _refuse_no_run(run: Path, out: Path) -> None:
+    """Raise for what is not the directory in which checkpoints appear side by side."""
+    if not run.exists():
+        raise NotACheckpoint(
+            "the directory of the run does not exist",
+            path=run,
+            hint="Check the path, or make the directory before training begins.",
+        )
+    hint = "Name the directory in which the checkpoints appear side by side."
+    if not run.is_dir():
+        raise UsageError("it is not a directory", path=run, hint=hint)
+    if look_at(run, out).saves:
+        return
+    try:
+        found = locate(run)
+    except CkptError:
+        return  # no checkpoint yet
+    if found.format not in (*FINISHED, *LAST) and found.directory.resolve() == run.resolve():
+        raise UsageError("it is one checkpoint, not the directory of a run", path=run, hint=hint)
 
 
 def _refuse_contradictions(
@@ -168,7 +187,10 @@ def _refuse_contradictions(
     given = [name for name, value in adapters.items() if value is not None]
     if given and not lora:
         option = f"--{given[0].replace('_', '-')}"
-        raise UsageError(f"{option} is of adapters", hint="Pass --lora to write adapters.")
+        raise UsageError(
+            f"{option} is an option for adapters",
+            hint=f"Add --lora to write adapters, or leave out {option}.",
+        )
     if prune and (lora or attribute is not None):
         raise UsageError(
             "--prune-source would lose what is not in the outputs, which hold a part of the model",

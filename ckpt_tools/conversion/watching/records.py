@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ckpt_tools.conversion.completeness import read_manifest
+from ckpt_tools.conversion.watching.saves import Save
 from ckpt_tools.errors import OutputFailed, UsageError
-from ckpt_tools.watching.saves import Save
 from ckpt_tools.writing.manifest import NAME as MANIFEST
 from ckpt_tools.writing.publish import leftovers
 

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ckpt_tools.analysis.statistics import Statistics
-from ckpt_tools.page.layers import Bins, Place, place_of
-from ckpt_tools.page.numbers import number_text, share_text
-from ckpt_tools.page.parts import Mark, Picture, Row
+from ckpt_tools.cli.page.layers import Bins, Place, place_of
+from ckpt_tools.cli.page.numbers import number_text, share_text
+from ckpt_tools.cli.page.parts import Mark, Picture, Row
 from ckpt_tools.text import nbytes_text
 
 _ROWS = 24

@@ -20,7 +20,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
 from ckpt_tools._version import __version__
-from ckpt_tools.page.parts import Page, Table
+from ckpt_tools.cli.page.parts import Page, Table
 from ckpt_tools.text import printable
 
 # Rows that are in the page as markup, for browsers without JavaScript and for print.

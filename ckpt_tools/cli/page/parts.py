@@ -1,6 +1,6 @@
 """Owns the content of a page, without its markup: sections of facts, problems, pictures and tables.
 
-Text is plain: :mod:`ckpt_tools.page.rendering` alone writes markup, and escapes every character of it.
+Text is plain: :mod:`ckpt_tools.cli.page.rendering` alone writes markup, and escapes every character of it.
 """
 
 from __future__ import annotations

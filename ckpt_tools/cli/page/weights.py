@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt_tools.analysis.statistics import Statistics, statistics_of
+from ckpt_tools.cli.page.numbers import counts, numbers, shares, sizes, texts
+from ckpt_tools.cli.page.parts import Column, Notice, Picture, Table
+from ckpt_tools.cli.page.pictures import Size, of_dtypes, of_kinds, of_layers, of_norms
 from ckpt_tools.errors import CkptError
-from ckpt_tools.page.numbers import counts, numbers, shares, sizes, texts
-from ckpt_tools.page.parts import Column, Notice, Picture, Table
-from ckpt_tools.page.pictures import Size, of_dtypes, of_kinds, of_layers, of_norms
 from ckpt_tools.readers.opening import open_weights
 from ckpt_tools.tensors.catalogue import Tensor
 from ckpt_tools.verification.container import Entry

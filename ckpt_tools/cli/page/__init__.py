@@ -7,6 +7,6 @@ The page loads nothing. Names from a checkpoint are text in it, never markup.
 
 from __future__ import annotations
 
-from ckpt_tools.page.commands import shell_line as shell_line
-from ckpt_tools.page.parts import Page as Page
-from ckpt_tools.page.rendering import rendered as rendered
+from ckpt_tools.cli.page.commands import shell_line as shell_line
+from ckpt_tools.cli.page.parts import Page as Page
+from ckpt_tools.cli.page.rendering import rendered as rendered
