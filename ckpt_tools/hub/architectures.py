@@ -62,6 +62,21 @@ def input_embeddings(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(name for name in names if _is_embedding(name.split(".")))
 
 
+def classifies_beside(class_name: str, surplus: Iterable[str]) -> str | None:
+    """A head of a classifier among tensors that a class of language models lacks; None if there is none.
+
+    An adapter of a reward model on a causal base has it beside the base's own head.
+    """
+    if _GENERATING_CLASS.search(class_name) is None:
+        return None
+    return min(_heads(surplus) & _VALUE_HEADS - BESIDE_LANGUAGE_MODELS, default=None)
+
+
+def without_generating_heads(names: Iterable[str]) -> tuple[str, ...]:
+    """The names that are not of a head of a language model."""
+    return tuple(name for name in names if not _heads([name]) & _GENERATING_HEADS)
+
+
 def never_generates(class_name: str) -> bool:
     """Whether the name of a class is that of a task without text generation."""
     return _HEADLESS_TASK.search(class_name) is not None

@@ -15,9 +15,11 @@ from ckpt_tools.errors import tensors as tensors_text
 from ckpt_tools.hub import ConfigSource
 from ckpt_tools.hub.architectures import (
     BESIDE_LANGUAGE_MODELS,
+    classifies_beside,
     contradiction,
     fitting,
     never_generates,
+    without_generating_heads,
 )
 from ckpt_tools.hub.config import finish
 from ckpt_tools.hub.reference import Answer, ReferenceModel, start
@@ -207,17 +209,22 @@ def _refuse_other_head(
     """Refuse a config of the same model with another head: a reward model with a causal config.
 
     The missing head and the surplus one together name the class. ``--like`` would fill in the missing head
-    and write the surplus one beside it. A value head beside a tied language model is left alone.
+    and write the surplus one beside it, and so would the base of an adapter. A value head beside a tied
+    language model is left alone.
     """
+    surplus = [name for name in tensors if name not in reference.saved]
     odd = contradiction(reference.architecture, tensors)
+    beside = classifies_beside(reference.architecture, surplus)
+    odd = odd or beside
     if odd is None or (not lacking and odd in BESIDE_LANGUAGE_MODELS):
         return
-    surplus = [name for name in tensors if name not in reference.saved]
     head = [name for name in surplus if name.startswith(f"{odd}.")]
     if not head or (not lacking and never_generates(reference.architecture)):
         return
     tied = config.data.get("tie_word_embeddings")
-    meant = fitting(reference.model_type, tensors, tied=tied)
+    meant = fitting(
+        reference.model_type, without_generating_heads(tensors) if beside else tensors, tied=tied
+    )
     lacks = f" and lack {listed(lacking)}" if lacking else ""
     raise UsageError(
         f"the config names {reference.architecture}, but the tensors of the checkpoint hold "

@@ -274,7 +274,9 @@ def _compact(stored: Stored, files: Sequence[Path]) -> Stored:
     if not stored.fragments or not isinstance(stored.fragments[0].region, FlatRange):
         return stored
     first = stored.fragments[0]
-    slices = EvenSlices(files, first.offset, stored.fragments[0].region.numel, stored.numel)
-    if len(slices) > len(files) or list(slices) != list(stored.fragments):
+    if first.region.numel * len(files) < stored.numel:
+        return stored
+    slices = EvenSlices(files, first.offset, first.region.numel, stored.numel)
+    if list(slices) != list(stored.fragments):
         return stored
     return Stored(stored.dtype, stored.shape, slices)

@@ -273,6 +273,18 @@ def test_a_reward_model_with_a_causal_config_is_refused_with_its_class(
     assert '"architectures": ["Qwen3ForSequenceClassification"]' in str(caught.value.hint)
 
 
+def test_a_head_of_a_reward_model_beside_the_head_of_its_base_is_refused(
+    tied: Case, state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """An adapter of a reward model on a causal base: the base has a head of its own."""
+    tensors = {**state, **scored(state, tmp_path, "score.weight")}
+
+    with pytest.raises(UsageError, match=r"hold score\.weight: they are those of") as caught:
+        fit(tensors, config_of(tied, tmp_path, tie_word_embeddings=False))
+
+    assert '"architectures": ["Qwen3ForSequenceClassification"]' in str(caught.value.hint)
+
+
 def test_a_value_head_beside_a_tied_language_model_is_written_with_a_warning(
     tied: Case, state: dict[str, Tensor], tmp_path: Path
 ) -> None:

@@ -726,7 +726,7 @@ def test_an_output_is_verified_against_split_files(tmp_path: Path) -> None:
 def test_also_without_a_checkpoint_to_compare_with_is_refused(tmp_path: Path) -> None:
     done = run("verify", tmp_path, "--also", tmp_path)
     assert done.exit_code == 2
-    assert "with --against" in done.stdout
+    assert "--also is for --against" in " ".join(done.stdout.split())
 
 
 def test_inspect_names_the_run_and_no_machine_s_folder(tmp_path: Path) -> None:

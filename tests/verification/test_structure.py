@@ -636,7 +636,7 @@ def test_the_structure_of_405_billion_parameters_is_checked_in_flat_memory(tmp_p
     found, peak_kib, loaded = json.loads(run.stdout)
     assert found["problems"] == []
     assert (found["tensors"], found["nbytes"]) == (1137, 811_706_777_600)
-    assert "names and shapes of LlamaForCausalLM (1137 tensors)" in found["checked"]
+    assert "names and shapes of LlamaForCausalLM (1,137 tensors)" in found["checked"]
     assert count > 150
     assert peak_kib < 100 * 1024 and not loaded
 

@@ -96,7 +96,7 @@ def test_levels_are_bounded(threads: int, block: int) -> None:
 
 
 def test_what_a_place_states_is_not_changed() -> None:
-    stated = Requests(at_once=32, threads=4)
+    stated = Requests(at_once=32, threads=4, buffer_bytes=12 * BLOCK)
     assert levels(2, BLOCK, stated) == (Level(4, 32),)
 
 

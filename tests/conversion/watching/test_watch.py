@@ -5,6 +5,7 @@ The directories are real checkpoints, put into the states in which a training le
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -442,7 +443,7 @@ def test_once_gives_a_save_time_to_stand_still(
 ) -> None:
     slept: list[float] = []
     monkeypatch.setattr(time, "sleep", slept.append)
-    clock = iter(range(0, 10_000, 50))
+    clock = itertools.count(0, 50)
     monkeypatch.setattr(
         "ckpt_tools.conversion.watching.api.time.monotonic", lambda: float(next(clock))
     )
