@@ -42,7 +42,7 @@ PIP := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_D
 
 help:
 	@echo "make demo       convert the shipped ZeRO-3 checkpoint, load the result, generate from it"
-	@echo "make quick      the tests to run before each commit: every part of the package, two minutes on two cores"
+	@echo "make quick      the tests to run before each commit: every part of the package, in 90 seconds on two cores"
 	@echo "make test       run the whole test suite (JOBS=$(JOBS) processes; LOAD=2: beside two that burn the processor)"
 	@echo "make clients    install vLLM, llama.cpp, transformers 4 and others, and let them load what is written (5 GB)"
 	@echo "make pythons    make quick with each of PYTHONS that this machine has, each in build/PYTHON"

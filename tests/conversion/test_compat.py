@@ -453,10 +453,10 @@ def test_a_merge_that_fails_keeps_the_older_file(tmp_path: Path, save: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("function", ["theirs", "ours"])
-def test_every_rank_calls_it_at_once_and_again(function: str, tmp_path: Path) -> None:
-    command = ["-m", "tests.support.training.merging", function, str(tmp_path)]
+def test_every_rank_calls_it_at_once_and_again(tmp_path: Path) -> None:
+    command = ["-m", "tests.support.training.merging", str(tmp_path)]
     run = ended(start(command, ranks=2, environment={"ACCELERATE_USE_CPU": "true"}))
     assert run.status == 0, run.stdout + run.stderr
-    left = {path.name for path in tmp_path.iterdir()}
-    assert left == {"model.safetensors", "pytorch_model.bin", "pytorch_model_fsdp_0"}
+    for function in ("theirs", "ours"):
+        left = {path.name for path in (tmp_path / function).iterdir()}
+        assert left == {"model.safetensors", "pytorch_model.bin"}

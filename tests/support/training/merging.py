@@ -1,7 +1,7 @@
 """A program for torchrun: merge a sharded state of FSDP on all ranks at once, as callers of accelerate do.
 
 It does what accelerate's own script ``test_merge_weights.py`` checks, on CPU: both formats, by the function
-and by accelerate's command, each over what the one before left. Arguments: whose function, and where to.
+and by accelerate's command, each over what the one before left. It takes one argument: where to.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ FUNCTIONS: dict[str, Any] = {
 
 
 def main() -> None:
-    """Train, save, merge four times."""
-    merge, home = FUNCTIONS[sys.argv[1]], Path(sys.argv[2])
+    """Train, save, merge four times with each function."""
+    out = Path(sys.argv[1])
     state = PartialState(cpu=True)  # makes the process group, and is what accelerate waits with
     assert state.num_processes == 2
     torch.manual_seed(0)
@@ -38,11 +38,17 @@ def main() -> None:
     sharded(torch.ones(2, 16)).sum().backward()
     torch.optim.SGD(sharded.parameters(), lr=0.1).step()
     with FullyShardedDataParallel.state_dict_type(sharded, StateDictType.SHARDED_STATE_DICT):
-        save({"model": sharded.state_dict()}, checkpoint_id=home / "pytorch_model_fsdp_0")
+        save({"model": sharded.state_dict()}, checkpoint_id=out / "pytorch_model_fsdp_0")
     with FullyShardedDataParallel.summon_full_params(sharded):
         truth = {name: value.clone() for name, value in model.state_dict().items()}
 
-    source = home / "pytorch_model_fsdp_0"
+    for name, merge in FUNCTIONS.items():
+        _merge(merge, out / "pytorch_model_fsdp_0", out / name, truth)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _merge(merge: Any, source: Path, home: Path, truth: dict[str, torch.Tensor]) -> None:
     command.merge_fsdp_weights = merge
     parser = command.merge_command_parser()
     merge(source, home, safe_serialization=True)
@@ -54,8 +60,6 @@ def main() -> None:
     unsafe = [str(source), str(home), "--unsafe_serialization"]
     command.merge_command(parser.parse_args(unsafe))
     _check(torch.load(home / "pytorch_model.bin"), truth)
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def _check(found: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> None:
