@@ -57,13 +57,11 @@ THREE_RANKS = [
     "zero2-round-robin:llama:fp32",
     "zero3:buffers",
     "zero3:llama:fp32",
-    "zero3:llama:fp16",
     "zero3:llama:keep",
     "zero3-fp32:llama",
     "zero3-offload:llama:fp32",
     "zero3:olmo2_lora_fp32_adapter",
     "ddp:buffers",
-    "ddp:llama:bf16",
     "fsdp1:llama",
     "fsdp2:llama:bf16",
 ]
