@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -429,7 +430,9 @@ def test_a_rank_that_stands_still_ends_the_others(large: Large, tmp_path: Path) 
     done = ended(run)
 
     assert not out.exists()
-    assert_told_once(done.said, f"error: rank {frozen} has sent no heartbeat for 5 s")
+    # Its last progress was before its last heartbeat, so on a busy machine either is missed first.
+    assert_told_once(done.said, f"error: rank {frozen} has ")
+    assert re.search(r"has (sent no heartbeat|made no progress) for 5 s", done.said), done.said
 
 
 @pytest.mark.slow
