@@ -114,7 +114,9 @@ def unpickle(
                 f"the pickle in it has {followed.odd_keys:,} keys that are tuples or long numbers; up to "
                 f"{MOST_ODD_KEYS:,} are read, because comparing more may take hours",
                 path=path,
-                hint="Remove the dictionaries with these keys from what the training script saves.",
+                hint="A pickled tokenizer has such keys. Leave it out of what the training script saves. "
+                "If you trust this file: load it with torch.load(FILE, weights_only=False), remove the "
+                "dictionaries with these keys, and save it again with torch.save.",
             )
         meter = Meter(len(followed.data))
         unpickler = RestrictedUnpickler(followed.data, meter, persistent_load)
