@@ -21,7 +21,7 @@ from ckpt_tools.hub.architectures import (
     never_generates,
     without_generating_heads,
 )
-from ckpt_tools.hub.config import finish
+from ckpt_tools.hub.config import embedding_rows, finish
 from ckpt_tools.hub.reference import Answer, ReferenceModel, start
 from ckpt_tools.tensors.catalogue import Catalogue, Tensor
 from ckpt_tools.tensors.dtypes import BFLOAT16, FLOAT16, DType
@@ -226,13 +226,23 @@ def _refuse_other_head(
         reference.model_type, without_generating_heads(tensors) if beside else tensors, tied=tied
     )
     lacks = f" and lack {listed(lacking)}" if lacking else ""
+    labels = _labels(tensors.get(f"{odd}.weight"), meant, config)
     raise UsageError(
         f"the config names {reference.architecture}, but the tensors of the checkpoint hold "
         f"{listed(head)}{lacks}" + (f": they are those of {meant}" if meant else ""),
         path=config.path,
         hint="Pass --config FILE, a copy of the config with "
-        f'"architectures": ["{meant or "<the class that was trained>"}"], or --weights-only.',
+        f'"architectures": ["{meant or "<the class that was trained>"}"]{labels}, or --weights-only.',
     )
+
+
+def _labels(head: Tensor | None, meant: str | None, config: ConfigSource) -> str:
+    """The key that the config needs too, where a classifier has another number of labels than it states."""
+    if head is None or len(head.shape) != 2 or "Classification" not in (meant or ""):
+        return ""
+    named = config.data.get("id2label")
+    stated = len(named) if isinstance(named, dict) else config.data.get("num_labels", 2)
+    return "" if stated == head.shape[0] else f' and "num_labels": {head.shape[0]}'
 
 
 def _refuse_another_model(
@@ -295,6 +305,16 @@ def _shape_warnings(
         if shape == saved.shape:
             continue
         if sorted(shape) != sorted(saved.shape):
+            rows = embedding_rows({n: (t.dtype, t.shape) for n, t in tensors.items()})
+            if saved.shape[:1] == (rows,) and shape[1:] == saved.shape[1:]:
+                raise UsageError(
+                    f"it has {shape[0]} rows, and the embedding of the vocabulary has {rows}: one of them "
+                    "was resized without the other",
+                    path=config.path,
+                    tensor=name,
+                    hint="An adapter directory holds the adapted layers alone. Merge the checkpoint of "
+                    "the training run, or take as the base the resized model that was trained.",
+                )
             raise UsageError(
                 f"its shape is {shape}, but the config describes {saved.shape}",
                 path=config.path,

@@ -63,7 +63,8 @@ def refuse_unknown_settings(config: AdapterConfig) -> None:
     if "layer_replication" in odd:
         raise UnsupportedLayout(
             "merging is not supported with layer_replication: copies of a layer share one weight, and their "
-            "updates differ",
+            "updates differ; PEFT's merge_and_unload adds all of them to that weight, and changes "
+            "the model",
             path=config.path,
             hint="Write the adapter with extract-lora, and load it with PEFT's from_pretrained without "
             "merging it.",

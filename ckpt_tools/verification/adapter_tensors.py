@@ -237,7 +237,9 @@ class _Adapter:
             if match is None or len(entry.shape) != 2 or 0 in entry.shape:
                 continue
             module = match["module"]
-            shape = base.shapes.get(f"{module}.weight")
+            # PEFT saves the weight that is adapted where its vocabulary was resized.
+            own = self.tensors.get(f"{module}.base_layer.weight")
+            shape = base.shapes.get(f"{module}.weight") if own is None else own.shape
             if shape is None or len(shape) != 2 or any(_ends(module, p) for p in stacked):
                 continue
             size = entry.shape[1] if match["part"] == "A" else entry.shape[0]

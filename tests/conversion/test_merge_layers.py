@@ -146,6 +146,7 @@ def test_a_resized_vocabulary_comes_from_the_adapter(case: str, tied: bool, tmp_
 
     report = merge_lora(tmp_path / "base", tmp_path / "out", adapter_dir=tmp_path / "adapter")
 
+    assert not verify(tmp_path / "adapter").errors
     again: Any = LlamaForCausalLM.from_pretrained(tmp_path / "base")
     again.resize_token_embeddings(104, mean_resizing=False)
     merged = PeftModel.from_pretrained(again, str(tmp_path / "adapter")).merge_and_unload()
@@ -246,7 +247,7 @@ def test_replicated_layers_are_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "adapter/adapter_config.json"
     config = json.loads(path.read_bytes())
     path.write_text(json.dumps({**config, "layer_replication": [[0, 2], [1, 2]]}))
-    with pytest.raises(UnsupportedLayout, match="not supported with layer_replication"):
+    with pytest.raises(UnsupportedLayout, match="merge_and_unload adds all of them"):
         merge_lora(
             tmp_path / "base", tmp_path / "out", adapter_dir=tmp_path / "adapter", weights_only=True
         )

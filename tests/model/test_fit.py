@@ -270,7 +270,23 @@ def test_a_reward_model_with_a_causal_config_is_refused_with_its_class(
         fit(tensors, config, extra={HEAD: state[HEAD]} if like else None)
 
     assert "they are those of Qwen3ForSequenceClassification" in caught.value.fact
-    assert '"architectures": ["Qwen3ForSequenceClassification"]' in str(caught.value.hint)
+    needed = '"architectures": ["Qwen3ForSequenceClassification"] and "num_labels": 1,'
+    assert needed in str(caught.value.hint)
+
+
+def test_a_head_with_more_rows_than_the_embedding_is_not_blamed_on_the_config(
+    tied: Case, state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """The directory of an adapter on a resized head, merged into the base before the resize."""
+    rows, columns = state[EMBEDDING].shape
+    head = on_disk(tmp_path, {HEAD: torch.ones(rows + 4, columns).bfloat16()})
+
+    with pytest.raises(
+        UsageError, match=f"{rows + 4} rows, and the embedding .* has {rows}"
+    ) as caught:
+        fit({**state, **head}, config_of(tied, tmp_path, tie_word_embeddings=False))
+
+    assert "Merge the checkpoint of the training run" in str(caught.value.hint)
 
 
 def test_a_head_of_a_reward_model_beside_the_head_of_its_base_is_refused(
