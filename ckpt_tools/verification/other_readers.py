@@ -20,7 +20,6 @@ from ckpt_tools.verification.problem import Findings, Kind
 from ckpt_tools.verification.reader_facts import (
     Facts,
     table,
-    v4_processor,
     v4_renamed,
     v4_rope,
     v4_tokenizer,
@@ -293,7 +292,6 @@ RULES = (
         v4_tokenizer,
         _COMPAT,
     ),
-    Rule(_V4, "transformers-4-refuses", "model", "image_processing_base.py", v4_processor, _COMPAT),
     Rule("vllm", "vllm-refuses", "model", "model_executor/models/registry.py", _vllm_dropped),
     Rule(
         *("vllm", "vllm-limits", "model", "model_executor/models/registry.py"),

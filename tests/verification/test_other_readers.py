@@ -83,6 +83,11 @@ def test_what_a_reader_takes(tmp_path: Path, reader: str, config: dict[str, Any]
     assert found(tmp_path, reader, config) == []
 
 
+def test_transformers_4_57_reads_processors_inside_processor_config(tmp_path: Path) -> None:
+    nested = {"image_processor": {}, "feature_extractor": {}, "video_processor": {}}
+    assert found(tmp_path, "transformers-4", MODEL, processor_config=nested) == []
+
+
 NO_THETA = {key: value for key, value in MODEL.items() if key != "rope_theta"}
 YARN = {"rope_type": "yarn", "rope_theta": 7.0, "factor": 2.0}
 NOT_TAKEN: list[tuple[str, str, dict[str, Any], dict[str, Any], str]] = [
@@ -109,10 +114,6 @@ NOT_TAKEN: list[tuple[str, str, dict[str, Any], dict[str, Any], str]] = [
     (
         *("transformers-4", "refuses", MODEL),
         *({"tokenizer_config": {"extra_special_tokens": ["<a>"]}}, "takes extra_special_tokens"),
-    ),
-    (
-        *("transformers-4", "refuses", MODEL),
-        *({"processor_config": {"image_processor": {}}}, "looks for image_processor"),
     ),
     (
         *("transformers-4", "refuses", LORA),
