@@ -333,7 +333,9 @@ class _Weights:
             if absent or within != numbers:
                 some = [*islice((n for n in range(1, count + 1) if n not in within), 6)]
                 wrong = (
-                    f"lack {listed(some, total=absent)}" if absent else f"go up to {max(numbers - within)}"
+                    f"lack {listed(some, total=absent)}"
+                    if absent
+                    else f"go up to {max(numbers - within)}"
                 )
                 self._findings.add(
                     "shard-numbering",
