@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -22,6 +23,7 @@ _BRACE = re.compile(r"\\.|\{(?!\d*,?\d*\})", re.DOTALL)
 _ESCAPE = re.compile(r"\\(.)", re.DOTALL)
 
 V = TypeVar("V")
+R = TypeVar("R")
 
 
 class Allowance:
@@ -35,20 +37,19 @@ class Allowance:
         self.path = path
         self._left = SECONDS
 
-    def matches(self, compare: Callable[..., object], name: str) -> bool:
-        """Whether a name matches.
+    def of(self, work: Callable[[float], R]) -> R:
+        """What some work gives, after its time was counted.
 
         Args:
-            compare: the method ``match`` or ``fullmatch`` of a compiled pattern.
-            name: the name.
+            work: takes the seconds that are left, and ends with TimeoutError when they are used up.
 
         Raises:
-            UnsupportedLayout: the time is used up.
+            UnsupportedLayout: they are used up.
         """
         started = time.thread_time()
         try:
             if self._left > 0:
-                return compare(name, timeout=self._left) is not None
+                return work(self._left)
         except TimeoutError:
             self._left = 0.0
         finally:
@@ -82,7 +83,8 @@ class Patterns(Generic[V]):
         for index, (pattern, value) in enumerate(values.items()):
             name = _whole_name(pattern)
             if name is None:
-                self._others.append((index, self._compiled(pattern), value))
+                compiled = allowance.of(partial(self._compiled, pattern))
+                self._others.append((index, compiled, value))
             else:
                 self._whole.setdefault(name, (index, value))
 
@@ -92,11 +94,11 @@ class Patterns(Generic[V]):
         for index, compare, value in self._others:
             if index > end:
                 break
-            if self._allowance.matches(compare, name):
+            if self._allowance.of(partial(_found, compare, name)):
                 return value
         return found
 
-    def _compiled(self, pattern: Any) -> Callable[..., object]:
+    def _compiled(self, pattern: Any, _seconds: float) -> Callable[..., object]:
         # Most checkpoints state none, and this takes as long as reading a small one.
         import regex  # type: ignore[import-untyped]
 
@@ -111,6 +113,10 @@ class Patterns(Generic[V]):
             ) from error
         compare: Callable[..., object] = compiled.fullmatch if self._is_whole else compiled.match
         return compare
+
+
+def _found(compare: Callable[..., object], name: str, seconds: float) -> bool:
+    return compare(name, timeout=seconds) is not None
 
 
 def _whole_name(pattern: Any) -> str | None:
