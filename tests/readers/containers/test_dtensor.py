@@ -267,6 +267,12 @@ def test_placements_cut_a_file_into_no_more_runs_than_it_has_bytes(tmp_path: Pat
     squared = dtensor((1 << 40,), repeated, mesh_of((0, 0), mesh=ref(2, 2)), shard, shard)
 
     assert len(read(one).runs) == 1 << 15
+    # A chunk of one element is held by the first of two ranks.
+    empty = TensorRef(TorchFile(tmp_path / "rank_0.pt").load()["w"].storage, FLOAT32, 0, (0,), (1,))
+    nothing = dtensor((1 << 15,), empty, mesh_of((1,), mesh=ref(2)), shard)
+    assert read(nothing).runs == read(nothing).runs == ()
+    with pytest.raises(DamagedCheckpoint, match="more runs than it has bytes"):
+        read(nothing)
     with pytest.raises(DamagedCheckpoint, match="more runs than it has bytes"):
         read(squared)
     with pytest.raises(DamagedCheckpoint, match="more runs than it has bytes"):
