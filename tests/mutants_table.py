@@ -1962,8 +1962,8 @@ _BOUNDS = (
     _mutant(
         "patterns-of-a-file-not-together",
         "tensors/patterns.py",
-        "            if self._left > 0:\n",
-        "            if True:\n",
+        "self._left -= time.thread_time() - started",
+        "self._left -= 0.0",
         "each name and each pattern has the time of all",
         "tensors/test_patterns.py",
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,18 @@ def test_a_pattern_that_takes_without_end_is_refused_and_all_after_it(
         assert caught.value.path == FILE
     with pytest.raises(UnsupportedLayout):
         plain.first("a")
+
+
+def test_the_time_of_all_comparisons_is_counted_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = count()
+    monkeypatch.setattr(patterns.time, "thread_time", lambda: float(next(clock)))
+    allowance = Allowance(FILE)
+    first, second = Patterns({"a": 1}, allowance), Patterns({"b": 2}, allowance)
+
+    # Each takes a second, and so does the compilation of each pattern.
+    assert [first.first("a"), second.first("b"), first.first("x")] == [1, 2, None]
+    with pytest.raises(UnsupportedLayout):
+        second.first("b")
 
 
 SLOW = "(a|aa)+$"

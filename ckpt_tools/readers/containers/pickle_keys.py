@@ -23,7 +23,7 @@ class Key(Opaque):
     """A key that is a tuple, a long number or another value of which many may have one hash."""
 
     __slots__ = ()
-    global_name = "key that is not a text, a number or an object"
+    global_name = "tuple or long number"
 
 
 def apart(key: Any) -> Any:
