@@ -92,17 +92,6 @@ def test_the_license_is_that_of_the_card_beside_the_config(tmp_path: Path) -> No
     assert data["tags"] == ["ckpt-tools"]
 
 
-@pytest.mark.parametrize(
-    "card",
-    [
-        b"license: mit\n",
-        b"---\ntags: [a]\n---\nlicense: mit\n",
-        b"---\nlicense: [mit\n---\n",
-        b"---\nlicense: !!python/object/apply:os.getcwd []\n---\n",
-        b"---\nlicense: [mit, apache-2.0]\nlicense_name: x\n---\n",
-        b"\xff\xfe",
-    ],
-)
 def test_a_license_that_is_no_name_and_a_link_that_runs_are_left_out(tmp_path: Path) -> None:
     for stated, kept in (
         ({"license": "mit\n---\n# x", "license_name": "x"}, []),
@@ -114,6 +103,17 @@ def test_a_license_that_is_no_name_and_a_link_that_runs_are_left_out(tmp_path: P
         assert [*license_beside(tmp_path / "config.json")] == kept
 
 
+@pytest.mark.parametrize(
+    "card",
+    [
+        b"license: mit\n",
+        b"---\ntags: [a]\n---\nlicense: mit\n",
+        b"---\nlicense: [mit\n---\n",
+        b"---\nlicense: !!python/object/apply:os.getcwd []\n---\n",
+        b"---\nlicense: [mit, apache-2.0]\nlicense_name: x\n---\n",
+        b"\xff\xfe",
+    ],
+)
 def test_a_card_that_states_no_license_gives_none(tmp_path: Path, card: bytes) -> None:
     (tmp_path / CARD_NAME).write_bytes(card)
     assert license_beside(tmp_path / "config.json") == {}
