@@ -21,6 +21,7 @@ NAMES = [
     "modelXlayers.1.self_attn.q_proj.weight",
     "12.mlp.dense_4h_to_h.weight",
     "a{i}b",
+    "axxb",
     "",
 ]
 PATTERNS = [
