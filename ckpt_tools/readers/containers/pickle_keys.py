@@ -64,3 +64,10 @@ class ApartUnpickler(pickle._Unpickler):
         pickle.ADDITEMS[0]: _with_keys(_LOADS[pickle.ADDITEMS[0]], 1),
         pickle.FROZENSET[0]: _with_keys(_LOADS[pickle.FROZENSET[0]], 1),
     }
+
+    def load(self) -> Any:
+        """The value; an object that does not exist is an error of the pickle, as for the other unpickler."""
+        try:
+            return super().load()
+        except (IndexError, KeyError) as error:
+            raise pickle.UnpicklingError("an opcode takes an object that does not exist") from error
