@@ -32,6 +32,7 @@ from ckpt_tools.readers.containers.pickle_keys import Key
 from ckpt_tools.readers.containers.pickle_limits import follow
 from ckpt_tools.readers.containers.pickle_sharing import Endless
 from ckpt_tools.readers.containers.restricted_pickle import Opaque, unpickle
+from ckpt_tools.readers.containers.torch_file import TorchFile
 from tests.conftest import FIXTURES
 from tests.support import damage
 from tests.support.hostile import call, name, splice, value
@@ -647,6 +648,24 @@ def test_a_pickled_tokenizer_is_read_like_every_object() -> None:
         assert len(read["pairs"]) == len(ranks)
         (last,) = (value for key, value in read.items() if isinstance(key, Key))
         assert last[0] is read["ranks"]
+
+
+def test_both_unpicklers_read_shipped_files_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    def shown(path: Path) -> str:
+        value = (
+            unpickle(io.BytesIO(path.read_bytes()), "x")
+            if path.suffix == ""
+            else TorchFile(path).load()
+        )
+        return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
+    names = (".metadata", "mp_rank_00_model_states.pt", "*_rank_0_mp_rank_00_optim_states.pt")
+    paths = [path for each in names for path in sorted(FIXTURES.rglob(each))[:40:4]]
+    usual = [shown(path) for path in paths]
+    monkeypatch.setattr(restricted_pickle, "MOST_ODD_KEYS", -1)
+
+    assert [shown(path) for path in paths] == usual
+    assert len(paths) == 30
 
 
 def test_texts_small_numbers_and_objects_are_any_number_of_keys() -> None:
