@@ -13,13 +13,13 @@ from typing import Any
 
 from ckpt_tools.errors import listed
 from ckpt_tools.hub.adapter_config import NAME as ADAPTER_CONFIG
+from ckpt_tools.verification import sglang_facts
 from ckpt_tools.verification.container import Entry
 from ckpt_tools.verification.directory import Directory, read_object
 from ckpt_tools.verification.problem import Findings, Kind
 from ckpt_tools.verification.reader_facts import (
     Facts,
     table,
-    v4_processor,
     v4_renamed,
     v4_rope,
     v4_tokenizer,
@@ -231,33 +231,6 @@ def _vllm_rank(facts: Facts) -> str | None:
     )
 
 
-def _sglang_tokens(facts: Facts) -> str | None:
-    """Added tokens."""
-    added = facts.read("added_tokens.json")
-    return (
-        f"takes no adapter that adds tokens; added_tokens.json has {len(added)}" if added else None
-    )
-
-
-def _sglang_targets(facts: Facts) -> str | None:
-    """A pattern in target_modules."""
-    targets = facts.config.get("target_modules")
-    if not isinstance(targets, str) or targets in ("all", "all-linear"):
-        return None
-    return "does not read target_modules as a pattern; it needs --lora-target-modules"
-
-
-def _sglang_ignores(facts: Facts) -> str | None:
-    """Any of use_rslora, patterns, lora_bias, layer_replication, modules_to_save."""
-    keys = ("use_rslora", "alpha_pattern", "rank_pattern", "lora_bias", "layer_replication")
-    found = [key for key in (*keys, "modules_to_save") if facts.config.get(key)]
-    return (
-        f"scales every module by lora_alpha / r and does not read {listed(found)}"
-        if found
-        else None
-    )
-
-
 def _llama_scale(facts: Facts) -> str | None:
     """Any of use_rslora and alpha_pattern."""
     found = [key for key in ("use_rslora", "alpha_pattern") if facts.config.get(key)]
@@ -319,7 +292,6 @@ RULES = (
         v4_tokenizer,
         _COMPAT,
     ),
-    Rule(_V4, "transformers-4-refuses", "model", "image_processing_base.py", v4_processor, _COMPAT),
     Rule("vllm", "vllm-refuses", "model", "model_executor/models/registry.py", _vllm_dropped),
     Rule(
         *("vllm", "vllm-limits", "model", "model_executor/models/registry.py"),
@@ -361,12 +333,41 @@ RULES = (
         _MERGE,
     ),
     Rule(
-        *("sglang", "sglang-refuses", "adapter", "sglang/srt/lora/lora_manager.py"),
-        _sglang_tokens,
+        *("sglang", "sglang-limits", "adapter", "sglang/srt/lora/lora_config.py (LoRAConfig)"),
+        sglang_facts.added_tokens,
+        "Compare the id with vocab_size in the config.json of the base. If it is not below that, serve the "
+        "merged model: ckpt-tools merge-lora CKPT OUT.",
+    ),
+    Rule(
+        *("sglang", "sglang-refuses", "adapter"),
+        "sglang/srt/lora/utils.py (get_normalized_target_modules)",
+        sglang_facts.targets,
+        "List the names of the modules in adapter_config.json, or serve the merged model: "
+        "ckpt-tools merge-lora CKPT OUT.",
+    ),
+    Rule(
+        *("sglang", "sglang-refuses", "adapter"),
+        "sglang/srt/lora/mem_pool.py (load_lora_weight_tensor)",
+        sglang_facts.ranks,
         _MERGE,
     ),
-    Rule("sglang", "sglang-limits", "adapter", "sglang/srt/lora/lora_manager.py", _sglang_targets),
-    Rule("sglang", "sglang-differs", "adapter", "sglang/srt/lora/lora.py", _sglang_ignores, _MERGE),
+    Rule(
+        *("sglang", "sglang-refuses", "adapter"),
+        "sglang/srt/lora/lora.py (normalize_qkv_proj)",
+        sglang_facts.stacked,
+        _MERGE,
+    ),
+    Rule(
+        *("sglang", "sglang-differs", "adapter"),
+        "sglang/srt/lora/mem_pool.py (load_lora_weight_to_buffer)",
+        sglang_facts.left_out,
+        _MERGE,
+    ),
+    Rule(
+        *("sglang", "sglang-differs", "adapter", "sglang/srt/lora/lora.py (LoRAAdapter)"),
+        sglang_facts.not_read,
+        _MERGE,
+    ),
     Rule(
         *("llama.cpp", "llama.cpp-refuses", "model", "conversion/__init__.py"),
         _unlisted("llama.cpp", "converts no {name}"),

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_tools import hub
-from ckpt_tools.errors import listed
 from ckpt_tools.verification.container import Entry
 
 _THETAS = ("rope_theta", "global_rope_theta", "rotary_emb_base", "rotary_embedding_base")
@@ -86,17 +85,6 @@ def v4_tokenizer(facts: Facts) -> str | None:
         return f"has no tokenizer class {name}"
     if isinstance(data.get("extra_special_tokens"), list):
         return "takes extra_special_tokens as an object, and it is a list"
-    return None
-
-
-def v4_processor(facts: Facts) -> str | None:
-    """Configs of processors inside processor_config.json."""
-    data = facts.read("processor_config.json")
-    nested = [k for k in ("image_processor", "feature_extractor", "video_processor") if k in data]
-    if nested and not {"preprocessor_config.json", "video_preprocessor_config.json"} & facts.files:
-        return (
-            f"looks for {listed(nested)} in preprocessor_config.json, not in processor_config.json"
-        )
     return None
 
 

@@ -21,9 +21,14 @@ from ckpt_tools.verification.other_readers import KINDS, READERS, RULES, check
 from ckpt_tools.verification.run import Request, Run
 
 MODEL = {"model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"], "rope_theta": 5e5}
-LORA = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"], "bias": "none"}
-Q = "base_model.model.model.layers.0.self_attn.q_proj"
-PAIR = (f"{Q}.lora_A.weight", f"{Q}.lora_B.weight")
+LORA = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "bias": "none"}
+LORA |= {"target_modules": ["q_proj", "v_proj"]}
+ATTENTION = "base_model.model.model.layers.0.self_attn"
+Q, K, V = (
+    (f"{ATTENTION}.{name}.lora_A.weight", f"{ATTENTION}.{name}.lora_B.weight")
+    for name in ("q_proj", "k_proj", "v_proj")
+)
+PAIR = (*Q, *V)
 IN_5 = {"rope_type": "default", "rope_theta": 7.0}
 
 
@@ -66,7 +71,7 @@ TAKEN = [
     ("vllm", LORA | {"init_lora_weights": "gaussian"}),
     ("vllm", MODEL | {"quantization_config": {"quant_method": "gptq"}}),
     ("llama.cpp", LORA | {"rank_pattern": {"q_proj": 4}}),
-    ("sglang", LORA | {"target_modules": "all-linear"}),
+    ("sglang", LORA | {"target_modules": "all-linear", "rank_pattern": {"q_proj": 8}}),
     ("transformers-4", MODEL | {"rope_parameters": IN_5, "rope_theta": 7.0}),
     ("peft", LORA | {"target_parameters": ["experts.gate_up_proj"], "peft_version": "0.21.2"}),
     ("peft", LORA | {"init_lora_weights": "pissa_niter_4", "kasa_config": None, "lora_dtype": "x"}),
@@ -76,6 +81,11 @@ TAKEN = [
 @pytest.mark.parametrize(("reader", "config"), TAKEN)
 def test_what_a_reader_takes(tmp_path: Path, reader: str, config: dict[str, Any]) -> None:
     assert found(tmp_path, reader, config) == []
+
+
+def test_transformers_4_57_reads_processors_inside_processor_config(tmp_path: Path) -> None:
+    nested = {"image_processor": {}, "feature_extractor": {}, "video_processor": {}}
+    assert found(tmp_path, "transformers-4", MODEL, processor_config=nested) == []
 
 
 NO_THETA = {key: value for key, value in MODEL.items() if key != "rope_theta"}
@@ -104,10 +114,6 @@ NOT_TAKEN: list[tuple[str, str, dict[str, Any], dict[str, Any], str]] = [
     (
         *("transformers-4", "refuses", MODEL),
         *({"tokenizer_config": {"extra_special_tokens": ["<a>"]}}, "takes extra_special_tokens"),
-    ),
-    (
-        *("transformers-4", "refuses", MODEL),
-        *({"processor_config": {"image_processor": {}}}, "looks for image_processor"),
     ),
     (
         *("transformers-4", "refuses", LORA),
@@ -150,7 +156,13 @@ NOT_TAKEN: list[tuple[str, str, dict[str, Any], dict[str, Any], str]] = [
     ("vllm", "refuses", LORA | {"layer_replication": [[0, 1]]}, {}, "takes no layer_replication"),
     ("vllm", "refuses", LORA | {"use_bdlora": {"a": 1}}, {}, "takes no use_bdlora"),
     ("vllm", "refuses", LORA | {"use_qalora": True}, {}, "takes no use_qalora"),
-    ("vllm", "refuses", LORA, {"tensors": (*PAIR, f"{Q}.token_adapter.weight")}, "token_adapter"),
+    (
+        "vllm",
+        "refuses",
+        LORA,
+        {"tensors": (*PAIR, f"{ATTENTION}.q_proj.token_adapter.weight")},
+        "token_adapter",
+    ),
     ("vllm", "limits", LORA | {"rank_pattern": {"q_proj": 64}}, {}, "--max-lora-rank 64"),
     (
         "sglang",
@@ -161,11 +173,20 @@ NOT_TAKEN: list[tuple[str, str, dict[str, Any], dict[str, Any], str]] = [
     ),
     ("sglang", "refuses", LORA | {"r": None}, {}, "the config has no r"),
     ("sglang", "refuses", LORA | {"use_dora": True}, {}, "takes no DoRA"),
-    ("sglang", "refuses", LORA, {"added_tokens": {"<a>": 9}}, "adds tokens"),
-    ("sglang", "limits", LORA | {"target_modules": ".*q_proj"}, {}, "needs --lora-target-modules"),
+    ("sglang", "limits", LORA, {"added_tokens": {"<a>": 9, "<b>": 7}}, "added_tokens.json is 9"),
+    ("sglang", "refuses", LORA | {"target_modules": ".*q_proj"}, {}, "not as a pattern"),
+    ("sglang", "refuses", LORA | {"rank_pattern": {"q_proj": 4}}, {}, "r is 8, and rank_pattern"),
+    ("sglang", "refuses", LORA, {"tensors": Q}, "fails without"),
+    ("sglang", "differs", LORA, {"tensors": (*K, *V)}, "in a layer without q_proj"),
     ("sglang", "differs", LORA | {"use_rslora": True}, {}, "does not read use_rslora"),
     ("llama.cpp", "refuses", MODEL | {"architectures": ["MyForCausalLM"]}, {}, "converts no MyFor"),
-    ("llama.cpp", "refuses", LORA, {"tensors": (*PAIR, f"{Q}.lora_magnitude_vector")}, "magnitude"),
+    (
+        "llama.cpp",
+        "refuses",
+        LORA,
+        {"tensors": (*PAIR, f"{ATTENTION}.q_proj.lora_magnitude_vector")},
+        "magnitude",
+    ),
     ("llama.cpp", "differs", LORA | {"use_rslora": True}, {}, "does not read use_rslora"),
     ("peft", "refuses", LORA | {"peft_type": "ROAD"}, {}, "has no type ROAD"),
     (
