@@ -26,7 +26,7 @@ from ckpt_tools.errors import RankFailed
 from ckpt_tools.ranks.line import first_line
 from ckpt_tools.ranks.pulse import SEE_THERE
 from ckpt_tools.ranks.session import Ranks
-from ckpt_tools.storage.places import LOCAL, FileFacts, Place, Readable, Requests, read_fully
+from ckpt_tools.storage.places import FileFacts, Place, Readable, Requests, read_fully
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +37,9 @@ _REQUEST_TAG = 1
 _BREAK_TAG = 2
 _FIRST_ANSWER_TAG = 16
 _ANSWERS_AT_ONCE = 4
+# While a rank casts and writes, and while a request waits behind the answers to the other rank, the link
+# must have more to carry. One request of each thread at a time leaves half of a link of 1 Gb/s unused.
+_REMOTE = Requests(at_once=4)
 # A request may come at any time until the session ends. The session has its own limits.
 _FOREVER = timedelta(days=365)
 _LOOK_SECONDS = 0.2
@@ -151,7 +154,7 @@ class Exchange:
             raise RankFailed(f"rank {self._ranks.rank} {what}", hint=SEE_THERE) from error
 
     def next_tag(self) -> int:
-        """A tag for the answers to one open file."""
+        """A tag for the answer to one request: several are under way at a time."""
         return next(self._tags)
 
     def _serve(self) -> None:
@@ -234,7 +237,7 @@ class _Elsewhere:
     label: str
     source: int
     number: int
-    requests: ClassVar[Requests] = LOCAL
+    requests: ClassVar[Requests] = _REMOTE
 
     def listing(self) -> Mapping[str, FileFacts]:
         """See :meth:`ckpt_tools.storage.places.Place.listing`."""
@@ -251,16 +254,11 @@ class _Asked:
     def __init__(self, exchange: Exchange, source: int, number: int, relative: str) -> None:
         self._exchange, self._source = exchange, source
         self._number, self._relative = number, relative
-        self._tag = exchange.next_tag()
-        self._lock = threading.Lock()
 
     def read_into(self, view: memoryview, offset: int) -> int:
         """See :meth:`ckpt_tools.storage.places.Readable.read_into`."""
-        with self._lock:  # answers to two requests with one tag cannot be distinguished
-            part = view[:REQUEST_BYTES]
-            return self._exchange.ask(
-                self._source, self._number, self._relative, part, offset, self._tag
-            )
+        part, tag = view[:REQUEST_BYTES], self._exchange.next_tag()
+        return self._exchange.ask(self._source, self._number, self._relative, part, offset, tag)
 
     def close(self) -> None:
         """Nothing is held."""
