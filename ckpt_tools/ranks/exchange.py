@@ -41,7 +41,9 @@ _REQUEST_TAG = 1
 _BREAK_TAG = 2
 _FIRST_ANSWER_TAG = 16
 _ANSWERS_AT_ONCE = 4
-_REQUESTS_AT_ONCE = 8
+# Two keep a link busy. This rank's own requests stand in line behind what is sent.
+_SENDS_AT_ONCE = 2
+_REQUESTS_AT_ONCE = 16
 # A link of 1 Gb/s carries 5 MB in the time of a request, when both directions are busy.
 _REMOTE = Requests(at_once=4, threads=8, buffer_bytes=48 << 20)
 # A request may come at any time until the session ends. The session has its own limits.
@@ -80,6 +82,7 @@ class Exchange:
         self._tags = itertools.count(_FIRST_ANSWER_TAG)
         self._ended = threading.Event()
         self._answers = ThreadPoolExecutor(_ANSWERS_AT_ONCE)
+        self._sends = threading.Semaphore(_SENDS_AT_ONCE)
         self._servers = [
             threading.Thread(target=self._serve, name="exchange", daemon=True)
             for _ in range(_REQUESTS_AT_ONCE)
@@ -194,7 +197,7 @@ class Exchange:
             count = -(getattr(error, "errno", None) or errno.EIO)
         # All of the buffer: the receiver waits for that many bytes, also where the file ends before.
         answer = (torch.tensor([count]), torch.frombuffer(buffer, dtype=torch.uint8))
-        with suppress(RuntimeError):
+        with suppress(RuntimeError), self._sends:
             for work in [self._group.send([part], asker, tag) for part in answer]:
                 self._wait(work)
         self._ranks.active()
