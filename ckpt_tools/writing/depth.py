@@ -61,13 +61,15 @@ def levels(threads: int, block_bytes: int, requests: Requests) -> tuple[Level, .
     if stated is not None:
         return (Level(stated, requests.at_once),)
     found = [Level(threads, requests.at_once)]
-    of_a_block = -(-_SOURCE * block_bytes // requests.nbytes)
+    # A block begins and ends within a run, so it has one request more than its bytes need.
+    of_a_block = -(-_SOURCE * block_bytes // requests.nbytes) + 1
     while True:
         threads, at_once = found[-1]
         if at_once < of_a_block:
-            at_once = min(2 * at_once, of_a_block)
+            at_once = 2 * at_once if 4 * at_once <= of_a_block else of_a_block
         else:
-            threads = min(2 * threads, MAX_WORKERS)
+            most = MEMORY_BYTES // (block_bytes + at_once * requests.nbytes)
+            threads = min(2 * threads, MAX_WORKERS, max(most, threads))
         level = Level(threads, at_once)
         if level <= found[-1] or threads * (block_bytes + at_once * requests.nbytes) > MEMORY_BYTES:
             return tuple(found)
