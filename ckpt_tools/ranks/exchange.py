@@ -261,7 +261,8 @@ class _Elsewhere:
     def open(self, relative: str) -> Readable:
         """See :meth:`ckpt_tools.storage.places.Place.open`."""
         facts = self.listing().get(relative)
-        return _Asked(self.exchange, self.source, self.number, relative, facts and facts.size)
+        size = None if facts is None else facts.size
+        return _Asked(self.exchange, self.source, self.number, relative, size)
 
 
 class _Asked:
