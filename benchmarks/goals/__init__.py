@@ -6,7 +6,7 @@
 from pathlib import Path
 from typing import Protocol
 
-from goals import cold, limited, memory, network, peers, ranks, slow, start, whole
+from goals import cold, limited, memory, metadata, network, peers, ranks, slow, start, whole
 from goals.raw import Line
 from goals.simulated import Simulated
 
@@ -26,6 +26,7 @@ GROUPS: dict[str, tuple[Group, int]] = {
     "limited": (limited, 1),
     "start": (start, 5),
     "memory": (memory, 1),
+    "metadata": (metadata, 1),
     "slow": (slow, 1),
     "70B": (Simulated("70B", 64), 1),
     "405B": (Simulated("405B", 1024), 1),

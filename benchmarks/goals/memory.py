@@ -57,11 +57,11 @@ def converted(name: str, source: Path, scratch: Path) -> None:
     add(NAME, [asdict(measured)])
 
 
-def hollow(path: Path, shape: list[int], count: int) -> None:
-    """A safetensors file of fp32 tensors whose values are a hole."""
+def hollow(path: Path, shape: list[int], count: int, first: int = 0) -> None:
+    """A safetensors file of fp32 tensors, numbered from ``first``, whose values are a hole."""
     nbytes = 4 * shape[0] * shape[1]
     entries = {
-        f"layers.{i}.weight": {
+        f"layers.{first + i}.weight": {
             "dtype": "F32",
             "shape": shape,
             "data_offsets": [i * nbytes, (i + 1) * nbytes],

@@ -16,6 +16,7 @@ TITLES = {
     3: "Cold files",
     4: "Start",
     5: "Memory",
+    6: "Many ranks, many tensors",
     7: "Slow storage",
     8: "Simulated checkpoints",
     9: "torchrun",

@@ -20,6 +20,7 @@ from ckpt_tools.storage.pool import Pool
 from ckpt_tools.tensors.catalogue import FlatRange, Fragment, Stored
 from ckpt_tools.tensors.derived import cast
 from ckpt_tools.tensors.dtypes import BFLOAT16, FLOAT32
+from ckpt_tools.tensors.threads import load_torch
 from ckpt_tools.writing.bytes import Outputs, lay_out, write
 from ckpt_tools.writing.depth import Depth, Level, levels
 from ckpt_tools.writing.layout import plan
@@ -76,6 +77,7 @@ class Slow:
 
 def measured(directory: Path) -> None:
     """Convert the same tensors at each depth."""
+    load_torch()  # the first depth shall not pay for the import
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
         root = Path(scratch, "source")
         root.mkdir()

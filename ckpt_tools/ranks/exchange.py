@@ -4,7 +4,11 @@ Each rank offers places (``Place``): directories of its machine, its own memory.
 places whose files are read by a request to that rank. A request has a fixed size; the answer has as many
 bytes as were requested, at most :data:`REQUEST_BYTES`. Both use torch.distributed with gloo, because the
 bytes are in host memory. The process group is this module's own, so that it does not disturb a training that
-runs. A thread of each rank answers while the rank writes its own share.
+runs. Threads of each rank answer while the rank writes its own share.
+
+gloo sends a message only after the receiver has said that it waits for it. On a busy link this takes tens of
+milliseconds, because it stands in line behind data. So several requests can be received at a time, and who
+asks waits for the whole answer before it sends the request.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ from ckpt_tools.errors import RankFailed
 from ckpt_tools.ranks.line import first_line
 from ckpt_tools.ranks.pulse import SEE_THERE
 from ckpt_tools.ranks.session import Ranks
-from ckpt_tools.storage.places import LOCAL, FileFacts, Place, Readable, Requests, read_fully
+from ckpt_tools.storage.places import FileFacts, Place, Readable, Requests, read_fully
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +41,11 @@ _REQUEST_TAG = 1
 _BREAK_TAG = 2
 _FIRST_ANSWER_TAG = 16
 _ANSWERS_AT_ONCE = 4
+# Two keep a link busy. This rank's own requests stand in line behind what is sent.
+_SENDS_AT_ONCE = 2
+_REQUESTS_AT_ONCE = 16
+# A link of 1 Gb/s carries 5 MB in the time of a request, when both directions are busy.
+_REMOTE = Requests(at_once=4, threads=8, buffer_bytes=48 << 20)
 # A request may come at any time until the session ends. The session has its own limits.
 _FOREVER = timedelta(days=365)
 _LOOK_SECONDS = 0.2
@@ -72,8 +81,14 @@ class Exchange:
         self._group = kept[1]
         self._tags = itertools.count(_FIRST_ANSWER_TAG)
         self._ended = threading.Event()
-        self._server = threading.Thread(target=self._serve, name="exchange", daemon=True)
-        self._server.start()
+        self._answers = ThreadPoolExecutor(_ANSWERS_AT_ONCE)
+        self._sends = threading.Semaphore(_SENDS_AT_ONCE)
+        self._servers = [
+            threading.Thread(target=self._serve, name="exchange", daemon=True)
+            for _ in range(_REQUESTS_AT_ONCE)
+        ]
+        for server in self._servers:
+            server.start()
         self._watch = threading.Thread(target=self._break_on_failure, name="watch", daemon=True)
         self._watch.start()
 
@@ -101,6 +116,7 @@ class Exchange:
                 self._break()
             self._ended.set()
             self._watch.join()
+            self._answers.shutdown(wait=False)
 
     def place(self, label: str, sources: tuple[int, ...], number: int = 0) -> Place:
         """A place that several ranks offer with the same files, as a place of this process.
@@ -125,14 +141,14 @@ class Exchange:
         import torch
 
         count = torch.zeros(1, dtype=torch.int64)
+        into = torch.frombuffer(view, dtype=torch.uint8)
+        request = _packed([number, relative, offset, len(view), tag])
         with self._lost(f"asked rank {source} for {relative} and got no answer"):
-            request = _packed([number, relative, offset, len(view), tag])
+            answer = [self._group.recv([part], source, tag) for part in (count, into)]
             self._wait(self._group.send([request], source, _REQUEST_TAG))
-            self._wait(self._group.recv([count], source, tag))
-            found = int(count)
-            if found > 0:
-                into = torch.frombuffer(view, dtype=torch.uint8, count=found)
-                self._wait(self._group.recv([into], source, tag))
+            for work in answer:
+                self._wait(work)
+        found = int(count)
         self._ranks.active()
         if found < 0:
             raise OSError(-found, "the rank that holds the file cannot read it", relative)
@@ -151,7 +167,7 @@ class Exchange:
             raise RankFailed(f"rank {self._ranks.rank} {what}", hint=SEE_THERE) from error
 
     def next_tag(self) -> int:
-        """A tag for the answers to one open file."""
+        """A tag for the answer to one request: several are under way at a time."""
         return next(self._tags)
 
     def _serve(self) -> None:
@@ -159,14 +175,14 @@ class Exchange:
 
         request = torch.empty(_HEADER_BYTES, dtype=torch.uint8)
         # A lost group ends the loop. A rank that waits for this one notices.
-        with suppress(RuntimeError), ThreadPoolExecutor(_ANSWERS_AT_ONCE) as pool:
+        with suppress(RuntimeError):
             while True:
                 asked = self._group.recv_anysource([request], _REQUEST_TAG)
                 asked.wait(_FOREVER)
                 message = json.loads(bytes(request.numpy()).rstrip(b"\0"))
                 if message is None:
                     return
-                pool.submit(self._answer, asked._source_rank(), *message)
+                self._answers.submit(self._answer, asked._source_rank(), *message)
 
     def _answer(
         self, asker: int, number: int, relative: str, offset: int, nbytes: int, tag: int
@@ -179,21 +195,23 @@ class Exchange:
                 count = read_fully(file, memoryview(buffer), offset)
         except Exception as error:  # of any kind: a rank waits for an answer
             count = -(getattr(error, "errno", None) or errno.EIO)
-        with suppress(RuntimeError):
-            self._wait(self._group.send([torch.tensor([count])], asker, tag))
-            if count > 0:
-                data = torch.frombuffer(buffer, dtype=torch.uint8, count=count)
-                self._wait(self._group.send([data], asker, tag))
+        # All of the buffer: the receiver waits for that many bytes, also where the file ends before.
+        answer = (torch.tensor([count]), torch.frombuffer(buffer, dtype=torch.uint8))
+        with suppress(RuntimeError), self._sends:
+            for work in [self._group.send([part], asker, tag) for part in answer]:
+                self._wait(work)
         self._ranks.active()
 
     def _close(self) -> None:
         # After this no rank sends a request.
         self._ranks.all_gather("asked", None)
         with self._lost("could not send the end of requests to its neighbour"):
-            self._wait(self._group.send([_packed(None)], self._neighbour, _REQUEST_TAG))
-        while self._server.is_alive():
-            self._server.join(_LOOK_SECONDS)
-            self._ranks.check()
+            for _ in self._servers:
+                self._wait(self._group.send([_packed(None)], self._neighbour, _REQUEST_TAG))
+        for server in self._servers:
+            while server.is_alive():
+                server.join(_LOOK_SECONDS)
+                self._ranks.check()
         self._ranks.all_gather("served", None)
 
     @property
@@ -234,7 +252,7 @@ class _Elsewhere:
     label: str
     source: int
     number: int
-    requests: ClassVar[Requests] = LOCAL
+    requests: ClassVar[Requests] = _REMOTE
 
     def listing(self) -> Mapping[str, FileFacts]:
         """See :meth:`ckpt_tools.storage.places.Place.listing`."""
@@ -242,25 +260,29 @@ class _Elsewhere:
 
     def open(self, relative: str) -> Readable:
         """See :meth:`ckpt_tools.storage.places.Place.open`."""
-        return _Asked(self.exchange, self.source, self.number, relative)
+        facts = self.listing().get(relative)
+        size = None if facts is None else facts.size
+        return _Asked(self.exchange, self.source, self.number, relative, size)
 
 
 class _Asked:
     """A file of another rank, open for reading."""
 
-    def __init__(self, exchange: Exchange, source: int, number: int, relative: str) -> None:
+    def __init__(
+        self, exchange: Exchange, source: int, number: int, relative: str, size: int | None
+    ) -> None:
         self._exchange, self._source = exchange, source
-        self._number, self._relative = number, relative
-        self._tag = exchange.next_tag()
-        self._lock = threading.Lock()
+        self._number, self._relative, self._size = number, relative, size
 
     def read_into(self, view: memoryview, offset: int) -> int:
         """See :meth:`ckpt_tools.storage.places.Readable.read_into`."""
-        with self._lock:  # answers to two requests with one tag cannot be distinguished
-            part = view[:REQUEST_BYTES]
-            return self._exchange.ask(
-                self._source, self._number, self._relative, part, offset, self._tag
-            )
+        # An answer is as long as its request, so none is asked for beyond the end.
+        left = REQUEST_BYTES if self._size is None else max(self._size - offset, 0)
+        part = view[: min(left, REQUEST_BYTES)]
+        if not part:
+            return 0
+        tag = self._exchange.next_tag()
+        return self._exchange.ask(self._source, self._number, self._relative, part, offset, tag)
 
     def close(self) -> None:
         """Nothing is held."""

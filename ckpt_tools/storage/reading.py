@@ -43,9 +43,9 @@ def read_at(path: Path, offset: int, count: int) -> bytes:
 
 
 def slowest(files: Iterable[Path]) -> Requests:
-    """How files are read best together: as the place with the largest requests."""
-    pools = {id(file.pool): file for file in files if isinstance(file, PooledPath)}
-    found = (requests_for(file) for file in pools.values())
+    """How files are read best together: as the place of their pools with the largest requests."""
+    pools = {id(file.pool): file.pool for file in files if isinstance(file, PooledPath)}
+    found = (place.requests for pool in pools.values() for place in pool.places)
     return max(found, key=lambda requests: requests.nbytes * requests.at_once, default=LOCAL)
 
 

@@ -3,7 +3,8 @@
 A thread reads a block, casts and digests it, and writes it. Where a place answers slowly, such as a network
 file system, the threads wait for bytes most of the time, and more requests at a time make the write faster.
 Where a disk is busy, they do not. So the depth is measured while bytes move: it grows in steps while threads
-wait, and a step that does not raise the rate is taken back.
+wait, and a step that does not raise the rate is taken back. Where threads wait for almost all of their time,
+a step takes two levels, until one was of no use.
 
 The buffers of all threads together stay below :data:`MEMORY_BYTES` on every level above the first.
 """
@@ -26,8 +27,9 @@ MEMORY_BYTES = 96 << 20
 _SOURCE = 2
 # A step is tried where threads wait for so much of their time, and kept if the rate grows by this factor.
 _WAITING, _GAIN = 0.4, 1.15
+_WAITING_MOST = 0.75
 # Blocks of each thread that are measured, after one that may have begun on another level, and seconds.
-_ROUNDS, _SECONDS = 2, 0.1
+_ROUNDS, _SECONDS = 2, 0.05
 # Seconds until a step is tried again; twice as many each time that it was of no use.
 _PAUSE = 1.0
 
@@ -59,13 +61,15 @@ def levels(threads: int, block_bytes: int, requests: Requests) -> tuple[Level, .
     if stated is not None:
         return (Level(stated, requests.at_once),)
     found = [Level(threads, requests.at_once)]
-    of_a_block = -(-_SOURCE * block_bytes // requests.nbytes)
+    # A block begins and ends within a run, so it has one request more than its bytes need.
+    of_a_block = -(-_SOURCE * block_bytes // requests.nbytes) + 1
     while True:
         threads, at_once = found[-1]
         if at_once < of_a_block:
-            at_once = min(2 * at_once, of_a_block)
+            at_once = 2 * at_once if 4 * at_once <= of_a_block else of_a_block
         else:
-            threads = min(2 * threads, MAX_WORKERS)
+            most = MEMORY_BYTES // (block_bytes + at_once * requests.nbytes)
+            threads = min(2 * threads, MAX_WORKERS, max(most, threads))
         level = Level(threads, at_once)
         if level <= found[-1] or threads * (block_bytes + at_once * requests.nbytes) > MEMORY_BYTES:
             return tuple(found)
@@ -85,10 +89,13 @@ class Depth:
     ) -> None:
         self._choice, self._clock = choice, clock
         self._lock = threading.Lock()
-        self._at = 0
+        self._at = self._from = 0
         self._before: float | None = None
         self._next, self._pause = clock(), _PAUSE
+        self._longest = 2
         self._begin()
+        # No block began on another level.
+        self._skipped = self.level.threads
 
     @property
     def level(self) -> Level:
@@ -130,12 +137,13 @@ class Depth:
     def _judge(self, rate: float) -> None:
         before, self._before = self._before, None
         if before is not None and rate < _GAIN * before:
-            self._at -= 1
+            self._at, self._longest = self._from, 1
             self._next, self._pause = self._clock() + self._pause, 2 * self._pause
             return
         waits = self._waited > _WAITING * self._took and self._clock() >= self._next
+        step = self._longest if self._waited > _WAITING_MOST * self._took else 1
         if waits and self._at + 1 < len(self._choice):
-            self._at += 1
+            self._from, self._at = self._at, min(self._at + step, len(self._choice) - 1)
             self._before = rate
 
 

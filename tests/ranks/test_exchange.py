@@ -148,6 +148,27 @@ def test_many_threads_ask_one_rank_which_holds_few_answers_at_once() -> None:
     assert max(memory.at_once) <= 4
 
 
+def test_several_requests_to_one_open_file_are_under_way() -> None:
+    both = threading.Barrier(2, timeout=LONGEST_SECONDS)
+    memory = Memory({"file": bytes(range(200))}, lambda relative: both.wait())
+
+    def body(own: Ranks) -> None:
+        with Exchange(own, memory) as between:
+            if own.leads:
+                return
+            with closing(between.place("leader", (0,)).open("file")) as file:
+
+                def part(start: int) -> bytes:
+                    into = bytearray(100)
+                    assert file.read_into(memoryview(into), start) == 100
+                    return bytes(into)
+
+                with ThreadPoolExecutor(2) as pool:
+                    assert b"".join(pool.map(part, (0, 100))) == memory.files["file"]
+
+    assert together(ranks_of(2), body) == [None] * 2
+
+
 def test_a_long_run_is_asked_for_in_bounded_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exchange, "REQUEST_BYTES", 1000)
     memory = Memory({"file": bytes(range(256)) * 100})
