@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from ckpt_tools import consolidate
 from ckpt_tools.errors import OutputExists, StoreFailed, UsageError
 from ckpt_tools.storage.addresses import parsed
 from ckpt_tools.storage.remote import upload
+from ckpt_tools.storage.remote.commit import HubOutput
 from ckpt_tools.storage.remote.failures import Patience
 from ckpt_tools.storage.remote.stores import Bucket
 from ckpt_tools.storage.remote.upload import upload_order
@@ -221,6 +223,75 @@ def test_a_repository_has_two_parts(wrong: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is not the name of a repository of the Hub"):
         consolidate(CHECKPOINT, tmp_path / "out", weights_only=True, **options)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_the_bars_of_the_hub_are_off_while_it_uploads(
+    before: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.utils import are_progress_bars_disabled
+    from huggingface_hub.utils.tqdm import progress_bar_states
+
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", None)
+    monkeypatch.setitem(progress_bar_states, "_global", before)
+    seen: list[bool] = []
+
+    def uploading(self: HfApi, **_: Any) -> SimpleNamespace:
+        seen.append(are_progress_bars_disabled())
+        return SimpleNamespace(commit_url="made")
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, *_, **__: None)
+    monkeypatch.setattr(HfApi, "upload_folder", uploading)
+    output = HubOutput(parsed("hf://org/model"), False, Patience())
+    assert output.upload(tmp_path, "message", False) == "made"
+    assert seen == [True]
+    assert are_progress_bars_disabled() is not before
+
+
+# The process dies before it asks for the commit, so the branch has no file of the output yet.
+_KILLED_AT_THE_HUB = """
+import os, signal, sys
+from ckpt_tools import consolidate
+from huggingface_hub import HfApi
+
+HfApi.upload_folder = lambda self, **_: os.kill(os.getpid(), signal.SIGKILL)
+checkpoint, address, scratch = sys.argv[1:]
+consolidate(checkpoint, address, weights_only=True, scratch=scratch)
+"""
+
+
+@pytest.mark.slow
+def test_an_upload_to_the_hub_that_was_killed_continues(tmp_path: Path) -> None:
+    with hubs.serving() as hub:
+        scratch, address = tmp_path / "scratch", "hf://org/model"
+        variables = {
+            **os.environ,
+            "HF_HUB_OFFLINE": "0",
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path / "home"),
+        }
+
+        def run(*command: object) -> subprocess.CompletedProcess[str]:
+            return subprocess.run(
+                [sys.executable, *map(str, command)],
+                check=False,
+                capture_output=True,
+                text=True,
+                env=variables,
+            )
+
+        ended = run("-c", _KILLED_AT_THE_HUB, CHECKPOINT, address, scratch)
+        assert ended.returncode == -signal.SIGKILL, ended.stderr
+        assert hub.repositories["org/model"]["main"] == {}
+        (made,) = scratch.rglob("model.safetensors")
+        weights = made.read_bytes()
+        command = ["consolidate", CHECKPOINT, address, "--weights-only", "--scratch", scratch]
+        ended = run("-m", "ckpt_tools", *command, "--resume")
+        assert ended.returncode == 0, ended.stderr
+        assert hub.repositories["org/model"]["main"]["model.safetensors"] == weights
+        assert len(hub.commits) == 1
+        assert list(scratch.iterdir()) == []
 
 
 @pytest.mark.slow
