@@ -6,6 +6,8 @@ reader sees all files or none, and an upload that was interrupted continues.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -91,4 +93,28 @@ class HubOutput:
             )
             return str(made.commit_url)
 
-        return self._patience.call(attempt, lambda: str(self.address))
+        with _bars_off():
+            return self._patience.call(attempt, lambda: str(self.address))
+
+
+@contextmanager
+def _bars_off() -> Iterator[None]:
+    """Switch off the progress bars of huggingface_hub, which ignore --quiet and --json.
+
+    They are on again afterwards. ``HF_HUB_DISABLE_PROGRESS_BARS=0`` keeps the bars.
+    """
+    from huggingface_hub.constants import HF_HUB_DISABLE_PROGRESS_BARS
+    from huggingface_hub.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    if HF_HUB_DISABLE_PROGRESS_BARS is not None or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()

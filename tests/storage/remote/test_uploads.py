@@ -6,20 +6,26 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from ckpt_tools import consolidate
 from ckpt_tools.errors import OutputExists, StoreFailed, UsageError
 from ckpt_tools.storage.addresses import parsed
-from ckpt_tools.storage.remote import upload
+from ckpt_tools.storage.naming import as_path
+from ckpt_tools.storage.remote import trees, upload
+from ckpt_tools.storage.remote.commit import HubOutput
 from ckpt_tools.storage.remote.failures import Patience
 from ckpt_tools.storage.remote.stores import Bucket
 from ckpt_tools.storage.remote.upload import upload_order
 from tests.conftest import FIXTURES
+from tests.support.remote import clouds
 from tests.support.remote import hub as hubs
 from tests.support.remote.s3 import BUCKET, S3
 
@@ -66,10 +72,35 @@ def test_an_output_in_a_bucket_has_the_files_of_a_local_one(store: S3, tmp_path:
         consolidate(CHECKPOINT, f"s3://{BUCKET}/up/out", weights_only=True, scratch=scratch)
 
 
+@contextmanager
+def bucket_of(scheme: str, store: S3) -> Iterator[str]:
+    """The address of an empty folder in a store of a kind, which moto or Azurite serves."""
+    if scheme == "az":
+        with clouds.azure() as prefix:
+            yield f"{prefix}/again"
+    else:
+        # Google takes the requests of S3.
+        with mock.patch.dict(os.environ, STORAGE_EMULATOR_HOST=store.url):
+            yield f"{scheme}://{BUCKET}/again-{scheme}"
+
+
+def names_at(address: str) -> set[str]:
+    trees.forget()
+    there = as_path(address)
+    return {path.relative_to(there).as_posix() for path in there.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("scheme", ["s3", "gs", "az"])
 def test_an_interrupted_upload_has_no_config_and_continues(
-    store: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    scheme: str, store: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    address, scratch = f"s3://{BUCKET}/up/again", tmp_path / "scratch"
+    with bucket_of(scheme, store) as address:
+        assert_it_continues(address, tmp_path, monkeypatch)
+
+
+def assert_it_continues(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stop an upload at its third file, and continue it."""
+    scratch = tmp_path / "scratch"
     put: Callable[..., None] = Bucket.put
     asked: list[str] = []
 
@@ -87,17 +118,15 @@ def test_an_interrupted_upload_has_no_config_and_continues(
     }
     with pytest.raises(StoreFailed, match="--resume sends what is missing"):
         consolidate(CHECKPOINT, address, **options)
-    first = held(store, "up/again")
+    first = names_at(address)
     assert "model.safetensors" in first
     assert "config.json" not in first
     with pytest.raises(OutputExists):
-        consolidate(
-            CHECKPOINT, f"s3://{BUCKET}/up/again", scratch=tmp_path / "other", weights_only=True
-        )
+        consolidate(CHECKPOINT, address, scratch=tmp_path / "other", weights_only=True)
     consolidate(CHECKPOINT, address, resume=True, **options)
     # What was uploaded is not sent again.
     assert len(asked) == len(set(asked)) + 1
-    assert held(store, "up/again").keys() > {"config.json", "model.safetensors"}
+    assert names_at(address) > {"config.json", "model.safetensors"}
     assert asked[-1].endswith("/config.json")
 
 
@@ -221,6 +250,75 @@ def test_a_repository_has_two_parts(wrong: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is not the name of a repository of the Hub"):
         consolidate(CHECKPOINT, tmp_path / "out", weights_only=True, **options)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_the_bars_of_the_hub_are_off_while_it_uploads(
+    before: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.utils import are_progress_bars_disabled
+    from huggingface_hub.utils.tqdm import progress_bar_states
+
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", None)
+    monkeypatch.setitem(progress_bar_states, "_global", before)
+    seen: list[bool] = []
+
+    def uploading(self: HfApi, **_: Any) -> SimpleNamespace:
+        seen.append(are_progress_bars_disabled())
+        return SimpleNamespace(commit_url="made")
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, *_, **__: None)
+    monkeypatch.setattr(HfApi, "upload_folder", uploading)
+    output = HubOutput(parsed("hf://org/model"), False, Patience())
+    assert output.upload(tmp_path, "message", False) == "made"
+    assert seen == [True]
+    assert are_progress_bars_disabled() is not before
+
+
+# The process dies before it asks for the commit, so the branch has no file of the output yet.
+_KILLED_AT_THE_HUB = """
+import os, signal, sys
+from ckpt_tools import consolidate
+from huggingface_hub import HfApi
+
+HfApi.upload_folder = lambda self, **_: os.kill(os.getpid(), signal.SIGKILL)
+checkpoint, address, scratch = sys.argv[1:]
+consolidate(checkpoint, address, weights_only=True, scratch=scratch)
+"""
+
+
+@pytest.mark.slow
+def test_an_upload_to_the_hub_that_was_killed_continues(tmp_path: Path) -> None:
+    with hubs.serving() as hub:
+        scratch, address = tmp_path / "scratch", "hf://org/model"
+        variables = {
+            **os.environ,
+            "HF_HUB_OFFLINE": "0",
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path / "home"),
+        }
+
+        def run(*command: object) -> subprocess.CompletedProcess[str]:
+            return subprocess.run(
+                [sys.executable, *map(str, command)],
+                check=False,
+                capture_output=True,
+                text=True,
+                env=variables,
+            )
+
+        ended = run("-c", _KILLED_AT_THE_HUB, CHECKPOINT, address, scratch)
+        assert ended.returncode == -signal.SIGKILL, ended.stderr
+        assert hub.repositories["org/model"]["main"] == {}
+        (made,) = scratch.rglob("model.safetensors")
+        weights = made.read_bytes()
+        command = ["consolidate", CHECKPOINT, address, "--weights-only", "--scratch", scratch]
+        ended = run("-m", "ckpt_tools", *command, "--resume")
+        assert ended.returncode == 0, ended.stderr
+        assert hub.repositories["org/model"]["main"]["model.safetensors"] == weights
+        assert len(hub.commits) == 1
+        assert list(scratch.iterdir()) == []
 
 
 @pytest.mark.slow
