@@ -1386,8 +1386,8 @@ _RANKS = (
     _mutant(
         "ranks-request-unbounded",
         "ranks/exchange.py",
-        "part = view[:REQUEST_BYTES]",
-        "part = view",
+        "part = view[: min(left, REQUEST_BYTES)]",
+        "part = view[:left]",
         "a rank that answers holds as much as is asked for",
         "ranks/test_exchange.py",
     ),

@@ -104,7 +104,7 @@ def _bars_off() -> Iterator[None]:
     They are on again afterwards. ``HF_HUB_DISABLE_PROGRESS_BARS=0`` keeps the bars.
     """
     from huggingface_hub.constants import HF_HUB_DISABLE_PROGRESS_BARS
-    from huggingface_hub.utils import (
+    from huggingface_hub.utils.tqdm import (
         are_progress_bars_disabled,
         disable_progress_bars,
         enable_progress_bars,
