@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,12 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["CKPT_TOOLS_CACHE"] = "off"
 # pytest-xdist sets it for its workers; what is printed would depend on their number.
 os.environ.pop("COLUMNS", None)
+
+# A shell's nohup lets this process ignore SIGHUP, and a command that it starts goes on after one. Tests send
+# the signal to commands as a terminal starts them. A handler of Python keeps this process alive, and is set
+# back in a child.
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 # By default an example may take 200 ms, which it does where other processes have the processor; generating
 # examples has a limit of time too. The same examples in every run give the same result in every run.

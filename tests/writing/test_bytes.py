@@ -319,7 +319,7 @@ def test_a_failure_of_one_worker_stops_the_others(
         wait_until(lambda: events[0].is_set())
 
     monkeypatch.setattr(
-        "ckpt_tools.writing.bytes.threading", SimpleNamespace(**{**vars(threading), "Event": event})
+        "ckpt_tools.writing.depth.threading", SimpleNamespace(**{**vars(threading), "Event": event})
     )
     with pytest.raises(RuntimeError, match="of the caller"):
         write_all(layout, tmp_path, workers=2, progress=fail_once)
