@@ -351,6 +351,12 @@ def check(config: AdapterConfig, ranks: Mapping[str, int]) -> None:
             )
         # The weight of a linear layer can be named as a parameter.
         named = any(is_listed(key, parameters) for key in (module, f"{module}.weight"))
+        # The config names the embedding, and PEFT adapts what is tied to it too.
+        named = named or (
+            bool(config.data.get("ensure_weight_tying"))
+            and _last(module) in _EMBEDDINGS
+            and any(config.targets(key) for key in ranks if _last(key) in _EMBEDDINGS)
+        )
         module = _attention_of(module, ranks) or module
         if not named and not config.targets(module):
             raise UsageError(
@@ -358,6 +364,10 @@ def check(config: AdapterConfig, ranks: Mapping[str, int]) -> None:
                 path=config.path,
                 hint=hint,
             )
+
+
+def _last(module: str) -> str:
+    return module.rpartition(".")[2]
 
 
 def _attention_of(module: str, adapted: Collection[str]) -> str | None:

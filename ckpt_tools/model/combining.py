@@ -16,7 +16,7 @@ from typing import Literal
 
 from ckpt_tools.errors import MissingAsset, UnsupportedLayout, UsageError, listed
 from ckpt_tools.hub.adapter_config import NAME, AdapterConfig
-from ckpt_tools.model.adapter import Adapter, read_adapter_directory
+from ckpt_tools.model.adapter import Adapter, read_adapter_directory, state_names
 from ckpt_tools.model.settings import changes_the_base, refuse_unknown_settings
 from ckpt_tools.model.state import State
 from ckpt_tools.tensors.catalogue import Catalogue, Tensor
@@ -74,6 +74,7 @@ def read_adapter_directories(
 
     Raises:
         MissingAsset: one of them is not there.
+        UnsupportedLayout: one holds tensors that replace those of the base.
     """
     tensors: dict[str, Tensor] = {}
     configs: dict[str, AdapterConfig] = {}
@@ -87,6 +88,7 @@ def read_adapter_directories(
                 hint=f"It holds: {listed(['default', *held])}.",
             )
         state, config = read_adapter_directory(folder, name, follow_links=follow_links)
+        _refuse_whole(name, state)
         tensors |= dict(state.catalogue.items())
         configs[name] = config
     dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
@@ -160,14 +162,30 @@ def _renamed(name: str, adapter: str) -> str:
     return f"{head}.{_COMBINED}{tail}"
 
 
+def _refuse_whole(name: str, state: State) -> None:
+    """Refuse an adapter's directory with saved modules, biases or resized embeddings: these have no sum.
+
+    The file of an adapter on an embedding holds the embedding too, as it was before training.
+    """
+    names = state_names(state)
+    targets = {part.module for part in names.adapters[name] if part.is_lora}
+    wrapped = {f"{module}.base_layer.weight" for module in targets}
+    whole = [saved for saved, inner in names.base.items() if inner not in wrapped]
+    if whole:
+        raise _not_plain(name, listed(whole))
+
+
 def _refuse_others(one: Weighted) -> None:
     name = one.adapter.name
     odd = [part.name for part in one.adapter.parts if not part.is_lora]
     odd += [n for p in one.adapter.pairs.values() for n in (p.bias, p.magnitude) if n is not None]
     start: Mapping[str, object] = one.config.data
     if odd or start.get("target_parameters") or changes_the_base(start.get("init_lora_weights")):
-        what = listed(odd) if odd else "target_parameters or init_lora_weights"
-        raise UnsupportedLayout(
-            f"adapter {name!r} is not plain LoRA on modules ({what}), so it cannot be combined with others",
-            hint="Merge one adapter after the other: the output of one merge-lora is the CKPT of the next.",
-        )
+        raise _not_plain(name, listed(odd) if odd else "target_parameters or init_lora_weights")
+
+
+def _not_plain(name: str, what: str) -> UnsupportedLayout:
+    return UnsupportedLayout(
+        f"adapter {name!r} is not plain LoRA on modules ({what}), so it cannot be combined with others",
+        hint="Merge one adapter after the other: the output of one merge-lora is the CKPT of the next.",
+    )

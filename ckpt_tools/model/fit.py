@@ -99,11 +99,15 @@ def fit_to_model(
     layout = hub_layout(catalogue, reference)
     known = {**reference.saved, **reference.tied}
     settled = settle_ties(layout.catalogue, reference.hub_ties, known, _equal)
+    tied = reference.hub_ties
     if settled.untied:
         reference = (
             _ask(catalogue, config, dtype, like, trust=trust, untied=True).result() or reference
         )
     tensors = dict(settled.catalogue.items())
+    # A model whose weights are tied no more saves every second name, those of equal values too.
+    again = {alias: kept for alias, kept in tied.items() if alias in reference.saved}
+    tensors |= {a: tensors[k] for a, k in again.items() if a not in tensors and k in tensors}
     lacking = [name for name in reference.saved if name not in tensors]
     _refuse_other_head(lacking, tensors, reference, config)
     surplus = [name for name in tensors if name not in reference.saved]
@@ -127,8 +131,8 @@ def fit_to_model(
     if surplus:
         warnings.append(f"not in the model of the config, but written: {listed(surplus)}")
     # A checkpoint may lack second names, as Accelerate's do; the output is the same.
-    ties = {alias: kept for alias, kept in reference.hub_ties.items() if alias not in ordered}
-    ties |= settled.catalogue.ties
+    ties = {**reference.hub_ties, **settled.catalogue.ties}
+    ties = {alias: kept for alias, kept in ties.items() if alias not in ordered}
     notes = _notes(layout, ties, settled.duplicated, second_names)
     seconds = {alias: kept for alias, kept in ties.items() if kept in ordered}
     return Fitted(Catalogue(ordered, seconds), settled.untied, tuple(notes), tuple(warnings))

@@ -34,11 +34,11 @@ def in_one_layout(given: Layouts, config: ConfigSource | None, *, trust: bool) -
     Nothing changes where every target is found as it is, or where the model of the config is not known.
     """
     wrapped = _wrapped(given.adapter or given.states[0])
-    if not wrapped or not (_lacking(given, wrapped) or _others_have_more(given)):
+    if not wrapped or not _is_open(given, wrapped):
         return given
     given = _with_same_head(given, wrapped)
     lacking = _lacking(given, _wrapped(given.adapter or given.states[0]))
-    if config is None or not (lacking or _others_have_more(given)):
+    if config is None or not _is_open(given, _wrapped(given.adapter or given.states[0])):
         return given
     # What a directory holds has hub names; what the run saved has those of the model in memory.
     first = 0 if given.adapter is not None else 1
@@ -59,6 +59,26 @@ def in_one_layout(given: Layouts, config: ConfigSource | None, *, trust: bool) -
     found = Layouts(states, adapter)
     after = _lacking(found, _wrapped(adapter or states[0]))
     return found if not after or len(after) < len(lacking) else given
+
+
+def _is_open(given: Layouts, wrapped: Sequence[str]) -> bool:
+    """Whether the model of the config may change what the adapter is merged into."""
+    return (
+        bool(_lacking(given, wrapped)) or _others_have_more(given) or _changes_one_of_a_tie(given)
+    )
+
+
+def _changes_one_of_a_tie(given: Layouts) -> bool:
+    """Whether the adapter may change one name of a tied tensor whose second name a directory leaves out.
+
+    In training that name keeps its own value, and only the model of the config knows it.
+    """
+    if given.adapter is None and len(given.states) == 1:
+        return False
+    names = state_names(given.adapter or given.states[0])
+    parts = [part for parts in names.adapters.values() for part in parts]
+    changes = any(part.replaces or part.container == "lora_embedding_A" for part in parts)
+    return changes or (given.adapter is not None and bool(names.base))
 
 
 def _others_have_more(given: Layouts) -> bool:

@@ -124,9 +124,16 @@ def merged_state(
             held = changed.get(name) or original(name)
             bias = MergedBias(held.tensor, taken(pair.bias), config.scale(target.key))
             changed[name] = replace(held, tensor=bias)
+    # PEFT gives a tied head the trained rows of the embedding, and a resized model is tied anew.
+    together = {plain for plain in own.values() if not _is_saved_module(plain, config)} - {*weights}
     for name, indices, rows in _token_rows(chosen, config):
         held = changed.get(name) or original(name)
         changed[name] = replace(held, tensor=with_rows(held.tensor, taken(rows), indices))
+        together.add(name)
+    for name in together:
+        kept = ties.get(name, name)
+        for other in (kept, *(a for a, k in ties.items() if k == kept)):
+            changed.setdefault(other, changed[name])
     unchanged = _unchanged(chosen, taken)
     merged_state = _assembled(base, ties, changed)
     return replace(
@@ -180,6 +187,12 @@ def _replacing(adapter: Adapter, *, from_directory: bool) -> dict[str, str]:
         if part.replaces
     }
     return names
+
+
+def _is_saved_module(name: str, config: AdapterConfig) -> bool:
+    """Whether a tensor of an adapter's file is of a module that the config saves whole."""
+    module, saved = name.rpartition(".")[0], config.data.get("modules_to_save") or ()
+    return any(f".{module}.".find(f".{each}.") >= 0 for each in saved)
 
 
 def _merge(

@@ -24,7 +24,14 @@ _READ = frozenset(
 )
 # Settings of training, of loading, and of how values start that are stored anyway.
 _WITHOUT_EFFECT = frozenset(
-    {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
+    {
+        "task_type",
+        "auto_mapping",
+        "peft_version",
+        "ensure_weight_tying",
+        "base_model_name_or_path",
+        "revision",
+    }
     | {"inference_mode", "exclude_modules", "lora_dropout", "layers_to_transform"}
     | {"layers_pattern", "megatron_core", "runtime_config", "qalora_group_size", "init_weights"}
     | {"loftq_config", "eva_config", "corda_config", "lora_ga_config"}

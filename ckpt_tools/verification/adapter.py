@@ -304,6 +304,8 @@ class _Lora:
             outer = module.removesuffix(".out_proj").removesuffix(".base_layer")
             if outer != module and outer in modules:
                 continue  # of an adapted nn.MultiheadAttention
+            if self._config.get("ensure_weight_tying") and _ends(module, "lm_head"):
+                continue  # the config names the embedding, and PEFT adapts the tied head with it
             if module not in targeted and not any(_ends(module, p) for p in parents):
                 self._add(
                     "adapter-target",

@@ -265,7 +265,6 @@ def test_alpha_can_be_given(tmp_path: Path) -> None:
         ({"use_qalora": True}, "use_qalora"),
         ({"use_bdlora": {"nblocks": 2}}, "use_bdlora"),
         ({"layer_replication": [[0, 1], [0, 1]]}, "layer_replication"),
-        ({"ensure_weight_tying": True}, "ensure_weight_tying"),
         ({"a_setting_of_next_year": 1}, "a_setting_of_next_year"),
         ({"peft_type": "NEXT_YEAR"}, "of type 'NEXT_YEAR'"),
         ({"init_lora_weights": "next_year"}, "init_lora_weights 'next_year' is not known"),

@@ -104,3 +104,17 @@ def test_dora_is_not_combined(tmp_path: Path) -> None:
     _adapted(tmp_path, (2, 2), use_dora=True)
     found = _refused(UnsupportedLayout, "'default' is not plain LoRA", tmp_path)
     assert "one adapter after the other" in found.hint
+
+
+@pytest.mark.parametrize("config", [{"modules_to_save": ["down"]}, {"bias": "lora_only"}], ids=str)
+def test_what_replaces_the_base_is_not_combined(config: dict[str, Any], tmp_path: Path) -> None:
+    """A directory holds it under a name of the base, and the sum of the updates would leave it out."""
+    from peft import LoraConfig, get_peft_model
+
+    model: Any = _Model()
+    (tmp_path / "base").mkdir()
+    save_file(model.state_dict(), tmp_path / "base/model.safetensors", metadata={"format": "pt"})
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["up"], **config))
+    adapted.save_pretrained(str(tmp_path / "adapters"))
+    found = _refused(UnsupportedLayout, "'default' is not plain", tmp_path, adapter="default=0.5")
+    assert "one adapter after the other" in found.hint

@@ -49,9 +49,10 @@ class _Source(io.BytesIO):
 
 
 class _Restricted:
-    """What an unpickler gives a pickle instead of what it names.
+    """What an unpickler gives a pickle instead of what it names. The next base class is the unpickler.
 
     Args:
+        data: the pickle.
         meter: counts the work of the functions of the allow-list.
         persistent_load: the storage of a persistent id, in torch files.
 
@@ -60,9 +61,15 @@ class _Restricted:
         unknown: module and name of every global that is not on the allow-list.
     """
 
+    memo: Any
+
     def __init__(
-        self, meter: Meter, persistent_load: Callable[[tuple[Any, ...]], Any] | None
+        self,
+        data: bytes,
+        meter: Meter,
+        persistent_load: Callable[[tuple[Any, ...]], Any] | None = None,
     ) -> None:
+        super().__init__(_Source(data), encoding="utf-8")  # type: ignore[call-arg]
         self.meter = meter
         self._names = Names(meter)
         self._allowed = allowed(meter, self._names)
@@ -87,32 +94,12 @@ class _Restricted:
 class RestrictedUnpickler(_Restricted, pickle.Unpickler):
     """An unpickler that imports nothing and calls only functions of the allow-list."""
 
-    def __init__(
-        self,
-        data: bytes,
-        meter: Meter,
-        persistent_load: Callable[[tuple[Any, ...]], Any] | None = None,
-    ) -> None:
-        pickle.Unpickler.__init__(self, _Source(data), encoding="utf-8")
-        _Restricted.__init__(self, meter, persistent_load)
-
 
 class _OfManyKeys(_Restricted, ApartUnpickler):
     """The same, of a pickle with many keys that may have one hash."""
 
-    memo: dict[int, Any]
 
-    def __init__(
-        self,
-        data: bytes,
-        meter: Meter,
-        persistent_load: Callable[[tuple[Any, ...]], Any] | None = None,
-    ) -> None:
-        ApartUnpickler.__init__(self, _Source(data), encoding="utf-8")
-        _Restricted.__init__(self, meter, persistent_load)
-
-
-def _may_expand(followed: Followed, unpickler: RestrictedUnpickler | _OfManyKeys) -> bool:
+def _may_expand(followed: Followed, unpickler: _Restricted) -> bool:
     """Whether values with several places may expand without end."""
     if not (followed.has_containers or unpickler.meter.mappings):
         return False
