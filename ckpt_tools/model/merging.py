@@ -128,6 +128,7 @@ def merged_state(
     together = {plain for plain in own.values() if not _is_saved_module(plain, config)} - {*weights}
     for name, indices, rows in _token_rows(chosen, config):
         held = changed.get(name) or original(name)
+        _refuse_other_rows(indices, held.tensor, name, config)
         changed[name] = replace(held, tensor=with_rows(held.tensor, taken(rows), indices))
         together.add(name)
     for name in together:
@@ -239,6 +240,21 @@ def _token_rows(adapter: Adapter, config: AdapterConfig) -> Iterator[tuple[str, 
                 hint="Pass --adapter-config FILE|DIR, the config that the adapter was trained with.",
             )
         yield f"{module}.weight", indices, part.name
+
+
+def _refuse_other_rows(
+    indices: Sequence[object], base: Tensor, name: str, config: AdapterConfig
+) -> None:
+    rows = base.shape[0]
+    odd = [index for index in indices if type(index) is not int or not 0 <= index < rows]
+    if odd:
+        raise UsageError(
+            f"the adapter trains rows that the base does not have: {listed(odd)}, of {rows} rows",
+            path=config.path,
+            tensor=name,
+            hint="Where the training run resized the vocabulary, merge its checkpoint, or take as the base "
+            "the resized model that was trained.",
+        )
 
 
 def _refuse_other_tuners(adapter: Adapter, config: AdapterConfig) -> None:

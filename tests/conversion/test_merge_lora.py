@@ -434,6 +434,24 @@ def test_trained_tokens_need_their_indices(fixtures: Path, tmp_path: Path) -> No
         )
 
 
+@pytest.mark.parametrize("index", [100_000, -1, True, "3"])
+def test_trained_tokens_are_rows_of_the_embedding(
+    index: object, fixtures: Path, tmp_path: Path
+) -> None:
+    source = fixtures / "peft/zero2-olmo2-new-tokens"
+    config = json.loads((source / "truth/adapter/adapter_config.json").read_text())
+    config["trainable_token_indices"] = [3, 4, index]
+    (tmp_path / "c.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match="rows that the base does not have"):
+        merge_lora(
+            source / "checkpoint",
+            tmp_path / "out",
+            adapter_config=tmp_path / "c.json",
+            config=source / "hf",
+        )
+    assert not (tmp_path / "out").exists()
+
+
 def test_consolidate_names_the_commands_for_adapters(fixtures: Path, tmp_path: Path) -> None:
     source = fixtures / "peft/zero2-olmo2-lora"
     with pytest.raises(UsageError, match="holds a LoRA adapter") as caught:
