@@ -7,6 +7,7 @@ processes with 1 GiB sees a machine with 1 GiB.
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ FILES = ("memory.limit_in_bytes", "memory.max")
 
 @contextmanager
 def group() -> Iterator[Path]:
-    """A control group with limited memory.
+    """A control group with limited memory, of this process alone.
 
     Raises:
         SystemExit: the kernel refuses one.
@@ -37,16 +38,16 @@ def group() -> Iterator[Path]:
     root = next((root for root in ROOTS if (root / "cgroup.procs").exists()), None)
     if root is None:
         raise SystemExit("no control groups are mounted below /sys/fs/cgroup")
-    made = root / "ckpt-tools-bench"
+    made = root / f"ckpt-tools-bench-{os.getpid()}"
     try:
-        made.mkdir(exist_ok=True)
+        made.mkdir()
+    except OSError as error:
+        raise SystemExit(f"the kernel refuses a control group: {error}") from error
+    try:
         limit = next((made / name for name in FILES if (made / name).exists()), None)
         if limit is None:
             raise SystemExit(f"{made} has no limit of memory")
         limit.write_text(f"{LIMIT_BYTES}\n")
-    except OSError as error:
-        raise SystemExit(f"the kernel refuses a control group: {error}") from error
-    try:
         yield made
     finally:
         with contextlib.suppress(OSError):

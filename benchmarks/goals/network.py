@@ -24,8 +24,10 @@ NAME = "network"
 LINK_BYTES = 1e9 / 8
 # Of each frame of 1,514 bytes on the device, so many are of the stream: the rest are headers.
 SHARE = 1448 / 1514
-HOSTS = ("ckpt-bench-0", "ckpt-bench-1")
+# Of this process alone: a namespace that has such a name already belongs to somebody else.
+HOSTS = (f"ckpt-bench-{os.getpid()}-0", f"ckpt-bench-{os.getpid()}-1")
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
+# Both are made inside of the namespaces, so that none of another program has the name.
 DEVICES = ("ckptbench0", "ckptbench1")
 PORT = "29577"
 BUCKET = "rate 1gbit burst 128kb latency 20ms"
@@ -39,20 +41,21 @@ def _must(*command: str) -> None:
 
 @contextmanager
 def machines() -> Iterator[None]:
-    """Two namespaces with a link.
+    """Two namespaces with a link. Only what this process made is deleted.
 
     Raises:
         SystemExit: the system has no `ip` or `tc`, or the kernel refuses.
     """
     if os.geteuid() or not shutil.which("ip") or not shutil.which("tc"):
         raise SystemExit("network namespaces need root, and the commands ip and tc")
-    try:
+    with contextlib.ExitStack() as made:
         for host in HOSTS:
             _must("ip", "netns", "add", host)
-        first, second = DEVICES
-        _must("ip", "link", "add", first, "type", "veth", "peer", "name", second)
+            made.callback(_must, "ip", "netns", "del", host)
+        (here, there), (near, far) = HOSTS, DEVICES
+        pair = f"ip -n {here} link add {near} type veth peer name {far} netns {there}"
+        _must(*pair.split())
         for host, device, address in zip(HOSTS, DEVICES, ADDRESSES, strict=True):
-            _must("ip", "link", "set", device, "netns", host)
             inside = ("ip", "-n", host)
             _must(*inside, "addr", "add", f"{address}/24", "dev", device)
             _must(*inside, "link", "set", "lo", "up")
@@ -60,9 +63,6 @@ def machines() -> Iterator[None]:
             limit = f"tc qdisc add dev {device} root tbf {BUCKET}"
             _must("ip", "netns", "exec", host, *limit.split())
         yield
-    finally:
-        for host in HOSTS:
-            subprocess.run(["ip", "netns", "del", host], capture_output=True, check=False)
 
 
 def sent(number: int) -> int:
