@@ -1274,8 +1274,8 @@ _WRITING = (
     _mutant(
         "manifest-sources-mixed",
         "writing/manifest.py",
-        "leaves |= leaves_of(index, source, weights)",
-        "leaves |= leaves_of(0, source, weights)",
+        "yield leaves_of(index, source, weights)",
+        "yield leaves_of(0, source, weights)",
         "the manifest names the last of several checkpoints for all",
         "writing/test_manifest.py",
         "conversion/test_average.py",

@@ -33,6 +33,7 @@ from ckpt_tools.tensors.ahead import reading_ahead
 from ckpt_tools.tensors.catalogue import Tensor
 from ckpt_tools.tensors.checkpoint import Checkpoint
 from ckpt_tools.tensors.deferred import settle
+from ckpt_tools.tensors.freeing import give_back
 from ckpt_tools.tensors.threads import load_torch, threads_for
 from ckpt_tools.verification import verify
 from ckpt_tools.writing.bytes import Written
@@ -135,6 +136,7 @@ def run(sources: Sequence[Checkpoint], request: Request, prepare: Prepare, clock
     residence = Residence()
     reads = not request.dry_run and not request.resume
     with reading_ahead(pending.tensors, residence) if reads else nullcontext():
+        give_back()
         # The import takes seconds, and the answer about the model takes seconds too.
         load_torch()
         suspicions = _suspicions(sources, request)
@@ -142,6 +144,8 @@ def run(sources: Sequence[Checkpoint], request: Request, prepare: Prepare, clock
         checked = _check_copies(sources, request)
         clock.lap("check")
         planned = pending.plan()
+        # Of a model of 100,000 tensors the states and their catalogues take tens of megabytes.
+        del pending
     planned = replace(planned, provenance=replace(planned.provenance, request=asked))
     refuse_marker(request.marker, planned.outputs)
     if not request.follow_links:

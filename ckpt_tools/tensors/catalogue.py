@@ -27,8 +27,8 @@ from ckpt_tools.tensors.regions import row_major_strides as row_major_strides
 from ckpt_tools.tensors.regions import window_slabs as window_slabs
 from ckpt_tools.tensors.runs import Strided as Strided
 from ckpt_tools.tensors.runs import cut, span_of
+from ckpt_tools.tensors.tiling import Consecutive, prove_boxes_tile, prove_ranges_tile
 from ckpt_tools.tensors.tiling import Fragment as Fragment
-from ckpt_tools.tensors.tiling import prove_boxes_tile, prove_ranges_tile
 
 if TYPE_CHECKING:
     import torch
@@ -97,6 +97,8 @@ class Tensor(ABC):
         shape: sizes.
     """
 
+    # A model may have a hundred thousand tensors, each in several wrappers.
+    __slots__ = ()
     dtype: DType
     shape: Shape
 
@@ -145,7 +147,7 @@ class Tensor(ABC):
         return f"<{self.dtype.name} tensor of shape {list(self.shape)}, {self.nbytes:,} bytes>"
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, slots=True)
 class Stored(Tensor):
     """A tensor that lies in files.
 
@@ -173,7 +175,10 @@ class Stored(Tensor):
 
     @property
     def _is_flat(self) -> bool:
-        return not self.fragments or isinstance(self.fragments[0].region, FlatRange)
+        fragments = self.fragments
+        if isinstance(fragments, Consecutive) or not fragments:
+            return True
+        return isinstance(fragments[0].region, FlatRange)
 
     @property
     def pieces(self) -> int:

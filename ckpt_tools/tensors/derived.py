@@ -17,7 +17,7 @@ from ckpt_tools.tensors.regions import digits, dot
 from ckpt_tools.tensors.runs import Run, cut
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, slots=True)
 class Cast(Tensor):
     """A tensor in another dtype, rounded to nearest even as torch rounds.
 
@@ -52,7 +52,7 @@ def cast(tensor: Tensor, dtype: DType) -> Tensor:
     return Cast(tensor, dtype)
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, slots=True)
 class View(Tensor):
     """The elements of another tensor in other places, as ``torch.as_strided`` picks them.
 
@@ -119,7 +119,7 @@ class View(Tensor):
         return cut(slabs, row_major_strides(self.shape), self.strides, start=self.offset, at=-start)
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, slots=True)
 class Concat(Tensor):
     """Tensors joined along an axis, as ``torch.cat`` joins them.
 

@@ -30,6 +30,8 @@ class EvenSlices(Consecutive):
         bases: byte in each file that ``offset`` is counted from; the first byte by default.
     """
 
+    __slots__ = ("_bases", "_count", "_files", "_length", "_offset", "numel")
+
     def __init__(
         self,
         files: Sequence[Path],

@@ -42,6 +42,7 @@ class Consecutive(Sequence[Fragment]):
         numel: the number of elements from the start of the first to the end of the last.
     """
 
+    __slots__ = ()
     numel: int
 
 

@@ -81,33 +81,33 @@ def leaves_of(source: int, checkpoint: Checkpoint, weights: Copy) -> dict[Leaf, 
     return found
 
 
-def leaf_names(leaves: Mapping[Leaf, Tensor]) -> dict[int, Leaf]:
-    """The leaf of each tensor, by the ``id`` of the tensor; :func:`described` takes this.
+def leaf_recipes(leaves: Mapping[Leaf, Tensor]) -> dict[int, Json]:
+    """The recipe of each source tensor, by the ``id`` of the tensor; :func:`described` takes this.
 
     The tensors must stay alive as long as the result is used.
     """
-    found: dict[int, Leaf] = {}
+    found: dict[int, Json] = {}
     for leaf, tensor in leaves.items():
-        found.setdefault(id(tensor), leaf)
+        found.setdefault(id(tensor), _of_leaf(leaf))
     return found
 
 
-def described(tensor: Tensor, names: Mapping[int, Leaf]) -> Json:
+def described(tensor: Tensor, recipes: Mapping[int, Json]) -> Json:
     """The recipe of a tensor.
 
     Args:
         tensor: the written tensor.
-        names: the leaf of each source tensor, by the ``id`` of the tensor.
+        recipes: the recipe of each source tensor, by the ``id`` of the tensor.
 
     Raises:
         UsageError: the tensor uses a tensor of no source, or a class that the grammar does not cover.
     """
-    leaf = names.get(id(tensor))
+    leaf = recipes.get(id(tensor))
     if leaf is not None:
-        return _of_leaf(leaf)
+        return leaf
 
     def of(part: Tensor) -> Json:
-        return described(part, names)
+        return described(part, recipes)
 
     match tensor:
         case Cast():

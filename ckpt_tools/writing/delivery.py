@@ -23,6 +23,7 @@ from ckpt_tools.ranks import Ranks
 from ckpt_tools.storage.reading import slowest
 from ckpt_tools.storage.residence import Residence
 from ckpt_tools.tensors.checksums import ReadLog
+from ckpt_tools.tensors.freeing import give_back
 from ckpt_tools.writing import journal
 from ckpt_tools.writing.bytes import Written, laid_out, lay_out
 from ckpt_tools.writing.closing import close_files
@@ -104,6 +105,7 @@ def deliver(
                     if writing.ranks is not None:
                         # Units are most of the job, and all ranks hold them since they agreed on the plan.
                         writing.ranks.put("job", replace(job, units=()))
+                    give_back()
                     with _shown(job, writing) as progress:
                         shares = write_shares(job, writing, progress, residence)
                     checked, equal = _checked(job, shares, provenance)

@@ -58,14 +58,20 @@ def finish(
         _write_asset(directory, asset)
     if writing.marker is not None:
         _write_asset(directory, AssetFile(writing.marker, MARKER))
-    text = manifest.manifest_text(
-        directory,
-        output.layout,
-        provenance,
-        unit_bytes=unit_bytes,
-        digests=digests,
-    )
-    _write_asset(directory, AssetFile(manifest.NAME, text.encode()))
+    path = directory / manifest.NAME
+    try:
+        with path.open("wb") as stream:
+            stream.writelines(
+                manifest.manifest_parts(
+                    directory,
+                    output.layout,
+                    provenance,
+                    unit_bytes=unit_bytes,
+                    digests=digests,
+                )
+            )
+    except OSError as error:
+        raise refused(error, path) from error
     if writing.sha256:
         sums = manifest.sums_text(directory, writing.workers, writing.active)
         _write_asset(directory, AssetFile(manifest.SUMS_NAME, sums.encode()))

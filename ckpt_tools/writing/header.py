@@ -25,6 +25,7 @@ _ORDER = (
 # Of ``safetensors/src/tensor.rs``, which refuses to read a longer one.
 _MAX_HEADER = 100_000_000
 _METADATA = "__metadata__"
+_JSON = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
 _LEAVE_OUT = "Remove the tensor from the state before it is saved; no library could load it."
 
 
@@ -61,27 +62,32 @@ def file_header(
             raise UnsupportedLayout(
                 f"safetensors cannot hold the shape {list(shape)}", tensor=name, hint=_LEAVE_OUT
             )
-    ordered = sorted(layouts, key=lambda name: (_ORDER.index(layouts[name][0].safetensors), name))
-    entries: dict[str, object] = {_METADATA: dict(metadata)}
-    starts: dict[str, int] = {}
-    end = 0
+    ordered = sorted(layouts)
+    ordered.sort(key=lambda name: _ORDER.index(layouts[name][0].safetensors))
+    starts = [0]
+    # As json.dumps without spaces: of 100,000 tensors a dictionary of dictionaries takes 50 MB.
+    text = bytearray(8)
+    text += f'{{"{_METADATA}":{_JSON.encode(dict(metadata))}'.encode()
     for name in ordered:
         dtype, shape = layouts[name]
-        starts[name], end = end, end + math.prod(shape) * dtype.itemsize
-        entries[name] = {
-            "dtype": dtype.safetensors,
-            "shape": list(shape),
-            "data_offsets": [starts[name], end],
-        }
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-(8 + len(text)) % alignment)
-    if len(text) > _MAX_HEADER:
+        start, end = starts[-1], starts[-1] + math.prod(shape) * dtype.itemsize
+        starts.append(end)
+        sizes = ",".join(map(str, shape))
+        text += (
+            f',{_JSON.encode(name)}:{{"dtype":"{dtype.safetensors}","shape":[{sizes}],'
+            f'"data_offsets":[{start},{end}]}}'
+        ).encode()
+    text += b"}"
+    text += b" " * (-len(text) % alignment)
+    length = len(text) - 8
+    if length > _MAX_HEADER:
         raise UnsupportedLayout(
-            f"the header of a file would have {len(text):,} bytes, and safetensors reads {_MAX_HEADER:,}",
+            f"the header of a file would have {length:,} bytes, and safetensors reads {_MAX_HEADER:,}",
             hint="Pass a smaller --max-shard-size, so that a file holds fewer tensors.",
         )
-    header = len(text).to_bytes(8, "little") + text
-    return header, {name: len(header) + start for name, start in starts.items()}
+    text[:8] = length.to_bytes(8, "little")
+    places = (len(text) + start for start in starts)
+    return bytes(text), dict(zip(ordered, places, strict=False))
 
 
 def _check_name(name: str) -> None:

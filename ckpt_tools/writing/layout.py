@@ -173,15 +173,15 @@ def plan(
             f"{max_shard_size!r} is not a size of files",
             hint="Write a positive number with its unit, such as 5GB or 500MB.",
         ) from error
-    files = tuple(
-        # In the order of the state: the split puts tensors without elements last.
-        _planned_file(name, {k: tensors[k] for k in tensors if k in keys}, seconds, format)
-        for name, keys in ((n, {*keys}) for n, keys in split.filename_to_tensors.items())
-    )
+    places = split.tensor_to_filename
+    # In the order of the state: the split puts tensors without elements last.
+    held: dict[str, dict[str, Tensor]] = {name: {} for name in split.filename_to_tensors}
+    for key, tensor in tensors.items():
+        held[places[key]][key] = tensor
+    files = tuple(_planned_file(name, inside, seconds, format) for name, inside in held.items())
     if len(files) < 2:
         return Plan(files or (_planned_file(f"{stem}{suffix}", {}, {}, format),), None)
     numel = sum(tensor.numel for tensor in tensors.values())
-    places = split.tensor_to_filename
     index = {
         "metadata": {"total_parameters": numel, **split.metadata},
         "weight_map": places | {second: places[kept] for second, kept in seconds.items()},

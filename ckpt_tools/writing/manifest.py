@@ -9,12 +9,14 @@ empty.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from heapq import merge
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +28,14 @@ from ckpt_tools.storage.folders import assets_near
 from ckpt_tools.tensors.catalogue import Catalogue, Stored, Tensor
 from ckpt_tools.tensors.checkpoint import LIVE, Checkpoint, Copy, Location
 from ckpt_tools.tensors.threads import pool
-from ckpt_tools.transforms.recipe import Json, Leaf, described, leaf_names, leaves_of
-from ckpt_tools.writing.layout import Plan
+from ckpt_tools.transforms.recipe import Json, Leaf, described, leaf_recipes, leaves_of
+from ckpt_tools.writing.layout import Plan, PlannedFile, Slot
 
 NAME = "ckpt_tools_manifest.json"
 SUMS_NAME = "SHA256SUMS"
 _READ_BYTES = 1 << 20
 _PACKAGES = ("torch", "transformers", "safetensors", "peft")
+_JSON = json.JSONEncoder(indent=1, ensure_ascii=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,23 +56,24 @@ class Provenance:
     beside: Mapping[Path, Catalogue] = field(default_factory=dict)
     request: str | None = None
 
-    @cached_property
-    def _leaves(self) -> dict[Leaf, Tensor]:
+    def _leaves(self) -> Iterator[dict[Leaf, Tensor]]:
+        """The tensors of each source."""
         weights: Copy = "model" if self.options.get("weights") == "model" else "master"
-        leaves: dict[Leaf, Tensor] = {}
         for index, source in enumerate(self.sources):
-            leaves |= leaves_of(index, source, weights)
+            yield leaves_of(index, source, weights)
         for index, catalogue in enumerate(self.beside.values(), start=len(self.sources)):
-            leaves |= {Leaf(index, name): tensor for name, tensor in catalogue.items()}
-        return leaves
+            yield {Leaf(index, name): tensor for name, tensor in catalogue.items()}
 
     @cached_property
-    def _names(self) -> Mapping[int, Leaf]:
-        return leaf_names(self._leaves)
+    def _recipes(self) -> Mapping[int, Json]:
+        recipes: dict[int, Json] = {}
+        for leaves in self._leaves():
+            recipes = leaf_recipes(leaves) | recipes
+        return recipes
 
     def in_both(self, file: Path, other: Path) -> str | None:
         """The name of a source tensor that has parts in both files."""
-        for leaf, tensor in self._leaves.items():
+        for leaf, tensor in chain.from_iterable(leaves.items() for leaves in self._leaves()):
             if isinstance(tensor, Stored):
                 files = {fragment.file for fragment in tensor.fragments if fragment.region.numel}
                 if {file, other} <= files:
@@ -78,7 +82,7 @@ class Provenance:
 
     def recipe(self, tensor: Tensor) -> Json:
         """The recipe of an output tensor from source tensors."""
-        return described(tensor, self._names)
+        return described(tensor, self._recipes)
 
     def files(self) -> list[Path]:
         """The files that are read."""
@@ -133,15 +137,15 @@ def _files_of(catalogue: Catalogue) -> list[Path]:
     return sorted({move.source for move in moves if isinstance(move.source, Path)})
 
 
-def manifest_text(
+def manifest_parts(
     directory: Path,
     plan: Plan,
     provenance: Provenance,
     *,
     unit_bytes: int,
     digests: Mapping[str, str],
-) -> str:
-    """The manifest of a directory. All other files of the directory must be written before.
+) -> Iterator[bytes]:
+    """The manifest of a directory, piece by piece. All other files of the directory must be written before.
 
     Args:
         directory: the directory, before its publication.
@@ -153,23 +157,6 @@ def manifest_text(
     Raises:
         OutputFailed: a file cannot be read back.
     """
-    # Of a file that is closed at the end, the bytes around the data matter as well.
-    headers = {file.name: file.header for file in plan.files if file.closing is None}
-    files: dict[str, dict[str, object]] = {}
-    for name in _names(directory, NAME):
-        if name in headers:
-            found = {"header_xxh3_128": xxhash.xxh3_128_hexdigest(headers[name])}
-        else:
-            found = {"xxh3_128": _digest(directory / name, xxhash.xxh3_128())}
-        files[name] = {"bytes": (directory / name).stat().st_size, **found}
-    tensors: dict[str, dict[str, object]] = {}
-    for file in plan.files:
-        for slot in file.slots:
-            entry: dict[str, object] = {"file": file.name, "xxh3_128": digests[slot.name]}
-            recipe = provenance.recipe(slot.tensor)
-            if recipe != slot.name:
-                entry["from"] = recipe
-            tensors[slot.name] = entry
     content = {
         "version": 1,
         "tool": f"ckpt-tools {__version__}",
@@ -179,12 +166,68 @@ def manifest_text(
         "request": provenance.request,
         "versions": _versions(),
         "unit_bytes": unit_bytes,
-        "tensors": dict(sorted(tensors.items())),
-        "files": files,
-        "xxh3_128": "",
+        "tensors": _tensors(plan, provenance, digests) if plan.tensors else {},
+        "files": _files(directory, plan),
     }
-    content["xxh3_128"] = xxhash.xxh3_128_hexdigest(_dumped(content).encode())
-    return _dumped(content)
+    digest = xxhash.xxh3_128()
+    for text in chain("{", _members(content.items()), (',\n "xxh3_128": "',)):
+        part = text.encode()
+        digest.update(part)
+        yield part
+    end = b'"\n}\n'
+    digest.update(end)
+    yield digest.hexdigest().encode() + end
+
+
+def _members(items: Iterable[tuple[str, object]], depth: int = 1) -> Iterator[str]:
+    """The members of an object as ``json.dump`` writes them with an indent of 1, piece by piece.
+
+    Of 100,000 tensors the whole text and its values take 150 MB.
+
+    Args:
+        items: names and values; an iterator as a value has the members of an object in it, at least one.
+        depth: the number of objects around them.
+    """
+    border, line = "", "\n" + " " * depth
+    for name, value in items:
+        yield f"{border}{line}{_JSON.encode(name)}: "
+        if isinstance(value, Iterator):
+            yield from chain("{", _members(value, depth + 1), (f"{line}}}",))
+        else:
+            yield _JSON.encode(value).replace("\n", line)
+        border = ","
+
+
+def _tensors(
+    plan: Plan, provenance: Provenance, digests: Mapping[str, str]
+) -> Iterator[tuple[str, dict[str, object]]]:
+    """What the manifest says of each tensor, in the order of their names."""
+    for name, file, slot in merge(*map(_sorted_slots, plan.files)):
+        entry: dict[str, object] = {"file": file, "xxh3_128": digests[name]}
+        recipe = provenance.recipe(slot.tensor)
+        if recipe != name:
+            entry["from"] = recipe
+        yield name, entry
+
+
+def _sorted_slots(file: PlannedFile) -> Iterator[tuple[str, str, Slot]]:
+    """Name of the tensor, name of the file, and slot, in the order of the names."""
+    for slot in sorted(file.slots, key=attrgetter("name")):
+        yield slot.name, file.name, slot
+
+
+def _files(directory: Path, plan: Plan) -> dict[str, dict[str, object]]:
+    """What the manifest says of each file but itself."""
+    # Of a file that is closed at the end, the bytes around the data matter as well.
+    headers = {file.name: file.header for file in plan.files if file.closing is None}
+    files: dict[str, dict[str, object]] = {}
+    for name in _names(directory, NAME):
+        if name in headers:
+            found = {"header_xxh3_128": xxhash.xxh3_128_hexdigest(headers[name])}
+        else:
+            found = {"xxh3_128": _digest(directory / name, xxhash.xxh3_128())}
+        files[name] = {"bytes": (directory / name).stat().st_size, **found}
+    return files
 
 
 def sums_text(directory: Path, workers: int, progress: Callable[[int], None] | None = None) -> str:
@@ -229,13 +272,6 @@ def _digest(path: Path, hasher: Any, progress: Callable[[int], None] | None = No
     except OSError as error:
         raise OutputFailed(f"cannot be read back ({error.strerror})", path=path) from error
     return str(hasher.hexdigest())
-
-
-def _dumped(content: Mapping[str, object]) -> str:
-    # json.dumps makes a list of all its pieces first: of 100,000 tensors it takes 150 MB.
-    text = io.StringIO()
-    json.dump(content, text, indent=1, ensure_ascii=False)
-    return text.getvalue() + "\n"
 
 
 def _versions() -> dict[str, str]:

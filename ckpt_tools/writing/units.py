@@ -12,7 +12,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, groupby
 
 import xxhash
 
@@ -201,20 +201,25 @@ class Units:
         Args:
             digests: the result of :meth:`digests` for every unit.
         """
-        pieces: dict[str, bytearray] = {name: bytearray() for name in self.plan.tensors}
+        found = dict.fromkeys(self.plan.tensors, _joined(b""))
         for index, file in enumerate(self.plan.files):
             header = len(file.header)
             shift = self._bases[index] - header // self.nbytes
             before, at = -1, 0
-            for slot, low, _ in self._pieces(index, header, file.end):
-                unit = low // self.nbytes + shift
-                before, at = unit, at + DIGEST_BYTES if unit == before else 0
-                pieces[slot.name] += digests[unit][at : at + DIGEST_BYTES]
-        return {name: _joined(found).hex() for name, found in pieces.items()}
+            pieces = self._pieces(index, header, file.end)
+            for name, parts in groupby(pieces, key=lambda piece: piece[0].name):
+                joined = bytearray()
+                for _, low, _ in parts:
+                    unit = low // self.nbytes + shift
+                    before, at = unit, at + DIGEST_BYTES if unit == before else 0
+                    joined += digests[unit][at : at + DIGEST_BYTES]
+                found[name] = _joined(joined)
+        return found
 
 
-def _joined(pieces: bytearray) -> bytes:
-    return bytes(pieces) if len(pieces) == DIGEST_BYTES else xxhash.xxh3_128_digest(bytes(pieces))
+def _joined(pieces: bytes | bytearray) -> str:
+    whole = bytes(pieces)
+    return (whole if len(whole) == DIGEST_BYTES else xxhash.xxh3_128_digest(whole)).hex()
 
 
 def _units_of(file: PlannedFile, nbytes: int) -> int:

@@ -28,7 +28,7 @@ from ckpt_tools.transforms.recipe import (
     Json,
     Leaf,
     described,
-    leaf_names,
+    leaf_recipes,
     leaves_of,
     rebuilt,
     recipe_leaves,
@@ -140,9 +140,9 @@ def test_the_grammar_is_this(stored: dict[str, Tensor]) -> None:
     }
     leaves = of_one_source(stored)
     for name, (tensor, recipe) in table.items():
-        assert described(tensor, leaf_names(leaves)) == recipe, name
+        assert described(tensor, leaf_recipes(leaves)) == recipe, name
         again = rebuilt(through_json(recipe), leaves)
-        assert described(again, leaf_names(leaves)) == recipe, name
+        assert described(again, leaf_recipes(leaves)) == recipe, name
 
 
 def test_what_is_rebuilt_computes_what_torch_computes(
@@ -183,7 +183,7 @@ def test_what_is_rebuilt_computes_what_torch_computes(
         ),
     ]
     leaves = of_one_source(stored)
-    names = leaf_names(leaves)
+    names = leaf_recipes(leaves)
     for tensor, truth in cases:
         recipe = through_json(described(tensor, names))
         again = rebuilt(recipe, leaves)
@@ -200,7 +200,7 @@ def test_views_joins_and_casts_of_each_other(
     pair = data.draw(derived(tmp_path_factory.mktemp("recipe") / "data.bin"))
     leaves = {Leaf(0, str(i)): tensor for i, tensor in enumerate(_stored_in(pair.lazy))}
 
-    recipe = through_json(described(pair.lazy, leaf_names(leaves)))
+    recipe = through_json(described(pair.lazy, leaf_recipes(leaves)))
 
     assert same_bits(rebuilt(recipe, leaves).load(), pair.truth)
     assert set(recipe_leaves(recipe)) == set(leaves)
@@ -219,7 +219,7 @@ def remade(catalogue: Catalogue, sources: list[Checkpoint], again: list[Checkpoi
     """Each tensor described with one reading of the sources, and made again from another."""
     leaves = {k: v for i, c in enumerate(sources) for k, v in leaves_of(i, c, "master").items()}
     fresh = {k: v for i, c in enumerate(again) for k, v in leaves_of(i, c, "master").items()}
-    names = leaf_names(leaves)
+    names = leaf_recipes(leaves)
     recipes = {name: described(tensor, names) for name, tensor in catalogue.items()}
     recipes = json.loads(json.dumps(recipes))
     return {name: rebuilt(recipe, fresh).load() for name, recipe in recipes.items()}
@@ -229,7 +229,7 @@ def remade(catalogue: Catalogue, sources: list[Checkpoint], again: list[Checkpoi
 def test_a_leaf_is_the_copy_that_the_catalogue_gives(weights: Copy) -> None:
     checkpoint = open_checkpoint(TWO_COPIES)
     leaves = leaves_of(0, checkpoint, weights)
-    names = leaf_names(leaves)
+    names = leaf_recipes(leaves)
 
     for name, tensor in checkpoint.catalogue(weights).items():
         assert described(tensor, names) == name
@@ -248,7 +248,7 @@ def test_a_second_name_is_a_leaf_too() -> None:
     (alias, kept), *_ = checkpoint.ties.items()
 
     assert rebuilt(alias, leaves) is rebuilt(kept, leaves) is checkpoint[kept]
-    assert described(checkpoint[alias], leaf_names(leaves)) == kept
+    assert described(checkpoint[alias], leaf_recipes(leaves)) == kept
 
 
 def test_a_tensor_of_a_later_source_says_which(tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ def test_a_tensor_of_a_later_source_says_which(tmp_path: Path) -> None:
     leaves = leaves_of(0, first, "master") | leaves_of(1, second, "master")
     name = next(iter(second.weights))
 
-    recipe = described(cast(second[name], BFLOAT16), leaf_names(leaves))
+    recipe = described(cast(second[name], BFLOAT16), leaf_recipes(leaves))
 
     of = {"op": "stored", "source": 1, "name": name}
     assert recipe == {"op": "cast", "of": of, "dtype": "bfloat16"}

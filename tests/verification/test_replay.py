@@ -20,7 +20,7 @@ from ckpt_tools.model.merging import merged_state
 from ckpt_tools.model.state import cast_state, model_state
 from ckpt_tools.tensors.catalogue import Tensor
 from ckpt_tools.tensors.dtypes import BFLOAT16
-from ckpt_tools.transforms.recipe import Json, Leaf, described, leaf_names, leaves_of
+from ckpt_tools.transforms.recipe import Json, Leaf, described, leaf_recipes, leaves_of
 from tests.conftest import FIXTURES
 from tests.support.adapted import base_directory, facts
 from tests.support.verification.beside import (
@@ -61,7 +61,7 @@ def recipes_of(tensors: Mapping[str, Tensor], *sources: Any) -> dict[str, Json]:
     leaves: dict[Leaf, Tensor] = {}
     for index, source in enumerate(sources):
         leaves |= leaves_of(index, source, "master")
-    names = leaf_names(leaves)
+    names = leaf_recipes(leaves)
     return {name: described(tensor, names) for name, tensor in tensors.items()}
 
 

@@ -11,14 +11,15 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout
-from ckpt_tools.tensors.catalogue import FlatRange, Fragment, Stored
+from ckpt_tools.tensors.catalogue import Stored
 from ckpt_tools.tensors.dtypes import BY_SAFETENSORS_NAME
+from ckpt_tools.tensors.fragments import EvenSlices
 from ckpt_tools.tensors.regions import is_possible
 
 _MAX_HEADER = 100_000_000
@@ -63,16 +64,21 @@ def read_safetensors(path: Path, begin: int = 0) -> SafetensorsFile:
             hint="Save the tensors in several files, as save_pretrained does with max_shard_size.",
         )
     try:
-        header = _parsed(text)
+        document = text.decode()
+        del text
+        header = _parsed(document)
+        del document
     except (ValueError, RecursionError) as error:
         raise DamagedCheckpoint(
             f"not a complete safetensors file (header: {error})", path=path, hint=_COPY_ANEW
         ) from error
     metadata = header.pop(_METADATA, None) or {}
+    files = (path,)
     start, end, tensors = begin + 8 + length, begin + 8 + length, {}
     try:
-        for name, entry in sorted(_entries(header), key=lambda item: item[1].offsets):
-            tensor = _tensor(path, name, entry, start, end)
+        entries = _entries(header)
+        for name in sorted(entries, key=lambda name: entries[name][-2:]):
+            tensor = _tensor(files, name, entries.pop(name), start, end)
             tensors[name] = tensor
             end += tensor.nbytes
     except (TypeError, ValueError, KeyError, AttributeError) as error:
@@ -89,32 +95,43 @@ class _Entry(NamedTuple):
 
     dtype: object
     shape: tuple[int, ...]
-    offsets: tuple[int, int]
+    low: int
+    high: int
 
 
-class _Object(dict[str, Any]):
-    """A JSON object that knows which of its keys are written twice."""
+class _Repeating(dict[str, Any]):
+    """A JSON object with keys that are written twice."""
 
     def __init__(self, pairs: list[tuple[str, Any]]) -> None:
         super().__init__(pairs)
-        self.repeated: set[str] = set()
-        if len(self) < len(pairs):
-            counts = Counter(name for name, _ in pairs)
-            self.repeated = {name for name, count in counts.items() if count > 1}
+        counts = Counter(name for name, _ in pairs)
+        self.repeated = {name for name, count in counts.items() if count > 1}
 
 
-def _parsed(text: bytes) -> dict[str, Any]:
-    """The header as a mapping.
+def _parsed(text: str) -> dict[str, Any]:
+    """The header as a mapping; the usual form of an entry as an :class:`_Entry`.
 
     Raises:
         ValueError: the library does not take it for a header.
     """
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
+
+    def taken(pairs: list[tuple[str, Any]]) -> dict[str, Any] | _Entry:
+        # A header may have a million entries, and as dictionaries they take ten times the memory.
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            return _Repeating(pairs)
+        if len(found) == len(_FIELDS):
+            shape, offsets = found.get("shape"), found.get("data_offsets")
+            if _are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2 and "dtype" in found:
+                sizes = tuple(shape)
+                return _Entry(found["dtype"], shapes.setdefault(sizes, sizes), *offsets)
+        return found
+
     # A call for each of a million numbers takes as long as the rest.
-    integer = _integer if b"-0" in text else int
-    header = json.loads(
-        text.decode(), object_pairs_hook=_Object, parse_int=integer, parse_constant=_no_number
-    )
-    if not isinstance(header, _Object):
+    integer = _integer if "-0" in text else int
+    header = json.loads(text, object_pairs_hook=taken, parse_int=integer, parse_constant=_no_number)
+    if not isinstance(header, dict):
         raise ValueError("it is not a mapping")
     for name in header:
         name.encode()  # half of a surrogate pair is no text
@@ -123,9 +140,17 @@ def _parsed(text: bytes) -> dict[str, Any]:
         isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
     ):
         raise ValueError(f"its {_METADATA} is not a map of strings")
-    if _METADATA in header.repeated:
+    if _METADATA in _repeated(header):
         raise ValueError(f"it has {_METADATA} twice")
-    return dict(header)
+    return header
+
+
+def _are_sizes(value: object) -> TypeGuard[list[int]]:
+    return type(value) is list and all(type(number) is int and number >= 0 for number in value)
+
+
+def _repeated(value: dict[str, Any]) -> set[str]:
+    return value.repeated if isinstance(value, _Repeating) else set()
 
 
 def _integer(text: str) -> int | float:
@@ -136,28 +161,38 @@ def _no_number(text: str) -> float:
     raise ValueError(f"{text} is no JSON")
 
 
-def _entries(header: Mapping[str, Any]) -> Iterator[tuple[str, _Entry]]:
-    """What the header says of each tensor.
+def _entries(header: dict[str, Any]) -> dict[str, _Entry]:
+    """The header, with each entry as an :class:`_Entry`.
 
     Raises:
         ValueError, TypeError, KeyError: an entry is malformed.
     """
     for name, value in header.items():
-        if isinstance(value, list):  # serde takes the fields of an entry in their order, too
-            dtype, shape, offsets = value
-        else:
-            if not value.repeated.isdisjoint(_FIELDS):
-                raise ValueError("a field that is written twice")
-            dtype, shape, offsets = (value[field] for field in _FIELDS)
-        low, high = offsets
-        if not all(type(number) is int and number >= 0 for number in (*shape, low, high)):
-            raise ValueError("a size or an offset that is no whole number")
-        if not isinstance(shape, list) or not isinstance(offsets, list):
-            raise TypeError("sizes or offsets that are no list")
-        yield name, _Entry(dtype, tuple(shape), (low, high))
+        if not isinstance(value, _Entry):
+            header[name] = _entry(value)
+    return header
 
 
-def _tensor(path: Path, name: str, entry: _Entry, start: int, end: int) -> Stored:
+def _entry(value: Any) -> _Entry:
+    """An entry of another form.
+
+    Raises:
+        ValueError, TypeError, KeyError: it is malformed.
+    """
+    if isinstance(value, list):  # serde takes the fields of an entry in their order, too
+        dtype, shape, offsets = value
+    else:
+        if not _repeated(value).isdisjoint(_FIELDS):
+            raise ValueError("a field that is written twice")
+        dtype, shape, offsets = (value[field] for field in _FIELDS)
+    if not _are_sizes(shape) or not _are_sizes(offsets):
+        raise TypeError("sizes or offsets that are no list of whole numbers")
+    low, high = offsets
+    return _Entry(dtype, tuple(shape), low, high)
+
+
+def _tensor(files: Sequence[Path], name: str, entry: _Entry, start: int, end: int) -> Stored:
+    (path,) = files
     code, shape = entry.dtype, entry.shape
     dtype = BY_SAFETENSORS_NAME.get(code) if isinstance(code, str) else None
     if dtype is None:
@@ -172,7 +207,7 @@ def _tensor(path: Path, name: str, entry: _Entry, start: int, end: int) -> Store
             f"no tensor can have its shape {list(shape)}", path=path, tensor=name, hint=_COPY_ANEW
         )
     numel = math.prod(shape)
-    low, high = entry.offsets
+    low, high = entry.low, entry.high
     if start + low != end or high - low != numel * dtype.itemsize:
         raise DamagedCheckpoint(
             "its byte range leaves a hole, overlaps, or does not fit its shape",
@@ -180,5 +215,4 @@ def _tensor(path: Path, name: str, entry: _Entry, start: int, end: int) -> Store
             tensor=name,
             hint=_COPY_ANEW,
         )
-    fragments = [Fragment(path, start + low, FlatRange(0, numel))] if numel else []
-    return Stored(dtype, shape, fragments)
+    return Stored(dtype, shape, EvenSlices(files, start + low, numel, numel))
