@@ -1,6 +1,7 @@
 """Goal 6: metadata of many ranks and of many tensors. The values are holes in files.
 
-The metadata of the sharded checkpoint is made of the classes of `torch.distributed.checkpoint`.
+The metadata of the sharded checkpoint is made of the classes of `torch.distributed.checkpoint`. All are made
+in processes of their own, because the kernel counts the memory of a process for those that it starts later.
 """
 
 from __future__ import annotations
@@ -12,12 +13,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing import get_context
 from pathlib import Path
 
-import torch
-from torch.distributed.checkpoint import metadata as dcp
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-
+from goals import rank_files
 from goals.memory import hollow
 from goals.raw import Line, add, column, has, load
 
@@ -26,16 +25,26 @@ RANKS, TENSORS, LINES, SHARDS = 1024, 400, 1_000_000, 8
 SHARDED = f"DCP, {RANKS:,} ranks x {TENSORS} tensors"
 MANY = "300,000 tensors in one file"
 INDEX = f"an index of {LINES:,} lines, {SHARDS} files"
+# A file of ShardedTensor names the shards of all ranks, so all files together grow with their square.
+FSDP = {
+    f"{kind}, a file for each of {ranks} ranks, {TENSORS} tensors": (kind, ranks)
+    for kind, ranks in (("DTensor", 512), ("ShardedTensor", 16))
+}
+NAMES = (SHARDED, *FSDP, MANY, INDEX)
 COMMAND = "ckpt-tools inspect CKPT"
 
 
 def run(checkpoint: Path) -> None:
     """One round."""
     with tempfile.TemporaryDirectory(dir=checkpoint.parent) as scratch:
-        for name, make in ((SHARDED, _sharded), (MANY, _many), (INDEX, _index)):
-            source = Path(scratch, str(len(name)))
+        for number, name in enumerate(NAMES):
+            source = Path(scratch, str(number))
             source.mkdir()
-            make(source)
+            made = get_context("spawn").Process(target=_make, args=(name, source))
+            made.start()
+            made.join()
+            if made.exitcode:
+                raise SystemExit(f"{name} could not be made")
             begin = time.monotonic()
             command = [sys.executable, "-m", "ckpt_tools", "inspect", str(source), "--json"]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -44,8 +53,20 @@ def run(checkpoint: Path) -> None:
             add(NAME, [{"contender": name, "seconds": seconds}])
 
 
+def _make(name: str, source: Path) -> None:
+    if name in FSDP:
+        kind, ranks = FSDP[name]
+        rank_files.write(source, kind, ranks, TENSORS)
+    else:
+        {SHARDED: _sharded, MANY: _many, INDEX: _index}[name](source)
+
+
 def _sharded(source: Path) -> None:
     """Each tensor is cut into rows of one for each rank, each rank has a file."""
+    import torch
+    from torch.distributed.checkpoint import metadata as dcp
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+
     width = 8
     item = io.BytesIO()
     torch.save(torch.zeros(1, width), item)
@@ -92,6 +113,6 @@ def lines() -> list[Line]:
     raw = load(NAME)
     return [
         Line(6, f"metadata, {name}", COMMAND, column(raw, name, "seconds"), "s")
-        for name in (SHARDED, MANY, INDEX)
+        for name in NAMES
         if has(raw, name)
     ]

@@ -141,6 +141,14 @@ def lines() -> list[Line]:
             limit="CPU: checksums, casts, copies",
         ),
         line(
+            1,
+            "the same; cp is followed by a sync, as ours is",
+            ours,
+            move,
+            durable,
+            "cp",
+        ),
+        line(
             2,
             "moving bytes, fp32",
             fp32,
@@ -149,6 +157,14 @@ def lines() -> list[Line]:
             "cp",
             most=1.1,
             limit="CPU: checksums, copies",
+        ),
+        line(
+            2,
+            "the same; cp is followed by a sync, as ours is",
+            fp32,
+            move,
+            durable,
+            "cp",
         ),
         line(
             2,

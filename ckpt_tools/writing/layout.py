@@ -99,7 +99,7 @@ class Plan:
     files: tuple[PlannedFile, ...]
     index: tuple[str, bytes] | None
 
-    @cached_property
+    @property
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name."""
         return {slot.name: slot.tensor for file in self.files for slot in file.slots}
