@@ -11,7 +11,8 @@ from typing import Any
 
 from ckpt_tools.storage.addresses import Address
 from ckpt_tools.storage.places import FileFacts
-from ckpt_tools.storage.remote.stores import ONE_ATTEMPT, http_options, obstore, read_range
+from ckpt_tools.storage.remote.answers import Answer
+from ckpt_tools.storage.remote.stores import ONE_ATTEMPT, answer_of, http_options, obstore
 
 
 class Repository:
@@ -78,11 +79,11 @@ class Repository:
         found = self._api().get_paths_info(self.name, [path], revision=self._resolved())
         return next((FileFacts(e.size, 0) for e in found if _is_file(e) and e.path == path), None)
 
-    def read(self, path: str, view: memoryview, offset: int, facts: FileFacts) -> None:
-        """See :meth:`ckpt_tools.storage.remote.stores.Store.read`."""
+    def answer(self, path: str, start: int, stop: int, facts: FileFacts) -> Answer:
+        """See :meth:`ckpt_tools.storage.remote.stores.Store.answer`."""
         self._resolved()
         address = f"{self._address}/{path}"
-        read_range(self._obstore, self._server, path, view, offset, facts, lambda: address)
+        return answer_of(self._obstore, self._server, path, (start, stop), facts, address)
 
 
 def _is_file(entry: Any) -> bool:

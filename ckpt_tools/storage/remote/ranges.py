@@ -13,24 +13,28 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from ckpt_tools.storage.places import FileFacts, Requests
+from ckpt_tools.storage.places import FileFacts, Readable, Requests
+from ckpt_tools.storage.remote.answers import Stream
 from ckpt_tools.storage.remote.failures import Patience
 from ckpt_tools.storage.remote.stores import Store
 from ckpt_tools.storage.wire import carry
 
-# Requests under way in a process, and their bytes. Answers go to the buffers of the threads that convert.
-# With torch, that is less than 500 MB in all. While some threads cast and write, others wait for the store.
-# So there are many, with small blocks.
+# Requests under way in a process, and the bytes of their buffers. With torch, that is less than
+# 500 MB in all. There are many threads: while some cast and write, others wait for the store.
 AT_ONCE = 64
 BYTES_AT_ONCE = 96 << 20
 REMOTE = Requests(
     nbytes=8 << 20,
     gap_bytes=128 << 10,
     at_once=AT_ONCE,
-    threads=16,
-    block_bytes=2 << 20,
-    buffer_bytes=96 << 20,
+    threads=22,
+    block_bytes=4 << 20,
+    part_bytes=512 << 10,
+    scratch_bytes=1 << 20,
+    buffer_bytes=112 << 20,
 )
+# What a long answer keeps in memory: the part that is read, and what the library has of the next.
+_STREAM_BYTES = 1 << 20
 
 # A file of this size is read at once, as fast as two parts of it.
 _SMALL_BYTES = 1 << 20
@@ -109,14 +113,34 @@ class Ranges:
         if held is not None and offset + len(view) <= held[0] + len(held[1]):
             view[:] = memoryview(held[1])[offset - held[0] :][: len(view)]
             return
-        with self._turns.taken(len(view)):
-            self._patience.call(
-                lambda: self._store.read(path, view, offset, facts), lambda: self._address(path)
-            )
+        with self.stream(path, offset, len(view), len(view), facts) as stream:
+            stream.read_into(view, offset)
+
+    @contextmanager
+    def stream(
+        self, path: str, offset: int, nbytes: int, held_bytes: int, facts: FileFacts
+    ) -> Iterator[Stream]:
+        """A run of a file, to be read forward from one answer.
+
+        Args:
+            path: the file.
+            offset: the first byte of the run.
+            nbytes: the number of bytes.
+            held_bytes: how many of them are in memory at a time.
+            facts: of the file.
+        """
+        stop = offset + nbytes
+
+        def repeat(attempt: Callable[[], None], count: int) -> None:
+            self._patience.call(attempt, lambda: self._address(path))
+            with self._lock:
+                self.traffic.nbytes += count
+            carry(count)
+
+        with self._turns.taken(held_bytes):
+            yield Stream(lambda at: self._store.answer(path, at, stop, facts), repeat, stop)
         with self._lock:
             self.traffic.requests += 1
-            self.traffic.nbytes += len(view)
-        carry(len(view))
 
     def peek(self, path: str, view: memoryview, offset: int, facts: FileFacts) -> int:
         """Fill ``view`` with metadata, as far as one request goes; returns the number of bytes."""
@@ -190,6 +214,14 @@ class RemoteFile:
         if count:
             self._ranges.read(self._path, view[:count], offset, self._facts)
         return count
+
+    @contextmanager
+    def stream(self, offset: int, nbytes: int) -> Iterator[Readable]:
+        """See :meth:`ckpt_tools.storage.places.Streaming.stream`."""
+        count = max(min(nbytes, self._facts.size - offset), 0)
+        held = min(count, _STREAM_BYTES)
+        with self._ranges.stream(self._path, offset, count, held, self._facts) as stream:
+            yield stream
 
     def peek_into(self, view: memoryview, offset: int) -> int:
         """See :meth:`ckpt_tools.storage.places.Distant.peek_into`."""

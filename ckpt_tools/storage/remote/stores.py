@@ -12,13 +12,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-
 from ckpt_tools.errors import StoreFailed, UsageError
 from ckpt_tools.storage.addresses import Address
 from ckpt_tools.storage.places import FileFacts
+from ckpt_tools.storage.remote.answers import Answer
 from ckpt_tools.storage.remote.credentials import aws_settings, google_settings
-from ckpt_tools.storage.remote.failures import Incomplete, changed
+from ckpt_tools.storage.remote.failures import changed
 
 if TYPE_CHECKING:
     from obstore.store import AzureStore, ClientConfig, GCSStore, HTTPStore, S3Store
@@ -34,7 +33,6 @@ _IDLE_CONNECTIONS = 64
 # An answer is taken in pieces of about this size, which fit into the cache of a processor.
 _PIECE_BYTES = 256 << 10
 _WEAK = "W/"
-_OTHER_LENGTH = "the answer has another number of bytes than was asked for"
 
 
 class Store(Protocol):
@@ -49,11 +47,10 @@ class Store(Protocol):
     def facts(self, path: str) -> FileFacts | None:
         """The facts of one file; None where there is none of this path."""
 
-    def read(self, path: str, view: memoryview, offset: int, facts: FileFacts) -> None:
-        """Fill ``view`` with bytes of a file that still has these facts.
+    def answer(self, path: str, start: int, stop: int, facts: FileFacts) -> Answer:
+        """Ask for a range of a file that still has these facts.
 
         Raises:
-            Incomplete: the answer ended early.
             DamagedCheckpoint: the file was changed.
         """
 
@@ -166,10 +163,10 @@ class Bucket:
         except FileNotFoundError:
             return None
 
-    def read(self, path: str, view: memoryview, offset: int, facts: FileFacts) -> None:
-        """See :meth:`Store.read`."""
+    def answer(self, path: str, start: int, stop: int, facts: FileFacts) -> Answer:
+        """See :meth:`Store.answer`."""
         address = f"{self._root}/{path}"
-        read_range(self._obstore, self._bucket, path, view, offset, facts, lambda: address)
+        return answer_of(self._obstore, self._bucket, path, (start, stop), facts, address)
 
     def put(self, path: str, file: Path, part_bytes: int, parts_at_once: int, sent: Sent) -> None:
         """Write a file of this machine; it appears whole.
@@ -203,40 +200,30 @@ def _parts_of(file: Path, part_bytes: int, parts_at_once: int, sent: Sent) -> It
             sent(max(given - parts_at_once, 0) * part_bytes)
 
 
-def read_range(
+def answer_of(
     library: Any,
     store: ObjectStore,
     path: str,
-    view: memoryview,
-    offset: int,
+    asked: tuple[int, int],
     facts: FileFacts,
-    address: Callable[[], str],
-) -> None:
-    """Fill ``view`` from one answer, piece by piece as it arrives; raises as :meth:`Store.read`."""
-    options: dict[str, object] = {"range": (offset, offset + len(view))}
+    address: str,
+) -> Answer:
+    """Ask for a range; raises as :meth:`Store.answer`."""
+    options: dict[str, object] = {"range": asked}
     # RFC 9110 forbids a weak tag here: no version would match it.
     if facts.version is not None and not facts.version.startswith(_WEAK):
         options["if_match"] = facts.version
     try:
-        answer = library.get(store, path, options=options)
-        if answer.meta["size"] != facts.size:
-            raise changed(address())
-        version = _tag_of(answer.meta)
-        if facts.version is not None and version is not None and version != facts.version:
-            raise changed(address())
-        # The whole answer would lie in memory twice: in pieces, and joined.
-        into, done = np.frombuffer(view, np.uint8), 0
-        for piece in answer.stream(min_chunk_size=_PIECE_BYTES):
-            data = np.frombuffer(piece, np.uint8)
-            if len(data) > len(into) - done:
-                raise Incomplete(_OTHER_LENGTH)
-            # numpy copies without the interpreter lock.
-            np.copyto(into[done : done + len(data)], data)
-            done += len(data)
+        found = library.get(store, path, options=options)
     except FileNotFoundError:
-        raise changed(address(), "the object was removed while it was read") from None
-    if done != len(view):
-        raise Incomplete(_OTHER_LENGTH)
+        raise changed(address, "the object was removed while it was read") from None
+    version = _tag_of(found.meta)
+    if found.meta["size"] != facts.size or (
+        facts.version is not None and version is not None and version != facts.version
+    ):
+        raise changed(address)
+    # The whole answer would lie in memory twice: in pieces, and joined.
+    return Answer(iter(found.stream(min_chunk_size=_PIECE_BYTES)), asked[1] - asked[0])
 
 
 def facts_of(meta: Any) -> FileFacts:

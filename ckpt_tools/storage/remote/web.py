@@ -14,13 +14,14 @@ from urllib.parse import quote, unquote, urljoin
 
 from ckpt_tools.storage.addresses import Address
 from ckpt_tools.storage.places import FileFacts
+from ckpt_tools.storage.remote.answers import Answer
 from ckpt_tools.storage.remote.failures import status_of
 from ckpt_tools.storage.remote.stores import (
     ONE_ATTEMPT,
+    answer_of,
     facts_of,
     http_options,
     obstore,
-    read_range,
 )
 
 _PAGE_SECONDS = 30
@@ -48,9 +49,9 @@ class WebServer:
     """
 
     def __init__(self, address: Address) -> None:
+        self._obstore = obstore()
         from obstore.store import HTTPStore
 
-        self._obstore = obstore()
         self._url = str(address.root)
         options = http_options(self._url)
         self._server = HTTPStore(self._url, client_options=options, retry_config=ONE_ATTEMPT)
@@ -103,7 +104,7 @@ class WebServer:
                 return None
             raise
 
-    def read(self, path: str, view: memoryview, offset: int, facts: FileFacts) -> None:
-        """See :meth:`ckpt_tools.storage.remote.stores.Store.read`."""
+    def answer(self, path: str, start: int, stop: int, facts: FileFacts) -> Answer:
+        """See :meth:`ckpt_tools.storage.remote.stores.Store.answer`."""
         address = f"{self._url}/{path}"
-        read_range(self._obstore, self._server, path, view, offset, facts, lambda: address)
+        return answer_of(self._obstore, self._server, path, (start, stop), facts, address)
