@@ -586,7 +586,7 @@ _TENSORS = (
     ),
     _mutant(
         "gather-large-cast",
-        "tensors/requests.py",
+        "tensors/gather.py",
         "                at=move.at + place,\n",
         "                at=move.at,\n",
         "a run larger than the read buffer is put together at one place",

@@ -10,7 +10,6 @@ import errno
 import io
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
@@ -58,10 +57,7 @@ class Requests:
         at_once: the number of requests that one thread makes at a time. If more than 1, a long run is cut
             into requests of ``nbytes``.
         block_bytes: at least so many bytes of an output are made at a time.
-        part_bytes: a request is read in parts of so many bytes, each of which is put in place before the
-            next; 0 if it is read as a whole.
-        scratch_bytes: most bytes of one thread that are read and not yet in place, where requests are read
-            in parts.
+        fetched: whether its files are :class:`Fetching`.
         threads: the largest number of threads that read, whatever the number of processors; None if they are
             as many.
         buffer_bytes: bytes of the buffers of these threads together. With large blocks they are fewer.
@@ -72,17 +68,15 @@ class Requests:
     at_once: int = 1
     threads: int | None = None
     block_bytes: int = 0
-    part_bytes: int = 0
-    scratch_bytes: int = 0
+    fetched: bool = False
     buffer_bytes: int = 0
 
     def threads_for(self, block_bytes: int) -> int | None:
         """The number of threads that read for blocks of an output; None if they are as many as processors."""
         if self.threads is None:
             return None
-        # The source of a block has twice its size where elements are cast to half their size.
-        of_one = block_bytes + min(2 * block_bytes, self.scratch_bytes or 2 * block_bytes)
-        return max(min(self.threads, self.buffer_bytes // of_one), 1)
+        # A block, and its source of twice the size where elements are cast to half their size.
+        return max(min(self.threads, self.buffer_bytes // (3 * block_bytes)), 1)
 
 
 LOCAL = Requests()
@@ -106,11 +100,11 @@ class Readable(Protocol):
 
 
 @runtime_checkable
-class Streaming(Readable, Protocol):
-    """An open file of which a long run is read as one answer, part by part."""
+class Fetching(Readable, Protocol):
+    """An open file whose bytes arrive in memory of the library that asks for them."""
 
-    def stream(self, offset: int, nbytes: int) -> AbstractContextManager[Readable]:
-        """A run of the file, to be read forward; what is not read is skipped."""
+    def fetch(self, offset: int, nbytes: int) -> memoryview:
+        """A run of the file, to be read only, without a copy of it; shorter at the end of the file."""
 
 
 @runtime_checkable

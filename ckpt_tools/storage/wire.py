@@ -1,6 +1,6 @@
 """Owns the count of what this process received from stores and sent to them.
 
-It counts contents of files. Listings, headers, and what is received a second time are not counted.
+It counts contents of files. Listings, headers, and answers that ended early are not counted.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ _carried = 0
 
 
 def carry(nbytes: int) -> None:
-    """Add bytes that have arrived."""
+    """Add the bytes of a request that has ended well."""
     global _carried
     with _lock:
         _carried += nbytes

@@ -9,24 +9,23 @@ request is, and how many requests one thread makes at a time. A gatherer may be 
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
-from itertools import accumulate, repeat
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from ckpt_tools.errors import DamagedCheckpoint
-from ckpt_tools.storage.places import LOCAL, Readable, Streaming
-from ckpt_tools.storage.reading import open_for_reading
+from ckpt_tools.storage.places import LOCAL, Fetching, Readable, Requests
+from ckpt_tools.storage.reading import open_for_reading, requests_for
 from ckpt_tools.storage.residence import Residence
-from ckpt_tools.tensors.catalogue import Computed, Move, Tensor
+from ckpt_tools.tensors.catalogue import Computed, Move, Tensor, row_major_strides, window_slabs
 from ckpt_tools.tensors.checksums import ReadLog
-from ckpt_tools.tensors.requests import Part, Request, Slice, requests_of, split
+from ckpt_tools.tensors.read_only import hide_warning
 from ckpt_tools.tensors.threads import load_torch
 
 if TYPE_CHECKING:
@@ -36,6 +35,22 @@ _OPEN_FILES = 64
 _ALIGNMENT = 64
 # Two factors of one merged weight, and room for those of a neighbour.
 _KEPT_TENSORS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A window of a tensor and its place in a buffer.
+
+    Attributes:
+        tensor: the tensor.
+        start, stop: the window, in flat elements.
+        at: byte in the buffer where the window's first element goes.
+    """
+
+    tensor: Tensor
+    start: int
+    stop: int
+    at: int
 
 
 class Gatherer:
@@ -61,7 +76,6 @@ class Gatherer:
         self._scratch = bytearray()
         self._threads: ThreadPoolExecutor | None = None
         self._log = log
-        self._noting = threading.Lock()
         self._open_file = open_for_reading if residence is None else residence.open
         self.at_once = 1
         self.bytes_read = 0
@@ -100,83 +114,66 @@ class Gatherer:
                 else:
                     work.append((move, part))
         work.sort(key=lambda pair: (pair[0].file, pair[0].offset))
-        waiting: list[Request] = []
-        nbytes = 0
-        for request in requests_of(work, buffer, self.at_once):
-            nbytes += request.buffer_bytes
-            if waiting and 0 < request.how.scratch_bytes < nbytes:
-                self._carry_out(waiting, buffer)
-                waiting, nbytes = [], request.buffer_bytes
+        waiting: list[_Request] = []
+        for request in _requests_of(work, buffer, self.at_once):
             waiting.append(request)
-            if len(waiting) >= min(max(request.how.at_once, self.at_once), _OPEN_FILES):
+            if len(waiting) >= min(request.at_once, _OPEN_FILES):
                 self._carry_out(waiting, buffer)
-                waiting, nbytes = [], 0
+                waiting = []
         if waiting:
             self._carry_out(waiting, buffer)
 
-    def _carry_out(self, requests: Sequence[Request], buffer: bytearray) -> None:
+    def _carry_out(self, requests: Sequence[_Request], buffer: bytearray) -> None:
         """Read what is requested, all at once, and put each run in place, cast on the way."""
-        views = self._views(requests)
         files = [self._open(request.file) for request in requests]
+        places = self._places(requests)
         idle = _idle()
         if len(requests) == 1:
-            self._fetch(files[0], requests[0], views[0], buffer)
+            views = [_receive(files[0], requests[0], places[0])]
         else:
             if self._threads is None:
                 self._threads = ThreadPoolExecutor(_OPEN_FILES)
-            list(self._threads.map(self._fetch, files, requests, views, repeat(buffer)))
+            views = list(self._threads.map(_receive, files, requests, places))
         self.waited += _idle() - idle
         self.bytes_read += sum(request.nbytes for request in requests)
         for request, view in zip(requests, views, strict=True):
-            if len(request.parts) == 1:
-                self._put(request.parts[0], view, buffer)
+            if self._log is not None:
+                self._note(self._log, request, view)
+            for move, part in request.moves:
+                values = self._torch.frombuffer(
+                    view,
+                    dtype=move.dtype.torch,
+                    count=move.span,
+                    offset=move.offset - request.offset,
+                )
+                self._place(values, move, part, buffer)
 
-    def _fetch(self, file: Readable, request: Request, view: memoryview, buffer: bytearray) -> None:
-        """Read a request. Several parts are put in place, because each needs the buffer of the last."""
-        if len(request.parts) == 1:
-            _read(file, request.parts[0], view)
-            return
-        with _streamed(file, request) as stream:
-            for part in request.parts:
-                _read(stream, part, view[: part.nbytes])
-                self._put(part, view[: part.nbytes], buffer)
+    def _note(self, log: ReadLog, request: _Request, view: memoryview) -> None:
+        """Note the runs of a request: each move by itself, because a gap may lie outside of its record."""
+        if request.into is not None:
+            log.note(request.file, request.offset, view)
+        for move, _ in request.moves:
+            at = move.offset - request.offset
+            log.note(request.file, move.offset, view[at : at + move.nbytes])
 
-    def _put(self, part: Part, view: memoryview, buffer: bytearray) -> None:
-        """Note a part that was read, and put its runs in place."""
-        if self._log is not None:
-            self._note(self._log, part, view)
-        for move, piece in part.moves:
-            values = self._torch.frombuffer(
-                view,
-                dtype=move.dtype.torch,
-                count=move.span,
-                offset=move.offset - part.offset,
-            )
-            self._place(values, move, piece, buffer)
+    def _places(self, requests: Sequence[_Request]) -> list[memoryview | None]:
+        """Where each request puts its bytes: in its place, or one after the other in the scratch buffer.
 
-    def _note(self, log: ReadLog, part: Part, view: memoryview) -> None:
-        """Note the runs of a part: each move by itself, because a gap may lie outside of its record."""
-        with self._noting:
-            if part.into is not None:
-                log.note(part.file, part.offset, view)
-            for move, _ in part.moves:
-                at = move.offset - part.offset
-                log.note(part.file, move.offset, view[at : at + move.nbytes])
-
-    def _views(self, requests: Sequence[Request]) -> list[memoryview]:
-        """Where each request puts its bytes: in its place, or one after the other in the scratch buffer."""
-        sizes = [request.buffer_bytes for request in requests]
-        stops = list(accumulate(size + -size % _ALIGNMENT for size in sizes))
+        None where they stay in the memory of the library that they arrive in.
+        """
+        stops = list(
+            accumulate(r.nbytes + -r.nbytes % _ALIGNMENT if r.is_scattered else 0 for r in requests)
+        )
         if len(self._scratch) < stops[-1]:
             self._scratch = bytearray(max(stops[-1], LOCAL.nbytes))
         scratch = memoryview(self._scratch)
         return [
-            scratch[start:][:size] if request.parts[0].into is None else request.parts[0].into
-            for request, size, start in zip(requests, sizes, (0, *stops), strict=False)
+            scratch[start:][: request.nbytes] if request.is_scattered else request.into
+            for request, start in zip(requests, (0, *stops), strict=False)
         ]
 
     def _compute(self, tensor: Computed, move: Move, part: Slice, buffer: bytearray) -> None:
-        for small in split(move, LOCAL.nbytes):
+        for small in _split(move, LOCAL.nbytes):
             start = small.offset // small.dtype.itemsize
             stop = start + small.nbytes // small.dtype.itemsize
             self._place(tensor.compute(start, stop, self), small, part, buffer)
@@ -237,11 +234,75 @@ def load(tensor: Tensor) -> torch.Tensor:
         return gatherer.window(tensor, 0, tensor.numel).view(tensor.shape)
 
 
-def _streamed(file: Readable, request: Request) -> AbstractContextManager[Readable]:
-    """The file while the parts of a request are read: one answer, where its place offers that."""
-    if isinstance(file, Streaming):
-        return file.stream(request.offset, request.nbytes)
-    return nullcontext(file)
+@dataclass(slots=True)
+class _Request:
+    """A run of a file's bytes that is read at once.
+
+    Attributes:
+        file: the file.
+        offset: its first byte.
+        nbytes: the number of bytes.
+        at_once: the number of requests that are made at a time.
+        is_fetched: whether the bytes arrive in memory of a library.
+        into: where the bytes belong, where they need no change.
+        moves: otherwise what is made of the bytes.
+    """
+
+    file: Path
+    offset: int
+    nbytes: int
+    at_once: int
+    is_fetched: bool = False
+    into: memoryview | None = None
+    moves: list[tuple[Move, Slice]] = field(default_factory=list)
+
+    @property
+    def is_scattered(self) -> bool:
+        """Whether the bytes go through the scratch buffer."""
+        return self.into is None and not self.is_fetched
+
+    def takes(self, move: Move, requests: Requests) -> bool:
+        """Whether ``move`` can be read in this request too."""
+        return (
+            self.into is None
+            and move.file == self.file
+            # The last part of a long move may begin after the next move, where tensors share bytes.
+            and move.offset >= self.offset
+            and move.offset - (self.offset + self.nbytes) <= requests.gap_bytes
+            and move.offset + move.nbytes - self.offset <= requests.nbytes
+            # torch views a buffer as elements only where they are aligned.
+            and (move.offset - self.offset) % move.dtype.itemsize == 0
+        )
+
+
+def _requests_of(
+    work: Iterable[tuple[Move, Slice]], buffer: bytearray, at_once: int
+) -> Iterator[_Request]:
+    """Moves, sorted by file and offset, as few requests."""
+    file, requests = None, LOCAL
+    count = at_once
+    pending: _Request | None = None
+    for move, part in work:
+        if move.file is not file and move.file != file:
+            file, requests = move.file, requests_for(move.file)
+            count = max(requests.at_once, at_once)
+        if move.is_plain and move.nbytes >= requests.gap_bytes:
+            view = memoryview(buffer)[part.at + move.at * move.dtype.itemsize :][: move.nbytes]
+            step = requests.nbytes if count > 1 else move.nbytes
+            for start in range(0, move.nbytes, step):
+                into = view[start : start + step]
+                yield _Request(file, move.offset + start, len(into), count, into=into)
+            continue
+        for small in _split(move, requests.nbytes):
+            if pending is None or not pending.takes(small, requests):
+                if pending is not None:
+                    yield pending
+                pending = _Request(file, small.offset, small.nbytes, count, requests.fetched)
+            end = max(pending.offset + pending.nbytes, small.offset + small.nbytes)
+            pending.nbytes = end - pending.offset
+            pending.moves.append((small, part))
+    if pending is not None:
+        yield pending
 
 
 def _idle() -> float:
@@ -249,20 +310,76 @@ def _idle() -> float:
     return time.monotonic() - time.thread_time()
 
 
-def _read(file: Readable, part: Part, into: memoryview) -> None:
+def _receive(file: Readable, request: _Request, into: memoryview | None) -> memoryview:
+    """The bytes of a request, which are in ``into``, if that is given."""
+    if into is not None:
+        _read(file, request, into)
+        return into
+    assert isinstance(file, Fetching)
+    hide_warning()
+    found = file.fetch(request.offset, request.nbytes)
+    if len(found) < request.nbytes:
+        raise _ended(request, request.offset + len(found))
+    return found
+
+
+def _read(file: Readable, request: _Request, into: memoryview) -> None:
     done = 0
     while done < len(into):
-        at = part.offset + done
+        at = request.offset + done
         try:
             count = file.read_into(into[done:], at)
         except OSError as error:
             raise DamagedCheckpoint(
-                f"cannot be read at byte {at:,} ({error.strerror})", path=part.file
+                f"cannot be read at byte {at:,} ({error.strerror})", path=request.file
             ) from error
         if not count:
-            raise DamagedCheckpoint(
-                f"the file ends at byte {at:,}, before the bytes that it should hold",
-                path=part.file,
-                hint="The file is truncated, or was changed while it was read. Copy it again.",
-            )
+            raise _ended(request, at)
         done += count
+
+
+def _ended(request: _Request, at: int) -> DamagedCheckpoint:
+    return DamagedCheckpoint(
+        f"the file ends at byte {at:,}, before the bytes that it should hold",
+        path=request.file,
+        hint="The file is truncated, or was changed while it was read. Copy it again.",
+    )
+
+
+def _split(move: Move, most: int) -> Iterator[Move]:
+    """The move in parts of at most ``most`` bytes."""
+    if move.nbytes <= most:
+        yield move
+        return
+    if move.steps:
+        for half in _halves(move):
+            yield from _split(half, most)
+        return
+    count = move.nbytes // move.dtype.itemsize
+    step = max(most // move.dtype.itemsize, 1)
+    local = row_major_strides(move.sizes)
+    for start in range(0, count, step):
+        for slab in window_slabs(move.sizes, start, min(start + step, count)):
+            source = sum(o * s for o, s in zip(slab.offsets, local, strict=True))
+            place = sum(o * s for o, s in zip(slab.offsets, move.strides, strict=True))
+            yield replace(
+                move,
+                offset=move.offset + source * move.dtype.itemsize,
+                sizes=slab.sizes,
+                at=move.at + place,
+            )
+
+
+def _halves(move: Move) -> Iterator[Move]:
+    """A run with steps, cut along its outermost axis."""
+    size, step, stride = move.sizes[0], move.steps[0], move.strides[0]
+    for first, last in ((0, size // 2), (size // 2, size)):
+        kept = slice(1 if last - first == 1 and len(move.sizes) > 1 else 0, None)
+        yield replace(
+            move,
+            offset=move.offset + first * step * move.dtype.itemsize,
+            sizes=(last - first, *move.sizes[1:])[kept],
+            at=move.at + first * stride,
+            strides=move.strides[kept],
+            steps=move.steps[kept],
+        )

@@ -11,8 +11,13 @@ from typing import Any
 
 from ckpt_tools.storage.addresses import Address
 from ckpt_tools.storage.places import FileFacts
-from ckpt_tools.storage.remote.answers import Answer
-from ckpt_tools.storage.remote.stores import ONE_ATTEMPT, answer_of, http_options, obstore
+from ckpt_tools.storage.remote.stores import (
+    ONE_ATTEMPT,
+    fetch_range,
+    http_options,
+    obstore,
+    read_range,
+)
 
 
 class Repository:
@@ -79,11 +84,17 @@ class Repository:
         found = self._api().get_paths_info(self.name, [path], revision=self._resolved())
         return next((FileFacts(e.size, 0) for e in found if _is_file(e) and e.path == path), None)
 
-    def answer(self, path: str, start: int, stop: int, facts: FileFacts) -> Answer:
-        """See :meth:`ckpt_tools.storage.remote.stores.Store.answer`."""
+    def read(self, path: str, view: memoryview, offset: int, facts: FileFacts) -> None:
+        """See :meth:`ckpt_tools.storage.remote.stores.Store.read`."""
         self._resolved()
         address = f"{self._address}/{path}"
-        return answer_of(self._obstore, self._server, path, (start, stop), facts, address)
+        read_range(self._obstore, self._server, path, view, offset, facts, address)
+
+    def fetch(self, path: str, offset: int, nbytes: int, facts: FileFacts) -> memoryview:
+        """See :meth:`ckpt_tools.storage.remote.stores.Store.fetch`."""
+        self._resolved()
+        address = f"{self._address}/{path}"
+        return fetch_range(self._obstore, self._server, path, (offset, nbytes), facts, address)
 
 
 def _is_file(entry: Any) -> bool:

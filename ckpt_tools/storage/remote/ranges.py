@@ -12,29 +12,28 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
-from ckpt_tools.storage.places import FileFacts, Readable, Requests
-from ckpt_tools.storage.remote.answers import Stream
+from ckpt_tools.storage.places import FileFacts, Requests
 from ckpt_tools.storage.remote.failures import Patience
 from ckpt_tools.storage.remote.stores import Store
 from ckpt_tools.storage.wire import carry
 
-# Requests under way in a process, and the bytes of their buffers. With torch, that is less than
-# 500 MB in all. There are many threads: while some cast and write, others wait for the store.
+T = TypeVar("T")
+
+# Requests under way in a process, and their bytes. With torch, that is less than 500 MB in all. While some
+# threads cast and write, others wait for the store. So there are many, with small blocks.
 AT_ONCE = 64
-BYTES_AT_ONCE = 96 << 20
+BYTES_AT_ONCE = 132 << 20
 REMOTE = Requests(
     nbytes=8 << 20,
     gap_bytes=128 << 10,
     at_once=AT_ONCE,
     threads=22,
-    block_bytes=4 << 20,
-    part_bytes=512 << 10,
-    scratch_bytes=1 << 20,
-    buffer_bytes=112 << 20,
+    block_bytes=2 << 20,
+    fetched=True,
+    buffer_bytes=132 << 20,
 )
-# What a long answer keeps in memory: the part that is read, and what the library has of the next.
-_STREAM_BYTES = 1 << 20
 
 # A file of this size is read at once, as fast as two parts of it.
 _SMALL_BYTES = 1 << 20
@@ -109,42 +108,31 @@ class Ranges:
 
     def read(self, path: str, view: memoryview, offset: int, facts: FileFacts) -> None:
         """Fill ``view`` from byte ``offset`` on; raises as :meth:`Patience.call`."""
-        held = self._held(path, offset)
-        if held is not None and offset + len(view) <= held[0] + len(held[1]):
-            view[:] = memoryview(held[1])[offset - held[0] :][: len(view)]
+        held = self._held(path, offset, len(view))
+        if held is not None:
+            view[:] = held
             return
-        with self.stream(path, offset, len(view), len(view), facts) as stream:
-            stream.read_into(view, offset)
+        self._ask(lambda: self._store.read(path, view, offset, facts), path, len(view))
 
-    @contextmanager
-    def stream(
-        self, path: str, offset: int, nbytes: int, held_bytes: int, facts: FileFacts
-    ) -> Iterator[Stream]:
-        """A run of a file, to be read forward from one answer.
+    def fetch(self, path: str, offset: int, nbytes: int, facts: FileFacts) -> memoryview:
+        """Bytes in memory of their own; raises as :meth:`Patience.call`."""
+        held = self._held(path, offset, nbytes)
+        if held is not None:
+            return held
+        return self._ask(lambda: self._store.fetch(path, offset, nbytes, facts), path, nbytes)
 
-        Args:
-            path: the file.
-            offset: the first byte of the run.
-            nbytes: the number of bytes.
-            held_bytes: how many of them are in memory at a time.
-            facts: of the file.
-        """
-        stop = offset + nbytes
-
-        def repeat(attempt: Callable[[], None], count: int) -> None:
-            self._patience.call(attempt, lambda: self._address(path))
-            with self._lock:
-                self.traffic.nbytes += count
-            carry(count)
-
-        with self._turns.taken(held_bytes):
-            yield Stream(lambda at: self._store.answer(path, at, stop, facts), repeat, stop)
+    def _ask(self, request: Callable[[], T], path: str, nbytes: int) -> T:
+        with self._turns.taken(nbytes):
+            answer = self._patience.call(request, lambda: self._address(path))
         with self._lock:
             self.traffic.requests += 1
+            self.traffic.nbytes += nbytes
+        carry(nbytes)
+        return answer
 
     def peek(self, path: str, view: memoryview, offset: int, facts: FileFacts) -> int:
         """Fill ``view`` with metadata, as far as one request goes; returns the number of bytes."""
-        held = self._held(path, offset)
+        held = self._kept_near(path, offset)
         if held is None and len(view) >= _LONG_BYTES:
             self.read(path, view, offset, facts)
             return len(view)
@@ -180,7 +168,13 @@ class Ranges:
         length = max(count, min(2 * before, _LONGEST_BYTES), _MIDDLE_BYTES)
         return offset, min(offset + length, size)
 
-    def _held(self, path: str, offset: int) -> tuple[int, bytes] | None:
+    def _held(self, path: str, offset: int, nbytes: int) -> memoryview | None:
+        """Bytes that are kept, all of them."""
+        start, data = self._kept_near(path, offset) or (0, b"")
+        found = memoryview(data)[offset - start :][:nbytes] if data else None
+        return found if found is not None and len(found) == nbytes else None
+
+    def _kept_near(self, path: str, offset: int) -> tuple[int, bytes] | None:
         with self._lock:
             for start in self._starts.get(path, ()):
                 data = self._kept.get((path, start))
@@ -215,13 +209,12 @@ class RemoteFile:
             self._ranges.read(self._path, view[:count], offset, self._facts)
         return count
 
-    @contextmanager
-    def stream(self, offset: int, nbytes: int) -> Iterator[Readable]:
-        """See :meth:`ckpt_tools.storage.places.Streaming.stream`."""
+    def fetch(self, offset: int, nbytes: int) -> memoryview:
+        """See :meth:`ckpt_tools.storage.places.Fetching.fetch`."""
         count = max(min(nbytes, self._facts.size - offset), 0)
-        held = min(count, _STREAM_BYTES)
-        with self._ranges.stream(self._path, offset, count, held, self._facts) as stream:
-            yield stream
+        return (
+            self._ranges.fetch(self._path, offset, count, self._facts) if count else memoryview(b"")
+        )
 
     def peek_into(self, view: memoryview, offset: int) -> int:
         """See :meth:`ckpt_tools.storage.places.Distant.peek_into`."""

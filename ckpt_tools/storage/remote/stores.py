@@ -12,12 +12,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+
 from ckpt_tools.errors import StoreFailed, UsageError
 from ckpt_tools.storage.addresses import Address
 from ckpt_tools.storage.places import FileFacts
-from ckpt_tools.storage.remote.answers import Answer
 from ckpt_tools.storage.remote.credentials import aws_settings, google_settings
-from ckpt_tools.storage.remote.failures import changed
+from ckpt_tools.storage.remote.failures import Incomplete, changed
 
 if TYPE_CHECKING:
     from obstore.store import AzureStore, ClientConfig, GCSStore, HTTPStore, S3Store
@@ -33,6 +34,7 @@ _IDLE_CONNECTIONS = 64
 # An answer is taken in pieces of about this size, which fit into the cache of a processor.
 _PIECE_BYTES = 256 << 10
 _WEAK = "W/"
+_OTHER_LENGTH = "the answer has another number of bytes than was asked for"
 
 
 class Store(Protocol):
@@ -47,12 +49,16 @@ class Store(Protocol):
     def facts(self, path: str) -> FileFacts | None:
         """The facts of one file; None where there is none of this path."""
 
-    def answer(self, path: str, start: int, stop: int, facts: FileFacts) -> Answer:
-        """Ask for a range of a file that still has these facts.
+    def read(self, path: str, view: memoryview, offset: int, facts: FileFacts) -> None:
+        """Fill ``view`` with bytes of a file that still has these facts.
 
         Raises:
+            Incomplete: the answer ended early.
             DamagedCheckpoint: the file was changed.
         """
+
+    def fetch(self, path: str, offset: int, nbytes: int, facts: FileFacts) -> memoryview:
+        """The same bytes in memory of their own; raises as :meth:`read`."""
 
 
 def obstore() -> Any:
@@ -163,10 +169,15 @@ class Bucket:
         except FileNotFoundError:
             return None
 
-    def answer(self, path: str, start: int, stop: int, facts: FileFacts) -> Answer:
-        """See :meth:`Store.answer`."""
+    def read(self, path: str, view: memoryview, offset: int, facts: FileFacts) -> None:
+        """See :meth:`Store.read`."""
         address = f"{self._root}/{path}"
-        return answer_of(self._obstore, self._bucket, path, (start, stop), facts, address)
+        read_range(self._obstore, self._bucket, path, view, offset, facts, address)
+
+    def fetch(self, path: str, offset: int, nbytes: int, facts: FileFacts) -> memoryview:
+        """See :meth:`Store.fetch`."""
+        address = f"{self._root}/{path}"
+        return fetch_range(self._obstore, self._bucket, path, (offset, nbytes), facts, address)
 
     def put(self, path: str, file: Path, part_bytes: int, parts_at_once: int, sent: Sent) -> None:
         """Write a file of this machine; it appears whole.
@@ -200,30 +211,76 @@ def _parts_of(file: Path, part_bytes: int, parts_at_once: int, sent: Sent) -> It
             sent(max(given - parts_at_once, 0) * part_bytes)
 
 
-def answer_of(
+def read_range(
     library: Any,
     store: ObjectStore,
     path: str,
-    asked: tuple[int, int],
+    view: memoryview,
+    offset: int,
     facts: FileFacts,
     address: str,
-) -> Answer:
-    """Ask for a range; raises as :meth:`Store.answer`."""
-    options: dict[str, object] = {"range": asked}
+) -> None:
+    """Fill ``view`` from one answer, piece by piece as it arrives; raises as :meth:`Store.read`."""
+    answer = _ask(library, store, path, (offset, len(view)), facts, address)
+    # The whole answer would lie in memory twice: in pieces, and joined.
+    into, done = np.frombuffer(view, np.uint8), 0
+    for piece in answer.stream(min_chunk_size=_PIECE_BYTES):
+        data = np.frombuffer(piece, np.uint8)
+        if len(data) > len(into) - done:
+            raise Incomplete(_OTHER_LENGTH)
+        # numpy copies without the interpreter lock.
+        np.copyto(into[done : done + len(data)], data)
+        done += len(data)
+    if done != len(view):
+        raise Incomplete(_OTHER_LENGTH)
+
+
+def fetch_range(
+    library: Any,
+    store: ObjectStore,
+    path: str,
+    run: tuple[int, int],
+    facts: FileFacts,
+    address: str,
+) -> memoryview:
+    """A range as the library joins it, without the interpreter lock; raises as :meth:`Store.read`.
+
+    Args:
+        library: obstore.
+        store: the store.
+        path: the file.
+        run: its first byte, and the number of bytes.
+        facts: of the file.
+        address: its address.
+    """
+    found = memoryview(_ask(library, store, path, run, facts, address).bytes())
+    if len(found) != run[1]:
+        raise Incomplete(_OTHER_LENGTH)
+    return found
+
+
+def _ask(
+    library: Any,
+    store: ObjectStore,
+    path: str,
+    run: tuple[int, int],
+    facts: FileFacts,
+    address: str,
+) -> Any:
+    """Ask for a range of the version that the facts name; the answer comes later."""
+    options: dict[str, object] = {"range": (run[0], sum(run))}
     # RFC 9110 forbids a weak tag here: no version would match it.
     if facts.version is not None and not facts.version.startswith(_WEAK):
         options["if_match"] = facts.version
     try:
-        found = library.get(store, path, options=options)
+        answer = library.get(store, path, options=options)
     except FileNotFoundError:
         raise changed(address, "the object was removed while it was read") from None
-    version = _tag_of(found.meta)
-    if found.meta["size"] != facts.size or (
-        facts.version is not None and version is not None and version != facts.version
-    ):
+    version = _tag_of(answer.meta)
+    other_version = facts.version is not None and version is not None and version != facts.version
+    if answer.meta["size"] != facts.size or other_version:
         raise changed(address)
-    # The whole answer would lie in memory twice: in pieces, and joined.
-    return Answer(iter(found.stream(min_chunk_size=_PIECE_BYTES)), asked[1] - asked[0])
+    return answer
 
 
 def facts_of(meta: Any) -> FileFacts:

@@ -14,14 +14,14 @@ from urllib.parse import quote, unquote, urljoin
 
 from ckpt_tools.storage.addresses import Address
 from ckpt_tools.storage.places import FileFacts
-from ckpt_tools.storage.remote.answers import Answer
 from ckpt_tools.storage.remote.failures import status_of
 from ckpt_tools.storage.remote.stores import (
     ONE_ATTEMPT,
-    answer_of,
     facts_of,
+    fetch_range,
     http_options,
     obstore,
+    read_range,
 )
 
 _PAGE_SECONDS = 30
@@ -104,7 +104,12 @@ class WebServer:
                 return None
             raise
 
-    def answer(self, path: str, start: int, stop: int, facts: FileFacts) -> Answer:
-        """See :meth:`ckpt_tools.storage.remote.stores.Store.answer`."""
+    def read(self, path: str, view: memoryview, offset: int, facts: FileFacts) -> None:
+        """See :meth:`ckpt_tools.storage.remote.stores.Store.read`."""
         address = f"{self._url}/{path}"
-        return answer_of(self._obstore, self._server, path, (start, stop), facts, address)
+        read_range(self._obstore, self._server, path, view, offset, facts, address)
+
+    def fetch(self, path: str, offset: int, nbytes: int, facts: FileFacts) -> memoryview:
+        """See :meth:`ckpt_tools.storage.remote.stores.Store.fetch`."""
+        address = f"{self._url}/{path}"
+        return fetch_range(self._obstore, self._server, path, (offset, nbytes), facts, address)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ import pytest
 from ckpt_tools import consolidate, inspect
 from ckpt_tools.errors import CkptError, DamagedCheckpoint, StoreFailed
 from ckpt_tools.storage import patience
-from ckpt_tools.storage.remote import failures, ranges, trees
+from ckpt_tools.storage.remote import failures, ranges
 from tests.conftest import FIXTURES
 from tests.support.remote.web import Asked, Web, serving
 
@@ -32,8 +31,6 @@ def _read_as_large_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """A small file is read at once: no request would fail after the first of each file."""
     for name in ("_SMALL_BYTES", "_HEAD_BYTES", "_TAIL_BYTES"):
         monkeypatch.setattr(ranges, name, 4 << 10)
-    parts = replace(ranges.REMOTE, part_bytes=4 << 10, scratch_bytes=16 << 10)
-    monkeypatch.setattr(trees.StorePlace, "requests", parts)
 
 
 def convert(web: Web, out: Path) -> bytes:

@@ -79,7 +79,7 @@ def test_a_refusal_is_one_message_at_once(
     assert raised.value.exit_code == 9
     assert str(raised.value.where).startswith(address[:6])
     assert hint in str(raised.value.hint)
-    assert "secret" not in str(raised.value)
+    assert "secret-of" not in str(raised.value)
 
 
 def test_a_store_that_asks_for_patience_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
