@@ -24,15 +24,15 @@ T = TypeVar("T")
 # Requests under way in a process, and their bytes. With torch, that is less than 500 MB in all. While some
 # threads cast and write, others wait for the store. So there are many, with small blocks.
 AT_ONCE = 64
-BYTES_AT_ONCE = 132 << 20
+BYTES_AT_ONCE = 120 << 20
 REMOTE = Requests(
     nbytes=8 << 20,
     gap_bytes=128 << 10,
     at_once=AT_ONCE,
-    threads=22,
+    threads=20,
     block_bytes=2 << 20,
     fetched=True,
-    buffer_bytes=132 << 20,
+    buffer_bytes=120 << 20,
 )
 
 # A file of this size is read at once, as fast as two parts of it.
