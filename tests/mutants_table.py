@@ -586,7 +586,7 @@ _TENSORS = (
     ),
     _mutant(
         "gather-large-cast",
-        "tensors/gather.py",
+        "tensors/requests.py",
         "                at=move.at + place,\n",
         "                at=move.at,\n",
         "a run larger than the read buffer is put together at one place",

@@ -75,8 +75,10 @@ class Requests:
         """The number of threads that read for blocks of an output; None if they are as many as processors."""
         if self.threads is None:
             return None
-        # A block, and its source of twice the size where elements are cast to half their size.
-        return max(min(self.threads, self.buffer_bytes // (3 * block_bytes)), 1)
+        # A source has twice the size of its block where elements are cast to half their size. That of the
+        # next block may arrive meanwhile.
+        sources = 2 if self.fetched else 1
+        return max(min(self.threads, self.buffer_bytes // ((1 + 2 * sources) * block_bytes)), 1)
 
 
 LOCAL = Requests()

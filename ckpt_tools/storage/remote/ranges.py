@@ -24,12 +24,12 @@ T = TypeVar("T")
 # Requests under way in a process, and their bytes. With torch, that is less than 500 MB in all. While some
 # threads cast and write, others wait for the store. So there are many, with small blocks.
 AT_ONCE = 64
-BYTES_AT_ONCE = 120 << 20
+BYTES_AT_ONCE = 112 << 20
 REMOTE = Requests(
     nbytes=8 << 20,
     gap_bytes=128 << 10,
     at_once=AT_ONCE,
-    threads=20,
+    threads=12,
     block_bytes=2 << 20,
     fetched=True,
     buffer_bytes=120 << 20,

@@ -258,13 +258,13 @@ def test_the_records_of_a_large_file_take_two_requests(
 
 @pytest.mark.parametrize("mebibytes", [1, 2, 8, 32])
 def test_buffers_do_not_grow_with_the_number_of_ranks(mebibytes: int) -> None:
-    """With many ranks, a block holds a piece of each."""
+    """With many ranks, a block holds a piece of each. Two sources have four times the bytes of a block."""
     block = mebibytes << 20
     assert LOCAL.threads_for(block) is None
     threads = REMOTE.threads_for(block)
     assert threads is not None
     assert 1 <= threads <= REMOTE.threads
-    of_one = block + min(2 * block, REMOTE.scratch_bytes)
+    of_one = 5 * block
     assert threads == REMOTE.threads or (threads + 1) * of_one > REMOTE.buffer_bytes
     assert threads * of_one <= REMOTE.buffer_bytes
 
