@@ -75,10 +75,13 @@ class Requests:
         """The number of threads that read for blocks of an output; None if they are as many as processors."""
         if self.threads is None:
             return None
-        # A source has twice the size of its block where elements are cast to half their size. That of the
-        # next block may arrive meanwhile.
-        sources = 2 if self.fetched else 1
+        # A source has twice the size of its block where elements are cast to half their size.
+        sources = 2 if self.is_ahead(block_bytes) else 1
         return max(min(self.threads, self.buffer_bytes // ((1 + 2 * sources) * block_bytes)), 1)
+
+    def is_ahead(self, block_bytes: int) -> bool:
+        """Whether the source of the next block is asked for while a block is made."""
+        return self.fetched and 5 * block_bytes <= self.buffer_bytes
 
 
 LOCAL = Requests()

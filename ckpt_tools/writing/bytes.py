@@ -269,7 +269,7 @@ def write(
                     break
                 began, waited = time.monotonic(), gatherer.waited
                 gatherer.at_once = depth.level.at_once
-                if requests.fetched and stays():
+                if requests.is_ahead(block_bytes) and stays():
                     following = held = blocks.take(held)
                     if following is not None:
                         gatherer.begin(buffer, following.slices)

@@ -160,6 +160,7 @@ def test_two_ranks_of_torchrun_read_one_bucket(store: S3, tmp_path: Path) -> Non
     command = ["-m", "ckpt_tools", "consolidate", f"{address}/checkpoint", tmp_path / "there"]
     ended = launch([*command, "--weights-only"], ranks=2)
     assert ended.status == 0, ended.said
+    assert "Warning" not in ended.said
     found = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("here", "there")]
     assert found[0] == found[1]
 
@@ -258,13 +259,13 @@ def test_the_records_of_a_large_file_take_two_requests(
 
 @pytest.mark.parametrize("mebibytes", [1, 2, 8, 32])
 def test_buffers_do_not_grow_with_the_number_of_ranks(mebibytes: int) -> None:
-    """With many ranks, a block holds a piece of each. Two sources have four times the bytes of a block."""
+    """With many ranks, a block holds a piece of each. A source has twice the bytes of a block."""
     block = mebibytes << 20
     assert LOCAL.threads_for(block) is None
     threads = REMOTE.threads_for(block)
     assert threads is not None
     assert 1 <= threads <= REMOTE.threads
-    of_one = 5 * block
+    of_one = (5 if REMOTE.is_ahead(block) else 3) * block
     assert threads == REMOTE.threads or (threads + 1) * of_one > REMOTE.buffer_bytes
     assert threads * of_one <= REMOTE.buffer_bytes
 
