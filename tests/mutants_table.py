@@ -1154,8 +1154,8 @@ _WRITING = (
     _mutant(
         "write-goes-on",
         "writing/bytes.py",
-        "if ended is not None and ended.is_set():",
-        "if ended is not None and not ended:",
+        "or (ended is not None and ended.is_set()):",
+        "or (ended is not None and not ended):",
         "a rank writes on after another has failed",
         "writing/test_bytes.py",
     ),
