@@ -586,7 +586,7 @@ _TENSORS = (
     ),
     _mutant(
         "gather-large-cast",
-        "tensors/gather.py",
+        "tensors/requests.py",
         "                at=move.at + place,\n",
         "                at=move.at,\n",
         "a run larger than the read buffer is put together at one place",
@@ -1154,8 +1154,8 @@ _WRITING = (
     _mutant(
         "write-goes-on",
         "writing/bytes.py",
-        "if ended is not None and ended.is_set():",
-        "if ended is not None and not ended:",
+        "or (ended is not None and ended.is_set()):",
+        "or (ended is not None and not ended):",
         "a rank writes on after another has failed",
         "writing/test_bytes.py",
     ),

@@ -18,6 +18,7 @@ import click
 
 from ckpt_tools._version import __version__
 from ckpt_tools.cli import commands
+from ckpt_tools.cli.memory import share_one_arena
 from ckpt_tools.cli.reporting import TYPED
 from ckpt_tools.cli.signals import (
     STATUSES,
@@ -138,6 +139,8 @@ def cli() -> None:
 def main(args: list[str] | None = None) -> None:
     """Run the command line."""
     end_on_signals()
+    if args is None:
+        share_one_arena(sys.argv[1:])
     try:
         cli.main(args=args, prog_name="ckpt-tools")
     except SystemExit as end:

@@ -57,6 +57,7 @@ class Requests:
         at_once: the number of requests that one thread makes at a time. If more than 1, a long run is cut
             into requests of ``nbytes``.
         block_bytes: at least so many bytes of an output are made at a time.
+        fetched: whether its files are :class:`Fetching`.
         threads: the largest number of threads that read, whatever the number of processors; None if they are
             as many.
         buffer_bytes: bytes of the buffers of these threads together. With large blocks they are fewer.
@@ -67,14 +68,20 @@ class Requests:
     at_once: int = 1
     threads: int | None = None
     block_bytes: int = 0
+    fetched: bool = False
     buffer_bytes: int = 0
 
     def threads_for(self, block_bytes: int) -> int | None:
         """The number of threads that read for blocks of an output; None if they are as many as processors."""
         if self.threads is None:
             return None
-        # A block, and its source of twice the size where elements are cast to half their size.
-        return max(min(self.threads, self.buffer_bytes // (3 * block_bytes)), 1)
+        # A source has twice the size of its block where elements are cast to half their size.
+        sources = 2 if self.is_ahead(block_bytes) else 1
+        return max(min(self.threads, self.buffer_bytes // ((1 + 2 * sources) * block_bytes)), 1)
+
+    def is_ahead(self, block_bytes: int) -> bool:
+        """Whether the source of the next block is asked for while a block is made."""
+        return self.fetched and 5 * block_bytes <= self.buffer_bytes
 
 
 LOCAL = Requests()
@@ -95,6 +102,14 @@ class Readable(Protocol):
 
     def close(self) -> None:
         """Close the file. A second call does nothing."""
+
+
+@runtime_checkable
+class Fetching(Readable, Protocol):
+    """An open file whose bytes arrive in memory of the library that asks for them."""
+
+    def fetch(self, offset: int, nbytes: int) -> memoryview:
+        """A run of the file, to be read only, without a copy of it; shorter at the end of the file."""
 
 
 @runtime_checkable

@@ -11,20 +11,22 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from ckpt_tools.errors import DamagedCheckpoint
-from ckpt_tools.storage.places import LOCAL, Readable, Requests
-from ckpt_tools.storage.reading import open_for_reading, requests_for
+from ckpt_tools.storage.places import LOCAL, Fetching, Readable
+from ckpt_tools.storage.reading import open_for_reading
 from ckpt_tools.storage.residence import Residence
-from ckpt_tools.tensors.catalogue import Computed, Move, Tensor, row_major_strides, window_slabs
+from ckpt_tools.tensors.catalogue import Computed, Move, Tensor
 from ckpt_tools.tensors.checksums import ReadLog
+from ckpt_tools.tensors.read_only import hide_warning
+from ckpt_tools.tensors.requests import Request, Slice, requests_of, split
 from ckpt_tools.tensors.threads import load_torch
 
 if TYPE_CHECKING:
@@ -36,20 +38,19 @@ _ALIGNMENT = 64
 _KEPT_TENSORS = 6
 
 
-@dataclass(frozen=True, slots=True)
-class Slice:
-    """A window of a tensor and its place in a buffer.
+@dataclass(slots=True)
+class _Work:
+    """What filling some slices takes.
 
     Attributes:
-        tensor: the tensor.
-        start, stop: the window, in flat elements.
-        at: byte in the buffer where the window's first element goes.
+        slices: the slices. While they are held, no others have their id.
+        computed: moves of elements that are computed, each with its slice.
+        requests: the requests for all other elements.
     """
 
-    tensor: Tensor
-    start: int
-    stop: int
-    at: int
+    slices: Iterable[Slice]
+    computed: list[tuple[Computed, Move, Slice]]
+    requests: Iterable[Request]
 
 
 class Gatherer:
@@ -72,6 +73,7 @@ class Gatherer:
         self._torch = torch
         self._files: OrderedDict[Path, Readable] = OrderedDict()
         self._kept: OrderedDict[int, tuple[Tensor, torch.Tensor]] = OrderedDict()
+        self._begun: dict[int, _Work] = {}
         self._scratch = bytearray()
         self._threads: ThreadPoolExecutor | None = None
         self._log = log
@@ -99,22 +101,26 @@ class Gatherer:
         while self._files:
             self._files.popitem()[1].close()
 
+    def begin(self, buffer: bytearray, slices: Iterable[Slice]) -> None:
+        """Ask for the bytes of slices that are filled later, where they do not arrive in ``buffer``."""
+        work = self._work(buffer, slices)
+        work.requests = list(work.requests)
+        for request in work.requests[:_OPEN_FILES]:
+            if request.is_fetched:
+                request.arriving = self._submit(request, None)
+        self._begun[id(slices)] = work
+
     def fill(self, buffer: bytearray, slices: Iterable[Slice]) -> None:
         """Put every slice in its place in ``buffer``.
 
         Raises:
             DamagedCheckpoint: a file is too short, or cannot be read.
         """
-        work: list[tuple[Move, Slice]] = []
-        for part in slices:
-            for move in part.tensor.moves(part.start, part.stop):
-                if isinstance(move.source, Computed):
-                    self._compute(move.source, move, part, buffer)
-                else:
-                    work.append((move, part))
-        work.sort(key=lambda pair: (pair[0].file, pair[0].offset))
-        waiting: list[_Request] = []
-        for request in _requests_of(work, buffer, self.at_once):
+        work = self._begun.pop(id(slices), None) or self._work(buffer, slices)
+        for tensor, move, part in work.computed:
+            self._compute(tensor, move, part, buffer)
+        waiting: list[Request] = []
+        for request in work.requests:
             waiting.append(request)
             if len(waiting) >= min(request.at_once, _OPEN_FILES):
                 self._carry_out(waiting, buffer)
@@ -122,17 +128,34 @@ class Gatherer:
         if waiting:
             self._carry_out(waiting, buffer)
 
-    def _carry_out(self, requests: Sequence[_Request], buffer: bytearray) -> None:
+    def _work(self, buffer: bytearray, slices: Iterable[Slice]) -> _Work:
+        computed: list[tuple[Computed, Move, Slice]] = []
+        moves: list[tuple[Move, Slice]] = []
+        for part in slices:
+            for move in part.tensor.moves(part.start, part.stop):
+                if isinstance(move.source, Computed):
+                    computed.append((move.source, move, part))
+                else:
+                    moves.append((move, part))
+        moves.sort(key=lambda pair: (pair[0].file, pair[0].offset))
+        return _Work(slices, computed, requests_of(moves, buffer, self.at_once))
+
+    def _submit(self, request: Request, into: memoryview | None) -> Future[memoryview]:
+        """Let another thread carry out a request."""
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(_OPEN_FILES)
+        return self._threads.submit(_receive, self._open(request.file), request, into)
+
+    def _carry_out(self, requests: Sequence[Request], buffer: bytearray) -> None:
         """Read what is requested, all at once, and put each run in place, cast on the way."""
-        views = self._views(requests)
-        files = [self._open(request.file) for request in requests]
+        places = self._places(requests)
         idle = _idle()
-        if len(requests) == 1:
-            _read(files[0], requests[0], views[0])
+        if len(requests) == 1 and requests[0].arriving is None:
+            views = [_receive(self._open(requests[0].file), requests[0], places[0])]
         else:
-            if self._threads is None:
-                self._threads = ThreadPoolExecutor(_OPEN_FILES)
-            list(self._threads.map(_read, files, requests, views))
+            pairs = zip(requests, places, strict=True)
+            arriving = [request.arriving or self._submit(request, at) for request, at in pairs]
+            views = [each.result() for each in arriving]
         self.waited += _idle() - idle
         self.bytes_read += sum(request.nbytes for request in requests)
         for request, view in zip(requests, views, strict=True):
@@ -147,7 +170,7 @@ class Gatherer:
                 )
                 self._place(values, move, part, buffer)
 
-    def _note(self, log: ReadLog, request: _Request, view: memoryview) -> None:
+    def _note(self, log: ReadLog, request: Request, view: memoryview) -> None:
         """Note the runs of a request: each move by itself, because a gap may lie outside of its record."""
         if request.into is not None:
             log.note(request.file, request.offset, view)
@@ -155,23 +178,24 @@ class Gatherer:
             at = move.offset - request.offset
             log.note(request.file, move.offset, view[at : at + move.nbytes])
 
-    def _views(self, requests: Sequence[_Request]) -> list[memoryview]:
-        """Where each request puts its bytes: in its place, or one after the other in the scratch buffer."""
+    def _places(self, requests: Sequence[Request]) -> list[memoryview | None]:
+        """Where each request puts its bytes: in its place, or one after the other in the scratch buffer.
+
+        None where they stay in the memory of the library that they arrive in.
+        """
         stops = list(
-            accumulate(
-                0 if r.into is not None else r.nbytes + -r.nbytes % _ALIGNMENT for r in requests
-            )
+            accumulate(r.nbytes + -r.nbytes % _ALIGNMENT if r.is_scattered else 0 for r in requests)
         )
         if len(self._scratch) < stops[-1]:
             self._scratch = bytearray(max(stops[-1], LOCAL.nbytes))
         scratch = memoryview(self._scratch)
         return [
-            scratch[start:][: request.nbytes] if request.into is None else request.into
+            scratch[start:][: request.nbytes] if request.is_scattered else request.into
             for request, start in zip(requests, (0, *stops), strict=False)
         ]
 
     def _compute(self, tensor: Computed, move: Move, part: Slice, buffer: bytearray) -> None:
-        for small in _split(move, LOCAL.nbytes):
+        for small in split(move, LOCAL.nbytes):
             start = small.offset // small.dtype.itemsize
             stop = start + small.nbytes // small.dtype.itemsize
             self._place(tensor.compute(start, stop, self), small, part, buffer)
@@ -232,76 +256,25 @@ def load(tensor: Tensor) -> torch.Tensor:
         return gatherer.window(tensor, 0, tensor.numel).view(tensor.shape)
 
 
-@dataclass(slots=True)
-class _Request:
-    """A run of a file's bytes that is read at once.
-
-    Attributes:
-        file: the file.
-        offset: its first byte.
-        nbytes: the number of bytes.
-        at_once: the number of requests that are made at a time.
-        into: where the bytes belong, where they need no change.
-        moves: otherwise what is made of the bytes.
-    """
-
-    file: Path
-    offset: int
-    nbytes: int
-    at_once: int
-    into: memoryview | None = None
-    moves: list[tuple[Move, Slice]] = field(default_factory=list)
-
-    def takes(self, move: Move, requests: Requests) -> bool:
-        """Whether ``move`` can be read in this request too."""
-        return (
-            self.into is None
-            and move.file == self.file
-            # The last part of a long move may begin after the next move, where tensors share bytes.
-            and move.offset >= self.offset
-            and move.offset - (self.offset + self.nbytes) <= requests.gap_bytes
-            and move.offset + move.nbytes - self.offset <= requests.nbytes
-            # torch views a buffer as elements only where they are aligned.
-            and (move.offset - self.offset) % move.dtype.itemsize == 0
-        )
-
-
-def _requests_of(
-    work: Iterable[tuple[Move, Slice]], buffer: bytearray, at_once: int
-) -> Iterator[_Request]:
-    """Moves, sorted by file and offset, as few requests."""
-    file, requests = None, LOCAL
-    count = at_once
-    pending: _Request | None = None
-    for move, part in work:
-        if move.file is not file and move.file != file:
-            file, requests = move.file, requests_for(move.file)
-            count = max(requests.at_once, at_once)
-        if move.is_plain and move.nbytes >= requests.gap_bytes:
-            view = memoryview(buffer)[part.at + move.at * move.dtype.itemsize :][: move.nbytes]
-            step = requests.nbytes if count > 1 else move.nbytes
-            for start in range(0, move.nbytes, step):
-                into = view[start : start + step]
-                yield _Request(file, move.offset + start, len(into), count, into)
-            continue
-        for small in _split(move, requests.nbytes):
-            if pending is None or not pending.takes(small, requests):
-                if pending is not None:
-                    yield pending
-                pending = _Request(file, small.offset, small.nbytes, count)
-            end = max(pending.offset + pending.nbytes, small.offset + small.nbytes)
-            pending.nbytes = end - pending.offset
-            pending.moves.append((small, part))
-    if pending is not None:
-        yield pending
-
-
 def _idle() -> float:
     """Seconds, from any start, that this thread did not work."""
     return time.monotonic() - time.thread_time()
 
 
-def _read(file: Readable, request: _Request, into: memoryview) -> None:
+def _receive(file: Readable, request: Request, into: memoryview | None) -> memoryview:
+    """The bytes of a request, which are in ``into``, if that is given."""
+    if into is not None:
+        _read(file, request, into)
+        return into
+    assert isinstance(file, Fetching)
+    hide_warning()
+    found = file.fetch(request.offset, request.nbytes)
+    if len(found) < request.nbytes:
+        raise _ended(request, request.offset + len(found))
+    return found
+
+
+def _read(file: Readable, request: Request, into: memoryview) -> None:
     done = 0
     while done < len(into):
         at = request.offset + done
@@ -312,48 +285,13 @@ def _read(file: Readable, request: _Request, into: memoryview) -> None:
                 f"cannot be read at byte {at:,} ({error.strerror})", path=request.file
             ) from error
         if not count:
-            raise DamagedCheckpoint(
-                f"the file ends at byte {at:,}, before the bytes that it should hold",
-                path=request.file,
-                hint="The file is truncated, or was changed while it was read. Copy it again.",
-            )
+            raise _ended(request, at)
         done += count
 
 
-def _split(move: Move, most: int) -> Iterator[Move]:
-    """The move in parts of at most ``most`` bytes."""
-    if move.nbytes <= most:
-        yield move
-        return
-    if move.steps:
-        for half in _halves(move):
-            yield from _split(half, most)
-        return
-    count = move.nbytes // move.dtype.itemsize
-    step = max(most // move.dtype.itemsize, 1)
-    local = row_major_strides(move.sizes)
-    for start in range(0, count, step):
-        for slab in window_slabs(move.sizes, start, min(start + step, count)):
-            source = sum(o * s for o, s in zip(slab.offsets, local, strict=True))
-            place = sum(o * s for o, s in zip(slab.offsets, move.strides, strict=True))
-            yield replace(
-                move,
-                offset=move.offset + source * move.dtype.itemsize,
-                sizes=slab.sizes,
-                at=move.at + place,
-            )
-
-
-def _halves(move: Move) -> Iterator[Move]:
-    """A run with steps, cut along its outermost axis."""
-    size, step, stride = move.sizes[0], move.steps[0], move.strides[0]
-    for first, last in ((0, size // 2), (size // 2, size)):
-        kept = slice(1 if last - first == 1 and len(move.sizes) > 1 else 0, None)
-        yield replace(
-            move,
-            offset=move.offset + first * step * move.dtype.itemsize,
-            sizes=(last - first, *move.sizes[1:])[kept],
-            at=move.at + first * stride,
-            strides=move.strides[kept],
-            steps=move.steps[kept],
-        )
+def _ended(request: Request, at: int) -> DamagedCheckpoint:
+    return DamagedCheckpoint(
+        f"the file ends at byte {at:,}, before the bytes that it should hold",
+        path=request.file,
+        hint="The file is truncated, or was changed while it was read. Copy it again.",
+    )

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from ckpt_tools.errors import CkptError
 from ckpt_tools.tensors.catalogue import Tensor
-from ckpt_tools.tensors.gather import Gatherer, Slice
+from ckpt_tools.tensors.gather import Gatherer
+from ckpt_tools.tensors.requests import Slice
 from ckpt_tools.tensors.threads import casting_on_one_core, pool
 
 if TYPE_CHECKING:

@@ -259,12 +259,20 @@ def write(
         done = 0
         own = None if log is None else ReadLog()
         with Gatherer(own, residence) as gatherer:
-            block: Block | None = None
-            while stays() and (block := blocks.take(block)) is not None:
-                if ended is not None and ended.is_set():
+            following: Block | None = None
+            held: Block | None = None
+            while True:
+                if following is None and stays():
+                    following = held = blocks.take(held)
+                block, following = following, None
+                if block is None or (ended is not None and ended.is_set()):
                     break
                 began, waited = time.monotonic(), gatherer.waited
                 gatherer.at_once = depth.level.at_once
+                if requests.is_ahead(block_bytes) and stays():
+                    following = held = blocks.take(held)
+                    if following is not None:
+                        gatherer.begin(buffer, following.slices)
                 view = memoryview(buffer)[: block.nbytes]
                 _clear_gaps(view, block)
                 gatherer.fill(buffer, block.slices)
@@ -277,8 +285,7 @@ def write(
                 if progress is not None:
                     progress(block.nbytes)
                 depth.moved(block.nbytes, gatherer.waited - waited, time.monotonic() - began)
-            else:
-                blocks.leave(block)
+            blocks.leave(held)
             return gatherer.bytes_read, done, own
 
     done = side_by_side(work, depth)

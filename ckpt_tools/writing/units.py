@@ -17,7 +17,7 @@ from itertools import accumulate, groupby
 import xxhash
 
 from ckpt_tools.storage.places import Requests
-from ckpt_tools.tensors.gather import Slice
+from ckpt_tools.tensors.requests import Slice
 from ckpt_tools.writing.layout import Plan, PlannedFile, Slot
 
 # A shared file system writes whole pages. This is larger than any page, and NFS's largest write.

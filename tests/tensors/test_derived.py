@@ -22,7 +22,8 @@ from ckpt_tools.tensors.catalogue import (
 )
 from ckpt_tools.tensors.derived import Concat, View, cast, view
 from ckpt_tools.tensors.dtypes import BFLOAT16, BY_NAME, FLOAT32
-from ckpt_tools.tensors.gather import Gatherer, Slice
+from ckpt_tools.tensors.gather import Gatherer
+from ckpt_tools.tensors.requests import Slice
 
 
 class Pair:

@@ -15,7 +15,8 @@ from ckpt_tools.storage.pool import Pool
 from ckpt_tools.tensors.catalogue import Box, FlatRange, Fragment, Stored, Tensor
 from ckpt_tools.tensors.derived import cast, view
 from ckpt_tools.tensors.dtypes import BFLOAT16, BY_NAME, FLOAT16, FLOAT32
-from ckpt_tools.tensors.gather import Gatherer, Slice
+from ckpt_tools.tensors.gather import Gatherer
+from ckpt_tools.tensors.requests import Slice
 from tests.support.in_memory import Memory, MemoryFile
 
 

@@ -24,6 +24,9 @@ _LONGEST_PAUSE = 15.0
 _STATUS = re.compile(r"status code: (\d{3})\b")
 _CODE = re.compile(r"<Code>(\w+)</Code>|\"reason\": ?\"(\w+)\"")
 _SECRETS = re.compile(r"\?[^\s\"')]+|(?<=//)[^/\s@]+@")
+_OTHER_REGION = "the bucket is in another region"
+# What obstore says of an answer 301 of S3, which does not name the other region.
+_NO_LOCATION = "redirect without LOCATION"
 _CODES = {
     "ExpiredToken": "the credentials have expired",
     "TokenRefreshRequired": "the credentials have expired",
@@ -31,9 +34,9 @@ _CODES = {
     "InvalidAccessKeyId": "the store does not know the access key",
     "SignatureDoesNotMatch": "the secret key does not belong to the access key",
     "NoSuchBucket": "there is no such bucket",
-    "PermanentRedirect": "the bucket is in another region",
-    "AuthorizationHeaderMalformed": "the bucket is in another region",
-    "IllegalLocationConstraintException": "the bucket is in another region",
+    "PermanentRedirect": _OTHER_REGION,
+    "AuthorizationHeaderMalformed": _OTHER_REGION,
+    "IllegalLocationConstraintException": _OTHER_REGION,
     "AccessDenied": "the store denies access",
 }
 _VARIABLES = {
@@ -140,11 +143,9 @@ def _refusal(error: Exception, address: str) -> CkptError | None:
         )
     if kind == "PreconditionError" or status == 412:
         return changed(address)
-    region = code == "the bucket is in another region" or status in (301, 307)
+    region = code == _OTHER_REGION or status in (301, 307) or _NO_LOCATION in text
     if region:
-        return StoreFailed(
-            "the bucket is in another region", path=address, hint=_REGIONS.get(scheme, _see())
-        )
+        return StoreFailed(_OTHER_REGION, path=address, hint=_REGIONS.get(scheme, _see()))
     if code == "there is no such bucket":
         return StoreFailed(code, path=address, hint="Check the spelling of the address.")
     if kind in ("PermissionDeniedError", "UnauthenticatedError") or status in (401, 403) or code:

@@ -11,7 +11,13 @@ from typing import Any
 
 from ckpt_tools.storage.addresses import Address
 from ckpt_tools.storage.places import FileFacts
-from ckpt_tools.storage.remote.stores import ONE_ATTEMPT, http_options, obstore, read_range
+from ckpt_tools.storage.remote.stores import (
+    ONE_ATTEMPT,
+    fetch_range,
+    http_options,
+    obstore,
+    read_range,
+)
 
 
 class Repository:
@@ -82,7 +88,13 @@ class Repository:
         """See :meth:`ckpt_tools.storage.remote.stores.Store.read`."""
         self._resolved()
         address = f"{self._address}/{path}"
-        read_range(self._obstore, self._server, path, view, offset, facts, lambda: address)
+        read_range(self._obstore, self._server, path, view, offset, facts, address)
+
+    def fetch(self, path: str, offset: int, nbytes: int, facts: FileFacts) -> memoryview:
+        """See :meth:`ckpt_tools.storage.remote.stores.Store.fetch`."""
+        self._resolved()
+        address = f"{self._address}/{path}"
+        return fetch_range(self._obstore, self._server, path, (offset, nbytes), facts, address)
 
 
 def _is_file(entry: Any) -> bool:

@@ -12,24 +12,27 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 from ckpt_tools.storage.places import FileFacts, Requests
 from ckpt_tools.storage.remote.failures import Patience
 from ckpt_tools.storage.remote.stores import Store
 from ckpt_tools.storage.wire import carry
 
-# Requests under way in a process, and their bytes. Answers go to the buffers of the threads that convert.
-# With torch, that is less than 500 MB in all. While some threads cast and write, others wait for the store.
-# So there are many, with small blocks.
+T = TypeVar("T")
+
+# Requests under way in a process, and their bytes. With torch, that is less than 500 MB in all. While some
+# threads cast and write, others wait for the store. So there are many, with small blocks.
 AT_ONCE = 64
-BYTES_AT_ONCE = 96 << 20
+BYTES_AT_ONCE = 112 << 20
 REMOTE = Requests(
     nbytes=8 << 20,
     gap_bytes=128 << 10,
     at_once=AT_ONCE,
-    threads=16,
+    threads=12,
     block_bytes=2 << 20,
-    buffer_bytes=96 << 20,
+    fetched=True,
+    buffer_bytes=120 << 20,
 )
 
 # A file of this size is read at once, as fast as two parts of it.
@@ -105,22 +108,31 @@ class Ranges:
 
     def read(self, path: str, view: memoryview, offset: int, facts: FileFacts) -> None:
         """Fill ``view`` from byte ``offset`` on; raises as :meth:`Patience.call`."""
-        held = self._held(path, offset)
-        if held is not None and offset + len(view) <= held[0] + len(held[1]):
-            view[:] = memoryview(held[1])[offset - held[0] :][: len(view)]
+        held = self._held(path, offset, len(view))
+        if held is not None:
+            view[:] = held
             return
-        with self._turns.taken(len(view)):
-            self._patience.call(
-                lambda: self._store.read(path, view, offset, facts), lambda: self._address(path)
-            )
+        self._ask(lambda: self._store.read(path, view, offset, facts), path, len(view))
+
+    def fetch(self, path: str, offset: int, nbytes: int, facts: FileFacts) -> memoryview:
+        """Bytes in memory of their own; raises as :meth:`Patience.call`."""
+        held = self._held(path, offset, nbytes)
+        if held is not None:
+            return held
+        return self._ask(lambda: self._store.fetch(path, offset, nbytes, facts), path, nbytes)
+
+    def _ask(self, request: Callable[[], T], path: str, nbytes: int) -> T:
+        with self._turns.taken(nbytes):
+            answer = self._patience.call(request, lambda: self._address(path))
         with self._lock:
             self.traffic.requests += 1
-            self.traffic.nbytes += len(view)
-        carry(len(view))
+            self.traffic.nbytes += nbytes
+        carry(nbytes)
+        return answer
 
     def peek(self, path: str, view: memoryview, offset: int, facts: FileFacts) -> int:
         """Fill ``view`` with metadata, as far as one request goes; returns the number of bytes."""
-        held = self._held(path, offset)
+        held = self._kept_near(path, offset)
         if held is None and len(view) >= _LONG_BYTES:
             self.read(path, view, offset, facts)
             return len(view)
@@ -156,7 +168,13 @@ class Ranges:
         length = max(count, min(2 * before, _LONGEST_BYTES), _MIDDLE_BYTES)
         return offset, min(offset + length, size)
 
-    def _held(self, path: str, offset: int) -> tuple[int, bytes] | None:
+    def _held(self, path: str, offset: int, nbytes: int) -> memoryview | None:
+        """Bytes that are kept, all of them."""
+        start, data = self._kept_near(path, offset) or (0, b"")
+        found = memoryview(data)[offset - start :][:nbytes] if data else None
+        return found if found is not None and len(found) == nbytes else None
+
+    def _kept_near(self, path: str, offset: int) -> tuple[int, bytes] | None:
         with self._lock:
             for start in self._starts.get(path, ()):
                 data = self._kept.get((path, start))
@@ -190,6 +208,13 @@ class RemoteFile:
         if count:
             self._ranges.read(self._path, view[:count], offset, self._facts)
         return count
+
+    def fetch(self, offset: int, nbytes: int) -> memoryview:
+        """See :meth:`ckpt_tools.storage.places.Fetching.fetch`."""
+        count = max(min(nbytes, self._facts.size - offset), 0)
+        return (
+            self._ranges.fetch(self._path, offset, count, self._facts) if count else memoryview(b"")
+        )
 
     def peek_into(self, view: memoryview, offset: int) -> int:
         """See :meth:`ckpt_tools.storage.places.Distant.peek_into`."""

@@ -57,6 +57,9 @@ class Store(Protocol):
             DamagedCheckpoint: the file was changed.
         """
 
+    def fetch(self, path: str, offset: int, nbytes: int, facts: FileFacts) -> memoryview:
+        """The same bytes in memory of their own; raises as :meth:`read`."""
+
 
 def obstore() -> Any:
     """The library.
@@ -169,7 +172,12 @@ class Bucket:
     def read(self, path: str, view: memoryview, offset: int, facts: FileFacts) -> None:
         """See :meth:`Store.read`."""
         address = f"{self._root}/{path}"
-        read_range(self._obstore, self._bucket, path, view, offset, facts, lambda: address)
+        read_range(self._obstore, self._bucket, path, view, offset, facts, address)
+
+    def fetch(self, path: str, offset: int, nbytes: int, facts: FileFacts) -> memoryview:
+        """See :meth:`Store.fetch`."""
+        address = f"{self._root}/{path}"
+        return fetch_range(self._obstore, self._bucket, path, (offset, nbytes), facts, address)
 
     def put(self, path: str, file: Path, part_bytes: int, parts_at_once: int, sent: Sent) -> None:
         """Write a file of this machine; it appears whole.
@@ -210,33 +218,69 @@ def read_range(
     view: memoryview,
     offset: int,
     facts: FileFacts,
-    address: Callable[[], str],
+    address: str,
 ) -> None:
     """Fill ``view`` from one answer, piece by piece as it arrives; raises as :meth:`Store.read`."""
-    options: dict[str, object] = {"range": (offset, offset + len(view))}
+    answer = _ask(library, store, path, (offset, len(view)), facts, address)
+    # The whole answer would lie in memory twice: in pieces, and joined.
+    into, done = np.frombuffer(view, np.uint8), 0
+    for piece in answer.stream(min_chunk_size=_PIECE_BYTES):
+        data = np.frombuffer(piece, np.uint8)
+        if len(data) > len(into) - done:
+            raise Incomplete(_OTHER_LENGTH)
+        # numpy copies without the interpreter lock.
+        np.copyto(into[done : done + len(data)], data)
+        done += len(data)
+    if done != len(view):
+        raise Incomplete(_OTHER_LENGTH)
+
+
+def fetch_range(
+    library: Any,
+    store: ObjectStore,
+    path: str,
+    run: tuple[int, int],
+    facts: FileFacts,
+    address: str,
+) -> memoryview:
+    """A range as the library joins it, without the interpreter lock; raises as :meth:`Store.read`.
+
+    Args:
+        library: obstore.
+        store: the store.
+        path: the file.
+        run: its first byte, and the number of bytes.
+        facts: of the file.
+        address: its address.
+    """
+    found = memoryview(_ask(library, store, path, run, facts, address).bytes())
+    if len(found) != run[1]:
+        raise Incomplete(_OTHER_LENGTH)
+    return found
+
+
+def _ask(
+    library: Any,
+    store: ObjectStore,
+    path: str,
+    run: tuple[int, int],
+    facts: FileFacts,
+    address: str,
+) -> Any:
+    """Ask for a range of the version that the facts name; the answer comes later."""
+    options: dict[str, object] = {"range": (run[0], sum(run))}
     # RFC 9110 forbids a weak tag here: no version would match it.
     if facts.version is not None and not facts.version.startswith(_WEAK):
         options["if_match"] = facts.version
     try:
         answer = library.get(store, path, options=options)
-        if answer.meta["size"] != facts.size:
-            raise changed(address())
-        version = _tag_of(answer.meta)
-        if facts.version is not None and version is not None and version != facts.version:
-            raise changed(address())
-        # The whole answer would lie in memory twice: in pieces, and joined.
-        into, done = np.frombuffer(view, np.uint8), 0
-        for piece in answer.stream(min_chunk_size=_PIECE_BYTES):
-            data = np.frombuffer(piece, np.uint8)
-            if len(data) > len(into) - done:
-                raise Incomplete(_OTHER_LENGTH)
-            # numpy copies without the interpreter lock.
-            np.copyto(into[done : done + len(data)], data)
-            done += len(data)
     except FileNotFoundError:
-        raise changed(address(), "the object was removed while it was read") from None
-    if done != len(view):
-        raise Incomplete(_OTHER_LENGTH)
+        raise changed(address, "the object was removed while it was read") from None
+    version = _tag_of(answer.meta)
+    other_version = facts.version is not None and version is not None and version != facts.version
+    if answer.meta["size"] != facts.size or other_version:
+        raise changed(address)
+    return answer
 
 
 def facts_of(meta: Any) -> FileFacts:

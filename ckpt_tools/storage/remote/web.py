@@ -18,6 +18,7 @@ from ckpt_tools.storage.remote.failures import status_of
 from ckpt_tools.storage.remote.stores import (
     ONE_ATTEMPT,
     facts_of,
+    fetch_range,
     http_options,
     obstore,
     read_range,
@@ -48,9 +49,9 @@ class WebServer:
     """
 
     def __init__(self, address: Address) -> None:
+        self._obstore = obstore()
         from obstore.store import HTTPStore
 
-        self._obstore = obstore()
         self._url = str(address.root)
         options = http_options(self._url)
         self._server = HTTPStore(self._url, client_options=options, retry_config=ONE_ATTEMPT)
@@ -106,4 +107,9 @@ class WebServer:
     def read(self, path: str, view: memoryview, offset: int, facts: FileFacts) -> None:
         """See :meth:`ckpt_tools.storage.remote.stores.Store.read`."""
         address = f"{self._url}/{path}"
-        read_range(self._obstore, self._server, path, view, offset, facts, lambda: address)
+        read_range(self._obstore, self._server, path, view, offset, facts, address)
+
+    def fetch(self, path: str, offset: int, nbytes: int, facts: FileFacts) -> memoryview:
+        """See :meth:`ckpt_tools.storage.remote.stores.Store.fetch`."""
+        address = f"{self._url}/{path}"
+        return fetch_range(self._obstore, self._server, path, (offset, nbytes), facts, address)

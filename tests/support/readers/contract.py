@@ -22,7 +22,8 @@ from ckpt_tools import readers
 from ckpt_tools.errors import UsageError
 from ckpt_tools.tensors.catalogue import Tensor
 from ckpt_tools.tensors.checkpoint import Checkpoint
-from ckpt_tools.tensors.gather import Gatherer, Slice
+from ckpt_tools.tensors.gather import Gatherer
+from ckpt_tools.tensors.requests import Slice
 
 FIXTURES = Path(__file__).resolve().parents[3] / "fixtures"
 Tensors = dict[str, torch.Tensor]
