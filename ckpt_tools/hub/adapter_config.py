@@ -12,16 +12,17 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ckpt_tools.errors import MissingAsset, UsageError
 from ckpt_tools.hub.files import AssetFile, read_object
 from ckpt_tools.hub.links import refuse_leaving
+from ckpt_tools.tensors.patterns import Allowance, Patterns
 
 NAME = "adapter_config.json"
 _DEFAULT = "default"
@@ -100,12 +101,37 @@ class AdapterConfig:
         if not isinstance(named, str):
             return any(name in named for name in _EMBEDDINGS)
         last = {module: module.rpartition(".")[2] for module in modules}
-        return any(re.fullmatch(named, module) for module in modules if last[module] in _EMBEDDINGS)
+        return any(self.targets(module) for module in modules if last[module] in _EMBEDDINGS)
+
+    def targets(self, module: str) -> bool:
+        """Whether ``target_modules`` names a module, by a pattern or in a list."""
+        named = self.data.get("target_modules") or ()
+        if isinstance(named, str):
+            return named == "all-linear" or self._target.first(module) is not None
+        return is_listed(module, named)
 
     def _by_pattern(self, patterns: str, common: str, module: str) -> Any:
-        found = self.data.get(patterns) or {}
-        key = next((key for key in found if re.match(rf"(.*\.)?({key})$", module)), None)
-        return found[key] if key is not None else self.data.get(common)
+        found = self._patterns[patterns].first(module)
+        return found if found is not None else self.data.get(common)
+
+    @cached_property
+    def _allowance(self) -> Allowance:
+        return Allowance(self.path)
+
+    @cached_property
+    def _target(self) -> Patterns[bool]:
+        return Patterns({self.data["target_modules"]: True}, self._allowance, whole=True)
+
+    @cached_property
+    def _patterns(self) -> dict[str, Patterns[Any]]:
+        """The patterns of modules with a rank or an alpha of their own, as PEFT compares them."""
+        return {
+            key: Patterns(
+                {rf"(.*\.)?({name})$": value for name, value in (self.data.get(key) or {}).items()},
+                self._allowance,
+            )
+            for key in ("rank_pattern", "alpha_pattern")
+        }
 
     def _lacks(self, key: str, value: object) -> MissingAsset:
         option = " --lora-alpha X or" if key == "lora_alpha" else ""
@@ -314,7 +340,6 @@ def check(config: AdapterConfig, ranks: Mapping[str, int]) -> None:
     Raises:
         UsageError: the config belongs to another adapter.
     """
-    targets = config.data.get("target_modules") or ()
     parameters = config.data.get("target_parameters") or ()
     hint = "Pass --adapter-config FILE|DIR, the config of this adapter's training run."
     for module, rank in ranks.items():
@@ -325,9 +350,9 @@ def check(config: AdapterConfig, ranks: Mapping[str, int]) -> None:
                 hint=hint,
             )
         # The weight of a linear layer can be named as a parameter.
-        named = any(_is_targeted(key, parameters) for key in (module, f"{module}.weight"))
+        named = any(is_listed(key, parameters) for key in (module, f"{module}.weight"))
         module = _attention_of(module, ranks) or module
-        if not named and not _is_targeted(module, targets):
+        if not named and not config.targets(module):
             raise UsageError(
                 f"the checkpoint adapts {module}, which the config does not target",
                 path=config.path,
@@ -341,7 +366,6 @@ def _attention_of(module: str, adapted: Collection[str]) -> str | None:
     return parent if last == "out_proj" and parent in adapted else None
 
 
-def _is_targeted(module: str, targets: str | Sequence[str]) -> bool:
-    if isinstance(targets, str):
-        return targets == "all-linear" or re.fullmatch(targets, module) is not None
-    return any(module == target or module.endswith(f".{target}") for target in targets)
+def is_listed(module: str, names: Iterable[str]) -> bool:
+    """Whether a list names a module, by its whole name or the end of it."""
+    return any(module == name or module.endswith(f".{name}") for name in names)

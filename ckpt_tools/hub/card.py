@@ -23,7 +23,12 @@ CARD_NAME = "README.md"
 _METADATA = re.compile(r"\A---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 # YAML takes seconds a megabyte, and the metadata of cards has a few kilobytes.
 _LARGEST_CARD, _LARGEST_METADATA = 1 << 20, 1 << 16
-_LICENSE = ("license", "license_name", "license_link")
+# What the Hub takes for each: names, and the link or the file of the text.
+_LICENSE = {
+    "license": re.compile(r"[\w.+-]+", re.ASCII),
+    "license_name": re.compile(r"[\w.+ -]+", re.ASCII),
+    "license_link": re.compile(r"https?://[^\s<>\"'()]+|[\w./-]+", re.ASCII),
+}
 
 
 @dataclass(frozen=True)
@@ -67,10 +72,12 @@ def license_beside(config: Path) -> dict[str, str]:
         data = yaml.safe_load(block[1]) if block and len(block[1]) <= _LARGEST_METADATA else None
     except (OSError, ValueError, CkptError, RecursionError, yaml.YAMLError):
         return {}
-    stated = data if isinstance(data, dict) else {}
-    if not isinstance(stated.get("license"), str):
-        return {}
-    return {key: stated[key] for key in _LICENSE if isinstance(stated.get(key), str)}
+    stated = {
+        key: text
+        for key, text in (data.items() if isinstance(data, dict) else ())
+        if key in _LICENSE and isinstance(text, str) and _LICENSE[key].fullmatch(text)
+    }
+    return stated if "license" in stated else {}
 
 
 def model_card(

@@ -5,6 +5,7 @@ Readers enumerate what is counted, so a count beyond any training run must stop 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from ckpt_tools.errors import DamagedCheckpoint
@@ -31,3 +32,10 @@ def counted(count: object, of: str, path: Path) -> int:
         path=path,
         hint="The file is damaged or was edited. Copy it anew from where it was written.",
     )
+
+
+def counted_all(counts: Sequence[object], of: str, path: Path) -> list[int]:
+    """Several counts, after a check of each and of their sum; see :func:`counted`."""
+    checked = [counted(count, of, path) for count in counts]
+    counted(sum(checked), of, path)
+    return checked

@@ -12,11 +12,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from ckpt_tools.errors import listed
+from ckpt_tools.errors import CkptError, listed
 from ckpt_tools.errors import tensors as tensors_text
 from ckpt_tools.hub.adapter_config import NAME as ADAPTER_CONFIG
+from ckpt_tools.tensors.patterns import Allowance, Patterns
 from ckpt_tools.verification.container import Entry
 from ckpt_tools.verification.directory import read_object
 from ckpt_tools.verification.peft_types import known_types
@@ -187,6 +189,7 @@ class _Lora:
         self._config = config
         self._tensors = tensors
         self._findings = findings
+        self._allowance = Allowance(None)
 
     def check(self) -> None:
         """Check everything."""
@@ -197,8 +200,11 @@ class _Lora:
         if not parts:
             self._add("adapter-empty", "no tensor of the adapter is a LoRA factor")
         self._check_pairs(parts)
-        self._check_ranks(parts)
-        self._check_targets({part.module for part in parts})
+        try:
+            self._check_ranks(parts)
+            self._check_targets({part.module for part in parts})
+        except CkptError as error:
+            self._add("adapter-target", error.fact, hint=error.hint)
         self._check_whole_modules()
         self._check_base(parts)
 
@@ -254,6 +260,8 @@ class _Lora:
 
     def _check_ranks(self, parts: Iterable[_Part]) -> None:
         parameters = self._config.get("target_parameters") or ()
+        recorded = self._config.get("rank_pattern") or {}
+        ranks = Patterns({rf"(.*\.)?({p})$": rank for p, rank in recorded.items()}, self._allowance)
         for part in parts:
             shape = part.entry.shape
             if part.part == "magnitude_vector" or part.tail == "bias":
@@ -267,7 +275,7 @@ class _Lora:
                 )
                 continue
             found = shape[0] if part.part.endswith("A") else shape[1]
-            wanted = self._rank(part.module, parameters)
+            wanted = self._rank(part.module, parameters, ranks)
             stacked = any(_ends(part.module, p.rpartition(".")[0]) for p in parameters)
             if not _is_positive(wanted, whole=True):
                 continue
@@ -279,14 +287,10 @@ class _Lora:
                     hint=_ASK,
                 )
 
-    def _rank(self, module: str, parameters: Iterable[str]) -> Any:
-        patterns = self._config.get("rank_pattern") or {}
+    def _rank(self, module: str, parameters: Iterable[str], ranks: Patterns[Any]) -> Any:
         keys = [module, *(f"{module}.{p.rpartition('.')[2]}" for p in parameters)]
-        for key in keys:
-            for pattern, rank in patterns.items():
-                if _matches(rf"(.*\.)?({pattern})$", key):
-                    return rank
-        return self._config.get("r")
+        found = (ranks.first(key) for key in keys)
+        return next((rank for rank in found if rank is not None), self._config.get("r"))
 
     def _check_targets(self, modules: Collection[str]) -> None:
         targets = self._config.get("target_modules") or ()
@@ -295,18 +299,19 @@ class _Lora:
             self._add("adapter-target", "the config has no target_modules", hint=_ASK)
             return
         parents = [p.rpartition(".")[0] for p in parameters]
+        targeted = {m for m in modules if self._is_targeted(m)}
         for module in sorted(modules):
             outer = module.removesuffix(".out_proj").removesuffix(".base_layer")
             if outer != module and outer in modules:
                 continue  # of an adapted nn.MultiheadAttention
-            if not _is_targeted(module, targets) and not any(_ends(module, p) for p in parents):
+            if module not in targeted and not any(_ends(module, p) for p in parents):
                 self._add(
                     "adapter-target",
                     f"{module} has tensors, but the config does not target it: PEFT ignores them",
                     hint=_ASK,
                 )
         if isinstance(targets, str):
-            if targets != "all-linear" and not any(_is_targeted(m, targets) for m in modules):
+            if not targeted and modules:
                 self._add("adapter-target", f"no tensor matches target_modules {targets!r}")
             return
         bare = [t for t in targets if not any(_ends(m, t) for m in modules)]
@@ -322,6 +327,16 @@ class _Lora:
                 severity="warning",
                 hint="This is harmless if the base has no such module. Otherwise tensors were lost.",
             )
+
+    def _is_targeted(self, module: str) -> bool:
+        targets = self._config.get("target_modules") or ()
+        if isinstance(targets, str):
+            return targets == "all-linear" or self._target.first(module) is not None
+        return any(_ends(module, str(target)) for target in targets)
+
+    @cached_property
+    def _target(self) -> Patterns[bool]:
+        return Patterns({self._config["target_modules"]: True}, self._allowance, whole=True)
 
     def _check_whole_modules(self) -> None:
         """Modules that are saved whole are present."""
@@ -373,16 +388,3 @@ def _ends(name: str, end: str) -> bool:
 def _holds(module: str, name: str) -> bool:
     """Whether a tensor name is below a module."""
     return f".{module}." in f".{name}"
-
-
-def _is_targeted(module: str, targets: object) -> bool:
-    if isinstance(targets, str):
-        return targets == "all-linear" or _matches(rf"(?:{targets})$", module)
-    return isinstance(targets, list | tuple) and any(_ends(module, str(t)) for t in targets)
-
-
-def _matches(pattern: str, name: str) -> bool:
-    try:
-        return re.match(pattern, name) is not None
-    except re.error:
-        return False

@@ -11,13 +11,14 @@ Sources: ``peft/tuners/tuners_utils.py`` (``check_target_module_exists``), ``pef
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ckpt_tools.errors import listed
+from ckpt_tools.errors import CkptError, listed
 from ckpt_tools.hub.adapter_config import NAME as ADAPTER_CONFIG
 from ckpt_tools.readers.containers.weight_files import ADAPTER_FILES
+from ckpt_tools.tensors.patterns import Allowance, Patterns
 from ckpt_tools.verification.adapter_base import Base, find_base, read_base
 from ckpt_tools.verification.container import Entry
 from ckpt_tools.verification.directory import Directory, read_object
@@ -160,7 +161,11 @@ class _Adapter:
                 "layers of the base that the adapter lacks: the base's files name its modules otherwise"
             )
             return
-        lacking = sorted(set(self._targeted(base)) - adapted)
+        try:
+            lacking = sorted(set(self._targeted(base)) - adapted)
+        except CkptError as error:
+            self.findings.add("adapter-target", error.fact, file=self.file, hint=error.hint)
+            lacking = []
         if lacking:
             self.findings.add(
                 "adapter-layer-missing",
@@ -179,14 +184,16 @@ class _Adapter:
         targets = self.config.get("target_modules")
         if not targets or targets == "all-linear":
             return  # which modules are linear is known to the model's code
+        allowance = Allowance(None)
+        is_target = _selector(targets, allowance)
+        is_excluded = _selector(self.config.get("exclude_modules"), allowance)
         for name, shape in base.shapes.items():
             module, _, last = name.rpartition(".")
             if last != "weight" or len(shape) != 2 or _EXPERTS.search(module):
                 continue
             if self._is_saved(module) or not self._in_layers(module):
                 continue
-            excluded = self.config.get("exclude_modules")
-            if _matches(targets, module) and not (excluded and _matches(excluded, module)):
+            if is_target(module) and not is_excluded(module):
                 yield module
 
     def _is_saved(self, module: str) -> bool:
@@ -257,10 +264,10 @@ def _ends(name: str, end: str) -> bool:
     return f".{name}".endswith(f".{end}")
 
 
-def _matches(targets: object, module: str) -> bool:
-    if isinstance(targets, str):
-        try:
-            return re.fullmatch(targets, module) is not None
-        except re.error:
-            return False
-    return any(_ends(module, target) for target in _names(targets))
+def _selector(named: object, allowance: Allowance) -> Callable[[str], bool]:
+    """What tells whether a setting names a module, by a pattern or in a list."""
+    if isinstance(named, str) and named:
+        pattern = Patterns({named: True}, allowance, whole=True)
+        return lambda module: pattern.first(module) is not None
+    names = _names(named)
+    return lambda module: any(_ends(module, name) for name in names)

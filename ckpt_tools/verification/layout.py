@@ -12,6 +12,7 @@ import re
 import shlex
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -326,10 +327,16 @@ class _Weights:
                 hint="Delete the series that an earlier save left.",
             )
         for (stem, count), numbers in sorted(series.items()):
-            absent = sorted(set(range(1, count + 1)) - numbers)
-            surplus = sorted(numbers - set(range(1, count + 1)))
-            if absent or surplus:
-                wrong = f"lack {listed(absent)}" if absent else f"go up to {surplus[-1]}"
+            # A name can state any count, so the absent numbers are not enumerated.
+            within = {number for number in numbers if 1 <= number <= count}
+            absent = count - len(within)
+            if absent or within != numbers:
+                some = [*islice((n for n in range(1, count + 1) if n not in within), 6)]
+                wrong = (
+                    f"lack {listed(some, total=absent)}"
+                    if absent
+                    else f"go up to {max(numbers - within)}"
+                )
                 self._findings.add(
                     "shard-numbering",
                     f"the shards {stem}-...-of-{count:05} {wrong}",

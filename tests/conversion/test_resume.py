@@ -800,15 +800,15 @@ def wait_for_use(run: subprocess.Popen[bytes], seconds: float) -> None:
 
 @pytest.mark.slow
 def test_a_killed_run_is_gone_on_with_to_the_same_bytes(tmp_path: Path, large: Large) -> None:
-    kill_and_go_on(large, tmp_path, 0, kills=3)
+    kill_and_go_on(large, tmp_path, 0, kills=2)
 
 
 @pytest.mark.slow
 def test_a_conversion_of_zero_shards_killed_again_and_again_is_gone_on_with_to_the_same_bytes(
     tmp_path: Path, zero: Large
 ) -> None:
-    """``KILLS`` times, four by default."""
-    kill_and_go_on(zero, tmp_path, 100, kills=int(os.environ.get("KILLS", "4")))
+    """``KILLS`` times, three by default."""
+    kill_and_go_on(zero, tmp_path, 100, kills=int(os.environ.get("KILLS", "3")))
 
 
 @pytest.mark.slow

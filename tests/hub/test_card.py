@@ -92,6 +92,17 @@ def test_the_license_is_that_of_the_card_beside_the_config(tmp_path: Path) -> No
     assert data["tags"] == ["ckpt-tools"]
 
 
+def test_a_license_that_is_no_name_and_a_link_that_runs_are_left_out(tmp_path: Path) -> None:
+    for stated, kept in (
+        ({"license": "mit\n---\n# x", "license_name": "x"}, []),
+        ({"license": "other", "license_name": "<b>x", "license_link": "javascript:x"}, ["license"]),
+        ({"license": "other", "license_link": "https://a.b/c"}, ["license", "license_link"]),
+    ):
+        text = ModelCardData(**stated).to_yaml()
+        (tmp_path / CARD_NAME).write_text(f"---\n{text}\n---\n")
+        assert [*license_beside(tmp_path / "config.json")] == kept
+
+
 @pytest.mark.parametrize(
     "card",
     [

@@ -45,6 +45,17 @@ def state_dict(path: Path, entries: bytes) -> Path:
     return path
 
 
+def test_more_experts_than_any_model_has_are_not_enumerated(tmp_path: Path) -> None:
+    """In all layers together; a list of a few bytes a layer can state a million in each."""
+    save = tmp_path / "global_step1"
+    save.mkdir()
+    counts = [1 << 20, 1]
+    torch.save({"module": {}, "num_experts": counts}, save / "mp_rank_00_model_states.pt")
+
+    with pytest.raises(DamagedCheckpoint, match="it states 1048577 experts"):
+        open_checkpoint(save)
+
+
 @pytest.mark.parametrize("key", KEYS)
 @pytest.mark.parametrize("alone", [True, False], ids=["the file", "the directory"])
 def test_a_key_of_a_state_dict_that_is_no_name(key: str, alone: bool, tmp_path: Path) -> None:

@@ -246,14 +246,13 @@ def test_another_process_with_the_same_folders_reads_the_same_paths(tmp_path: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("node_local", [False, True])
 def test_under_torchrun_every_rank_reads_from_the_folders(
-    tmp_path: Path, node_local: bool, whole: Callable[[str], dict[str, bytes]]
+    tmp_path: Path, whole: Callable[[str], dict[str, bytes]]
 ) -> None:
     first, *others = split(checkpoint_of(ZERO2), tmp_path, each_rank_its_own)
     also = [part for other in others for part in ("--also", str(other))]
     command = ["torch.distributed.run", "--nproc-per-node", "2", "-m", "ckpt_tools", "consolidate"]
-    options = ["--weights-only", *(["--node-local"] if node_local else [])]
+    options = ["--weights-only", "--node-local"]
     arguments = [*command, str(first), str(tmp_path / "out"), *options, *also]
     done = subprocess.run(
         [sys.executable, "-m", *arguments],

@@ -181,6 +181,8 @@ DAMAGES = [
     Damage("adapter-target", config(target_modules=["q_proj", "v_proj"]), copy_adapter),
     Damage("adapter-target", config(target_modules=None), copy_adapter),
     Damage("adapter-target", config(target_modules=r".*self_attn\..*"), copy_adapter),
+    Damage("adapter-target", config(target_modules="("), copy_adapter),
+    Damage("adapter-target", config(rank_pattern={"a{99999999999}": 2}), copy_adapter),
     Damage("adapter-target", lose_a_target, copy_adapter, severity="warning"),
     Damage("adapter-name", renamed(lambda n: n.removeprefix("base_model.model.")), copy_adapter),
     Damage("adapter-name", leave_the_adapters_name, copy_adapter, also("adapter-pair")),

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -217,6 +218,21 @@ def rename_a_shard_to_another_series(directory: Path) -> None:
     edit_json(directory / INDEX, lambda index: index.update(weight_map=weight_map))
 
 
+def rename_shards_to_a_series_of_billions(directory: Path) -> str:
+    named = {
+        path.name: re.sub(r"-of-\d+", "-of-99999999999", path.name) for path in shards(directory)
+    }
+    for old, new in named.items():
+        (directory / old).rename(directory / new)
+    edit_json(
+        directory / INDEX,
+        lambda index: index.update(
+            weight_map={t: named[file] for t, file in index["weight_map"].items()}
+        ),
+    )
+    return shards(directory)[0].name
+
+
 def lay_a_single_file_beside(directory: Path) -> str:
     shutil.copyfile(shards(directory)[0], directory / SINGLE)
     return SINGLE
@@ -378,6 +394,7 @@ DAMAGES = [
     Damage("shard-stray", leave_a_shard_beside_the_single_file, save_llama),
     Damage("shard-numbering", rename_a_shard),
     Damage("shard-numbering", rename_a_shard_to_another_series),
+    Damage("shard-numbering", rename_shards_to_a_series_of_billions),
     Damage(
         "shard-numbering",
         remove_the_index_and_the_last_shard,

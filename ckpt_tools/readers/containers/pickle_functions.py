@@ -12,6 +12,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+from ckpt_tools.readers.containers.pickle_keys import Key
 from ckpt_tools.readers.containers.pickle_limits import Meter, is_plain_key
 from ckpt_tools.readers.containers.pickled import (
     LazyTensor,
@@ -156,8 +157,7 @@ class _Functions:
             self._meter.spend(len(items))
             pairs = items.items() if isinstance(items, dict) else items
             for key, value in pairs:
-                self._meter.spend_key(key)
-                made[key] = value
+                made[self._key(key)] = value
         return made
 
     def set(self, items: Any = ()) -> Any:
@@ -165,16 +165,17 @@ class _Functions:
         self._meter.spend(len(items))
         if not isinstance(items, list | tuple) or not all(map(_is_item, items)):
             return Opaque(items)
-        for item in items:
-            if not isinstance(item, Opaque | type):
-                self._meter.spend_key(item)
-        return {*items}
+        return {*map(self._key, items)}
 
     def frozenset(self, items: Any = ()) -> Any:
         """``frozenset`` of a list; a large one is inert, because it may be a key."""
         made = self.set(items)
         small = isinstance(made, set) and len(made) <= _LARGEST_SET
         return frozenset(made) if small else Opaque(items)
+
+    def _key(self, key: Any) -> Any:
+        """A key as it is, or inert if it is not hashed at once, or is one of many of one hash."""
+        return key if isinstance(key, Opaque | type) or self._meter.admits(key) else Key(key)
 
     def bytearray(self, *args: Any) -> bytearray:
         """``bytearray`` of bytes."""

@@ -7,9 +7,10 @@ because hashing, comparing and printing a tuple visit it that often. Refused are
 * an index of the memo beyond the bytes before it: the unpickler allocates memory for all indices below;
 * a key of a dictionary or a set that is a large tuple, or a tuple with a list in it: Python hashes a tuple
   recursively in C, without a limit of depth or time;
-* more than ten thousand keys that are tuples or long numbers, which may have one hash: Python compares each
-  with all others (:func:`~ckpt_tools.readers.containers.restricted_pickle.unpickle` refuses them);
 * numbers of thousands of digits, and frames that no pickler writes.
+
+Counted are keys that are tuples or long numbers, which may have one hash. Where there are many of them,
+:mod:`~ckpt_tools.readers.containers.pickle_keys` reads the pickle.
 
 Following takes about as long as building. What a pickle shares between lists and dictionaries is measured
 after they were built, by :mod:`~ckpt_tools.readers.containers.pickle_sharing`. :class:`Meter` counts the
@@ -136,18 +137,16 @@ class Meter:
         if self._left < 0:
             raise pickle.UnpicklingError("its calls copy much more than it holds")
 
-    def spend_key(self, key: object) -> None:
+    def admits(self, key: object) -> bool:
         """Count a key of a mapping or a set that a call makes.
 
-        Raises:
-            pickle.UnpicklingError: it is not a plain value, or one of too many that may have one hash.
+        Returns:
+            Whether it is hashed at once, and is not one of many that may have one hash.
         """
-        if not is_plain_key(key):
-            raise pickle.UnpicklingError("a key in it is not a plain value, or too large")
-        if isinstance(key, tuple | complex) or (isinstance(key, int) and key.bit_length() > 55):
-            self._odd_keys += 1
-            if self._odd_keys > MOST_ODD_KEYS:
-                raise pickle.UnpicklingError("its calls make too many keys that are tuples")
+        if has_own_hash(key):
+            return True
+        self._odd_keys += 1
+        return is_plain_key(key) and self._odd_keys <= MOST_ODD_KEYS
 
 
 def follow(file: io.BufferedIOBase | io.BytesIO) -> Followed:
@@ -175,6 +174,15 @@ def follow(file: io.BufferedIOBase | io.BytesIO) -> Followed:
     file.seek(start + end)
     held = data if end == len(data) else data[:end]
     return Followed(held, is_odd, has_containers, shares, odd_keys)
+
+
+def has_own_hash(key: object) -> bool:
+    """Whether a key is a text or a number of which few others have the hash."""
+    if isinstance(key, str | bytes):
+        return len(key) <= _LONGEST_KEY
+    if isinstance(key, int):
+        return key.bit_length() <= 8 * LONGEST_SIMPLE - 1
+    return key is None or isinstance(key, float)
 
 
 def is_plain_key(key: object, depth: int = 4) -> bool:

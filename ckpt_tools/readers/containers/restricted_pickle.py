@@ -23,9 +23,10 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
-from ckpt_tools.errors import CkptError, DamagedCheckpoint, UnsafePickle, UnsupportedLayout
+from ckpt_tools.errors import CkptError, DamagedCheckpoint, UnsafePickle
 from ckpt_tools.readers.containers.pickle_alike import follow_alike
 from ckpt_tools.readers.containers.pickle_functions import Names, allowed
+from ckpt_tools.readers.containers.pickle_keys import ApartUnpickler
 from ckpt_tools.readers.containers.pickle_limits import MOST_ODD_KEYS, Followed, Meter, follow
 from ckpt_tools.readers.containers.pickle_sharing import may_expand, without_expansion
 from ckpt_tools.readers.containers.pickled import Opaque as Opaque
@@ -47,21 +48,21 @@ class _Source(io.BytesIO):
         return self._data[at : at + size]
 
 
-class RestrictedUnpickler(pickle.Unpickler):
-    """An unpickler that imports nothing and calls only functions of the allow-list.
+class _Restricted:
+    """What an unpickler gives a pickle instead of what it names.
+
+    Args:
+        meter: counts the work of the functions of the allow-list.
+        persistent_load: the storage of a persistent id, in torch files.
 
     Attributes:
-        meter: what counts the work of its functions.
+        meter: see above.
         unknown: module and name of every global that is not on the allow-list.
     """
 
     def __init__(
-        self,
-        data: bytes,
-        meter: Meter,
-        persistent_load: Callable[[tuple[Any, ...]], Any] | None = None,
+        self, meter: Meter, persistent_load: Callable[[tuple[Any, ...]], Any] | None
     ) -> None:
-        super().__init__(_Source(data), encoding="utf-8")
         self.meter = meter
         self._names = Names(meter)
         self._allowed = allowed(meter, self._names)
@@ -83,7 +84,35 @@ class RestrictedUnpickler(pickle.Unpickler):
         return self._resolve_storage(pid)
 
 
-def _may_expand(followed: Followed, unpickler: RestrictedUnpickler) -> bool:
+class RestrictedUnpickler(_Restricted, pickle.Unpickler):
+    """An unpickler that imports nothing and calls only functions of the allow-list."""
+
+    def __init__(
+        self,
+        data: bytes,
+        meter: Meter,
+        persistent_load: Callable[[tuple[Any, ...]], Any] | None = None,
+    ) -> None:
+        pickle.Unpickler.__init__(self, _Source(data), encoding="utf-8")
+        _Restricted.__init__(self, meter, persistent_load)
+
+
+class _OfManyKeys(_Restricted, ApartUnpickler):
+    """The same, of a pickle with many keys that may have one hash."""
+
+    memo: dict[int, Any]
+
+    def __init__(
+        self,
+        data: bytes,
+        meter: Meter,
+        persistent_load: Callable[[tuple[Any, ...]], Any] | None = None,
+    ) -> None:
+        ApartUnpickler.__init__(self, _Source(data), encoding="utf-8")
+        _Restricted.__init__(self, meter, persistent_load)
+
+
+def _may_expand(followed: Followed, unpickler: RestrictedUnpickler | _OfManyKeys) -> bool:
     """Whether values with several places may expand without end."""
     if not (followed.has_containers or unpickler.meter.mappings):
         return False
@@ -102,24 +131,14 @@ def unpickle(
     Raises:
         UnsafePickle: the pickle uses an object in a way that needs the object's code.
         DamagedCheckpoint: the pickle is malformed or truncated.
-        UnsupportedLayout: it has many keys of which Python compares each with all others.
     """
     # Extension codes are looked up in this cache before `find_class` is called. The cache must not give the
     # pickle a registered function, and must not keep our replacement.
     copyreg.clear_extension_cache()
     try:
         followed = follow_alike(file) if isinstance(file, io.BytesIO) else follow(file)
-        if followed.odd_keys > MOST_ODD_KEYS:
-            raise UnsupportedLayout(
-                f"the pickle in it has {followed.odd_keys:,} keys that are tuples or long numbers; up to "
-                f"{MOST_ODD_KEYS:,} are read, because comparing more may take hours",
-                path=path,
-                hint="A pickled tokenizer has such keys. Leave it out of what the training script saves. "
-                "If you trust this file: load it with torch.load(FILE, weights_only=False), remove the "
-                "dictionaries with these keys, and save it again with torch.save.",
-            )
-        meter = Meter(len(followed.data))
-        unpickler = RestrictedUnpickler(followed.data, meter, persistent_load)
+        kind = RestrictedUnpickler if followed.odd_keys <= MOST_ODD_KEYS else _OfManyKeys
+        unpickler = kind(followed.data, Meter(len(followed.data)), persistent_load)
         try:
             value = unpickler.load()
         finally:

@@ -56,6 +56,12 @@ def read_safetensors(path: Path, begin: int = 0) -> SafetensorsFile:
             text = stream.read(length) if length <= min(_MAX_HEADER, size) else b""
     except OSError as error:
         raise DamagedCheckpoint(f"cannot be read ({error.strerror})", path=path) from error
+    if _MAX_HEADER < length <= size:
+        raise DamagedCheckpoint(
+            f"its header has {length:,} bytes, and the format allows {_MAX_HEADER:,}",
+            path=path,
+            hint="Save the tensors in several files, as save_pretrained does with max_shard_size.",
+        )
     try:
         header = _parsed(text)
     except (ValueError, RecursionError) as error:

@@ -17,7 +17,7 @@ from typing import Any
 from ckpt_tools.errors import CkptError, DamagedCheckpoint, listed, tensors
 from ckpt_tools.readers.containers.dtensor import whole_of
 from ckpt_tools.readers.containers.quantised_classes import quantised_remarks
-from ckpt_tools.readers.containers.restricted_pickle import TensorRef
+from ckpt_tools.readers.containers.restricted_pickle import Opaque, TensorRef
 from ckpt_tools.readers.containers.safetensors_file import read_safetensors
 from ckpt_tools.readers.containers.torch_file import TorchFile
 from ckpt_tools.storage.regular import content_of
@@ -165,8 +165,9 @@ def tensors_of(content: Mapping[str, Any], path: Path) -> tuple[dict[str, Tensor
     places: dict[object, str] = {}
     for key, value in content.items():
         if not isinstance(key, str):
+            kind = key.global_name if isinstance(key, Opaque) else type(key).__name__
             raise DamagedCheckpoint(
-                f"a name in its state dict is not text but a value of type {type(key).__name__}",
+                f"a name in its state dict is not text but a value of type {kind}",
                 path=path,
                 hint="Save the state dict with the names of model.state_dict().",
             )

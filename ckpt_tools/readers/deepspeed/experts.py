@@ -21,7 +21,7 @@ from typing import Any
 from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout
 from ckpt_tools.readers.containers.restricted_pickle import TensorRef
 from ckpt_tools.readers.containers.torch_file import stored
-from ckpt_tools.readers.counts import counted
+from ckpt_tools.readers.counts import counted, counted_all
 from ckpt_tools.readers.deepspeed.agreement import NODE_LOCAL, SAME_SAVE, OptimState
 from ckpt_tools.readers.deepspeed.joining import Piece, joined, shifted, whole
 from ckpt_tools.readers.deepspeed.layout import (
@@ -163,8 +163,8 @@ def _expert_files(names: SaveNames, shards: ShardSet) -> dict[str, TensorRef]:
     if shards.stage < 3 and isinstance(counts, list):
         lacking = [
             f"layer_{layer}_expert_{expert}_mp_rank_00_model_states.pt"
-            for layer, count in enumerate(counts)
-            for expert in range(counted(count, "experts", shards.first.path))
+            for layer, count in enumerate(counted_all(counts, "experts", shards.first.path))
+            for expert in range(count)
             if expert not in found.get(layer, ())
         ]
         if lacking and names.experts and EXPERT_FILE.fullmatch(names.experts[0])["layer"]:  # type: ignore[index]

@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 import struct
 from bisect import bisect_right
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,12 @@ from ckpt_tools.storage.reading import read_at
 from ckpt_tools.tensors.catalogue import FlatRange, Fragment, Shape, Stored
 from ckpt_tools.tensors.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
 
+# Elements that are compared at each end of a weight.
 _SAMPLE = 64
+# Comparisons with all weights of one size. A model has a few dozen sizes.
+_MOST_COMPARED, _COMPARED_A_WEIGHT = 10_000, 64
 _CODES = {1: "B", 2: "H", 4: "I", 8: "Q"}
+_Bits = tuple[int, ...]
 
 
 class FlatVector:
@@ -163,40 +168,95 @@ def match_by_value(
         slack: the number of elements left at the end of a vector must be below this.
 
     Returns:
-        The masters by name, or None if a stretch fits no weight.
+        The masters by name, or None if a stretch fits no weight, or if the weights have many more sizes than
+        those of a model.
     """
-    free = dict(weights)
+    unused = _Unused(weights)
     masters: dict[str, Stored] = {}
     for vector in vectors:
         position = 0
         while position < vector.numel:
-            name = next(_fitting(vector, position, free), None)
+            name = unused.first_fitting(vector, position)
             if name is None:
                 if vector.numel - position < slack:
                     break
                 return None
-            ref = free.pop(name)
+            ref = unused.take(name)
             masters[name] = vector.tensor(position, ref.shape, name)
             position += ref.numel
     return masters
 
 
-def _fitting(vector: FlatVector, position: int, free: Mapping[str, TensorRef]) -> Iterator[str]:
-    for name, ref in free.items():
-        if ref.numel and position + ref.numel <= vector.numel and ref.is_contiguous:
-            weight = FlatVector([ref], [ref.numel])
-            if all(
-                vector.bits(position + low, count, ref.dtype) == weight.bits(low, count, ref.dtype)
-                for low, count in _samples(ref.numel)
-            ):
-                yield name
+class _Unused:
+    """The weights that no stretch has yet.
+
+    A stretch is compared with the first of them, and then with all of one size at once. Comparing it with
+    each takes the square of their number.
+    """
+
+    def __init__(self, weights: Mapping[str, TensorRef]) -> None:
+        self._refs = {n: ref for n, ref in weights.items() if ref.numel and ref.is_contiguous}
+        self._order = {name: index for index, name in enumerate(self._refs)}
+        self._left = _MOST_COMPARED + _COMPARED_A_WEIGHT * len(self._refs)
+
+    def take(self, name: str) -> TensorRef:
+        """The weight of this name, which is used now."""
+        return self._refs.pop(name)
+
+    def first_fitting(self, vector: FlatVector, position: int) -> str | None:
+        """The first weight whose ends equal those of a stretch; None if there is none, or after much work."""
+        first = next(iter(self._refs), None)
+        if first is not None and self._fits(first, vector, position):
+            return first
+        heads: dict[DType, list[int]] = {}
+        found: list[str] = []
+        for (dtype, numel), by_ends in self._by_size.items():
+            if position + numel > vector.numel:
+                continue
+            self._left -= 1
+            if self._left < 0:
+                return None
+            if dtype not in heads:
+                length = min(_SAMPLE, vector.numel - position)
+                heads[dtype] = vector.bits(position, length, dtype)
+            by_tail = by_ends.get((*heads[dtype][: min(numel, _SAMPLE)],))
+            if by_tail is not None:
+                names = by_tail.get(_tail(vector, position + numel, numel, dtype), deque())
+                while names and names[0] not in self._refs:
+                    names.popleft()
+                found += [*names][:1]
+        return min(found, key=self._order.__getitem__, default=None)
+
+    def _fits(self, name: str, vector: FlatVector, position: int) -> bool:
+        ref = self._refs[name]
+        stop = position + ref.numel
+        return stop <= vector.numel and _ends(ref) == (
+            (*vector.bits(position, min(ref.numel, _SAMPLE), ref.dtype),),
+            _tail(vector, stop, ref.numel, ref.dtype),
+        )
+
+    @cached_property
+    def _by_size(self) -> dict[tuple[DType, int], dict[_Bits, dict[_Bits, deque[str]]]]:
+        """The names of the weights by dtype and size, and by their first and last elements."""
+        found: dict[tuple[DType, int], dict[_Bits, dict[_Bits, deque[str]]]] = {}
+        for name, ref in self._refs.items():
+            head, tail = _ends(ref)
+            by_tail = found.setdefault((ref.dtype, ref.numel), {}).setdefault(head, {})
+            by_tail.setdefault(tail, deque()).append(name)
+        return found
 
 
-def _samples(numel: int) -> Sequence[tuple[int, int]]:
-    """First element and length of each compared stretch."""
-    if numel <= 2 * _SAMPLE:
-        return [(0, numel)]
-    return [(0, _SAMPLE), (numel - _SAMPLE, _SAMPLE)]
+def _ends(ref: TensorRef) -> tuple[_Bits, _Bits]:
+    """The first and the last elements of a weight."""
+    vector = FlatVector([ref], [ref.numel])
+    head = vector.bits(0, min(ref.numel, _SAMPLE), ref.dtype)
+    return (*head,), _tail(vector, ref.numel, ref.numel, ref.dtype)
+
+
+def _tail(vector: FlatVector, stop: int, numel: int, dtype: DType) -> _Bits:
+    """The last elements of a stretch of this length."""
+    length = min(numel, _SAMPLE)
+    return (*vector.bits(stop - length, length, dtype),)
 
 
 def _half(value: float) -> bytes:

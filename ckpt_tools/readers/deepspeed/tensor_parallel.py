@@ -12,7 +12,6 @@ Sources: ``deepspeed/checkpoint/ds_to_universal.py`` (``merge_tp_slices``), ``ch
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout
 from ckpt_tools.readers.deepspeed.joining import Piece, along, copies, shifted
 from ckpt_tools.tensors.catalogue import Box, Shape
+from ckpt_tools.tensors.patterns import Allowance, Patterns
 from ckpt_tools.tensors.regions import row_major_strides
 
 INFO = "universal_checkpoint_info"
@@ -43,6 +43,7 @@ class SliceRecord:
 
     Raises:
         UnsupportedLayout: its version is unknown.
+        DamagedCheckpoint: a pattern in it is not a regular expression.
     """
 
     def __init__(self, info: Mapping[str, Any], path: Path) -> None:
@@ -54,7 +55,26 @@ class SliceRecord:
                 path=path,
                 hint="Convert it with ds_to_universal.py of the same DeepSpeed, and pass the result.",
             )
-        self._affine: Mapping[str, Any] = affine.get("params") or {}
+        allowance = Allowance(path)
+        sub_params: dict[str, Mapping[str, Any]] = {}
+        try:
+            for sub in info.get(_SUB_PARAMS) or ():
+                for pattern in sub["patterns"]:
+                    sub_params.setdefault(pattern, sub)
+            self._affine = Patterns[Any](affine.get("params") or {}, allowance)
+            self._undescribed = Patterns[Any](info.get(_UNDESCRIBED) or {}, allowance)
+            self._widths = Patterns[Any](info.get(_WIDTHS) or {}, allowance)
+            self._sub_params = Patterns(sub_params, allowance)
+            self._listed = {
+                key: Patterns(dict.fromkeys(info.get(key) or (), True), allowance)
+                for key in (_AVERAGED, _REPLICATED, _TWO_HALVES, _ROW, _VOCABULARY)
+            }
+        except (AttributeError, LookupError, TypeError) as error:
+            raise DamagedCheckpoint(
+                f"{INFO} in it does not have the form that DeepSpeed writes "
+                f"({type(error).__name__}: {error})",
+                path=path,
+            ) from error
 
     def pieces(self, name: str, shapes: Sequence[Shape]) -> tuple[list[Piece], Shape]:
         """The pieces of a tensor, and its shape; pieces at one place are copies.
@@ -71,14 +91,13 @@ class SliceRecord:
             ) from error
 
     def _pieces(self, name: str, shapes: Sequence[Shape]) -> tuple[list[Piece], Shape]:
-        geometry = next((m for p, m in self._affine.items() if re.match(p, name)), None)
+        geometry = self._affine.first(name)
         if geometry is not None:
             scales = [p.get("scale", 1.0) for r in geometry["ranks"].values() for p in r["pieces"]]
             if any(float(scale) != 1.0 for scale in scales):
                 raise self._unsupported(name, "the ranks hold it scaled")
             return _geometric(geometry, shapes)
-        undescribed = self._info.get(_UNDESCRIBED) or {}
-        reason = next((why for p, why in undescribed.items() if re.match(p, name)), None)
+        reason = self._undescribed.first(name)
         if reason is not None:
             raise self._unsupported(name, f"DeepSpeed could not describe how it is cut: {reason}")
         if self._says(_AVERAGED, name):
@@ -90,7 +109,7 @@ class SliceRecord:
         if self._says(_TWO_HALVES, name):
             halves = [_halved(shape[0]) for shape in shapes]
             return _cut(shapes, 0, [halves, halves])
-        sub = next((s for s in self._info.get(_SUB_PARAMS) or () if _matches(s, name)), None)
+        sub = self._sub_params.first(name)
         if sub is not None:
             return self._sub_parameters(sub, name, shapes)
         axis = 1 if self._says(_ROW, name) else 0
@@ -103,8 +122,7 @@ class SliceRecord:
         self, sub: Mapping[str, Any], name: str, shapes: Sequence[Shape]
     ) -> tuple[list[Piece], Shape]:
         axis = int(sub["partition_dim"])
-        recorded = self._info.get(_WIDTHS) or {}
-        widths = next((w for pattern, w in recorded.items() if re.match(pattern, name)), None)
+        widths = self._widths.first(name)
         if widths is not None:
             return _cut(shapes, axis, [list(map(int, row)) for row in widths])
         # Before this record all splits were even: into equal parts, or into parts of stated sizes.
@@ -115,7 +133,7 @@ class SliceRecord:
         return _cut(shapes, axis, [[_divided(n, len(shapes))] * len(shapes) for n in sizes])
 
     def _says(self, key: str, name: str) -> bool:
-        return any(re.match(pattern, name) for pattern in self._info.get(key) or ())
+        return self._listed[key].first(name) is not None
 
     def _unsupported(self, name: str, why: str) -> UnsupportedLayout:
         return UnsupportedLayout(
@@ -124,10 +142,6 @@ class SliceRecord:
             tensor=name,
             hint="Convert the checkpoint with DeepSpeed's ds_to_universal.py, and pass the result.",
         )
-
-
-def _matches(sub: Mapping[str, Any], name: str) -> bool:
-    return any(re.match(pattern, name) for pattern in sub["patterns"])
 
 
 def _cut(

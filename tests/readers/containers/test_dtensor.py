@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -258,16 +259,62 @@ def test_an_object_that_only_its_own_code_can_build_is_refused() -> None:
         part_of(opaque("os.system"), HERE, "w")
 
 
-def test_placements_cut_a_file_into_no_more_runs_than_it_has_bytes(tmp_path: Path) -> None:
+@pytest.fixture
+def new_storage(tmp_path: Path) -> Callable[[], StorageRef]:
+    """Storages of a file of its own each, which is shorter than the number of runs that any file may have."""
     torch.save({"w": torch.zeros(1)}, tmp_path / "rank_0.pt")
-    storage = TorchFile(tmp_path / "rank_0.pt").load()["w"].storage
-    shard = opaque(f"{PLACEMENTS}._StridedShard", dim=0, split_factor=1 << 15)
-    repeated = TensorRef(storage, FLOAT32, 0, (1 << 15,), (0,))
-    one = dtensor((1 << 16,), repeated, mesh_of((0,), mesh=ref(2)), shard)
-    squared = dtensor((1 << 40,), repeated, mesh_of((0, 0), mesh=ref(2, 2)), shard, shard)
 
+    def new() -> StorageRef:
+        found = TorchFile(tmp_path / "rank_0.pt").load()["w"].storage
+        assert isinstance(found, StorageRef)
+        return found
+
+    return new
+
+
+TOO_MANY = "more runs than it has bytes"
+
+
+def test_placements_cut_a_file_into_no_more_runs_than_it_has_bytes(
+    new_storage: Callable[[], StorageRef],
+) -> None:
+    def local(*shape: int) -> TensorRef:
+        return TensorRef(new_storage(), FLOAT32, 0, shape, (0,) * len(shape))
+
+    shard = opaque(f"{PLACEMENTS}._StridedShard", dim=0, split_factor=1 << 15)
+    one = dtensor((1 << 16,), local(1 << 15), mesh_of((0,), mesh=ref(2)), shard)
     assert len(read(one).runs) == 1 << 15
-    with pytest.raises(DamagedCheckpoint, match="more runs than it has bytes"):
-        read(squared)
-    with pytest.raises(DamagedCheckpoint, match="more runs than it has bytes"):
+    with pytest.raises(DamagedCheckpoint, match=TOO_MANY):
         read(one)
+    # A chunk of one element is held by the first of two ranks.
+    none = dtensor((1 << 15,), local(0), mesh_of((1,), mesh=ref(2)), shard)
+    assert read(none).runs == read(none).runs == ()
+    with pytest.raises(DamagedCheckpoint, match=TOO_MANY):
+        read(none)
+    squared = dtensor((1 << 40,), local(1 << 15), mesh_of((0, 0), mesh=ref(2, 2)), shard, shard)
+    with pytest.raises(DamagedCheckpoint, match=TOO_MANY):
+        read(squared)
+    # Few chunks of the columns are a run in each row.
+    columns = opaque(f"{PLACEMENTS}._StridedShard", dim=1, split_factor=32)
+    rows = dtensor((1 << 12, 64), local(1 << 12, 32), mesh_of((0,), mesh=ref(2)), columns)
+    with pytest.raises(DamagedCheckpoint, match=TOO_MANY):
+        read(rows)
+
+
+def test_shards_are_no_more_than_a_file_has_bytes(new_storage: Callable[[], StorageRef]) -> None:
+    held = TensorRef(new_storage(), FLOAT32, 0, (1,), (1,))
+    placed = opaque("ShardMetadata")
+    placed.state = (None, {"shard_offsets": [0], "shard_sizes": [1]})
+    shard = opaque("Shard")
+    shard.state = (None, {"tensor": held, "metadata": placed})
+    kind = type("ShardedTensor", (Opaque,), {"global_name": "torch.ShardedTensor"})
+
+    def sharded(count: int) -> Opaque:
+        made = opaque("torch._utils._rebuild_wrapper_subclass", kind, FLOAT32, (count,))
+        group = opaque("ProcessGroup", global_rank=0, global_world_size=1)
+        made.state = ([shard] * count, None, group)
+        return made
+
+    assert len(read(sharded(1 << 16)).runs) == 1 << 16
+    with pytest.raises(DamagedCheckpoint, match=TOO_MANY):
+        read(sharded(1 << 16))

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from ckpt_tools import open_checkpoint
-from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout
+from ckpt_tools.errors import DamagedCheckpoint
 from ckpt_tools.readers.containers import (
     pickle_alike,
     pickle_limits,
@@ -28,9 +28,11 @@ from ckpt_tools.readers.containers import (
     pickle_sharing,
     restricted_pickle,
 )
+from ckpt_tools.readers.containers.pickle_keys import Key
 from ckpt_tools.readers.containers.pickle_limits import follow
 from ckpt_tools.readers.containers.pickle_sharing import Endless
-from ckpt_tools.readers.containers.restricted_pickle import unpickle
+from ckpt_tools.readers.containers.restricted_pickle import Opaque, unpickle
+from ckpt_tools.readers.containers.torch_file import TorchFile
 from tests.conftest import FIXTURES
 from tests.support import damage
 from tests.support.hostile import call, name, splice, value
@@ -612,23 +614,58 @@ KEYS_OF_ONE_HASH = {
 
 
 @pytest.mark.parametrize("keys", KEYS_OF_ONE_HASH)
-def test_keys_that_may_have_one_hash_are_few(keys: str) -> None:
+def test_keys_that_may_have_one_hash_are_compared_while_they_are_few(keys: str) -> None:
     """Comparing each with all others would take minutes or hours."""
     few = b"\x80\x04" + KEYS_OF_ONE_HASH[keys](300) + b"."
-    assert len(unpickle(io.BytesIO(few), "x")) == 300
+    held = unpickle(io.BytesIO(few), "x")
+    assert len(held) == 300
+    assert not any(isinstance(key, Opaque) for key in held)
     assert follow(io.BytesIO(few)).odd_keys == 300
 
     many = b"\x80\x04" + KEYS_OF_ONE_HASH[keys](pickle_limits.MOST_ODD_KEYS + 1) + b"."
-    with pytest.raises(UnsupportedLayout, match="keys that are tuples or long numbers"):
-        unpickle(io.BytesIO(many), "x")
+    held = unpickle(io.BytesIO(many), "x")
+    assert len(held) == pickle_limits.MOST_ODD_KEYS + 1
+    assert all(isinstance(key, Key) for key in held)
 
 
-def test_calls_make_few_keys_that_may_have_one_hash() -> None:
-    numbers = [i * PRIME for i in range(4, pickle_limits.MOST_ODD_KEYS + 5)]
+def test_calls_give_few_keys_that_may_have_one_hash() -> None:
+    numbers = [i * PRIME for i in range(4, pickle_limits.MOST_ODD_KEYS + 6)]
     pairs = call(name("collections", "OrderedDict"), value([[i, None] for i in numbers]))
     for made in (pairs, call(name("builtins", "set"), value(numbers))):
-        with pytest.raises(DamagedCheckpoint, match="too many keys"):
-            unpickle(io.BytesIO(b"\x80\x04" + made + b"."), "x")
+        held = unpickle(io.BytesIO(b"\x80\x04" + made + b"."), "x")
+        assert len(held) == len(numbers)
+        assert sum(isinstance(key, Key) for key in held) == 2
+
+
+def test_a_pickled_tokenizer_is_read_like_every_object() -> None:
+    """Slow tokenizers have a dictionary of pairs, with more keys than are compared."""
+    ranks = {(f"a{i}", f"b{i}"): i for i in range(pickle_limits.MOST_ODD_KEYS + 1)}
+    state = {"step": 7, "ranks": ranks, "pairs": Counter(ranks), "names": ["x"], ("a", 1): [ranks]}
+    for protocol in (0, 2, 4):
+        read = unpickle(io.BytesIO(pickle.dumps(state, protocol)), "x")
+        assert (read["step"], read["names"]) == (7, ["x"])
+        assert {key.args[0]: n for key, n in read["ranks"].items()} == ranks
+        assert len(read["pairs"]) == len(ranks)
+        (last,) = (value for key, value in read.items() if isinstance(key, Key))
+        assert last[0] is read["ranks"]
+
+
+def test_both_unpicklers_read_shipped_files_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    def shown(path: Path) -> str:
+        value = (
+            unpickle(io.BytesIO(path.read_bytes()), "x")
+            if path.suffix == ""
+            else TorchFile(path).load()
+        )
+        return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
+    names = (".metadata", "mp_rank_00_model_states.pt", "*_rank_0_mp_rank_00_optim_states.pt")
+    paths = [path for each in names for path in sorted(FIXTURES.rglob(each))[:40:4]]
+    usual = [shown(path) for path in paths]
+    monkeypatch.setattr(restricted_pickle, "MOST_ODD_KEYS", -1)
+
+    assert [shown(path) for path in paths] == usual
+    assert len(paths) == 30
 
 
 def test_texts_small_numbers_and_objects_are_any_number_of_keys() -> None:

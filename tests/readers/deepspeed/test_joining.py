@@ -149,6 +149,29 @@ def test_a_record_that_does_not_fit_its_slices_is_refused(
         record(info, 2, tmp_path).tensor("w", "master", held)
 
 
+@pytest.mark.parametrize(
+    "info",
+    [
+        {"affine_map": {"params": ["w"]}},
+        {"parameter_with_sub_params": [{"shape": [12, 10]}]},
+        {"parameter_with_sub_params": 5},
+        {"tp_replicated_parameter_patterns": [{}]},
+    ],
+)
+def test_a_record_of_another_form_is_refused(info: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(DamagedCheckpoint, match="does not have the form that DeepSpeed writes"):
+        record(info, 2, tmp_path)
+
+
+def test_the_first_record_of_sub_parameters_that_names_a_tensor_is_taken(tmp_path: Path) -> None:
+    subs = [
+        {"patterns": ["x", "w.*"], "shape": [(4, 8), 10], "partition_dim": 0},
+        {"patterns": ["w", "x"], "shape": [(6, 6), 10], "partition_dim": 0},
+    ]
+    widths = [[2, 2], [4, 4]]
+    assert_joined({"parameter_with_sub_params": subs}, FULL, cut(FULL, 0, widths), tmp_path)
+
+
 def test_pieces_that_leave_a_hole_are_no_tensor(tmp_path: Path) -> None:
     held = [stored(FULL, 2, tmp_path, "a")]
     with pytest.raises(DamagedCheckpoint):
