@@ -44,6 +44,8 @@ _VARIABLES = {
 }
 # Without credentials, the library asks the machine for its own.
 _NO_CREDENTIALS = ("169.254.169.254", "metadata.google.internal", "Missing credentials")
+# S3 redirects to another region without saying where; the library then drops status and body.
+_REDIRECTED = "redirect without LOCATION"
 _REGIONS = {"s3": "Set AWS_REGION to the region of the bucket."}
 
 
@@ -140,8 +142,8 @@ def _refusal(error: Exception, address: str) -> CkptError | None:
         )
     if kind == "PreconditionError" or status == 412:
         return changed(address)
-    region = code == "the bucket is in another region" or status in (301, 307)
-    if region:
+    elsewhere = status in (301, 307) or (scheme == "s3" and _REDIRECTED in text)
+    if elsewhere or code == "the bucket is in another region":
         return StoreFailed(
             "the bucket is in another region", path=address, hint=_REGIONS.get(scheme, _see())
         )
