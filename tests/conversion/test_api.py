@@ -212,6 +212,19 @@ def refusals(case: Path, tmp_path: Path) -> dict[str, tuple[type[CkptError], str
     }
 
 
+def test_arguments_in_the_wrong_order_are_recognised(case: Path, tmp_path: Path) -> None:
+    checkpoint, gone = case / "checkpoint", tmp_path / "gone"
+    with pytest.raises(NotACheckpoint, match="no such file") as caught:
+        consolidate(gone, checkpoint, weights_only=True)
+    assert str(caught.value.hint).endswith(f"{checkpoint} holds a checkpoint: exchange the two.")
+
+    consolidate(checkpoint, tmp_path / "out", weights_only=True)
+    for output in (tmp_path / "out", tmp_path / "none"):
+        with pytest.raises(NotACheckpoint, match="no such file") as caught:
+            consolidate(gone, output, weights_only=True)
+        assert caught.value.hint == "Check the path."
+
+
 REASONS = [
     "no such path",
     "nothing there",
