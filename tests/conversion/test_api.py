@@ -225,6 +225,14 @@ def test_arguments_in_the_wrong_order_are_recognised(case: Path, tmp_path: Path)
         assert caught.value.hint == "Check the path."
 
 
+def test_a_path_that_looks_like_an_address_is_recognised() -> None:
+    """A Path of an address has lost a slash."""
+    for path in (Path("s3://bucket/run"), "s3:/bucket/run"):
+        with pytest.raises(NotACheckpoint, match="no such file") as caught:
+            open_checkpoint(path)
+        assert str(caught.value.hint).endswith("with two slashes: s3://bucket/run.")
+
+
 REASONS = [
     "no such path",
     "nothing there",
