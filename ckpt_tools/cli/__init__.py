@@ -129,7 +129,7 @@ def _module(name: str) -> ModuleType:
 @click.command("ckpt-tools", cls=_Lazy, epilog=_EPILOG, context_settings=_CONTEXT)
 @click.version_option(__version__, prog_name="ckpt-tools")
 def cli() -> None:
-    """What training leaves on disk becomes what people load.
+    """Convert training checkpoints into Hugging Face directories.
 
     Reads raw checkpoints without the framework that wrote them and without running code from them,
     and writes clean Hugging Face directories.

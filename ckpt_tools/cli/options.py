@@ -160,11 +160,14 @@ _ADAPTERS: dict[str, Decorator[Any]] = {
         is_flag=True,
         help="Follow links that lead out of the directory that was named.",
     ),
-    "strict": option(
-        "--strict",
+    "verify": option(
+        "--verify",
         group=CHECK,
         is_flag=True,
-        help="Refuse a checkpoint whose pickles name functions that no known framework writes.",
+        help="Verify every byte of the output before it appears.",
+    ),
+    "dry_run": option(
+        "--dry-run", group=CHECK, is_flag=True, help="Check and plan everything, write nothing."
     ),
     "check_all_masters": option(
         "--check-masters",
@@ -181,11 +184,11 @@ _ADAPTERS: dict[str, Decorator[Any]] = {
         default=True,
         help="Do not compare the bytes that are read with the checksums of their files.",
     ),
-    "verify": option(
-        "--verify",
+    "strict": option(
+        "--strict",
         group=CHECK,
         is_flag=True,
-        help="Verify every byte of the output before it appears.",
+        help="Refuse a checkpoint whose pickles name functions that no known framework writes.",
     ),
     "sha256": option(
         "--sha256", group=CHECK, is_flag=True, help="Write SHA256SUMS, for sha256sum -c."
@@ -195,9 +198,6 @@ _ADAPTERS: dict[str, Decorator[Any]] = {
         group=WRITE,
         metavar="NAME",
         help="Also write a file NAME that says COMPLETED, for programs that wait for one.",
-    ),
-    "dry_run": option(
-        "--dry-run", group=CHECK, is_flag=True, help="Check and plan everything, write nothing."
     ),
     "overwrite": option(
         "--overwrite", is_flag=True, help="Replace OUT once the new one is complete."

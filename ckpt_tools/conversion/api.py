@@ -35,7 +35,7 @@ from ckpt_tools.conversion.request import (
 )
 from ckpt_tools.conversion.sending import sent
 from ckpt_tools.conversion.signature import states_options
-from ckpt_tools.errors import UsageError
+from ckpt_tools.errors import CkptError, NotACheckpoint, UsageError
 from ckpt_tools.hub.links import refuse_any_leaving, refuse_leaving
 from ckpt_tools.hub.sources import AssetOptions, nearby
 from ckpt_tools.hub.tokenizer import find_tokenizer
@@ -46,7 +46,7 @@ from ckpt_tools.storage.addresses import PathLike, is_address
 from ckpt_tools.storage.folders import places_of, read_as_one
 from ckpt_tools.storage.naming import as_path
 from ckpt_tools.storage.reading import is_near
-from ckpt_tools.tensors.checkpoint import Checkpoint
+from ckpt_tools.tensors.checkpoint import FINISHED, Checkpoint
 from ckpt_tools.tensors.threads import begin_torch, garbage_kept
 from ckpt_tools.writing.delivery import follow
 
@@ -313,6 +313,16 @@ def _carried_out(
     return run(sources, request, prepare, clock)
 
 
+def _holds_training(path: Path) -> bool:
+    """Whether a path holds checkpoints of a training run, and not a model that is finished."""
+    try:
+        return readers.locate(path).format not in FINISHED
+    except NotACheckpoint:
+        return False
+    except CkptError:
+        return True  # it holds several, or one that is damaged
+
+
 def _opened(checkpoint: PathLike | Checkpoint, request: Request) -> Checkpoint:
     if isinstance(checkpoint, Checkpoint):
         return checkpoint
@@ -322,7 +332,17 @@ def _opened(checkpoint: PathLike | Checkpoint, request: Request) -> Checkpoint:
             refuse_any_leaving(adapter.files, [as_path(checkpoint)])
         return adapter
     place = read_as_one(as_path(checkpoint), request.also)
-    location = readers.locate(place, request.tag, model=request.model, format=request.source_format)
+    try:
+        location = readers.locate(
+            place, request.tag, model=request.model, format=request.source_format
+        )
+    except NotACheckpoint as error:
+        if not place.exists() and _holds_training(request.output):
+            error.hint = (
+                f"The checkpoint is the first argument, and the output the second. {request.output} holds a "
+                "checkpoint: exchange the two."
+            )
+        raise
     shapes = ModelShapes(request, location.near)
     opened = readers.read(replace(location, model_shapes=shapes))
     # By their names: a directory on another machine has no path on this one.

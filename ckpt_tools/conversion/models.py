@@ -13,10 +13,11 @@ from functools import partial
 from pathlib import Path
 
 from ckpt_tools._version import __version__
+from ckpt_tools.conversion.averaging import mean_of
 from ckpt_tools.conversion.bases import read_like
 from ckpt_tools.conversion.pipeline import Planned, dtype_counts
 from ckpt_tools.conversion.request import Request
-from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout, UsageError, listed
+from ckpt_tools.errors import DamagedCheckpoint, UsageError, listed
 from ckpt_tools.errors import tensors as tensors_text
 from ckpt_tools.hub import AssetFile, Assets, ConfigSource, collect, find_config
 from ckpt_tools.hub.adapter_config import AdapterConfig, with_given
@@ -30,7 +31,7 @@ from ckpt_tools.model.live_names import Layouts, in_one_layout
 from ckpt_tools.model.merging import merged_state
 from ckpt_tools.model.quantised import KEY, plain_state, quantised_names, quantizer_of
 from ckpt_tools.model.shapes import with_shapes
-from ckpt_tools.model.state import State, cast_state, main_dtype, mean_state, model_state
+from ckpt_tools.model.state import State, cast_state, main_dtype, model_state
 from ckpt_tools.tensors.catalogue import Catalogue, Tensor
 from ckpt_tools.tensors.checkpoint import Checkpoint
 from ckpt_tools.tensors.derived import cast
@@ -222,8 +223,7 @@ def _combined(
     """The one state that is made of the states of the sources."""
     match request.command:
         case "average":
-            _refuse_mean_of_codes(states)
-            mean = mean_state(states, request.coefficients)
+            mean = mean_of(states, sources, request.coefficients)
             return _Combined(mean, f"mean of {len(states)} checkpoints", {})
         case "merge-lora":
             return _merged(states, sources, request)
@@ -237,15 +237,6 @@ def _near(source: Checkpoint, request: Request) -> list[Path]:
     named = [] if request.config is None else [request.config]
     place = source.location.directory
     return [*named, place.parent if place.is_file() else place, *source.location.near]
-
-
-def _refuse_mean_of_codes(states: Sequence[State]) -> None:
-    codes = [name for state in states for name in quantised_names(state)]
-    if codes:
-        raise UnsupportedLayout(
-            f"a mean of quantised weights is not a weight: {listed(codes)}",
-            hint="Pass --dequantize, and the mean is that of the 16-bit weights.",
-        )
 
 
 def _with_quantizer(

@@ -18,7 +18,7 @@ from ckpt_tools.errors import DamagedCheckpoint, MissingAsset
 from ckpt_tools.hub import architectures, olmo_core
 from ckpt_tools.hub.files import read_object
 from ckpt_tools.hub.links import refuse_leaving
-from ckpt_tools.hub.sources import AssetOptions, nearby
+from ckpt_tools.hub.sources import AssetOptions, hub_hint, nearby
 from ckpt_tools.tensors.dtypes import DType
 
 CONFIG_NAME = "config.json"
@@ -130,7 +130,8 @@ def _named_config(named: Path) -> ConfigSource:
         raise MissingAsset(
             "--config is neither a file nor a directory with a config.json",
             path=path,
-            hint="Pass --config with a file, or with a directory on this machine that holds config.json.",
+            hint="Pass --config with a file, or with a directory that holds config.json."
+            f"{hub_hint('--config', named)}",
         )
     data = _model_config(read_object(path), path)
     if data is None:

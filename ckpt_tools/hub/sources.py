@@ -6,6 +6,7 @@ near the checkpoint.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ Compat = Literal["transformers-4"]
 
 # verl writes config and tokenizer to this folder beside the shards of each role.
 _BESIDE_SHARDS = "huggingface"
+_NAME_OF_THE_HUB = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,18 @@ class AssetOptions:
     follow_links: bool = False
 
 
+def hub_hint(option: str, named: Path) -> str:
+    """A sentence with the address that was meant, where a path looks like a name of the Hub; else nothing.
+
+    Args:
+        option: the option.
+        named: its value.
+    """
+    if _NAME_OF_THE_HUB.fullmatch(str(named)) is None or named.exists():
+        return ""
+    return f" For a repository of the Hub, pass {option} hf://{named}."
+
+
 def unique(directories: Iterable[Path]) -> tuple[Path, ...]:
     """The directories in order, without duplicates."""
     return tuple(dict.fromkeys(directories))
@@ -61,7 +75,8 @@ def nearby(options: AssetOptions) -> tuple[Path, ...]:
             raise MissingAsset(
                 "is not a directory",
                 path=options.like,
-                hint="Pass --like with the directory of a model on this machine, not with a Hub name.",
+                hint="Pass --like with the directory of a model."
+                f"{hub_hint('--like', options.like)}",
             )
         places.append(options.like)
     for directory in options.search:

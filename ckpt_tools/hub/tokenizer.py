@@ -18,6 +18,7 @@ from typing import Any, Literal
 from ckpt_tools.errors import DamagedCheckpoint, MissingAsset, UsageError
 from ckpt_tools.hub.custom_code import code_files
 from ckpt_tools.hub.files import AssetFile, json_bytes, read_json, read_object
+from ckpt_tools.hub.sources import hub_hint
 from ckpt_tools.storage.regular import content_of
 
 Role = Literal["eos", "bos", "pad"]
@@ -237,7 +238,7 @@ def find_tokenizer(named: Path | None, places: tuple[Path, ...]) -> Tokenizer | 
         raise MissingAsset(
             "--tokenizer is not a directory",
             path=named,
-            hint="Pass a directory on this machine that holds tokenizer.json, not a Hub name.",
+            hint=f"Pass a directory that holds tokenizer.json.{hub_hint('--tokenizer', named)}",
         )
     if not _has_any(named, _VOCABULARIES):
         raise MissingAsset(

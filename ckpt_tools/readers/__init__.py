@@ -31,6 +31,7 @@ from ckpt_tools.readers.containers.weight_files import ADAPTER_FILES
 from ckpt_tools.readers.net import unexpected_is_damage
 from ckpt_tools.readers.tree import look_below
 from ckpt_tools.readers.unread import unread
+from ckpt_tools.storage.addresses import hint_of_address
 from ckpt_tools.storage.folders import assets_near, searched
 from ckpt_tools.storage.replaced import how_to_restore
 from ckpt_tools.storage.stamps import Stamp, changed_since, refusal_of, stamp_of, stamps_in
@@ -90,7 +91,7 @@ def _locate(path: Path, tag: str | None, model: int | str | None, format: str | 
         raise NotACheckpoint(
             "no such file or directory",
             path=path,
-            hint=how_to_restore(path) or "Check the path.",
+            hint=how_to_restore(path) or hint_of_address(path) or "Check the path.",
         )
     found = _find(path, tag, format)
     if path.is_dir() and all(location.format in LAST for location in found):

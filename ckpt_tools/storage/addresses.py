@@ -18,6 +18,7 @@ PathLike = str | os.PathLike[str]
 
 SCHEMES = ("s3", "gs", "az", "hf", "https", "http")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_ONE_SLASH = re.compile(rf"({'|'.join(SCHEMES)}):/?([^/].*)")
 _FORMS = "s3://BUCKET/PATH, gs://BUCKET/PATH, az://CONTAINER/PATH, hf://ORG/REPO@REVISION/PATH, https://HOST/PATH"
 
 
@@ -52,6 +53,14 @@ class Address:
 def is_address(value: object) -> bool:
     """Whether a value is the text of an address, of any scheme."""
     return isinstance(value, str) and _SCHEME.match(value) is not None
+
+
+def hint_of_address(path: Path) -> str | None:
+    """What to write where a path that does not exist looks like an address; None where it does not."""
+    found = _ONE_SLASH.fullmatch(str(path))
+    if found is None:
+        return None
+    return f"If it is an address, write it as text, with two slashes: {found[1]}://{found[2]}."
 
 
 def parsed(text: str) -> Address:

@@ -100,6 +100,27 @@ def test_an_option_of_consolidate_is_documented(option: str) -> None:
     assert re.search(rf"`{option}\b", COMMANDS_PAGE)
 
 
+def test_options_are_listed_in_groups_and_the_common_ones_come_first() -> None:
+    shown = run("consolidate", "--help").stdout
+    parts = re.split(r"^(\S.*):$", shown, flags=re.MULTILINE)[1:]
+    groups = {
+        title: re.findall(r"^  (?:-\w, )?(--[\w-]+)", text, re.MULTILINE)
+        for title, text in zip(parts[::2], parts[1::2], strict=True)
+    }
+
+    assert list(groups) == [
+        *("What to read", "What to write", "Files beside the weights", "Checking", "Running")
+    ]
+    assert {title: names[0] for title, names in groups.items()} == {
+        "What to read": "--tag",
+        "What to write": "--dtype",
+        "Files beside the weights": "--config",
+        "Checking": "--verify",
+        "Running": "--overwrite",
+    }
+    assert "--help" in groups["Running"]
+
+
 def test_help_lists_the_exit_statuses_of_the_page() -> None:
     shown = re.findall(r"^ +(\d)  \S", run("--help").stdout, re.MULTILINE)
 

@@ -75,3 +75,17 @@ def test_the_bytes_over_the_network_are_shown_where_a_store_is_used(
     assert capsys.readouterr().err == (
         "50%: 50 MB of 100 MB, 5 MB/s, 10.0 s left, 37 MB over the network\n"
     )
+
+
+def test_a_bar_says_planning_until_bytes_move(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with progress._bar("writing") as update:
+        before = capsys.readouterr().err
+        update(1, 2)
+    after = capsys.readouterr().err
+
+    assert "planning" in before
+    assert "writing" not in before
+    assert "writing" in after

@@ -213,6 +213,27 @@ def refusals(case: Path, tmp_path: Path) -> dict[str, tuple[type[CkptError], str
     }
 
 
+def test_arguments_in_the_wrong_order_are_recognised(case: Path, tmp_path: Path) -> None:
+    checkpoint, gone = case / "checkpoint", tmp_path / "gone"
+    with pytest.raises(NotACheckpoint, match="no such file") as caught:
+        consolidate(gone, checkpoint, weights_only=True)
+    assert str(caught.value.hint).endswith(f"{checkpoint} holds a checkpoint: exchange the two.")
+
+    consolidate(checkpoint, tmp_path / "out", weights_only=True)
+    for output in (tmp_path / "out", tmp_path / "none"):
+        with pytest.raises(NotACheckpoint, match="no such file") as caught:
+            consolidate(gone, output, weights_only=True)
+        assert caught.value.hint == "Check the path."
+
+
+def test_a_path_that_looks_like_an_address_is_recognised() -> None:
+    """A Path of an address has lost a slash."""
+    for path in (Path("s3://bucket/run"), "s3:/bucket/run"):
+        with pytest.raises(NotACheckpoint, match="no such file") as caught:
+            open_checkpoint(path)
+        assert str(caught.value.hint).endswith("with two slashes: s3://bucket/run.")
+
+
 REASONS = [
     "no such path",
     "nothing there",

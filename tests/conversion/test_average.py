@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,40 @@ def test_the_mean_of_equal_checkpoints_is_each_of_them(tmp_path: Path) -> None:
     masters = load_file(FIRST / "truth" / "masters.safetensors")
     assert found.keys() == masters.keys()
     assert all(torch.equal(found[name], masters[name]) for name in masters)
+
+
+@pytest.mark.parametrize("spelling", ["same", "with a tag", "a link", "hard links"])
+def test_a_checkpoint_that_is_named_twice_is_warned_of(spelling: str, tmp_path: Path) -> None:
+    named = FIRST / "checkpoint"
+    (tag,) = named.glob("global_step*")
+    again = tmp_path / "again"
+    match spelling:
+        case "same":
+            again = named
+        case "with a tag":
+            again = named / "." / tag.name
+        case "a link":
+            again.symlink_to(named)
+        case "hard links":
+            shutil.copytree(named, tmp_path / "own")
+            named = tmp_path / "own"
+            shutil.copytree(named, again, copy_function=os.link)
+
+    asked = [named, SECOND / "checkpoint", again]
+    report = average(asked, tmp_path / "out", weights_only=True, dry_run=True)
+
+    (warning,) = report.warnings
+    assert "checkpoints 1 and 3 have the same files" in warning
+    assert "counts them 2 times" in warning
+
+
+def test_other_checkpoints_of_a_run_are_not_warned_of(tmp_path: Path) -> None:
+    """A copy has the same values and is another file; it is not claimed to be the same."""
+    shutil.copytree(FIRST / "checkpoint", tmp_path / "copy")
+
+    for second in (SECOND / "checkpoint", tmp_path / "copy"):
+        asked = [FIRST / "checkpoint", second]
+        assert not average(asked, tmp_path / "out", weights_only=True, dry_run=True).warnings
 
 
 def test_auto_rounds_the_mean_once_to_the_training_dtype(tmp_path: Path) -> None:

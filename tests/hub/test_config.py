@@ -12,6 +12,7 @@ from ckpt_tools.errors import DamagedCheckpoint, MissingAsset
 from ckpt_tools.hub import AssetOptions, ConfigSource, find_config
 from ckpt_tools.hub.config import embedding_rows, finish
 from ckpt_tools.hub.files import json_bytes, read_object
+from ckpt_tools.hub.tokenizer import find_tokenizer
 from ckpt_tools.tensors.dtypes import BFLOAT16, BY_NAME, FLOAT32
 from tests.support.models import same_logits
 
@@ -97,7 +98,19 @@ class TestMessages:
         ) as raised:
             find_config(AssetOptions(config=tmp_path, search=(tmp_path,)))
         assert raised.value.path == tmp_path / "config.json"
-        assert "on this machine" in str(raised.value.hint)
+        assert "a directory that holds config.json" in str(raised.value.hint)
+
+    def test_a_name_of_the_hub_is_recognised(self) -> None:
+        """The address that the hint names is one that is read; see tests/storage/remote."""
+        name = Path("allenai/OLMo-2-0425-1B")
+        with pytest.raises(MissingAsset) as of_config:
+            find_config(AssetOptions(config=name))
+        with pytest.raises(MissingAsset) as of_tokenizer:
+            find_tokenizer(name, ())
+
+        for option, raised in (("config", of_config), ("tokenizer", of_tokenizer)):
+            said = f" For a repository of the Hub, pass --{option} hf://allenai/OLMo-2-0425-1B."
+            assert str(raised.value.hint).endswith(said)
 
     def test_a_named_config_of_something_else_is_an_error(self, tmp_path: Path) -> None:
         path = write_json(tmp_path / "ds.json", {"train_batch_size": 8})
@@ -110,7 +123,7 @@ class TestMessages:
     def test_a_like_that_is_no_directory_is_an_error(self, tmp_path: Path) -> None:
         with pytest.raises(MissingAsset, match="is not a directory") as raised:
             find_config(AssetOptions(like=Path("allenai/OLMo-2-1124-7B"), search=(tmp_path,)))
-        assert "not with a Hub name" in str(raised.value.hint)
+        assert "pass --like hf://allenai/OLMo-2-1124-7B" in str(raised.value.hint)
 
     @pytest.mark.parametrize(
         ("content", "fact"),

@@ -137,7 +137,7 @@ class TestSearch:
     @pytest.mark.parametrize(
         ("name", "fact", "hint"),
         [
-            ("absent", "--tokenizer is not a directory", "not a Hub name"),
+            ("absent", "--tokenizer is not a directory", "Pass a directory that holds"),
             ("file.json", "--tokenizer is not a directory", "holds tokenizer.json"),
             ("empty", "--tokenizer holds no tokenizer", "tokenizer.model"),
         ],

@@ -122,7 +122,10 @@ def _changed(found: Difference) -> Table:
         texts("dtypes", [" → ".join(dict.fromkeys(each.dtypes)) for each in held]),
         texts("shape", [shape_text(each.shape) for each in held]),
     ]
-    return Table("Changed tensors", columns, "relative is ||a - b|| / ||a||.")
+    note = "relative is ||a - b|| / ||a||."
+    if any((*nan, *inf)):
+        note += " NaN and infinite values are counted; the other figures leave them out."
+    return Table("Changed tensors", columns, note)
 
 
 def _others(found: Difference) -> Table:

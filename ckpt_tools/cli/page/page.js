@@ -96,9 +96,8 @@ function start(figure) {
   filter.addEventListener("input", arrange);
   back.addEventListener("click", () => turn(-1));
   on.addEventListener("click", () => turn(1));
-  figure.querySelector(".controls").hidden = false;
+  figure.querySelector(".controls").hidden = count <= 10;
   figure.querySelector(".bare").hidden = true;
-  filter.hidden = count <= 10;
   back.hidden = on.hidden = count <= ROWS;
   show();
 }

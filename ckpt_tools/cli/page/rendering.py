@@ -26,6 +26,8 @@ from ckpt_tools.text import printable
 # Rows that are in the page as markup, for browsers without JavaScript and for print.
 FIRST = 100
 _LONGEST = 400
+# A browser ends a line after a hyphen, also after those that begin an option.
+_OPTION = re.compile(r"(?<![^\s(])(--?[A-Za-z][\w-]*)")
 
 
 class _Cell(NamedTuple):
@@ -38,7 +40,12 @@ def rendered(page: Page) -> str:
     environment = Environment(
         autoescape=True, finalize=_shown, undefined=StrictUndefined, keep_trailing_newline=True
     )
-    environment.filters |= {"breakable": _breakable, "data": _data, "first_rows": _first_rows}
+    environment.filters |= {
+        "breakable": _breakable,
+        "data": _data,
+        "first_rows": _first_rows,
+        "prose": _prose,
+    }
     style, script = _own("page.css"), _own("page.js")
     return environment.from_string(_own("page.html")).render(
         page=page,
@@ -78,6 +85,15 @@ def _cut(text: str) -> str:
 def _breakable(text: str) -> Markup:
     """A name in which a line may end after each dot."""
     return Markup("<wbr>").join(escape(part) for part in re.split(r"(?<=\.)", printable(text)))
+
+
+def _prose(text: str) -> Markup:
+    """Sentences or a command line, in which no line ends within the name of an option."""
+    parts = _OPTION.split(printable(text))  # every second part is an option
+    option = Markup('<span class="option">{}</span>')
+    return Markup("").join(
+        option.format(part) if number % 2 else escape(part) for number, part in enumerate(parts)
+    )
 
 
 def _first_rows(table: Table) -> Iterator[list[_Cell]]:

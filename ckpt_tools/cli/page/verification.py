@@ -64,7 +64,9 @@ def page_of_verification(
     one = len(sections) == 1
     return Page(
         title=f"Verification of {PurePath(first).name or first if one else many}",
-        lead=first if one else f"{clean:,} of {len(sections):,} are clean.",
+        lead=first
+        if one
+        else f"{clean:,} of {len(sections):,} {'is' if clean == 1 else 'are'} clean.",
         sections=sorted(sections, key=lambda section: _RANK[section.level]),
         commands=[("The same again:", command)],
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import struct
 import sys
@@ -11,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from ckpt_tools.analysis.interval import draw
+from ckpt_tools.analysis.interval import draw, picture
 from ckpt_tools.errors import CkptError, OutputExists, OutputFailed, UsageError
 from tests.analysis.interval.test_choice import advised
 
@@ -43,6 +45,21 @@ def test_an_svg_tells_the_costs(tmp_path: Path) -> None:
     assert any(text.startswith("least cost: 200 steps, 6.57 h") for text in found)
     assert any(text.startswith("--every: 500 steps, ") for text in found)
     assert not any(text.startswith("disk, ") for text in found)
+
+
+def test_marks_of_the_estimates_stand_apart() -> None:
+    """The formulas come within a few steps of the best: marks of one height would cover each other."""
+    found = advised(every=500)
+    axes = Figure(dpi=100).subplots()
+    picture._draw_cost(axes, found)
+    axes.figure.draw_without_rendering()
+
+    marks = [line for line in axes.get_lines() if line.get_marker() not in ("None", None, "")]
+    assert len(marks) == 4
+    places = [axes.transData.transform(line.get_xydata()[0]) for line in marks]
+    sizes = [line.get_markersize() for line in marks]
+    for (a, one), (b, two) in itertools.combinations(zip(places, sizes, strict=True), 2):
+        assert np.hypot(*(a - b)) > (one + two) / 2 * 100 / 72
 
 
 @pytest.mark.slow

@@ -109,6 +109,10 @@ def test_it_fits_and_can_be_read(
         page.screenshot(path=Path(PICTURES) / f"{name}-{width}-{scheme}.png", full_page=True)
 
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    lines = page.locator(".option").evaluate_all(
+        "all => all.map(one => one.getClientRects().length)"
+    )
+    assert lines and set(lines) == {1}
     assert page.evaluate(_CONTRAST) >= 4.5
     shade = page.evaluate(
         "parseInt(getComputedStyle(document.body).backgroundColor.match(/\\d+/)[0])"

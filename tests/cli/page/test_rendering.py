@@ -84,6 +84,15 @@ def test_names_are_text_and_never_markup() -> None:
     assert data[0][0]["cells"][0].startswith("</script><script>alert(1)")
 
 
+def test_no_line_ends_within_an_option() -> None:
+    said = "Pass --against CKPT (or --no-cache), not a-b, run--2 or -0.5."
+    page = Page("t", said, [Section(said, "error", said, [("f", said)])], [(said, said)])
+
+    options = re.findall(r'<span class="option">([^<]*)</span>', rendered(page))
+
+    assert options == ["--against", "--no-cache"] * 4
+
+
 def test_the_policy_allows_the_own_script_and_style_alone() -> None:
     elements = Elements(rendered(page_of("plain")))
     (policy,) = (

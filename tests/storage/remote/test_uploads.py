@@ -277,6 +277,48 @@ def test_the_bars_of_the_hub_are_off_while_it_uploads(
     assert are_progress_bars_disabled() is not before
 
 
+@pytest.fixture
+def failing_hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, set[str]]]:
+    """A Hub without files, whose first commit is denied; the weights' inode and all names of each upload."""
+    from huggingface_hub import HfApi
+
+    asked: list[tuple[int, set[str]]] = []
+
+    def uploading(self: HfApi, *, folder_path: Path, **_: Any) -> SimpleNamespace:
+        files = {path.name: path for path in folder_path.iterdir()}
+        asked.append((files["model.safetensors"].stat().st_ino, set(files)))
+        if len(asked) == 1:
+            raise StoreFailed("the store denies access", path="org/model", hint="Check it.")
+        return SimpleNamespace(commit_url="made")
+
+    monkeypatch.setattr(HfApi, "list_repo_files", lambda self, *_, **__: [])
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, *_, **__: None)
+    monkeypatch.setattr(HfApi, "upload_folder", uploading)
+    return asked
+
+
+def test_an_upload_to_the_hub_that_failed_sends_the_same_directory(
+    failing_hub: list[tuple[int, set[str]]], tmp_path: Path
+) -> None:
+    """--resume does not convert again."""
+    options: dict[str, Any] = {"weights_only": True, "scratch": tmp_path}
+    with pytest.raises(StoreFailed, match="--resume sends what is missing"):
+        consolidate(CHECKPOINT, "hf://org/model", **options)
+    report = consolidate(CHECKPOINT, "hf://org/model", resume=True, **options)
+    assert report.notes[-1] == "uploaded as one commit: made"
+    assert failing_hub[0] == failing_hub[1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_could_not_be_pushed_is_complete(
+    failing_hub: list[tuple[int, set[str]]], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(StoreFailed, match=r"out is complete\. hf upload sends it, too\."):
+        consolidate(CHECKPOINT, out, weights_only=True, push_to_hub="org/model")
+    assert set(files_of(out)) == failing_hub[0][1]
+
+
 # The process dies before it asks for the commit, so the branch has no file of the output yet.
 _KILLED_AT_THE_HUB = """
 import os, signal, sys
