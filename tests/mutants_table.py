@@ -765,8 +765,8 @@ _TRANSFORMS = (
     _mutant(
         "wrapper-module-anywhere",
         "transforms/prefixes.py",
-        "(only in _IN_FRONT and parent is tree)",
-        "only in _IN_FRONT",
+        "(segment in _IN_FRONT and not where)",
+        "segment in _IN_FRONT",
         "a child that is called `module` is stripped",
         "transforms/test_prefixes.py",
     ),

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckpt_tools.analysis.change import Sums, Tolerance, measure
 from ckpt_tools.errors import AmbiguousCheckpoint, UsageError
+from ckpt_tools.hub.links import remarks_on
 from ckpt_tools.model.matching import Matched, Side, Weights, alike, match, side_of
 from ckpt_tools.readers.opening import FILE, open_weights
 from ckpt_tools.storage.naming import as_path
@@ -243,6 +244,8 @@ def diff(
         removed={name: Layout.of(first[name]) for name in matched.only_first},
         notes=(
             *(note for side in sides for note in side.notes),
+            *_links(a, opened[0]),
+            *_links(b, opened[1]),
             *_rounded(pairs, sides),
             *_strangers(matched),
         ),
@@ -259,6 +262,13 @@ def _opened(checkpoint: PathLike | Checkpoint, tag: str | None, side: str) -> Ch
             # This command has a tag option for each side.
             error.hint = error.hint.replace("--tag ", f"--tag-{side} ")
         raise
+
+
+def _links(named: PathLike | Checkpoint, opened: Checkpoint) -> list[str]:
+    """Notes on links that lead out of a directory that was named."""
+    if isinstance(named, Checkpoint):
+        return []
+    return remarks_on([opened.location.directory, *opened.files], [named])
 
 
 def _facts(checkpoint: Checkpoint) -> dict[str, Any]:

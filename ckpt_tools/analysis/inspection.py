@@ -16,6 +16,7 @@ from typing import Any
 
 from ckpt_tools import readers
 from ckpt_tools.errors import CkptError, NotACheckpoint, number_ranges
+from ckpt_tools.hub.links import remarks_on
 from ckpt_tools.readers.containers.suspicion import suspicious
 from ckpt_tools.readers.containers.weight_files import ADAPTER_FILES, entry_in
 from ckpt_tools.readers.opening import open_weights
@@ -129,9 +130,13 @@ def inspect(
         try:
             checkpoint = opened()
             named = suspicious(checkpoint.files, location.directory)
-            return replace(_facts(checkpoint), suspicious=named)
+            found = replace(_facts(checkpoint), suspicious=named)
+            held = checkpoint.files
         except CkptError as error:
-            return _of_damaged(location, error)
+            found, held = _of_damaged(location, error), {}
+        links = remarks_on([location.directory, *held], [path, *also])
+        links = [f"{link}; a conversion needs --follow-links" for link in links]
+        return replace(found, remarks=(*found.remarks, *links))
 
 
 def _of_damaged(location: Location, error: CkptError) -> Inspection:

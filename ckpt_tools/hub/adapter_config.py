@@ -19,13 +19,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ckpt_tools.errors import MissingAsset, UsageError
+from ckpt_tools.errors import DamagedCheckpoint, MissingAsset, UsageError
+from ckpt_tools.hub.adapter_values import odd_keys
 from ckpt_tools.hub.files import AssetFile, read_object
 from ckpt_tools.hub.links import refuse_leaving
 from ckpt_tools.tensors.patterns import Allowance, Patterns
 
 NAME = "adapter_config.json"
 _DEFAULT = "default"
+# Characters of a value in a message.
+_LONGEST = 100
 # PEFT's EMBEDDING_LAYER_NAMES.
 _EMBEDDINGS = ("embed_tokens", "lm_head")
 # PEFT's task name for the end of a class name; other class names have no certain task.
@@ -165,7 +168,7 @@ def find_adapter_config(
     Raises:
         MissingAsset: ``named`` holds no config of the adapter.
         UsageError: it is a link that leads out of its directory.
-        DamagedCheckpoint: a file is not a JSON object.
+        DamagedCheckpoint: a file is not a JSON object, or a value in it has another type than PEFT's.
     """
     if named is not None and named.is_file():
         return _read(named)
@@ -192,6 +195,13 @@ def _read(path: Path) -> AdapterConfig:
     if not isinstance(data.get("peft_type"), str):
         raise MissingAsset(
             "not an adapter config: peft_type is missing",
+            path=path,
+            hint=f"Pass --adapter-config with the {NAME} that PEFT wrote.",
+        )
+    if odd := odd_keys(data):
+        value = json.dumps(data[odd[0]])
+        raise DamagedCheckpoint(
+            f"its {odd[0]} is {value[:_LONGEST]}, which PEFT does not write",
             path=path,
             hint=f"Pass --adapter-config with the {NAME} that PEFT wrote.",
         )
@@ -322,12 +332,10 @@ def _require(known: bool, what: str) -> None:
 def _targets(modules: Iterable[str], all_modules: frozenset[str]) -> list[str]:
     """The last part of a module's name if every module with it is adapted, else the full name."""
     adapted = set(modules)
-    targets: dict[str, None] = {}
-    for module in adapted:
-        last = module.rpartition(".")[2]
-        alike = {other for other in all_modules if other.rpartition(".")[2] == last}
-        targets[last if alike and alike <= adapted else module] = None
-    return sorted(targets)
+    known = {_last(module) for module in all_modules}
+    partly = {_last(module) for module in all_modules - adapted}
+    whole = known - partly
+    return sorted({_last(module) if _last(module) in whole else module for module in adapted})
 
 
 def check(config: AdapterConfig, ranks: Mapping[str, int]) -> None:

@@ -194,6 +194,7 @@ def _ask(
         like_names=like,
         code_dir=config.path.parent if trust else None,
         trust_remote_code=trust,
+        tensors=len(catalogue),
     )
 
 

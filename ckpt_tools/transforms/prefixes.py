@@ -7,17 +7,17 @@ depth.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
-from ckpt_tools.errors import DamagedCheckpoint
 from ckpt_tools.tensors.catalogue import Catalogue
 
 # Written by torch's own wrappers at any depth.
 _ANYWHERE = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 # Written by DDP, DataParallel and engines, around the whole model.
 _IN_FRONT = ("module",)
-_WRAPPERS = {*_ANYWHERE, *_IN_FRONT}
+_WRAPPERS = (*_ANYWHERE, *_IN_FRONT)
 
 
 @dataclass(frozen=True)
@@ -38,75 +38,74 @@ def strip_wrappers(names: Collection[str]) -> Stripped:
 
     Args:
         names: all names of the state, second names of tied tensors included.
-
-    Raises:
-        DamagedCheckpoint: two names become the same.
     """
     # Most checkpoints have none, and splitting a million names takes a second.
     if not any(wrapper in name for wrapper in _WRAPPERS for name in names):
         return Stripped({name: name for name in names}, {})
-    paths = {name: name.split(".") for name in names}
-    removed: dict[str, int] = {}
-    while (wrapper := _find_wrapper(paths.values())) is not None:
-        depth = len(wrapper)
-        hits = [name for name, path in paths.items() if path[:depth] == wrapper]
-        for name in hits:
-            paths[name] = [*wrapper[:-1], *paths[name][depth:]]
-        removed[".".join(wrapper) + "."] = len(hits)
-    new = {name: ".".join(path) for name, path in paths.items()}
-    if len(set(new.values())) < len(new):
-        seen: dict[str, str] = {}
-        for old, name in new.items():
-            if name in seen:
-                raise DamagedCheckpoint(
-                    f"without its wrapper prefix it has the same name as {seen[name]}", tensor=old
-                )
-            seen[name] = old
-    return Stripped(new, removed)
+    tree = _Node()
+    for name in names:
+        node = tree
+        for segment in name.split("."):
+            node = node.step(segment)
+            node.count += 1
+        node.is_name = True
+    removed = dict(_mark_wrappers(tree))
+    return Stripped({name: _without_wrappers(name, tree) for name in names}, removed)
 
 
 class _Node:
-    """A segment in the tree of all names. What a name takes is in proportion to its length."""
+    """A segment in the tree of all names.
 
-    __slots__ = ("_parent", "_segment", "children", "is_name")
+    Attributes:
+        children: the segments that follow it.
+        count: number of names that pass it or end at it.
+        is_name: whether a name ends at it.
+        is_wrapper: whether it is to be removed.
+    """
 
-    def __init__(self, parent: _Node | None = None, segment: str = "") -> None:
-        self._parent, self._segment = parent, segment
+    __slots__ = ("children", "count", "is_name", "is_wrapper")
+
+    def __init__(self) -> None:
         self.children: dict[str, _Node] = {}
-        self.is_name = False
+        self.count = 0
+        self.is_name = self.is_wrapper = False
 
-    def path(self) -> list[str]:
-        """The segments from the root to this one."""
-        if self._parent is None:
-            return []
-        return [*self._parent.path(), self._segment]
+    def step(self, segment: str) -> _Node:
+        """The child of a segment, made if there is none."""
+        child = self.children.get(segment)
+        if child is None:
+            child = self.children[segment] = _Node()
+        return child
 
 
-def _find_wrapper(paths: Collection[list[str]]) -> list[str] | None:
-    """The outermost wrapper: a path whose last segment is the only child of its parent."""
-    # After the last wrapper there is none, and the tree of a million names takes seconds.
-    if all(_WRAPPERS.isdisjoint(path) for path in paths):
-        return None
-    tree = _Node()
-    for path in paths:
-        node = tree
-        for segment in path:
-            inner = node.children.get(segment)
-            if inner is None:
-                inner = node.children[segment] = _Node(node, segment)
-            node = inner
-        node.is_name = True
-    level = [tree]
-    while level:
-        for parent in level:
-            if len(parent.children) != 1:
-                continue
-            ((only, child),) = parent.children.items()
-            is_wrapper = only in _ANYWHERE or (only in _IN_FRONT and parent is tree)
-            if is_wrapper and not child.is_name:
-                return child.path()
-        level = [child for node in level for child in node.children.values()]
-    return None
+def _mark_wrappers(tree: _Node) -> Iterator[tuple[str, int]]:
+    """Mark the wrappers, the outer ones first: a wrapper is the only child of what is left above it.
+
+    Yields:
+        The path of each wrapper under the new names, with a dot at its end, and its number of names.
+    """
+    pending = deque([("", tree)])
+    while pending:
+        where, node = pending.popleft()
+        while len(node.children) == 1:
+            ((segment, child),) = node.children.items()
+            can_be = segment in _ANYWHERE or (segment in _IN_FRONT and not where)
+            if not can_be or child.is_name:
+                break
+            child.is_wrapper = True
+            yield f"{where}{segment}.", child.count
+            node = child
+        for segment, child in node.children.items():
+            pending.append((f"{where}{segment}.", child))
+
+
+def _without_wrappers(name: str, tree: _Node) -> str:
+    node, kept = tree, []
+    for segment in name.split("."):
+        node = node.children[segment]
+        if not node.is_wrapper:
+            kept.append(segment)
+    return ".".join(kept)
 
 
 def rename(catalogue: Catalogue, names: Mapping[str, str]) -> Catalogue:

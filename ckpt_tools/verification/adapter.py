@@ -10,7 +10,7 @@ Sources: ``peft/utils/save_and_load.py`` (names), ``peft/utils/other.py`` (``get
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 from ckpt_tools.errors import CkptError, listed
 from ckpt_tools.errors import tensors as tensors_text
 from ckpt_tools.hub.adapter_config import NAME as ADAPTER_CONFIG
+from ckpt_tools.hub.adapter_values import odd_keys
 from ckpt_tools.tensors.patterns import Allowance, Patterns
 from ckpt_tools.verification.container import Entry
 from ckpt_tools.verification.directory import read_object
@@ -127,29 +128,12 @@ def check(run: Run) -> None:
 
 def _of_right_types(config: dict[str, Any], file: str, findings: Findings) -> dict[str, Any]:
     """The config without values of a wrong type. Each of those is a problem."""
-    wrong = {key for key, is_right in _TYPES.items() if not is_right(config.get(key))}
-    for key in sorted(wrong):
+    wrong = odd_keys(config)
+    for key in wrong:
         findings.add(
             "adapter-config-invalid", f"its {key} is {config[key]!r}", file=file, hint=_ASK
         )
     return {key: value for key, value in config.items() if key not in wrong}
-
-
-def _is_names(value: object) -> bool:
-    return value is None or (isinstance(value, list) and all(isinstance(v, str) for v in value))
-
-
-def _is_numbers_by_name(value: object) -> bool:
-    return value is None or isinstance(value, dict)
-
-
-_TYPES: dict[str, Callable[[object], bool]] = {
-    "target_modules": lambda value: isinstance(value, str) or _is_names(value),
-    "target_parameters": _is_names,
-    "modules_to_save": _is_names,
-    "rank_pattern": _is_numbers_by_name,
-    "alpha_pattern": _is_numbers_by_name,
-}
 
 
 def _check_names(tensors: Mapping[str, Entry], kind: str, findings: Findings) -> dict[str, Entry]:

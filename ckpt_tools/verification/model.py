@@ -79,6 +79,7 @@ def _asked(
             like_names=like,
             code_dir=directory.path if trust else None,
             trust_remote_code=trust,
+            tensors=len(directory.every_tensor),
         )
     except UsageError as error:
         findings.add("config-invalid", error.fact, file=CONFIG)

@@ -111,6 +111,8 @@ KINDS: dict[str, Kind] = {
     # beside.py: what lies beside the model
     "code-unnamed": Kind("warning", "a file of code that no config names"),
     "weights-elsewhere": Kind("warning", "a folder with weights that are not the model's"),
+    # links.py: links to other directories
+    "link-outside": Kind("warning", "a link that leads out of the directory"),
     # tokenizer.py: what turns text into ids, and ids into rows of the embedding
     "tokenizer-unreadable": Kind("error", "transformers cannot load the tokenizer"),
     "token-id-conflict": Kind("error", "two files of the tokenizer give a token different ids"),

@@ -141,6 +141,7 @@ def test_the_child_names_what_it_imported() -> None:
                 "like_names": None,
                 "code_dir": None,
                 "trust_remote_code": False,
+                "modules": None,
             }
         ),
     )

@@ -9,6 +9,7 @@ import pytest
 from ckpt_tools.errors import UsageError
 from ckpt_tools.hub import reference
 from ckpt_tools.hub.reference import process
+from tests.support.verification.directories import answer_here
 
 CHILD = "tests.support.hungry_child"
 
@@ -40,3 +41,18 @@ def test_a_config_that_asks_for_endless_layers_is_refused(config: dict[str, obje
 
     with pytest.raises(UsageError, match="no model has more than 10,000"):
         reference.start(whole)
+
+
+def test_a_model_of_many_more_modules_than_tensors_is_not_built(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The numbers can be in any key of a config, such as the depths of a Swin model."""
+    answer_here(monkeypatch)
+    monkeypatch.setattr(reference, "_MOST_MODULES", 300)
+    sizes = {"embed_dim": 8, "num_heads": [1, 1, 1, 1], "depths": [10, 10, 10, 10]}
+    config = {"model_type": "swin", "architectures": ["SwinForImageClassification"], **sizes}
+
+    with pytest.raises(UsageError, match="of more than 304 modules"):
+        reference.describe(config, tensors=38)
+
+    assert reference.describe(config, tensors=2_000) is not None

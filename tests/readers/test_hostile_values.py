@@ -70,6 +70,21 @@ def test_a_key_of_a_state_dict_that_is_no_name(key: str, alone: bool, tmp_path: 
         assert inspect(path.parent).problems
 
 
+@pytest.mark.parametrize("key", [1, None, (1,), b"w", torch.float32])
+def test_a_key_in_a_file_of_a_rank_that_is_no_name(key: object, tmp_path: Path) -> None:
+    torch.save({key: torch.ones(1), "w": torch.ones(1)}, tmp_path / "model_world_size_1_rank_0.pt")
+
+    with pytest.raises(DamagedCheckpoint, match="a name in its state dict is not text"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_version_of_a_rank_file_that_is_no_number_is_not_shown(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(1)}, tmp_path / "model_world_size_1_rank_0.pt")
+    (tmp_path / "fsdp_config.json").write_text('{"FSDP_version": ["x"]}')
+
+    assert open_checkpoint(tmp_path).title == "FSDP rank files"
+
+
 def rebuilt(offset: bytes = b"K\x00", size: bytes = b"K\x04", stride: bytes = b"K\x01") -> bytes:
     head, _, _ = TENSOR.partition(b"QK\x00")
     return head + b"Q" + offset + size + b"\x85" + stride + b"\x85\x89NtR"

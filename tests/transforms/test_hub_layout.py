@@ -296,6 +296,7 @@ class Case:
             like_names=None if like is None else sorted(like),
             code_dir=None,
             trust_remote_code=False,
+            modules=None,
         )
         answer = json.dumps(child._answer(json.loads(json.dumps(question))))
         reference = _parsed(json.loads(answer))

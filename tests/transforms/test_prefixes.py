@@ -139,3 +139,17 @@ def test_real_children_with_wrappers_names_are_left_alone() -> None:
     assert any("_orig_mod." in name for name in names)
     result = strip_wrappers(names)
     assert (list(result.names.values()), result.removed) == (names, {})
+
+
+def test_each_of_many_layers_can_be_wrapped() -> None:
+    """All wrappers are found in one pass: one pass for each would take hours."""
+    names = [f"layers.{i}._orig_mod.{end}" for i in range(20_000) for end in ("w", "b")]
+    result = strip_wrappers(names)
+    assert [*result.names.values()] == [name.replace("._orig_mod", "") for name in names]
+    assert result.removed == {f"layers.{i}._orig_mod.": 2 for i in range(20_000)}
+
+
+def test_a_wrapper_within_a_wrapped_model_is_named_without_the_outer_one() -> None:
+    result = strip_wrappers(["module.a._orig_mod._orig_mod.w", "module.module.b"])
+    assert [*result.names.values()] == ["a.w", "module.b"]
+    assert result.removed == {"module.": 2, "a._orig_mod.": 1}

@@ -364,7 +364,15 @@ def lay_weights_in_a_folder(directory: Path) -> str:
     return "sub"
 
 
+def link_a_config_of_elsewhere(directory: Path) -> str:
+    outside = directory.with_name("config.json")
+    (directory / "config.json").rename(outside)
+    (directory / "config.json").symlink_to(outside)
+    return "config.json"
+
+
 DAMAGES = [
+    Damage("link-outside", link_a_config_of_elsewhere),
     Damage("code-unnamed", leave_code_that_nothing_names),
     Damage("weights-elsewhere", lay_weights_in_a_folder),
     Damage("no-weights", remove_all_weights),

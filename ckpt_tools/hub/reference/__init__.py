@@ -142,6 +142,7 @@ def start(
     like_names: Collection[str] | None = None,
     code_dir: Path | None = None,
     trust_remote_code: bool = False,
+    tensors: int = 0,
 ) -> Answer:
     """Start to find out which model ``config`` describes; :func:`describe` documents the arguments."""
     named = config.get("architectures")
@@ -154,6 +155,7 @@ def start(
             "like_names": None if like_names is None else sorted(like_names),
             "code_dir": None if code_dir is None else os.fspath(code_dir.resolve()),
             "trust_remote_code": trust_remote_code and code_dir is not None,
+            "modules": max(_MOST_MODULES, _MODULES_A_TENSOR * tensors),
         },
         sort_keys=True,
     )
@@ -169,6 +171,8 @@ def start(
     return answer
 
 
+# transformers makes so many in four seconds. Models have fewer, or a tensor for each few of their modules.
+_MOST_MODULES, _MODULES_A_TENSOR = 100_000, 8
 # A model of a thousand layers takes transformers seconds to describe.
 _MOST_LAYERS = 10_000
 _LAYERS = frozenset(
@@ -214,6 +218,7 @@ def describe(
     like_names: Collection[str] | None = None,
     code_dir: Path | None = None,
     trust_remote_code: bool = False,
+    tensors: int = 0,
 ) -> ReferenceModel | None:
     """The model that a finished ``config.json`` describes, as transformers builds and saves it.
 
@@ -223,6 +228,8 @@ def describe(
             loaded from this directory; otherwise that of a model made from the config alone.
         code_dir: the directory of the config, which may hold custom code.
         trust_remote_code: whether the child process may run custom code from ``code_dir``.
+        tensors: number of tensors that the checkpoint holds. A model of many more modules is refused, unless
+            it is custom code that is trusted.
 
     Returns:
         The model, or None if transformers has no such model: the custom code is not trusted, or the
@@ -233,7 +240,11 @@ def describe(
         CkptError: the child process failed.
     """
     return start(
-        config, like_names=like_names, code_dir=code_dir, trust_remote_code=trust_remote_code
+        config,
+        like_names=like_names,
+        code_dir=code_dir,
+        trust_remote_code=trust_remote_code,
+        tensors=tensors,
     ).result()
 
 
@@ -249,6 +260,13 @@ def _parsed(answer: Mapping[str, Any]) -> ReferenceModel | None:
         raise UsageError(
             f"transformers cannot build a model from the config: {answer['invalid']}",
             hint="Pass the config that the model was trained with: --config FILE.",
+        )
+    if "endless" in answer:
+        raise UsageError(
+            f"the config describes a model of more than {answer['endless']:,} modules, far more than the "
+            "checkpoint has tensors",
+            hint="Correct the numbers of layers and experts in config.json, or pass the config of the run "
+            "with --config.",
         )
     if "unknown" in answer:
         return None

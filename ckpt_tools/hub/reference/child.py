@@ -14,7 +14,8 @@ import gc
 import json
 import re
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from ckpt_tools.hub.reference.process import imported_files, question_and_answers
@@ -51,7 +52,10 @@ def _answer(question: Mapping[str, Any]) -> dict[str, Any]:
         return {"unknown": True}
     model_class, parsed = found
     try:
-        model = build_on_meta(model_class, parsed)
+        limit = None if question["trust_remote_code"] else question["modules"]
+        model = build_on_meta(model_class, parsed, limit)
+    except TooManyModules:
+        return {"endless": question["modules"]}
     except Exception as error:
         return {"invalid": f"{type(error).__name__}: {error}"}
     answer = {"model": _describe(model, question["like_names"])}
@@ -98,8 +102,42 @@ def _custom_classes(
     return get_class_from_dynamic_module(place, code_dir), config_class.from_dict(config)
 
 
-def build_on_meta(model_class: Any, config: Any) -> Any:
-    """The model without weights; the default dtype is 16-bit, so fp32 tensors are fp32 by its own choice."""
+class TooManyModules(Exception):
+    """A config describes a model of more modules than are allowed."""
+
+
+@contextmanager
+def _at_most(modules: int | None) -> Iterator[None]:
+    """Let at most so many modules be made: a number in a config can ask for any number of them."""
+    from torch.nn import Module
+
+    make, made = Module.__init__, 0
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> None:
+        nonlocal made
+        made += 1
+        if modules is not None and made > modules:
+            raise TooManyModules
+        make(self, *args, **kwargs)
+
+    Module.__init__ = counted  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Module.__init__ = make  # type: ignore[method-assign]
+
+
+def build_on_meta(model_class: Any, config: Any, modules: int | None = None) -> Any:
+    """The model without weights; the default dtype is 16-bit, so fp32 tensors are fp32 by its own choice.
+
+    Args:
+        model_class: its class.
+        config: its parsed config.
+        modules: how many modules it may have; by default any number.
+
+    Raises:
+        TooManyModules: it has more.
+    """
     import torch
     from transformers import initialization
 
@@ -108,6 +146,7 @@ def build_on_meta(model_class: Any, config: Any) -> Any:
     torch.set_default_dtype(torch.bfloat16)
     try:
         with (
+            _at_most(modules),
             torch.device("meta"),
             initialization.no_init_weights(),
             initialization.meta_device_safe_creation_ops(),

@@ -163,14 +163,8 @@ def tensors_of(content: Mapping[str, Any], path: Path) -> tuple[dict[str, Tensor
     tensors: dict[str, Tensor] = {}
     ties: dict[str, str] = {}
     places: dict[object, str] = {}
+    refuse_odd_names(content, path)
     for key, value in content.items():
-        if not isinstance(key, str):
-            kind = key.global_name if isinstance(key, Opaque) else type(key).__name__
-            raise DamagedCheckpoint(
-                f"a name in its state dict is not text but a value of type {kind}",
-                path=path,
-                hint="Save the state dict with the names of model.state_dict().",
-            )
         if not isinstance(value, TensorRef) and key.endswith("_extra_state"):
             continue  # extra state of a module is not a weight
         tensor = whole_of(value, path, key)
@@ -185,6 +179,22 @@ def tensors_of(content: Mapping[str, Any], path: Path) -> tuple[dict[str, Tensor
         else:
             ties[key] = first
     return tensors, ties
+
+
+def refuse_odd_names(content: Mapping[Any, Any], path: Path) -> None:
+    """Refuse a state dict with a name that is not text.
+
+    Raises:
+        DamagedCheckpoint: it has one.
+    """
+    for key in content:
+        if not isinstance(key, str):
+            kind = key.global_name if isinstance(key, Opaque) else type(key).__name__
+            raise DamagedCheckpoint(
+                f"a name in its state dict is not text but a value of type {kind}",
+                path=path,
+                hint="Save the state dict with the names of model.state_dict().",
+            )
 
 
 def _agree(index: Path, weight_map: dict[str, str], names: Iterable[str]) -> None:

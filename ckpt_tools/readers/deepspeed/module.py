@@ -18,6 +18,9 @@ from ckpt_tools.readers.containers.subclasses import plain
 from ckpt_tools.readers.deepspeed.agreement import ModelState
 from ckpt_tools.tensors.regions import Shape
 
+# Hooks leave out a few combinations of segments. Each one that is tried takes a look at all names.
+_MOST_COMBINATIONS = 64
+
 
 @dataclass(frozen=True)
 class Module:
@@ -100,15 +103,22 @@ def _by_segments(
     shapes: Mapping[str, Shape],
     known: Mapping[str, Shape] | None,
 ) -> tuple[dict[str, str], frozenset[str]] | None:
-    """Match names of which one has all segments of the other; None if no choice or several fit."""
+    """Match names of which one has all segments of the other.
+
+    Returns:
+        The pairs and the segments; None if no choice or several fit, or after many combinations.
+    """
     renamed: dict[str, str] = {}
     dropped: frozenset[str] = frozenset()
-    left, open_names = list(lacking), set(free)
+    left, open_names, tried = list(lacking), set(free), 0
     while left:
         choices: dict[frozenset[str], dict[str, str]] = {}
         for name in open_names:
             extra = _extra_segments(left[0], name)
             if extra and extra not in choices:
+                tried += 1
+                if tried > _MOST_COMBINATIONS:
+                    return None
                 pairs = _pairs(left, open_names, extra, shapes, known)
                 if left[0] in pairs:
                     choices[extra] = pairs

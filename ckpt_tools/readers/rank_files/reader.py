@@ -25,6 +25,7 @@ from ckpt_tools.errors import DamagedCheckpoint, listed
 from ckpt_tools.readers.containers.dtensor import Part, Run, part_of
 from ckpt_tools.readers.containers.restricted_pickle import TensorRef
 from ckpt_tools.readers.containers.torch_file import TorchFile, refuse_exchanged
+from ckpt_tools.readers.containers.weight_files import refuse_odd_names
 from ckpt_tools.readers.rank_files.copies import differ
 from ckpt_tools.readers.rank_files.local_state import KIND as FLAT
 from ckpt_tools.readers.rank_files.local_state import is_local, local_parts
@@ -123,7 +124,7 @@ def read(location: Location) -> Checkpoint:
     with garbage_kept():
         joined = _Joined(ranks)
     kinds = {part.kind for file in ranks for part in file.parts.values()} - {"plain"}
-    version = config.get("FSDP_version", 1 if kinds & {"ShardedTensor", FLAT} else "")
+    version = config.get("FSDP_version", 1 if kinds & {"ShardedTensor", FLAT} else None)
     shapeless = frozenset(joined.shapeless)
     remarks = [*location.remarks, *joined.remarks]
     if shapeless:
@@ -133,7 +134,7 @@ def read(location: Location) -> Checkpoint:
         )
     return Checkpoint(
         location=location,
-        title=f"FSDP{version} rank files",
+        title=f"FSDP{version if type(version) is int else ''} rank files",
         weights=joined.weights,
         ties=joined.ties,
         files={p: p.stat().st_size for p in sorted(location.directory.iterdir()) if p.is_file()},
@@ -201,7 +202,8 @@ def _load(path: Path) -> dict[str, Any]:
     refuse_exchanged(file, _rank_in)
     if not isinstance(content, dict):
         raise DamagedCheckpoint("its content is not a state dict", path=path)
-    return {str(name): value for name, value in content.items()}
+    refuse_odd_names(content, path)
+    return content
 
 
 def _read_ranks(found: Mapping[int, Path]) -> list[_RankFile]:

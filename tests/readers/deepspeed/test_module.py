@@ -10,6 +10,10 @@ import pytest
 from ckpt_tools import open_checkpoint
 from ckpt_tools.conversion.masters import check_masters
 from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout
+from ckpt_tools.readers.containers.restricted_pickle import TensorRef
+from ckpt_tools.readers.deepspeed.agreement import ModelState
+from ckpt_tools.readers.deepspeed.module import matched_module
+from ckpt_tools.tensors.dtypes import BFLOAT16
 from tests.support import damage
 from tests.support.readers.contract import Case, assert_same
 
@@ -74,6 +78,17 @@ def test_a_prefix_that_state_dict_leaves_out_is_put_back(tmp_path: Path) -> None
     names = hooked(STAGE_2, "model.", "")
     names = {name: new for name, new in names.items() if name.startswith("model.")}
     assert_read(renamed(STAGE_2, tmp_path, names), STAGE_2, {})
+
+
+def test_names_that_each_need_segments_of_their_own_are_not_all_tried(tmp_path: Path) -> None:
+    """Each combination takes a look at all names, so that thousands of them take minutes."""
+    storage: Any = None
+    ref = TensorRef(storage, BFLOAT16, 0, (0,), (1,))
+    names = {f"p{at}": (1,) for at in range(20_000)}
+    module = {f"x{at}.p{at}": ref for at in range(20_000)}
+    model = ModelState(tmp_path, 0, {"module": module})
+    with pytest.raises(UnsupportedLayout, match="20000 parameters have different names"):
+        matched_module(model, names, placeholders=True, others=())
 
 
 def test_other_names_are_matched_by_shapes_in_order_and_compared(tmp_path: Path) -> None:
