@@ -26,7 +26,7 @@ from ckpt_tools.hub.reference import Answer
 from ckpt_tools.model.adapter import Adapter, read_adapter_directory, state_names, trained_dtype
 from ckpt_tools.model.combining import Weighted, combined, read_adapter_directories, weights_of
 from ckpt_tools.model.fit import Fitted, ask_model, fit_to_model
-from ckpt_tools.model.live_names import Layouts, in_one_layout
+from ckpt_tools.model.live_names import Layouts, alike, in_one_layout
 from ckpt_tools.model.merging import merged_state
 from ckpt_tools.model.quantised import KEY, plain_state, quantised_names, quantizer_of
 from ckpt_tools.model.shapes import with_shapes
@@ -223,6 +223,7 @@ def _combined(
     match request.command:
         case "average":
             _refuse_mean_of_codes(states)
+            states = alike(states, _config(request), trust=request.trust_remote_code)
             mean = mean_state(states, request.coefficients)
             return _Combined(mean, f"mean of {len(states)} checkpoints", {})
         case "merge-lora":
