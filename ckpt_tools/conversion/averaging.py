@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from ckpt_tools.errors import UnsupportedLayout, listed
+from ckpt_tools.hub import ConfigSource
+from ckpt_tools.model.live_names import alike
 from ckpt_tools.model.quantised import quantised_names
 from ckpt_tools.model.state import State, mean_state
 from ckpt_tools.storage.reading import is_near
@@ -16,8 +18,18 @@ def mean_of(
     states: Sequence[State],
     sources: Sequence[Checkpoint],
     coefficients: Sequence[float] | None,
+    config: ConfigSource | None,
+    *,
+    trust: bool,
 ) -> State:
     """The mean of the states of checkpoints.
+
+    Args:
+        states: the states.
+        sources: their checkpoints.
+        coefficients: the weight of each; None if they are equal.
+        config: of the model that all of them are; its names become one where they differ.
+        trust: whether code beside the config may describe the model.
 
     Raises:
         UnsupportedLayout: a state holds codes of a quantiser.
@@ -29,7 +41,7 @@ def mean_of(
             f"a mean of quantised weights is not a weight: {listed(codes)}",
             hint="Pass --dequantize, and the mean is that of the 16-bit weights.",
         )
-    mean = mean_state(states, coefficients)
+    mean = mean_state(alike(states, config, trust=trust), coefficients)
     return replace(mean, warnings=(*mean.warnings, *_counted_twice(sources)))
 
 

@@ -8,7 +8,7 @@ Only the tensors of the adapters are read.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,9 +36,10 @@ from ckpt_tools.tensors.catalogue import Catalogue, Tensor
 from ckpt_tools.tensors.checkpoint import ADAPTER, Checkpoint
 from ckpt_tools.transforms.lora import (
     choose_adapter,
-    free_embeddings,
+    embedding_weights,
     saved_names,
-    targeted_embeddings,
+    whole_embeddings,
+    wrapped_embeddings,
 )
 from ckpt_tools.writing.layout import plan
 from ckpt_tools.writing.manifest import Provenance
@@ -149,27 +150,29 @@ def _described(adapter: Adapter, request: Request, base: ConfigSource | None) ->
 
 def _embeddings(
     adapter: Adapter, config: AdapterConfig, request: Request, base: ConfigSource | None
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Embeddings that are written with an adapter, and why.
+) -> tuple[Mapping[str, str], tuple[str, ...]]:
+    """What is written of embeddings with an adapter, by saved name, and why.
 
     PEFT writes embeddings that are targets, that were resized, or that the caller asks for. Here the
-    checkpoint
-    decides: a trained embedding would be lost if it were left out.
+    checkpoint decides: a trained embedding would be lost if it were left out.
     """
-    modules = [name.rpartition(".")[0] for name in adapter.names.plain.values()]
-    if config.targets_embeddings(modules):
-        return targeted_embeddings(adapter.names, adapter.name), ()
-    free = free_embeddings(adapter.names)
-    state = adapter.state
-    if any(kind == "frozen" for kind in state.kinds.values()):
-        trained = [name for name in free if state.kinds.get(name) == "parameter"]
-        if trained:
-            return free, (f"trained beside the adapter, and written with it: {listed(free)}",)
+    names, state = adapter.names, adapter.state
+    modules = [name.rpartition(".")[0] for name in names.plain.values()]
+    targeted = config.targets_embeddings(modules)
+    if targeted and config.token_indices is None:
+        return wrapped_embeddings(names), ()
+    weights = embedding_weights(names)
+    saved = wrapped_embeddings(names) if targeted else whole_embeddings(names, adapter.name)
+    which = listed(list(saved.values()))
+    if "frozen" in state.kinds.values() and any(
+        state.kinds.get(name) == "parameter" for name in weights
+    ):
+        return saved, (f"trained beside the adapter, and written with it: {which}",)
     before = _vocabulary(str(config.data.get("base_model_name_or_path")), request, base)
-    rows = {state.catalogue[name].shape[0] for name in free}
+    rows = {state.catalogue[name].shape[0] for name in weights}
     if before is None or not rows or rows == {before}:
-        return (), ()
-    return free, (f"resized from {before} rows, and written with the adapter: {listed(free)}",)
+        return {}, ()
+    return saved, (f"resized from {before} rows, and written with the adapter: {which}",)
 
 
 def _vocabulary(base_model: str, request: Request, base: ConfigSource | None) -> int | None:

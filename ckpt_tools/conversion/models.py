@@ -223,7 +223,13 @@ def _combined(
     """The one state that is made of the states of the sources."""
     match request.command:
         case "average":
-            mean = mean_of(states, sources, request.coefficients)
+            mean = mean_of(
+                states,
+                sources,
+                request.coefficients,
+                _config(request),
+                trust=request.trust_remote_code,
+            )
             return _Combined(mean, f"mean of {len(states)} checkpoints", {})
         case "merge-lora":
             return _merged(states, sources, request)

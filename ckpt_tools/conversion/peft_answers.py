@@ -22,7 +22,7 @@ from ckpt_tools.model.adapter import Adapter, trained_dtype
 from ckpt_tools.model.state import State, cast_state, main_dtype
 from ckpt_tools.tensors.catalogue import Catalogue
 from ckpt_tools.tensors.dtypes import BY_NAME
-from ckpt_tools.transforms.lora import free_embeddings
+from ckpt_tools.transforms.lora import embedding_weights, names_alone
 
 # The output of a prompt encoder is computed in memory.
 _MOST_BYTES = 2**30
@@ -88,8 +88,8 @@ def ask_peft(
 
 def _holds_none(one: Found, answer: AdapterAnswer) -> bool:
     """Whether the state holds none of the tensors that PEFT writes."""
-    live = set(one.adapter.names.live.values())
-    return not any(name in live for names in answer.names.values() for name in names)
+    held = set(names_alone(one.adapter.names, one.adapter.name).values())
+    return not any(name in held for names in answer.names.values() for name in names)
 
 
 def _need_peft(found: Sequence[Found], why: str, hint: str) -> None:
@@ -105,12 +105,11 @@ def _need_peft(found: Sequence[Found], why: str, hint: str) -> None:
 def _question(one: Found, request: Request) -> AdapterQuestion:
     adapter = one.adapter
     names, state = adapter.names, adapter.state
-    others = {p.name for a, ps in names.adapters.items() if a != adapter.name for p in ps}
     cast = cast_state(state, request.dtype)
-    live = {name: cast[old].dtype for old, name in names.live.items() if old not in others}
-    free = set(free_embeddings(names))
-    wanted = any(name in free for name in one.names.values())
-    return AdapterQuestion(adapter.name, one.config.data, live, wanted)
+    dtypes = {name: cast[old].dtype for old, name in names_alone(names, adapter.name).items()}
+    embeddings = set(embedding_weights(names))
+    wanted = any(name in embeddings for name in one.names.values())
+    return AdapterQuestion(adapter.name, one.config.data, dtypes, wanted)
 
 
 def _model_config(one: Found, base: ConfigSource) -> Mapping[str, object]:
@@ -132,7 +131,8 @@ def _as_peft(one: Found, answer: AdapterAnswer, question: str, request: Request)
         UnsupportedLayout: what PEFT makes from other tensors needs too much memory.
     """
     adapter = one.adapter
-    held = {live: name for name, live in adapter.names.live.items()}
+    alone = names_alone(adapter.names, adapter.name)
+    held = {own: name for name, own in alone.items()}
     own = {
         saved: next((n for n in names if n in held), "") for saved, names in answer.names.items()
     }
@@ -163,7 +163,7 @@ def _as_peft(one: Found, answer: AdapterAnswer, question: str, request: Request)
                 tensor=held[live],
                 hint=hint,
             )
-    names = {saved: held[live] for saved, live in own.items()}
+    names = _named(one, {saved: held[live] for saved, live in own.items()}, alone)
     notes = one.notes
     if one.config.is_lora:
         unused = [part.name for part in adapter.parts if part.name not in names.values()]
@@ -189,6 +189,20 @@ def _as_peft(one: Found, answer: AdapterAnswer, question: str, request: Request)
     return Found(adapter, one.config, names, notes, made)
 
 
+def _named(one: Found, answered: Mapping[str, str], alone: Mapping[str, str]) -> dict[str, str]:
+    """By saved name: what PEFT writes where there are other adapters too.
+
+    The child builds the model without them. PEFT writes tensors of the base under their names in the
+    model, which have the wrappers of all adapters.
+    """
+    live = one.adapter.names.live
+    names = {
+        live[name] if saved == alone[name] else saved: name for saved, name in answered.items()
+    }
+    beside = {saved: name for saved, name in one.names.items() if alone[name] != live[name]}
+    return names | beside
+
+
 def _made(
     one: Found, answer: AdapterAnswer, question: str, request: Request
 ) -> dict[str, MadeByPeft]:
@@ -196,7 +210,8 @@ def _made(
     if not answer.made:
         return {}
     state = one.adapter.state
-    held = {live: name for name, live in one.adapter.names.live.items()}
+    alone = names_alone(one.adapter.names, one.adapter.name)
+    held = {own: name for name, own in alone.items()}
     cast = cast_tensors(state, {live: held[live] for live in answer.inputs}, request)
     if cast.nbytes > _MOST_BYTES:
         raise UnsupportedLayout(

@@ -97,9 +97,9 @@ class AdapterConfig:
         return self.alpha(module) / (math.sqrt(rank) if self.data.get("use_rslora") else rank)
 
     def targets_embeddings(self, modules: Iterable[str]) -> bool:
-        """Whether PEFT takes one of ``modules`` for a targeted embedding, and saves its base layer."""
+        """Whether PEFT takes one of ``modules`` for a targeted embedding."""
         named = self.data.get("target_modules") or ()
-        if self.token_indices is not None or named == "all-linear":
+        if named == "all-linear":
             return False
         if not isinstance(named, str):
             return any(name in named for name in _EMBEDDINGS)

@@ -29,7 +29,9 @@ _TOKENIZER_CONFIG = "tokenizer_config.json"
 _PROCESSOR_CONFIG = "processor_config.json"
 _ANY_FAST = "PreTrainedTokenizerFast"
 
-# Configs inside processor_config.json, and the files in which version 4 looks for them.
+# Configs inside processor_config.json, and the files in which version 4.57.6 looks first. It also reads them
+# inside processor_config.json, but `get_image_processor_config` reads the file alone
+# (models/auto/image_processing_auto.py).
 _PROCESSORS = {
     "image_processor": "preprocessor_config.json",
     "feature_extractor": "preprocessor_config.json",
@@ -348,7 +350,7 @@ def _tokenizer_config(
 
 
 def _processor_configs(named: Mapping[str, AssetFile], notes: list[str]) -> dict[str, AssetFile]:
-    """The config of each processor in the file where version 4 looks for it."""
+    """The config of each processor in the file where version 4 looks for it first."""
     data = json.loads(named[_PROCESSOR_CONFIG].read())
     made: dict[str, AssetFile] = {}
     for key, name in _PROCESSORS.items():

@@ -1,6 +1,7 @@
-"""Adapter and base under the same names: those of the model in memory, where the hub's are others.
+"""States under the same names: those of the model in memory, where the hub's are others.
 
-Owns the choice of the layout in which the targets of an adapter are looked for. PEFT wraps the model in
+Owns the choice of the layout in which the targets of an adapter are looked for, and in which states of one
+model are averaged. PEFT wraps the model in
 memory. Its adapters have those names, or older ones of the hub, and a base from a directory has hub names.
 """
 
@@ -18,6 +19,8 @@ from ckpt_tools.tensors.catalogue import Catalogue
 from ckpt_tools.transforms.hub_layout import layout_of
 from ckpt_tools.transforms.live_layout import lacking_modules, live_layout, live_modules
 from ckpt_tools.transforms.lora import PREFIX, plain_name
+
+_BASE_UNDONE = "the base was brought into the layout of the model in memory, which the adapter has"
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,36 @@ def in_one_layout(given: Layouts, config: ConfigSource | None, *, trust: bool) -
     found = Layouts(states, adapter)
     after = _lacking(found, _wrapped(adapter or states[0]))
     return found if not after or len(after) < len(lacking) else given
+
+
+def alike(states: Sequence[State], config: ConfigSource | None, *, trust: bool) -> Sequence[State]:
+    """States of one model under the same names, as far as the model of the config tells.
+
+    Nothing changes where all have the same names, or where the model of the config is not known.
+    """
+    if config is None or all({*s.catalogue} == {*states[0].catalogue} for s in states):
+        return states
+    found = []
+    for number, state in enumerate(states, start=1):
+        model = ask_model(
+            state.catalogue, config, None, main_dtype(state.catalogue), trust=trust
+        ).result()
+        if model is None:
+            return states
+        note = f"checkpoint {number} was brought into the layout of the model in memory"
+        found.append(_with_second_names(_undone(state, model, note), model))
+    return found
+
+
+def _with_second_names(state: State, model: ReferenceModel) -> State:
+    """A state with the second names that the model gives to its tensors, and that it does not hold."""
+    held = state.catalogue
+    ties = dict(held.ties)
+    for pair in model.ties.items():
+        for lacking, there in (pair, pair[::-1]):
+            if lacking not in held and there in held:
+                ties[lacking] = held.ties.get(there, there)
+    return replace(state, catalogue=Catalogue(dict(held.items()), ties))
 
 
 def _is_open(given: Layouts, wrapped: Sequence[str]) -> bool:
@@ -116,13 +149,12 @@ def _with_same_head(given: Layouts, wrapped: Sequence[str]) -> Layouts:
     return Layouts([first_state, *given.states[1:]], renamed)
 
 
-def _undone(state: State, model: ReferenceModel) -> State:
+def _undone(state: State, model: ReferenceModel, note: str = _BASE_UNDONE) -> State:
     """A state in the live layout, if it is in that of the hub."""
     layout = layout_of(state.catalogue, model)
     if layout == "live":
         return state
     catalogue, origin = live_layout(state.catalogue, model)
-    note = "the base was brought into the layout of the model in memory, which the adapter has"
     notes = [note] if layout == "hub" else []
     return State(
         catalogue,

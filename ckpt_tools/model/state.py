@@ -105,13 +105,22 @@ def model_state(
 
 
 def mean_state(states: Sequence[State], coefficients: Sequence[float] | None) -> State:
-    """The weighted mean of states; everything but the tensors comes from the first.
+    """The weighted mean of states; everything but tensors and notes comes from the first.
 
     Raises:
         UsageError: names or shapes differ, or the coefficients do not fit.
     """
+    first = states[0]
     mean = average([state.catalogue for state in states], coefficients)
-    return replace(states[0], catalogue=mean)
+    # A name of another state may be a second name of the first.
+    own = {name: first.catalogue.ties.get(name, name) for name in mean}
+    return replace(
+        first,
+        catalogue=mean,
+        dtypes={name: first.dtypes[held] for name, held in own.items()},
+        kinds={name: first.kinds[held] for name, held in own.items()},
+        notes=tuple(dict.fromkeys(note for state in states for note in state.notes)),
+    )
 
 
 def cast_state(state: State, choice: DTypeChoice, as_stored: Collection[str] = ()) -> Catalogue:

@@ -60,10 +60,11 @@ class Mean(Computed):
 def average(states: Sequence[Catalogue], coefficients: Sequence[float] | None = None) -> Catalogue:
     """The mean of ``states``, name by name, rounded to fp32.
 
-    Tensors that are not floating (counters, masks) are taken from the last state.
+    Tensors that are not floating (counters, masks) are taken from the last state. Names that are tied in
+    every state stay tied.
 
     Args:
-        states: catalogues with the same names and shapes.
+        states: catalogues with the same names and shapes. A name may be a second name in some of them.
         coefficients: one a state; they must add up to 1. By default all are equal.
 
     Raises:
@@ -84,11 +85,12 @@ def average(states: Sequence[Catalogue], coefficients: Sequence[float] | None = 
         )
     first = states[0]
     for index, state in enumerate(states[1:], start=2):
-        odd = sorted(set(first) ^ set(state))
+        odd = sorted(name for name in {*first, *state} if name not in first or name not in state)
         if odd:
             raise UsageError(
                 f"checkpoint {index} and the first differ in {len(odd)} names: {listed(odd, 3)}",
-                hint="Only checkpoints of one architecture can be averaged.",
+                hint="Only checkpoints of one architecture can be averaged. If these are, write each with "
+                "consolidate and the same --like DIR, and average the two outputs.",
             )
         for name in first:
             if first[name].shape != state[name].shape:
@@ -98,8 +100,17 @@ def average(states: Sequence[Catalogue], coefficients: Sequence[float] | None = 
                     tensor=name,
                 )
     tensors: dict[str, Tensor] = {}
-    for name in first:
+    ties: dict[str, str] = {}
+    met: dict[tuple[str, ...], str] = {}
+    for name in dict.fromkeys(name for state in states for name in state):
+        kept = met.setdefault(tuple(state.ties.get(name, name) for state in states), name)
+        if kept != name:
+            ties[name] = kept
+            continue
         terms = tuple(state[name] for state in states)
         floating = all(term.dtype.is_floating for term in terms)
         tensors[name] = Mean(terms, weights) if floating else terms[-1]
-    return Catalogue(tensors, first.ties)
+    for alias, kept in first.ties.items():
+        if alias not in tensors:
+            ties.setdefault(alias, ties.get(kept, kept))
+    return Catalogue(tensors, ties)

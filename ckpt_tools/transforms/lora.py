@@ -12,7 +12,7 @@ Sources: ``peft/utils/save_and_load.py`` (``get_peft_model_state_dict``), ``peft
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ckpt_tools.errors import UsageError, tensors
@@ -86,6 +86,11 @@ class Part:
         kept = () if self.replaces else (self.container,)
         tail = "" if self.container == "lora_magnitude_vector" else self.tail
         return PREFIX + ".".join(filter(None, (self.module, *kept, tail)))
+
+    @property
+    def copied(self) -> str:
+        """Its name where PEFT copies a whole module: without the adapter's name, and no other change."""
+        return PREFIX + ".".join(filter(None, (self.module, self.container, self.tail)))
 
 
 @dataclass(frozen=True)
@@ -196,7 +201,7 @@ def saved_names(
     adapter: str,
     *,
     bias: str,
-    embeddings: Collection[str],
+    embeddings: Mapping[str, str],
     aliases: Mapping[str, str],
 ) -> dict[str, str]:
     """For each tensor that PEFT writes for a LoRA adapter, the name of the tensor in the state.
@@ -205,8 +210,8 @@ def saved_names(
         adapted: the names of the state.
         adapter: which adapter.
         bias: ``none``, ``all`` or ``lora_only``, as in the adapter's config.
-        embeddings: base names of embeddings that are written too, because an adapter targets them or
-            because they were resized or trained.
+        embeddings: what is written of embeddings, by saved name, because an adapter targets them or because
+            they were resized or trained.
         aliases: second names of tied tensors. PEFT writes a tied token adapter under the other name.
     """
     parts = adapted.adapters[adapter]
@@ -218,28 +223,49 @@ def saved_names(
     biased = {f"{part.module}.base_layer.bias" for part in parts if part.is_lora}
     for name, inner in adapted.base.items():
         is_bias = inner.endswith(".bias") and (bias == "all" or inner in biased)
-        if (is_bias and bias != "none") or name in embeddings:
+        if is_bias and bias != "none":
             names[PREFIX + inner] = name
+    return names | dict(embeddings)
+
+
+def embedding_weights(adapted: AdaptedNames) -> tuple[str, ...]:
+    """Weights of the base that are input or output embeddings, wrapped or not."""
+    return tuple(name for name, inner in adapted.base.items() if _is_embedding(inner))
+
+
+def wrapped_embeddings(adapted: AdaptedNames) -> dict[str, str]:
+    """By saved name: the base layers of embeddings. PEFT writes them for an adapter that targets one."""
+    return {
+        PREFIX + inner: name
+        for name, inner in adapted.base.items()
+        if inner.partition(".base_layer.")[0].rpartition(".")[2] in _EMBEDDINGS
+    }
+
+
+def whole_embeddings(adapted: AdaptedNames, adapter: str) -> dict[str, str]:
+    """By saved name: every tensor in an embedding. PEFT writes them where the vocabulary was resized.
+
+    The copies that its wrappers keep are among them, under names without the adapter's.
+    """
+    found = {PREFIX + inner: name for name, inner in adapted.base.items() if _in_embedding(inner)}
+    parts = (part for part in adapted.adapters[adapter] if _in_embedding(part.module))
+    return found | {part.copied: part.name for part in parts}
+
+
+def names_alone(adapted: AdaptedNames, adapter: str) -> dict[str, str]:
+    """For each tensor of the base and of one adapter, its name in a model with that adapter alone.
+
+    Where there are several, one of them may have wrapped a module that the others do not.
+    """
+    others = {n: one for n, one in adapted.adapters.items() if n != adapter}
+    theirs = {part.name for parts in others.values() for part in parts}
+    own = {plain_name(part.module) for part in adapted.adapters[adapter]}
+    names = {name: live for name, live in adapted.live.items() if name not in theirs}
+    for name, inner in adapted.base.items() if others else ():
+        plain = plain_name(inner)
+        if not any(plain.startswith(f"{module}.") for module in own):
+            names[name] = PREFIX + plain
     return names
-
-
-def targeted_embeddings(adapted: AdaptedNames, adapter: str) -> tuple[str, ...]:
-    """Base layers of embeddings that a LoRA adapter targets. PEFT writes them with the adapter."""
-    modules = {part.module for part in adapted.adapters[adapter] if part.is_lora}
-    return tuple(
-        name
-        for name, inner in adapted.base.items()
-        if inner.partition(".base_layer.")[0] in modules and _is_embedding(inner)
-    )
-
-
-def free_embeddings(adapted: AdaptedNames) -> tuple[str, ...]:
-    """Input and output embeddings that no adapter wraps. PEFT writes them if they were resized."""
-    return tuple(
-        name
-        for name, inner in adapted.base.items()
-        if inner == plain_name(inner) and _is_embedding(inner)
-    )
 
 
 def with_adapter_name(saved: str, adapter: str) -> str:
@@ -276,6 +302,10 @@ def read_by_peft(saved: Iterable[str]) -> list[str]:
 def _is_embedding(inner: str) -> bool:
     path = plain_name(inner).split(".")
     return len(path) > 1 and path[-2] in _EMBEDDINGS and path[-1] == "weight"
+
+
+def _in_embedding(inner: str) -> bool:
+    return not _EMBEDDINGS.isdisjoint(inner.split("."))
 
 
 def _container(name: str) -> bool:

@@ -156,6 +156,52 @@ def test_what_is_no_mean_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
+def test_the_same_model_may_have_the_hubs_names_and_those_in_memory(tmp_path: Path) -> None:
+    """Experts are fused in memory, and one of the two stores the tied head too."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1}
+    config = MixtralConfig(
+        vocab_size=9,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=2,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        **sizes,
+    )
+    torch.manual_seed(0)
+    first, second = MixtralForCausalLM(config), MixtralForCausalLM(config)
+    first.save_pretrained(tmp_path / "hub")
+    second.config.save_pretrained(tmp_path / "run")
+    live = {name: value.clone() for name, value in second.state_dict().items()}
+    save_file(live, tmp_path / "run/model.safetensors", metadata={"format": "pt"})
+    for one, other in zip(first.parameters(), second.parameters(), strict=True):
+        one.data = (one.double() * 0.25 + other.double() * 0.75).float()
+    first.save_pretrained(tmp_path / "truth")
+    truth = load_file(tmp_path / "truth/model.safetensors")
+
+    both = [tmp_path / "hub", tmp_path / "run"]
+    for order, weights in ((both, [0.25, 0.75]), (both[::-1], [0.75, 0.25])):
+        out = tmp_path / f"out-{order[0].name}"
+        report = average(order, out, coefficients=weights, config=tmp_path / "hub")
+        found = load_file(out / "model.safetensors")
+        assert found.keys() == truth.keys()
+        assert all(torch.equal(found[name], truth[name]) for name in truth)
+        which = order.index(tmp_path / "hub") + 1
+        assert (
+            f"checkpoint {which} was brought into the layout of the model in memory" in report.notes
+        )
+
+    with pytest.raises(UsageError, match="differ in") as caught:
+        average(both, tmp_path / "none", weights_only=True)
+    assert "consolidate and the same --like DIR" in (caught.value.hint or "")
+    for one in both:
+        consolidate(one, tmp_path / f"like-{one.name}", like=tmp_path / "hub")
+    average([tmp_path / "like-hub", tmp_path / "like-run"], tmp_path / "next", weights_only=True)
+
+
 def test_the_command_takes_any_number_of_checkpoints(tmp_path: Path) -> None:
     from click.testing import CliRunner
 

@@ -11,8 +11,8 @@ from ckpt_tools.transforms.lora import (
     is_adapted,
     plain_name,
     saved_names,
-    targeted_embeddings,
     with_adapter_name,
+    wrapped_embeddings,
 )
 from ckpt_tools.transforms.lora_targets import factors, find_targets
 
@@ -131,11 +131,11 @@ STATE = [
 )
 def test_biases_and_targeted_embeddings_are_saved(bias: str, biases: set[str]) -> None:
     names = adapted_names(STATE)
-    embeddings = targeted_embeddings(names, "default")
+    embeddings = wrapped_embeddings(names)
 
     saved = saved_names(names, "default", bias=bias, embeddings=embeddings, aliases={})
 
-    assert embeddings == (P + "embed_tokens.base_layer.weight",)
+    assert [*embeddings] == [P + "embed_tokens.base_layer.weight"]
     assert {n for n in saved if n.endswith("bias")} == {P + b for b in biases}
     assert P + "embed_tokens.base_layer.weight" in saved
     assert P + "lm_head.weight" not in saved
