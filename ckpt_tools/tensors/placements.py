@@ -1,10 +1,12 @@
 """Owns the arithmetic of DTensor placements: which elements of the whole a rank of a mesh holds.
 
 A placement cuts what the placements before it left of one axis. A strided placement takes a part of each of
-several chunks, so a rank may hold more than one span of an axis.
+several chunks, so a rank may hold more than one span of an axis. FSDP2 notes by a strided placement that it
+cut what tensor parallelism had left of an axis. Where the axis does not divide evenly, these are other parts
+than torch's own arithmetic gives for the placement.
 
 Source: ``torch/distributed/tensor/_utils.py`` (``_compute_local_shape_and_global_offset``) and
-``placement_types.py``, read at torch 2.13.
+``placement_types.py``, ``fsdp/_fully_shard/_fsdp_param.py`` (``_init_sharded_param``), read at torch 2.13.
 """
 
 from __future__ import annotations
@@ -47,6 +49,48 @@ def local_spans(
             taken = [_chunk(chunk, parts, index) for chunk in chunks]
             spans[placement.axis] = _joined(span for part in taken for span in part)
     return tuple(spans)
+
+
+def readings(
+    shape: Shape, mesh: Shape, coordinate: Shape, placements: Sequence[Sharding | None]
+) -> Iterator[tuple[Spans, ...]]:
+    """The spans that the placements may mean; the sizes of the rank's part decide.
+
+    The arguments are those of :func:`local_spans`. All readings are equal where the axes divide evenly. The
+    parts of all ranks tile the tensor in each reading, and a mixture of readings leaves a hole.
+
+    Yields:
+        The part that FSDP2 makes after tensor parallelism, if the placements can be its; the part that the
+        placements give in their order.
+    """
+    order = _order_of_cuts(mesh, placements)
+    if order is not None:
+        plain = [None if each is None else Sharding(each.axis) for each in placements]
+        yield local_spans(
+            shape,
+            tuple(mesh[i] for i in order),
+            tuple(coordinate[i] for i in order),
+            [plain[i] for i in order],
+        )
+    yield local_spans(shape, mesh, coordinate, placements)
+
+
+def _order_of_cuts(mesh: Shape, placements: Sequence[Sharding | None]) -> list[int] | None:
+    """The order in which FSDP2 and tensor parallelism cut; None if a strided placement has another meaning.
+
+    Its factor is then the number of parts that the later axes of the mesh had made of the same axis before.
+    """
+    strided = []
+    for i, each in enumerate(placements):
+        if each is not None and each.split_factor > 1:
+            later = zip(mesh[i + 1 :], placements[i + 1 :], strict=True)
+            parts = [size for size, other in later if other and other.axis == each.axis]
+            if math.prod(parts) != each.split_factor:
+                return None
+            strided.append(i)
+    if not strided:
+        return None
+    return [i for i in range(len(mesh)) if i not in strided] + strided[::-1]
 
 
 def _chunk(spans: Spans, parts: int, index: int) -> Spans:

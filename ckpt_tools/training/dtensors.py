@@ -10,7 +10,7 @@ from typing import Any
 
 from ckpt_tools.errors import UnsupportedLayout
 from ckpt_tools.tensors.checkpoint import Kind
-from ckpt_tools.tensors.placements import Sharding, Spans, local_boxes, local_spans
+from ckpt_tools.tensors.placements import Sharding, Spans, local_boxes, readings
 from ckpt_tools.training.holding import Held, Piece, dtype_of
 
 
@@ -37,14 +37,15 @@ def held_of(name: str, kind: Kind, value: Any) -> Held:
     mesh, coordinate = tuple(value.device_mesh.shape), value.device_mesh.get_coordinate()
     placements = [_placement(each, name) for each in value.placements]
     # The part at the first coordinate is the largest.
-    room = _numel(local_spans(shape, mesh, (0,) * len(mesh), placements))
+    room = max(map(_numel, readings(shape, mesh, (0,) * len(mesh), placements)))
     pieces: tuple[Piece, ...] = ()
     if coordinate is not None and local.numel():
-        spans = local_spans(shape, mesh, tuple(coordinate), placements)
-        if _numel(spans) != local.numel():
+        held = list(readings(shape, mesh, tuple(coordinate), placements))
+        spans = next((one for one in held if _numel(one) == local.numel()), None)
+        if spans is None:
             raise UnsupportedLayout(
                 f"its local part has {local.numel():,} elements where its placements give "
-                f"{_numel(spans):,}",
+                f"{_numel(held[-1]):,}",
                 tensor=name,
                 hint="It is padded, or torch shards it in an unknown way.",
             )

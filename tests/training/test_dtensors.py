@@ -21,6 +21,11 @@ class Shard:
         self.dim = dim
 
 
+class _StridedShard:
+    def __init__(self, dim: int, split_factor: int) -> None:
+        self.dim, self.split_factor = dim, split_factor
+
+
 class Replicate: ...
 
 
@@ -62,6 +67,15 @@ def test_every_rank_has_room_for_the_largest_part() -> None:
         Box((2, 0), (2, 4)),
         Box((4, 0), (1, 4)),
     ]
+
+
+def test_fsdp2_after_uneven_tensor_parallelism() -> None:
+    """Of 67 rows on 3 x 2 ranks, the fifth rank holds 10: the end of the first 34."""
+    mesh, placements = Mesh((3, 2), (2, 0)), (_StridedShard(0, 2), Shard(0))
+    part = held(torch.ones(10, 4), (67, 4), mesh, *placements)
+
+    assert part.pieces[0].region == Box((24, 0), (10, 4))
+    assert part.room == 12 * 4
 
 
 def test_a_rank_may_hold_nothing() -> None:

@@ -31,7 +31,7 @@ from ckpt_tools.tensors.placements import (
     Spans,
     count_of_boxes,
     local_boxes,
-    local_spans,
+    readings,
 )
 from ckpt_tools.tensors.regions import digits, dot
 
@@ -173,7 +173,8 @@ def _of_dtensor(value: Opaque, path: Path, name: str) -> Part:
     placements = tuple([_placement(each, len(shape), path, name) for each in spec["placements"]])
     chunks = math.prod([1 if each is None else each.split_factor for each in placements])
     local.storage.spend(chunks - 1)
-    spans, sizes = _held(shape, _mesh_shape(mesh), _shape(coordinate), placements)
+    held = _held(shape, _mesh_shape(mesh), _shape(coordinate), placements)
+    spans, sizes = next((one for one in held if one[1] == local.shape), held[-1])
     # FSDP2 keeps a part with other sizes if the tensor has no elements.
     if local.dtype != dtype or (local.shape != sizes and math.prod(shape)):
         raise DamagedCheckpoint(
@@ -191,10 +192,12 @@ def _of_dtensor(value: Opaque, path: Path, name: str) -> Part:
 @lru_cache(maxsize=64)
 def _held(
     shape: Shape, mesh: Shape, coordinate: Shape, placements: tuple[Sharding | None, ...]
-) -> tuple[tuple[Spans, ...], Shape]:
-    """The spans that a rank holds, and the sizes of its part."""
-    spans = local_spans(shape, mesh, coordinate, placements)
-    return spans, tuple(sum(high - low for low, high in held) for held in spans)
+) -> list[tuple[tuple[Spans, ...], Shape]]:
+    """The spans that a rank may hold, and the sizes of its part with each."""
+    return [
+        (spans, tuple(sum(high - low for low, high in held) for held in spans))
+        for spans in readings(shape, mesh, coordinate, placements)
+    ]
 
 
 @lru_cache(maxsize=64)

@@ -21,7 +21,7 @@ from ckpt_tools.readers.containers.restricted_pickle import Opaque, StorageRef, 
 from ckpt_tools.readers.containers.torch_file import TorchFile
 from ckpt_tools.tensors.catalogue import Box, Fragment, Shape, Stored
 from ckpt_tools.tensors.dtypes import FLOAT32, DType
-from ckpt_tools.tensors.placements import Sharding, local_boxes, local_spans
+from ckpt_tools.tensors.placements import Sharding, local_boxes, local_spans, readings
 
 HERE = Path("rank_0.pt")
 
@@ -84,6 +84,35 @@ def test_every_rank_holds_what_torch_gives_it(case: tuple[Shape, Shape, list[Pla
         assert covered == local.numel()
     # All ranks together hold every element, each once but for replicas. Replicas are the same boxes.
     Stored(FLOAT32, shape, [Fragment(HERE, 0, box) for box in held])
+
+
+@pytest.mark.parametrize(
+    ("data", "tensor", "rows"), [(3, 2, 67), (4, 2, 9), (2, 3, 10), (3, 4, 25)]
+)
+def test_fsdp2_after_tensor_parallelism_cuts_the_parts_that_are_there(
+    data: int, tensor: int, rows: int
+) -> None:
+    """torch notes it as a strided placement, and computes other parts where the rows do not divide evenly."""
+    placements = [Sharding(0, split_factor=tensor), Sharding(0)]
+    whole = torch.arange(rows)
+    for column, part in enumerate(whole.tensor_split(_starts(rows, tensor))):
+        for row, local in enumerate(part.tensor_split(_starts(len(part), data))):
+            first, *_ = readings((rows,), (data, tensor), (row, column), placements)
+            span = (int(local[0]), int(local[-1]) + 1) if len(local) else None
+            assert first == (((span,) if span else ()),)
+
+
+def _starts(length: int, parts: int) -> list[int]:
+    """Where ``torch.chunk`` cuts; it may make fewer parts, and the rest of the ranks hold nothing."""
+    step = -(-length // parts)
+    return [min(step * i, length) for i in range(1, parts)]
+
+
+def test_a_strided_placement_of_another_factor_has_one_reading() -> None:
+    given = [Sharding(0, split_factor=4), Sharding(0)]
+    assert len(list(readings((9,), (2, 2), (0, 0), given))) == 1
+    across = [Sharding(0, split_factor=2), Sharding(1)]
+    assert len(list(readings((9, 9), (2, 2), (0, 0), across))) == 1
 
 
 def test_a_span_of_whole_rows_is_one_run_and_a_broken_axis_is_cut_by_rows() -> None:
