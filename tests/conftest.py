@@ -10,6 +10,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from tests.support.answers import share_answers
 from tests.support.warm import warm_children
 
 # Before anything imports huggingface_hub, which reads them once. Child processes inherit them.
@@ -17,6 +18,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # No test depends on what another run left; tests of the cache name a directory of their own.
 os.environ["CKPT_TOOLS_CACHE"] = "off"
+share_answers()
 # pytest-xdist sets it for its workers; what is printed would depend on their number.
 os.environ.pop("COLUMNS", None)
 

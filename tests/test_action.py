@@ -24,6 +24,7 @@ import yaml  # type: ignore[import-untyped]
 
 from ckpt_tools._version import __version__
 from tests.cli.test_consolidate import CHAT, run
+from tests.support.answers import shared_answers
 
 ROOT = Path(__file__).resolve().parent.parent
 ACTION: dict[str, Any] = yaml.safe_load((ROOT / "action.yml").read_text())
@@ -74,6 +75,7 @@ class Runner:
             "PATH": f"{self.tools}:{BIN}:/usr/bin:/bin",
             "HOME": str(self.workspace),
             "HF_HUB_OFFLINE": "1",
+            **shared_answers(),
             "GITHUB_OUTPUT": str(output),
             **self.env,
             **{key: self.evaluate(str(value)) for key, value in step.get("env", {}).items()},

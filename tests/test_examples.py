@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.answers import shared_answers
 from tests.support.merges import assert_all_rounded
 from tests.support.ranks.launching import REPOSITORY, ended, start
 
@@ -18,7 +19,7 @@ def run(name: str, out: Path) -> str:
     """The example under the torchrun that its docstring shows; what it printed."""
     script = REPOSITORY / "examples" / name
     assert f"torchrun --nproc-per-node 2 examples/{name} OUT" in script.read_text()
-    result = ended(start([script, out], ranks=2))
+    result = ended(start([script, out], ranks=2, environment=shared_answers()))
     assert result.status == 0, result.stdout + result.stderr
     return result.stdout
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from ckpt_tools import verify
+from tests.support.answers import shared_answers
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.slow
@@ -41,7 +42,7 @@ class Truth(TrainerCallback):
         while state.global_step >= 4 and not (truth / "go-on").exists():
             time.sleep(0.01)
 
-arguments = TrainingArguments(run, max_steps=8, save_steps=2, save_total_limit=3, report_to=[], use_cpu=True,
+arguments = TrainingArguments(run, max_steps=6, save_steps=2, save_total_limit=2, report_to=[], use_cpu=True,
                               per_device_train_batch_size=1, learning_rate=0.01, disable_tqdm=True)
 Trainer(model, arguments, train_dataset=rows, callbacks=[Truth()]).train()
 """
@@ -50,7 +51,12 @@ Trainer(model, arguments, train_dataset=rows, callbacks=[Truth()]).train()
 def test_a_training_that_saves_is_watched(tmp_path: Path) -> None:
     run, out, truth, log = (tmp_path / name for name in ("run", "out", "truth", "log"))
     run.mkdir(), truth.mkdir()
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        **shared_answers(),
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+    }
     command = f'basename "$CKPT_TOOLS_OUTPUT" >> {log}; touch {truth}/go-on'
     options = ("--verify", "--quiet", "--poll", "0.05", "--exec", command)
     watch = subprocess.Popen(
@@ -59,7 +65,7 @@ def test_a_training_that_saves_is_watched(tmp_path: Path) -> None:
     training = subprocess.Popen([sys.executable, "-c", TRAINING, run, truth], env=environment)
     try:
         # The last checkpoint is the last record; earlier ones may be deleted before they are read.
-        wait_until(lambda: (out / "checkpoint-8.done").exists(), watch)
+        wait_until(lambda: (out / "checkpoint-6.done").exists(), watch)
         assert training.wait() == 0
         watch.send_signal(signal.SIGTERM)
         assert watch.wait() == 143
@@ -69,7 +75,7 @@ def test_a_training_that_saves_is_watched(tmp_path: Path) -> None:
 
     names = log.read_text().split()
     assert names[0] == "checkpoint-2" or names[0] == "checkpoint-4"
-    assert names == sorted(set(names)) and names[-1] == "checkpoint-8"
+    assert names == sorted(set(names)) and names[-1] == "checkpoint-6"
     assert {path.name for path in out.iterdir() if path.is_dir()} == set(names)
     for name in names:
         saved = load_file(truth / f"{name}.safetensors")
@@ -77,5 +83,5 @@ def test_a_training_that_saves_is_watched(tmp_path: Path) -> None:
         assert found.keys() == saved.keys()
         assert all(torch.equal(found[key], saved[key]) for key in saved)
         assert verify(out / name, read_data=True).errors == ()
-    model = AutoModelForCausalLM.from_pretrained(out / "checkpoint-8")
+    model = AutoModelForCausalLM.from_pretrained(out / "checkpoint-6")
     assert torch.equal(model.lm_head.weight, saved["lm_head.weight"])
