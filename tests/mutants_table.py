@@ -385,7 +385,7 @@ _READERS = (
     _mutant(
         "dcp-scheduler-is-a-model",
         "readers/dcp/names.py",
-        "or _is_below(_TRAINING_KEYS, path[:-1])",
+        "or _is_below(beside, path[:-1])",
         "or _is_below(_OPTIMIZER_KEYS, path[:-1])",
         "what lies below keys of the training loop may be a model",
         "readers/dcp/test_dcp.py",

@@ -25,6 +25,7 @@ from ckpt_tools.errors import DamagedCheckpoint, listed
 from ckpt_tools.readers.containers.dtensor import Part, Run, part_of
 from ckpt_tools.readers.containers.restricted_pickle import TensorRef
 from ckpt_tools.readers.containers.torch_file import TorchFile, refuse_exchanged
+from ckpt_tools.readers.rank_files.content import state_dict_in
 from ckpt_tools.readers.rank_files.copies import differ
 from ckpt_tools.readers.rank_files.local_state import KIND as FLAT
 from ckpt_tools.readers.rank_files.local_state import is_local, local_parts
@@ -201,7 +202,7 @@ def _load(path: Path) -> dict[str, Any]:
     refuse_exchanged(file, _rank_in)
     if not isinstance(content, dict):
         raise DamagedCheckpoint("its content is not a state dict", path=path)
-    return {str(name): value for name, value in content.items()}
+    return {str(name): value for name, value in state_dict_in(content, path).items()}
 
 
 def _read_ranks(found: Mapping[int, Path]) -> list[_RankFile]:
