@@ -464,6 +464,15 @@ _READERS = (
         "readers/rank_files/test_reader.py",
     ),
     _mutant(
+        "dtensor-strided-in-order",
+        "tensors/placements.py",
+        "    if order is not None:\n        plain",
+        "    if order is not None and not order:\n        plain",
+        "the parts of FSDP2 after uneven tensor parallelism are those of torch's arithmetic",
+        "readers/containers/test_dtensor.py",
+        "training/test_dtensors.py",
+    ),
+    _mutant(
         "dtensor-first-broken-axis",
         "tensors/placements.py",
         "last = broken[-1] if broken else 0",
@@ -1445,8 +1454,8 @@ _TRAINING = (
     _mutant(
         "live-dtensor-padded",
         "training/dtensors.py",
-        "        if _numel(spans) != local.numel():\n",
-        "        if _numel(spans) > local.numel():\n",
+        "if _numel(one) == local.numel()), None)",
+        "if _numel(one) <= local.numel()), None)",
         "a local part that is padded is taken for the shard",
         "training/test_dtensors.py",
     ),
