@@ -385,7 +385,7 @@ _READERS = (
     _mutant(
         "dcp-scheduler-is-a-model",
         "readers/dcp/names.py",
-        "or _is_below(_TRAINING_KEYS, path[:-1])",
+        "or _is_below(beside, path[:-1])",
         "or _is_below(_OPTIMIZER_KEYS, path[:-1])",
         "what lies below keys of the training loop may be a model",
         "readers/dcp/test_dcp.py",
@@ -462,6 +462,15 @@ _READERS = (
         "a sharded axis is divided evenly, which torch.chunk does not do",
         "readers/containers/test_dtensor.py",
         "readers/rank_files/test_reader.py",
+    ),
+    _mutant(
+        "dtensor-strided-in-order",
+        "tensors/placements.py",
+        "    if order is not None:\n        plain",
+        "    if order is not None and not order:\n        plain",
+        "the parts of FSDP2 after uneven tensor parallelism are those of torch's arithmetic",
+        "readers/containers/test_dtensor.py",
+        "training/test_dtensors.py",
     ),
     _mutant(
         "dtensor-first-broken-axis",
@@ -1445,8 +1454,8 @@ _TRAINING = (
     _mutant(
         "live-dtensor-padded",
         "training/dtensors.py",
-        "        if _numel(spans) != local.numel():\n",
-        "        if _numel(spans) > local.numel():\n",
+        "if _numel(one) == local.numel()), None)",
+        "if _numel(one) <= local.numel()), None)",
         "a local part that is padded is taken for the shard",
         "training/test_dtensors.py",
     ),

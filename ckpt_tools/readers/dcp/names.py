@@ -20,27 +20,30 @@ from ckpt_tools.readers.dcp.metadata import KeyPath, Metadata
 
 # Keys that training loops use beside a model, never inside one.
 _OPTIMIZER_KEYS = frozenset({"optim", "optims", "optimizer", "optimizers"})
-_TRAINING_KEYS = _OPTIMIZER_KEYS | {
-    "dataloader",
-    "grad_scaler",
-    "lr_scheduler",
-    "lr_schedulers",
-    "optim_state",
-    "optim_state_dict",
-    "optimizer_state",
-    "optimizer_state_dict",
-    "optimizer_states",
-    "rng",
-    "rng_state",
-    "rng_states",
-    "sampler",
-    "scaler",
-    "scheduler",
-    "schedulers",
-    "train_state",
-    "trainer",
-    "trainer_state",
-}
+# Of an object that may hold the whole loop, with the model in a dict of its own.
+_LOOP_KEYS = frozenset({"train_state", "trainer", "trainer_state"})
+_TRAINING_KEYS = (
+    _OPTIMIZER_KEYS
+    | _LOOP_KEYS
+    | {
+        "dataloader",
+        "grad_scaler",
+        "lr_scheduler",
+        "lr_schedulers",
+        "optim_state",
+        "optim_state_dict",
+        "optimizer_state",
+        "optimizer_state_dict",
+        "optimizer_states",
+        "rng",
+        "rng_state",
+        "rng_states",
+        "sampler",
+        "scaler",
+        "scheduler",
+        "schedulers",
+    }
+)
 _NUMBER = re.compile(r"_\d+$")
 _STEP = re.compile(r"(?:^|[-_.])(?:(?:global_)?step|checkpoint|iter)[-_]?(\d+)$")
 _STEP_KEYS = {"step", "global_step", "current_step"}
@@ -55,12 +58,20 @@ def models(metadata: Metadata) -> Mapping[str, Mapping[str, str]]:
         For each model, by its keys (``app.model``, or ``top`` for a flat model): name in the model to flat
         name in the checkpoint, in the order of the state dict.
     """
+    # Where nothing else is a model, it is below the key of such an object.
+    return _groups(metadata, _TRAINING_KEYS) or _groups(metadata, _TRAINING_KEYS - _LOOP_KEYS)
+
+
+def _groups(metadata: Metadata, beside: frozenset[str]) -> Mapping[str, Mapping[str, str]]:
+    """The models of a checkpoint; no key on the way to one is in ``beside``."""
     optimizers = _optimizer_roots(metadata)
     groups: dict[KeyPath, dict[str, str]] = {}
     for flat in _in_order(metadata.tensors, metadata.paths):
         path = metadata.path_of(flat)
-        if not _is_beside_a_model(path, optimizers):
-            root = path[:-1]
+        root = path[:-1]
+        if not _is_beside_a_model(path, optimizers, beside) and not _is_below(
+            _LOOP_KEYS, root[-1:]
+        ):
             if root not in groups:
                 groups[root] = {}
             groups[root][str(path[-1])] = flat
@@ -100,7 +111,7 @@ def objects_of(metadata: Metadata, root: str) -> list[str]:
         str(path[-1])
         for path in map(metadata.path_of, metadata.objects)
         if label(path[:-1]) == root
-        and not _is_beside_a_model(path, frozenset())
+        and not _is_beside_a_model(path, frozenset(), _TRAINING_KEYS - _LOOP_KEYS)
         and (root != TOP or "." in str(path[-1]))
     ]
 
@@ -150,10 +161,12 @@ def _first(key: str | int) -> str:
     return str(key).partition(".")[0]
 
 
-def _is_beside_a_model(path: KeyPath, optimizers: frozenset[KeyPath]) -> bool:
+def _is_beside_a_model(
+    path: KeyPath, optimizers: frozenset[KeyPath], beside: frozenset[str]
+) -> bool:
     return (
         _is_of_optimizer(path, optimizers)
-        or _is_below(_TRAINING_KEYS, path[:-1])
+        or _is_below(beside, path[:-1])
         or _is_extra_state(path[-1])
         or any(map(_is_extra_state, path[:-1]))
     )

@@ -26,6 +26,7 @@ from ckpt_tools.readers.containers.dtensor import Part, Run, part_of
 from ckpt_tools.readers.containers.restricted_pickle import TensorRef
 from ckpt_tools.readers.containers.torch_file import TorchFile, refuse_exchanged
 from ckpt_tools.readers.containers.weight_files import refuse_odd_names
+from ckpt_tools.readers.rank_files.content import state_dict_in
 from ckpt_tools.readers.rank_files.copies import differ
 from ckpt_tools.readers.rank_files.local_state import KIND as FLAT
 from ckpt_tools.readers.rank_files.local_state import is_local, local_parts
@@ -196,14 +197,16 @@ def _rank_in(name: str) -> int | None:
     return int(match[0]) if match is not None and known else None
 
 
-def _load(path: Path) -> dict[str, Any]:
+def _load(path: Path) -> Mapping[str, Any]:
     file = TorchFile(path)
     content = file.load()
     refuse_exchanged(file, _rank_in)
     if not isinstance(content, dict):
         raise DamagedCheckpoint("its content is not a state dict", path=path)
     refuse_odd_names(content, path)
-    return content
+    found = state_dict_in(content, path)
+    refuse_odd_names(found, path)
+    return found
 
 
 def _read_ranks(found: Mapping[int, Path]) -> list[_RankFile]:

@@ -103,6 +103,21 @@ def test_what_a_loop_keeps_beside_a_model_is_none(tmp_path: Path, key: str) -> N
     assert list(checkpoint) == list(module.state_dict())
 
 
+def test_one_object_may_hold_the_whole_loop(tmp_path: Path) -> None:
+    module, optimizer = trained()
+    state = {
+        "model": module.state_dict(),
+        "optim": optimizer.state_dict(),
+        "seen": torch.ones(2, 2),
+    }
+    save(tmp_path, {"trainer": state})
+
+    held = readers.read(readers.locate(tmp_path))
+
+    assert held.keys() == module.state_dict().keys()
+    assert all(torch.equal(held[name].load(), value) for name, value in module.state_dict().items())
+
+
 def test_two_models_are_a_choice(tmp_path: Path) -> None:
     module, _ = trained()
     ema = {name: value + 1 for name, value in module.state_dict().items()}

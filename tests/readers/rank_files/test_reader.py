@@ -389,6 +389,10 @@ def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     torch.save(state, path)
 
 
+def replace(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    torch.save(change(torch.load(path, map_location="cpu", weights_only=True)), path)
+
+
 def test_a_replica_that_differs(tmp_path: Path) -> None:
     directory = copy_of("rank_files/verl-hsdp-fsdp2-4ranks", tmp_path)
     path = directory / "model_world_size_4_rank_3.pt"
@@ -521,6 +525,31 @@ def test_a_file_that_holds_no_state_dict(directory: Path) -> None:
     path = directory / "model_world_size_3_rank_0.pt"
     torch.save([torch.ones(2)], path)
     assert "not a state dict" in damaged(directory).fact
+
+
+def test_the_state_dict_may_stand_under_a_key(directory: Path) -> None:
+    plain = open_checkpoint(directory)
+    expected = {name: tensor.load() for name, tensor in plain.items()}
+    for path in directory.glob("model_world_size_*.pt"):
+        replace(path, lambda state: {"model": state, "optimizer": {"w": torch.ones(2)}, "step": 2})
+
+    held = open_checkpoint(directory)
+
+    assert held.keys() == expected.keys()
+    for name, value in expected.items():
+        assert_same(held[name].load(), value, name)
+
+
+def test_several_state_dicts_or_none_are_no_damage(directory: Path) -> None:
+    first = next(directory.glob("model_world_size_*.pt"))
+    replace(first, lambda state: {"model": state, "ema": state})
+    assert "holds 2 state dicts: model, ema" in refusal(directory).fact
+    replace(first, lambda _: {"step": 2, "seed": 3})
+    error = refusal(directory)
+    assert (error.fact, error.exit_code) == (
+        "it holds no state dict of a model: its entries are step, seed",
+        5,
+    )
 
 
 def test_extra_state_of_a_module_is_no_weight(awkward: Path) -> None:
