@@ -1063,8 +1063,8 @@ _WRITING = (
     _mutant(
         "plan-header-unaligned",
         "writing/header.py",
-        'text += b" " * (-(8 + len(text)) % alignment)',
-        'text += b" " * (-(8 + len(text)) % 4)',
+        'text += b" " * (-len(text) % alignment)',
+        'text += b" " * (-len(text) % 4)',
         "tensor data does not begin at a multiple of 8",
         "writing/test_layout.py",
     ),

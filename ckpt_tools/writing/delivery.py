@@ -79,6 +79,7 @@ def deliver(
     """
     if writing.dry_run:
         return None
+    give_back()
     units = tuple(Units(output.layout) for output in outputs)
     identity = journal.Identity(
         __version__,
@@ -270,6 +271,7 @@ def _finish_all(
     writing: Writing,
     checks: Checks,
 ) -> None:
+    give_back()
     # Inner folders first: the manifest of a directory covers everything below it.
     inward = sorted(enumerate(outputs), key=lambda pair: pair[1].folder, reverse=True)
     for number, output in inward:

@@ -166,7 +166,9 @@ def manifest_parts(
         "request": provenance.request,
         "versions": _versions(),
         "unit_bytes": unit_bytes,
-        "tensors": _tensors(plan, provenance, digests) if plan.tensors else {},
+        "tensors": _tensors(plan, provenance, digests)
+        if any(file.slots for file in plan.files)
+        else {},
         "files": _files(directory, plan),
     }
     digest = xxhash.xxh3_128()

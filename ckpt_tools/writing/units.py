@@ -201,7 +201,8 @@ class Units:
         Args:
             digests: the result of :meth:`digests` for every unit.
         """
-        found = dict.fromkeys(self.plan.tensors, _joined(b""))
+        without = _joined(b"")
+        found = {slot.name: without for file in self.plan.files for slot in file.slots}
         for index, file in enumerate(self.plan.files):
             header = len(file.header)
             shift = self._bases[index] - header // self.nbytes
