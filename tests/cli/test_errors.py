@@ -175,6 +175,7 @@ def test_the_missing_files_are_listed(fixtures: Path, tmp_path: Path) -> None:
     assert "rank_2" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("debug", [False, True])
 def test_a_traceback_is_shown_only_when_asked_for(tmp_path: Path, debug: bool) -> None:
     options = ["--debug"] if debug else []

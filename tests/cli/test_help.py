@@ -126,6 +126,7 @@ def test_the_version_is_printed() -> None:
 HEAVY = {"torch", "numpy", "transformers", "safetensors", "huggingface_hub", "rich", "deepspeed"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [["--help"], ["--version"], [], *([name, "--help"] for name in COMMANDS)],

@@ -561,6 +561,7 @@ def test_options_reach_the_library(three: dict[str, Answer]) -> None:
 
 
 class TestOnRealDirectories:
+    @pytest.mark.slow
     def test_what_consolidate_writes_is_clean(self, consolidated: Path) -> None:
         done = run("verify", consolidated, "--strict")
 

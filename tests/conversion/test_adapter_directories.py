@@ -105,6 +105,7 @@ def test_commands_for_models_name_the_command_for_adapters(adapter: Path, tmp_pa
     extract_lora(adapter, tmp_path / "out", dtype="fp32", base_model="org/base")
 
 
+@pytest.mark.slow
 def test_its_tokenizer_is_one_that_transformers_4_reads_too(
     adapter: Path, fixtures: Path, tmp_path: Path
 ) -> None:

@@ -82,6 +82,7 @@ def test_what_verify_finds_wrong_does_not_appear(
         assert out.exists()
 
 
+@pytest.mark.slow
 def test_what_verify_finds_right_appears(case: Path, out: Path) -> None:
     consolidate(case / "checkpoint", out, config=case / "hf", verify=True)
 

@@ -38,6 +38,7 @@ def weights(out: Path) -> dict[str, bytes]:
     return {name: data for name, data in contents(out).items() if "pytorch_model" in name}
 
 
+@pytest.mark.slow
 def test_torch_and_transformers_load_what_trained(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -110,6 +111,7 @@ def test_verify_finds_a_byte_that_changed(place: str, tmp_path: Path) -> None:
     assert place != "tensor" or {"digest-mismatch", "crc-mismatch"} <= kinds
 
 
+@pytest.mark.slow
 def test_a_damaged_output_never_appears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     close = delivery.close_files
 

@@ -380,6 +380,7 @@ def test_live_state_becomes_what_save_pretrained_writes(title: str, tmp_path: Pa
     assert_is_live(back, live, whole=title not in INTERLEAVED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("title", LOADED)
 @pytest.mark.parametrize("layout", ["hub", "live"])
 def test_names_of_the_directory_that_was_loaded_come_back(

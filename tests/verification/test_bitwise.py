@@ -32,6 +32,7 @@ def model(tmp_path: Path) -> Path:
     return written(tmp_path / "model", load_file(PLAIN / "truth" / SINGLE))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recorded", [False, True])
 def test_a_bit_anywhere_is_found_with_its_place_and_both_values(
     recorded: bool, model: Path, monkeypatch: pytest.MonkeyPatch

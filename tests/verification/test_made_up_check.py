@@ -78,6 +78,7 @@ def test_without_the_module_nobody_minds(directory: Path) -> None:
     assert "lower case" not in found.checked
 
 
+@pytest.mark.slow
 def test_the_command_line_needs_the_one_file_and_no_edit(directory: Path, tmp_path: Path) -> None:
     """A copy of the package with one file more."""
     package = Path(verification.__file__).parents[1]

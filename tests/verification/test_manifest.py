@@ -337,6 +337,7 @@ def test_a_header_that_means_the_same_and_is_another_is_found(tmp_path: Path) ->
     assert "header" in problem.detail
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("bytes_alone")
 def test_every_bit_of_a_short_file_counts(tmp_path: Path) -> None:
     """Of the checksums and of the end of the manifest, which nothing else vouches for."""

@@ -443,6 +443,7 @@ def test_a_model_that_was_never_trained_is_clean(
     must_be_clean(verify(tmp_path / "model", read_data=True))
 
 
+@pytest.mark.slow
 def test_one_answer_of_the_child_process_itself(tmp_path: Path) -> None:
     """With nothing replaced: a process of its own for the model, another for the tokenizer."""
     directory = copy_of(save_tied, tmp_path / "model")

@@ -340,7 +340,11 @@ def test_sums_are_the_same_with_any_torch(tmp_path: Path) -> None:
     assert problem.hint.startswith("Write the directory again from this checkpoint")
 
 
-@pytest.mark.parametrize("case", [DORA, EXPERTS, TIED_EMBEDDING], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [DORA, EXPERTS, pytest.param(TIED_EMBEDDING, marks=pytest.mark.slow)],
+    ids=lambda case: case.name,
+)
 def test_what_merge_lora_writes_is_made_again(case: Path, tmp_path: Path) -> None:
     """And an element that is one step beside it is told."""
     out = tmp_path / "out"

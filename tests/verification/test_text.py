@@ -79,6 +79,7 @@ pytestmark = pytest.mark.usefixtures("in_process")
 
 
 class TestWhatIsPublished:
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", CHATS)
     def test_a_chat_model_has_no_problem(self, name: str, tmp_path: Path) -> None:
         findings = look_at(make(tmp_path / "out", CHATS[name]))
@@ -87,6 +88,7 @@ class TestWhatIsPublished:
         assert {"tokenizer", "generation config", "chat template"} <= set(findings.checked)
         assert findings.skipped == []
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", CHATS)
     def test_a_chat_model_that_does_not_end_with_its_turn_is_caught(
         self, name: str, tmp_path: Path
@@ -512,6 +514,7 @@ class TestTemplates:
         write(path / "chat_template.json", {"chat_template": CHATML.template})
         assert the_problem(path).kind == "eos-not-closing-turn"
 
+    @pytest.mark.slow
     def test_a_template_for_documents_alone_may_refuse_a_plain_conversation(
         self, tmp_path: Path
     ) -> None:
@@ -579,6 +582,7 @@ class TestTemplates:
         assert problem.kind == "special-token-missing"
         assert "uses eos_token, but the tokenizer has none" in problem.detail
 
+    @pytest.mark.slow
     def test_words_that_are_left_out_close_nothing(self, tmp_path: Path) -> None:
         template = "{{ messages[0]['content'] }}"
         assert problems(make(tmp_path / "out", CHATML._replace(template=template))) == []

@@ -55,6 +55,7 @@ def test_disk_is_drawn_where_it_is_known(tmp_path: Path) -> None:
     assert {kept, "disk, GB"} <= set(texts(tmp_path / "kept.svg"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "unit"), [("900B", "kB"), ("3GB", "GB"), ("3TB", "TB"), ("4000TB", "PB")]
 )
@@ -76,6 +77,7 @@ def test_a_png_is_a_picture(tmp_path: Path) -> None:
     assert len(np.unique(pixels.reshape(-1, pixels.shape[2]), axis=0)) > 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a.svg", "a.png"])
 def test_the_same_numbers_give_the_same_bytes(tmp_path: Path, name: str) -> None:
     for folder in ("first", "second"):
@@ -103,6 +105,7 @@ def test_any_run_can_be_drawn(tmp_path: Path, changes: dict[str, object]) -> Non
     assert "expected cost, hours" in texts(tmp_path / "a.svg")
 
 
+@pytest.mark.slow
 def test_a_cost_without_end_is_told(tmp_path: Path) -> None:
     for mtbf in ("5m", "10m"):
         draw(advised(mtbf=mtbf, every=20_000), tmp_path / f"{mtbf}.svg")
@@ -135,6 +138,7 @@ def test_another_format_is_refused(tmp_path: Path, name: str) -> None:
         draw(advised(), tmp_path / name)
 
 
+@pytest.mark.slow
 def test_a_picture_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
 
@@ -144,6 +148,7 @@ def test_a_picture_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.slow
 def test_a_picture_that_cannot_be_put_in_place_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -113,6 +113,7 @@ def test_a_page_of_many_tensors_holds_few_elements() -> None:
     assert len(data[0][0]["cells"]) == 20_000
 
 
+@pytest.mark.slow
 def test_pictures_are_bounded_whatever_the_names() -> None:
     sizes = [
         Size(f"a{kind}.{layer}.w", f"dtype{kind}", 1) for kind in range(60) for layer in range(500)

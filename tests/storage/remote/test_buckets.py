@@ -132,6 +132,7 @@ def test_every_option_takes_an_address(store: S3, tmp_path: Path) -> None:
     assert merged[0] == merged[1]
 
 
+@pytest.mark.slow
 def test_folders_of_a_store_and_of_this_machine_are_read_as_one(store: S3, tmp_path: Path) -> None:
     import shutil
 

@@ -90,6 +90,7 @@ def names_at(address: str) -> set[str]:
     return {path.relative_to(there).as_posix() for path in there.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["s3", "gs", "az"])
 def test_an_interrupted_upload_has_no_config_and_continues(
     scheme: str, store: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

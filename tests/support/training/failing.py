@@ -1,8 +1,8 @@
-"""One rank of a training that saves four times: well, with a rank that raises, well, with one that is killed.
+"""One rank of a training that saves again and again: well, with a rank that raises, with one that is killed.
 
-    failing.py OUT FRAMEWORK RAISING KILLED
+    failing.py OUT KILLED FRAMEWORK:RAISING ...
 
-Prints, as JSON, how the second and the fourth save ended for this rank.
+Prints, as JSON, how each save ended for this rank in which another one, or this one, failed.
 """
 
 from __future__ import annotations
@@ -70,14 +70,16 @@ def saved(wrapped: Any, out: Path, how: str, victim: int) -> dict[str, Any]:
     return told
 
 
-def main(out: Path, framework: str, raising: int, killed: int) -> None:
+def main(out: Path, killed: int, *raising: str) -> None:
     dist.init_process_group("gloo")
-    wrapped = model(framework)
-    training.save(wrapped, out / "before", weights_only=True)
-    print(json.dumps(saved(wrapped, out, "raise", raising)), flush=True)
-    training.save(wrapped, out / "after", weights_only=True)
+    for each in raising:
+        framework, victim = each.split(":")
+        wrapped = model(framework)
+        training.save(wrapped, out / f"{framework}-before", weights_only=True)
+        print(json.dumps(saved(wrapped, out, "raise", int(victim))), flush=True)
+        training.save(wrapped, out / f"{framework}-after", weights_only=True)
     print(json.dumps(saved(wrapped, out, "kill", killed)), flush=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
