@@ -936,7 +936,7 @@ _ASSETS = (
     _mutant(
         "config-t5-untied",
         "hub/config.py",
-        'if config.get("model_type") in _TIE_SCALES_OUTPUT:',
+        'if config.get("model_type") in TIE_SCALES_OUTPUT:',
         'if config.get("model_type") == "t5":',
         "untying mT5 and its relatives changes what they compute",
         "hub/test_config.py",

@@ -304,6 +304,7 @@ def _merged(states: Sequence[State], sources: Sequence[Checkpoint], request: Req
 
     state = merged_state(
         layouts.states,
+        model_ties=layouts.ties,
         adapter_state=layouts.adapter,
         adapter=name,
         configure=configure,

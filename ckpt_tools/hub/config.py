@@ -29,7 +29,7 @@ _NOT_MODELS = ("quantization_config", "compression_config", "generation_config")
 
 # In T5 and similar models tie_word_embeddings=false also means that the decoder's output is not scaled
 # before the head, so writing it would change what the model computes.
-_TIE_SCALES_OUTPUT = (
+TIE_SCALES_OUTPUT = (
     "longt5",
     "mt5",
     "pop2piano",
@@ -225,7 +225,7 @@ def _sub_configs(config: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any
 
 
 def _untie(config: dict[str, Any], notes: list[str], warnings: list[str]) -> None:
-    if config.get("model_type") in _TIE_SCALES_OUTPUT:
+    if config.get("model_type") in TIE_SCALES_OUTPUT:
         warnings.append(
             "the tied tensors hold different values, but tie_word_embeddings was not changed:"
             f" in {config['model_type']} models it also scales the output; transformers 5 detects that"

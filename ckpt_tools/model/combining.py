@@ -129,6 +129,10 @@ def combined(
     data |= {"alpha_pattern": ranks, "fan_in_fan_out": several[0].config.data.get("fan_in_fan_out")}
     made = " and ".join(f"{one.weight:g} of {one.adapter.name!r}" for one in several)
     note = f"merged {made}, combined as PEFT's {how!r}"
+    if several[0].config.data.get("use_rslora"):
+        note += (
+            "; PEFT's own update is larger by sqrt(r), because it scales the result as rsLoRA again"
+        )
     dtypes = dict.fromkeys(tensors, FLOAT32)
     state = State(Catalogue(tensors), dtypes, dict.fromkeys(tensors, "parameter"))
     return state, AdapterConfig(data, several[0].config.path, (note,))

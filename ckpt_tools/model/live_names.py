@@ -7,8 +7,8 @@ memory. Its adapters have those names, or older ones of the hub, and a base from
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from ckpt_tools.hub import ConfigSource
 from ckpt_tools.hub.reference import ReferenceModel
@@ -16,6 +16,7 @@ from ckpt_tools.model.adapter import state_names
 from ckpt_tools.model.fit import ask_model
 from ckpt_tools.model.state import State, main_dtype
 from ckpt_tools.tensors.catalogue import Catalogue
+from ckpt_tools.tensors.derived import cast
 from ckpt_tools.transforms.hub_layout import layout_of
 from ckpt_tools.transforms.live_layout import lacking_modules, live_layout, live_modules
 from ckpt_tools.transforms.lora import PREFIX, plain_name
@@ -25,10 +26,18 @@ _BASE_UNDONE = "the base was brought into the layout of the model in memory, whi
 
 @dataclass(frozen=True)
 class Layouts:
-    """The states of a merge: the checkpoint first, and the state of an adapter's directory, if any."""
+    """The states of a merge.
+
+    Attributes:
+        states: the checkpoint first.
+        adapter: the state of an adapter's directory, if any.
+        ties: names that the model of the config ties, under the names of the base. A directory lacks the
+            second ones.
+    """
 
     states: Sequence[State]
     adapter: State | None
+    ties: Mapping[str, str] = field(default_factory=dict)
 
 
 def in_one_layout(given: Layouts, config: ConfigSource | None, *, trust: bool) -> Layouts:
@@ -36,6 +45,27 @@ def in_one_layout(given: Layouts, config: ConfigSource | None, *, trust: bool) -
 
     Nothing changes where every target is found as it is, or where the model of the config is not known.
     """
+    found = _in_one_layout(given, config, trust=trust)
+    return replace(found, ties=_ties_of_base(found, config, trust=trust))
+
+
+def _ties_of_base(given: Layouts, config: ConfigSource | None, *, trust: bool) -> Mapping[str, str]:
+    held = next((s for s in reversed(given.states) if state_names(s).plain), None)
+    if config is None or held is None:
+        return {}
+    # In the training dtype, because the fit of the merged model asks the same question then.
+    plain = {
+        name: cast(held.catalogue[old], held.dtypes[old])
+        for old, name in state_names(held).plain.items()
+        if old in held.dtypes
+    }
+    model = ask_model(Catalogue(plain), config, None, main_dtype(plain), trust=trust).result()
+    if model is None:
+        return {}
+    return model.hub_ties if layout_of(plain, model) == "hub" else model.ties
+
+
+def _in_one_layout(given: Layouts, config: ConfigSource | None, *, trust: bool) -> Layouts:
     wrapped = _wrapped(given.adapter or given.states[0])
     if not wrapped or not _is_open(given, wrapped):
         return given

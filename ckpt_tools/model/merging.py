@@ -48,6 +48,7 @@ class _Held:
 def merged_state(
     states: Sequence[State],
     *,
+    model_ties: Mapping[str, str],
     adapter_state: State | None,
     adapter: str | None,
     configure: Callable[[Adapter], AdapterConfig],
@@ -60,6 +61,7 @@ def merged_state(
 
     Args:
         states: the checkpoint, and perhaps a base model to take what it lacks from.
+        model_ties: names that the model ties; the states may lack one of two.
         adapter_state: the state that holds the adapter, if it is not the checkpoint.
         adapter: its name, where there are several.
         configure: finds the adapter's config.
@@ -71,7 +73,7 @@ def merged_state(
         UnsupportedLayout: the adapter is not LoRA.
     """
     state, *others = states
-    base, ties = _base(state, others, from_directory=adapter_state is not None)
+    base, ties = _base(state, others, model_ties, from_directory=adapter_state is not None)
     source = state if adapter_state is None else adapter_state
     names = state_names(source)
     shapes = {name: held.tensor.shape for name, held in base.items()}
@@ -145,9 +147,16 @@ def merged_state(
 
 
 def _base(
-    state: State, others: Sequence[State], *, from_directory: bool
+    state: State,
+    others: Sequence[State],
+    model_ties: Mapping[str, str],
+    *,
+    from_directory: bool,
 ) -> tuple[dict[str, _Held], dict[str, str]]:
-    """The base under plain names, and its ties: the checkpoint's own, then what it lacks."""
+    """The base under plain names, and its ties: the checkpoint's own, then what it lacks.
+
+    A name that only the model has keeps its value where an adapter changes the one that is held.
+    """
     names = state_names(state).plain
     catalogue = state.catalogue
     base = {
@@ -173,6 +182,11 @@ def _base(
         for alias, kept in other.catalogue.ties.items():
             if alias not in base and kept in base:
                 ties.setdefault(alias, kept)
+    for pair in model_ties.items():
+        for lacking, there in (pair, pair[::-1]):
+            kept = ties.get(there, there)
+            if kept in base and lacking not in base and lacking not in ties:
+                ties[lacking] = kept
     return base, ties
 
 

@@ -246,7 +246,7 @@ class _Comparison:
                 warn=known,
             )
         for name in model.tied.keys() & set(names):
-            if ties[name] in names:
+            if ties[name] in names and not states_untied(self.directory):
                 self._add(
                     "tie-written-twice",
                     f"the config ties it to {ties[name]}, but both are written",
@@ -314,3 +314,12 @@ def written_ties(directory: Directory, model: ReferenceModel | None) -> Mapping[
     """Second names that are written although the config ties them, each with the first name."""
     ties = {} if model is None else model.hub_ties
     return {alias: kept for alias, kept in ties.items() if alias in directory.tensors}
+
+
+def states_untied(directory: Directory) -> bool:
+    """Whether the config says that nothing is tied.
+
+    Some classes, such as those of mT5, tie all the same. transformers 5 keeps both names apart where a
+    directory holds different values of them (`PreTrainedModel.tie_weights`).
+    """
+    return text_value(directory.config or {}, "tie_word_embeddings") is False

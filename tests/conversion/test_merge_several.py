@@ -75,6 +75,31 @@ def test_they_are_combined_as_peft_does(
     assert any(f"combined as PEFT's '{how}'" in note for note in report.notes)
 
 
+def test_rslora_adds_the_updates_and_pefts_own_does_not(tmp_path: Path) -> None:
+    """PEFT keeps ``use_rslora`` in the config of the combined adapter, so its scale is sqrt(r) and not 1."""
+    adapted = _adapted(tmp_path, (1, 3), use_rslora=True)
+    # Powers of two are exact in every sum and product but that with the scales.
+    for name, value in adapted.named_parameters():
+        if "lora_" in name:
+            value.data = torch.full_like(value, 0.5)
+    adapted.save_pretrained(str(tmp_path / "adapters"))
+    options: Any = {"adapter": "default=1,second=2", "weights_only": True}
+    report = merge_lora(
+        tmp_path / "base", tmp_path / "out", adapter_dir=tmp_path / "adapters", **options
+    )
+    assert any("larger by sqrt(r)" in note for note in report.notes)
+
+    base = load_file(tmp_path / "base/model.safetensors")["up.weight"].double()
+    # Each update is alpha / sqrt(r) times r products of 0.25.
+    update = 1 * 5 / 1**0.5 * 1 * 0.25 + 2 * 5 / 3**0.5 * 3 * 0.25
+    ours = load_file(tmp_path / "out/model.safetensors")["up.weight"].double()
+    torch.testing.assert_close(ours, base + update, rtol=0, atol=1e-5)
+
+    adapted.add_weighted_adapter([*TARGETS], [1.0, 2.0], "both", combination_type="cat")
+    theirs = adapted.merge_and_unload(adapter_names=["both"]).state_dict()["up.weight"].double()
+    torch.testing.assert_close(theirs, base + 2 * update, rtol=0, atol=1e-5)
+
+
 def _refused(error: type[Exception], match: str, tmp_path: Path, **options: Any) -> Any:
     with pytest.raises(error, match=match) as raised:
         merge_lora(

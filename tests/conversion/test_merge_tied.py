@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ckpt_tools import extract_lora, merge_lora, verify
 
@@ -74,3 +75,47 @@ def test_the_merged_model_computes_what_the_adapted_one_did(case: str, tmp_path:
         weights = "adapter_model.safetensors"
         assert (extracted / weights).read_bytes() == (adapter / weights).read_bytes()
         assert not [p for p in verify(extracted).errors if p.kind == "adapter-target"]
+
+
+@pytest.mark.slow
+def test_one_of_several_blocks_that_share_weights_is_changed_alone(tmp_path: Path) -> None:
+    """Zamba's blocks share their weights; a directory holds them once, and an adapter may change one."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import Zamba2Config, Zamba2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Zamba2Config(
+        vocab_size=9,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=4,
+        layers_block_type=["mamba", "hybrid"] * 2,
+        num_mem_blocks=1,
+        num_attention_heads=2,
+        n_mamba_heads=2,
+        mamba_d_state=4,
+        mamba_ngroups=1,
+        chunk_size=4,
+        adapter_rank=2,
+        bos_token_id=1,
+    )
+    model: Any = Zamba2ForCausalLM(config)
+    model.save_pretrained(tmp_path / "base")
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    lora.layers_to_transform, lora.layers_pattern = [1], "layers"
+    adapted = get_peft_model(model, lora).eval()
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    tokens = torch.tensor([[1, 2, 3, 4]])
+    live = adapted(input_ids=tokens).logits
+
+    merge_lora(tmp_path / "base", tmp_path / "out", adapter_dir=tmp_path / "adapter")
+
+    assert not verify(tmp_path / "out").errors
+    merged: Any = Zamba2ForCausalLM.from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(merged(input_ids=tokens).logits, live, rtol=0, atol=1e-6)
+    first, second = (merged.model.layers[n].shared_transformer.self_attn for n in (1, 3))
+    assert torch.equal(first.k_proj.weight, second.k_proj.weight)
+    held = load_file(tmp_path / "base/model.safetensors")
+    name = "model.layers.1.shared_transformer.self_attn.q_proj.weight"
+    assert torch.equal(second.q_proj.weight, held[name])
+    assert not torch.equal(first.q_proj.weight, held[name])

@@ -324,6 +324,7 @@ def _opened(*paths: Path) -> list[Checkpoint]:
 def _merged(source: Path, checkpoints: list[Checkpoint]) -> Catalogue:
     state = merged_state(
         [model_state(checkpoint, "master") for checkpoint in checkpoints],
+        model_ties={},
         adapter_state=None,
         adapter=None,
         configure=lambda adapter: adapter.configured(source / "truth/adapter", (), None, None),

@@ -195,6 +195,32 @@ def test_an_adapter_that_trained_in_some_modules_is_trained(
     assert kinds(verify(directory, read_data=True)) == set()
 
 
+@pytest.mark.parametrize(
+    ("model_type", "stated", "found"),
+    [
+        ("mt5", False, []),
+        ("t5", True, [("tie-differs", "warning"), ("tie-written-twice", "warning")]),
+    ],
+)
+def test_heads_that_transformers_keeps_apart_are_no_error(
+    model_type: str, stated: bool, found: list[tuple[str, str]], tmp_path: Path
+) -> None:
+    """The classes of T5 tie the head whatever the config says, but not to an embedding that differs."""
+    from transformers import AutoConfig, AutoModelForSeq2SeqLM
+
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 9}
+    model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(model_type, **sizes))
+    model.save_pretrained(tmp_path)
+    edit_state(tmp_path / SINGLE, lambda state: state.update({HEAD: state["shared.weight"] + 1}))
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": stated}))
+
+    again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
+    assert torch.equal(again.lm_head.weight, again.get_input_embeddings().weight + 1)
+    problems = verify(tmp_path, read_data=True).problems
+    assert sorted((p.kind, p.severity) for p in problems if p.tensor == HEAD) == found
+
+
 def test_data_is_not_read_unless_it_is_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

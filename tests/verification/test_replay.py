@@ -70,6 +70,7 @@ def merged_by_peft(source: Path, directory: Path, *bases: Path) -> tuple[Path, d
     sources = [open_checkpoint(path) for path in (source / "checkpoint", *bases)]
     state = merged_state(
         [model_state(each, "master") for each in sources],
+        model_ties={},
         adapter_state=None,
         adapter=None,
         configure=lambda adapter: adapter.configured(source / "truth/adapter", (), None, None),
