@@ -92,15 +92,25 @@ class _Entry(NamedTuple):
     offsets: tuple[int, int]
 
 
-class _Object(dict[str, Any]):
-    """A JSON object that knows which of its keys are written twice."""
+class _Repeating(dict[str, Any]):
+    """A JSON object of which some keys are written twice."""
 
-    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
-        super().__init__(pairs)
-        self.repeated: set[str] = set()
-        if len(self) < len(pairs):
-            counts = Counter(name for name, _ in pairs)
-            self.repeated = {name for name, count in counts.items() if count > 1}
+    repeated: frozenset[str] = frozenset()
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object: a plain dictionary, of which there may be a million, unless it repeats a key."""
+    plain = dict(pairs)
+    if len(plain) == len(pairs):
+        return plain
+    made = _Repeating(plain)
+    counts = Counter(name for name, _ in pairs)
+    made.repeated = frozenset(name for name, count in counts.items() if count > 1)
+    return made
+
+
+def _repeated(value: object) -> frozenset[str]:
+    return value.repeated if isinstance(value, _Repeating) else frozenset()
 
 
 def _parsed(text: bytes) -> dict[str, Any]:
@@ -112,9 +122,9 @@ def _parsed(text: bytes) -> dict[str, Any]:
     # A call for each of a million numbers takes as long as the rest.
     integer = _integer if b"-0" in text else int
     header = json.loads(
-        text.decode(), object_pairs_hook=_Object, parse_int=integer, parse_constant=_no_number
+        text.decode(), object_pairs_hook=_object, parse_int=integer, parse_constant=_no_number
     )
-    if not isinstance(header, _Object):
+    if not isinstance(header, dict):
         raise ValueError("it is not a mapping")
     for name in header:
         name.encode()  # half of a surrogate pair is no text
@@ -123,9 +133,9 @@ def _parsed(text: bytes) -> dict[str, Any]:
         isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
     ):
         raise ValueError(f"its {_METADATA} is not a map of strings")
-    if _METADATA in header.repeated:
+    if _METADATA in _repeated(header):
         raise ValueError(f"it has {_METADATA} twice")
-    return dict(header)
+    return header
 
 
 def _integer(text: str) -> int | float:
@@ -146,11 +156,12 @@ def _entries(header: Mapping[str, Any]) -> Iterator[tuple[str, _Entry]]:
         if isinstance(value, list):  # serde takes the fields of an entry in their order, too
             dtype, shape, offsets = value
         else:
-            if not value.repeated.isdisjoint(_FIELDS):
+            if not _repeated(value).isdisjoint(_FIELDS):
                 raise ValueError("a field that is written twice")
             dtype, shape, offsets = (value[field] for field in _FIELDS)
         low, high = offsets
-        if not all(type(number) is int and number >= 0 for number in (*shape, low, high)):
+        numbers = (*shape, low, high)
+        if {*map(type, numbers)} != {int} or min(numbers) < 0:
             raise ValueError("a size or an offset that is no whole number")
         if not isinstance(shape, list) or not isinstance(offsets, list):
             raise TypeError("sizes or offsets that are no list")
