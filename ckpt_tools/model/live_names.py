@@ -1,8 +1,8 @@
 """States under the same names: those of the model in memory, where the hub's are others.
 
 Owns the choice of the layout in which the targets of an adapter are looked for, and in which states of one
-model are averaged. PEFT wraps the model in
-memory. Its adapters have those names, or older ones of the hub, and a base from a directory has hub names.
+model are averaged. PEFT wraps the model in memory. Its adapters have those names, or older ones of the hub,
+and a base from a directory has hub names.
 """
 
 from __future__ import annotations

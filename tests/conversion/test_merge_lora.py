@@ -434,9 +434,9 @@ def test_trained_tokens_need_their_indices(fixtures: Path, tmp_path: Path) -> No
         )
 
 
-@pytest.mark.parametrize("index", [100_000, -1, True, "3"])
+@pytest.mark.parametrize("index", [100_000, -1])
 def test_trained_tokens_are_rows_of_the_embedding(
-    index: object, fixtures: Path, tmp_path: Path
+    index: int, fixtures: Path, tmp_path: Path
 ) -> None:
     source = fixtures / "peft/zero2-olmo2-new-tokens"
     config = json.loads((source / "truth/adapter/adapter_config.json").read_text())
