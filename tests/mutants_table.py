@@ -1861,6 +1861,14 @@ _UPLOADS = (
         "what another user put into a shared temporary folder is uploaded",
         "storage/remote/test_uploads.py",
     ),
+    _mutant(
+        "range-of-any-version",
+        "storage/remote/stores.py",
+        'options["if_match"] = facts.version',
+        "pass",
+        "a store sends bytes of a version that nobody asked for",
+        "storage/remote/test_fetching.py",
+    ),
 )
 
 _BOUNDS = (

@@ -64,6 +64,14 @@ def test_what_is_asked_for_early_is_asked_for_once(dtype: object, tmp_path: Path
     assert (start, stop) == (0, TRUTH.nbytes)
 
 
+def test_every_range_demands_the_version_that_was_seen_first(tmp_path: Path) -> None:
+    """A store that checks it sends no bytes of another version."""
+    with serving(tmp_path) as web:
+        assert torch.equal(cast(there(web), BFLOAT16).load(), TRUTH.bfloat16())
+        (version,) = {asked.version for asked in web.asked}
+    assert version is not None
+
+
 def test_an_answer_that_breaks_off_is_asked_for_again(tmp_path: Path) -> None:
     with serving(tmp_path) as web:
         tensor = there(web)

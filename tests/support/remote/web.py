@@ -27,12 +27,14 @@ class Asked:
         number: of all such requests.
         path: the file, below the root.
         start, stop: the range.
+        version: the tag that the file must have, from ``If-Match``; None for any.
     """
 
     number: int
     path: str
     start: int
     stop: int
+    version: str | None
 
 
 @dataclass
@@ -92,7 +94,8 @@ class _Handler(BaseHTTPRequestHandler):
         start, stop = self._range(size)
         if body:
             with web.lock:
-                asked = Asked(len(web.asked), relative, start, stop)
+                demanded = self.headers.get("If-Match")
+                asked = Asked(len(web.asked), relative, start, stop, demanded)
                 web.asked.append(asked)
             fault = web.fault(asked)
         else:
