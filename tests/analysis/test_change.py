@@ -25,6 +25,7 @@ def as_numpy(values: torch.Tensor) -> Any:
     return values.double().numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [*FLOATS, *SHORT], ids=str)
 @pytest.mark.parametrize("count", [1, 1000, (1 << 15) + 1, 200_001])
 def test_statistics_are_those_of_numpy(dtype: torch.dtype, count: int) -> None:

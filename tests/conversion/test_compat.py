@@ -248,6 +248,7 @@ def test_the_file_is_accelerates_byte_for_byte(
     assert mine.read_bytes() == theirs.read_bytes()
 
 
+@pytest.mark.slow
 @each([path for path in STATES if named(path) not in BEYOND_ACCELERATE])
 def test_the_pickled_file_is_accelerates_dict(
     path: Path, tmp_path: Path, accelerates: Callable[..., Any]

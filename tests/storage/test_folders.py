@@ -276,6 +276,7 @@ def folders_at(
     return [at[level](folder) for folder, level in zip(folders, levels, strict=False)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "levels", [[0, 0], [0, 1], [1, 0], [1, 1], [0, -1], [1, -1]], ids=lambda levels: str(levels)
 )

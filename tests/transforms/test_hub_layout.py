@@ -362,6 +362,7 @@ def assert_is_live(made: Catalogue, live: dict[str, torch.Tensor], *, whole: boo
 # -- states of every architecture ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("title", sampled(ARCHITECTURES))
 def test_live_state_becomes_what_save_pretrained_writes(title: str, tmp_path: Path) -> None:
     case = Case(title, tmp_path)

@@ -254,6 +254,7 @@ def test_dora_of_exact_operands_has_one_result(
     assert torch.equal(windows(columns, size), (v["columns"] / 8) * signs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transposed", [False, True])
 @CUTS
 def test_experts(

@@ -225,6 +225,7 @@ def test_the_sources_are_named() -> None:
         assert "2006" in (text or "")
 
 
+@pytest.mark.slow
 @given(RUNS)
 def test_the_least_cost_is_the_least_of_all_that_are_told(run: TrainingRun) -> None:
     assume(math.isfinite(expected_cost(run, 1).total_seconds))
