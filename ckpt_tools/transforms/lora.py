@@ -178,8 +178,8 @@ def choose_adapter(adapted: AdaptedNames, name: str | None) -> str:
     if not adapted.adapters:
         raise UsageError(
             "the checkpoint holds no adapter",
-            hint="Use ckpt-tools consolidate for a model without an adapter. merge-lora takes an "
-            "adapter that PEFT saved with --adapter-dir DIR.",
+            hint="Use ckpt-tools consolidate for a model without an adapter. If PEFT saved the adapter in "
+            "a directory of its own, name it: ckpt-tools merge-lora --adapter-dir DIR.",
         )
     listed = ", ".join(f"{a} ({tensors(len(parts))})" for a, parts in adapted.adapters.items())
     if name is None:
