@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import signal
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import hypothesis
@@ -38,6 +41,10 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("ckpt-tools")
 
+# Tests leave little behind that only the collector finds, and it looks through all that pytest has collected:
+# a twentieth of the processor.
+gc.set_threshold(100_000, 50, 100)
+
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 
 
@@ -45,6 +52,25 @@ FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 def fixtures() -> Path:
     """The directory of shipped checkpoints; tests read it and never write there."""
     return FIXTURES
+
+
+def pytest_collection(session: pytest.Session) -> None:
+    """Let each process of pytest-xdist import another part of the tests first, where all are to be run.
+
+    pytest compiles a module for whoever imports it first, and keeps it for the others. In a fresh clone the
+    processes would compile the same module side by side, each of them all of the tests.
+    """
+    if session.config.args_source is not pytest.Config.ArgsSource.TESTPATHS:
+        return
+    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    home = Path(__file__).parent
+    found = sorted(path.relative_to(home.parent) for path in home.rglob("test_*.py"))
+    first = number * len(found) // processes
+    for path in found[first:] + found[:first]:
+        # What fails here fails again, and is reported, where pytest imports it.
+        with contextlib.suppress(Exception, pytest.skip.Exception):
+            import_module(".".join(path.with_suffix("").parts))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -20,6 +20,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from tests.support.forked import Forked
 from tests.support.outputs import partials, proven_units, written
 from tests.support.waiting import cpu_seconds, wait_until
 
@@ -68,7 +69,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Large]:
 def start(large: Large, out: Path, log: Path, *options: str) -> subprocess.Popen[bytes]:
     """The command in a process group of its own, so that a signal reaches it as from a terminal."""
     with log.open("wb") as stream:
-        return subprocess.Popen(
+        return Forked(
             [*CONSOLIDATE, str(large.path), str(out), *large.options, *options],
             stdout=stream,
             stderr=subprocess.STDOUT,

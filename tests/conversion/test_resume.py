@@ -26,6 +26,7 @@ from ckpt_tools.ranks.clock import Clock
 from ckpt_tools.writing import journal, publish
 from tests.conftest import FIXTURES
 from tests.conversion.test_crash import shell_status
+from tests.support.forked import Forked
 from tests.support.outputs import contents, partials, proven_units, units_in
 from tests.support.ranks.in_threads import each, made
 from tests.support.waiting import LONGEST_SECONDS, cpu_seconds, wait_until
@@ -710,7 +711,7 @@ def zero(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Large]:
     root = tmp_path_factory.mktemp("zero")
     script = Path(__file__).parents[2] / "benchmarks" / "make_zero.py"
     made = [sys.executable, script, root / "run", "--params", "6e7", "--ranks", "4"]
-    subprocess.run([*map(str, made), "--no-moments"], check=True, capture_output=True)
+    assert Forked([*map(str, made), "--no-moments"]).wait() == 0
     yield measured(root / "run", root)
     shutil.rmtree(root)
 
@@ -721,7 +722,7 @@ def start(
     arguments = ["--weights-only", "--dtype", "fp32", "--max-shard-size", "50MB", "--json"]
     command = ["consolidate", str(checkpoint), str(out), *arguments, "--workers", str(workers)]
     with log.open("wb") as stream:
-        return subprocess.Popen(
+        return Forked(
             [sys.executable, "-c", PROGRAM, *command, *options],
             stdout=stream,
             stderr=subprocess.STDOUT,

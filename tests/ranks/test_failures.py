@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.conftest import FIXTURES
+from tests.support.forked import Forked
 from tests.support.outputs import contents, partials, written
 from tests.support.ranks.launching import (
     DRIVER,
@@ -81,7 +82,8 @@ class Large:
 
 def popen(command: Sequence[str | Path]) -> subprocess.Popen[str]:
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=REPOSITORY)
+    kind = Forked if command[0] == sys.executable else subprocess.Popen
+    return kind(command, stdout=pipe, stderr=pipe, text=True, cwd=REPOSITORY)
 
 
 @pytest.fixture(scope="module")

@@ -30,6 +30,7 @@ from ckpt_tools.storage.pool import PooledPath
 from ckpt_tools.tensors.catalogue import Catalogue
 from tests.cli.test_consolidate import run
 from tests.conftest import FIXTURES
+from tests.support.ranks.launching import launch
 
 ZERO3 = "zero/zero3-bf16-olmo2-chat-2ranks"
 ZERO2 = "zero/zero2-bf16-llama-3ranks"
@@ -251,16 +252,9 @@ def test_under_torchrun_every_rank_reads_from_the_folders(
 ) -> None:
     first, *others = split(checkpoint_of(ZERO2), tmp_path, each_rank_its_own)
     also = [part for other in others for part in ("--also", str(other))]
-    command = ["torch.distributed.run", "--nproc-per-node", "2", "-m", "ckpt_tools", "consolidate"]
-    options = ["--weights-only", "--node-local"]
-    arguments = [*command, str(first), str(tmp_path / "out"), *options, *also]
-    done = subprocess.run(
-        [sys.executable, "-m", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    command = ["-m", "ckpt_tools", "consolidate", first, tmp_path / "out"]
+    done = launch([*command, "--weights-only", "--node-local", *also], ranks=2)
+    assert done.status == 0, done.said
     assert outputs(tmp_path / "out") == whole(ZERO2)
 
 

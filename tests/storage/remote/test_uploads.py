@@ -25,6 +25,7 @@ from ckpt_tools.storage.remote.failures import Patience
 from ckpt_tools.storage.remote.stores import Bucket
 from ckpt_tools.storage.remote.upload import upload_order
 from tests.conftest import FIXTURES
+from tests.support.forked import Forked
 from tests.support.remote import clouds
 from tests.support.remote import hub as hubs
 from tests.support.remote.s3 import BUCKET, S3
@@ -172,8 +173,9 @@ def test_an_upload_that_was_killed_continues(
 ) -> None:
     address, beside, scratch = f"s3://{BUCKET}/up/killed", ZERO3 / "hf", tmp_path / "scratch"
     command = [sys.executable, "-c", _KILLED, CHECKPOINT, address, beside, scratch]
-    ended = subprocess.run(list(map(str, command)), check=False, capture_output=True, text=True)
-    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    with Forked(list(map(str, command)), stderr=subprocess.PIPE, text=True) as killed:
+        said = killed.communicate()[1]
+    assert killed.returncode == -signal.SIGKILL, said
     first = held(store, "up/killed")
     assert len(first) == 2
     assert "model.safetensors" in first

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.forked import Forked
 from tests.support.waiting import LONGEST_SECONDS, wait_until
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -66,7 +67,8 @@ def start(
     if binds:
         mounts = "".join(f"mount --bind '{real}' '{seen}' && " for real, seen in binds.items())
         within = ["unshare", "-m", "bash", "-c", f'{mounts}exec "$@"', "bash"]
-    return subprocess.Popen(
+    # torchrun itself need not import torch anew; its ranks are new interpreters.
+    return (subprocess.Popen if within else Forked)(
         [*within, *torchrun],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
