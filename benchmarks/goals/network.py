@@ -31,10 +31,15 @@ ADDRESSES = ("10.77.0.1", "10.77.0.2")
 DEVICES = ("ckptbench0", "ckptbench1")
 PORT = "29577"
 BUCKET = "rate 1gbit burst 128kb latency 20ms"
+# The path of many users leaves out where a system keeps `ip` and `tc`.
+PATH = os.pathsep.join(
+    [os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin", "/sbin"]
+)
+ENVIRONMENT = os.environ | {"PATH": PATH}
 
 
 def _must(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}: {done.stderr.strip() or done.returncode}")
 
@@ -44,10 +49,13 @@ def machines() -> Iterator[None]:
     """Two namespaces with a link. Only what this process made is deleted.
 
     Raises:
-        SystemExit: the system has no `ip` or `tc`, or the kernel refuses.
+        SystemExit: the user is not root, a command is missing, or the kernel refuses.
     """
-    if os.geteuid() or not shutil.which("ip") or not shutil.which("tc"):
-        raise SystemExit("network namespaces need root, and the commands ip and tc")
+    if os.geteuid():
+        raise SystemExit("network namespaces need root")
+    absent = [name for name in ("ip", "tc") if not shutil.which(name, path=PATH)]
+    if absent:
+        raise SystemExit(f"not installed: {', '.join(absent)} (iproute2 has ip and tc)")
     with contextlib.ExitStack() as made:
         for host in HOSTS:
             _must("ip", "netns", "add", host)
@@ -68,7 +76,7 @@ def machines() -> Iterator[None]:
 def sent(number: int) -> int:
     """Bytes that a machine sent."""
     command = ["ip", "-n", HOSTS[number], "-s", "-j", "link", "show", DEVICES[number]]
-    done = subprocess.run(command, capture_output=True, check=True)
+    done = subprocess.run(command, capture_output=True, check=True, env=ENVIRONMENT)
     return int(json.loads(done.stdout)[0]["stats64"]["tx"]["bytes"])
 
 
@@ -90,14 +98,14 @@ def run(checkpoint: Path) -> None:
                     f"--nnodes 2 --nproc-per-node 1 --node-rank {number} --master-addr {ADDRESSES[0]} "
                     f"--master-port {PORT} {tool} --dtype bf16 --node-local --json"
                 )
-                environment = {"GLOO_SOCKET_IFNAME": DEVICES[number]}
+                environment = ENVIRONMENT | {"GLOO_SOCKET_IFNAME": DEVICES[number]}
                 log = started.enter_context(open(scratch / f"log{number}", "w+"))
                 process = subprocess.Popen(
                     ["ip", "netns", "exec", HOSTS[number], "sh", "-c", launch],
                     stdout=subprocess.PIPE,
                     stderr=log,
                     text=True,
-                    env=os.environ | environment,
+                    env=environment,
                 )
                 started.callback(process.kill)
                 processes.append(process)

@@ -27,6 +27,7 @@ from tests.support.outputs import contents, partials, written
 from tests.support.ranks.launching import (
     DRIVER,
     GATED,
+    IP,
     REPOSITORY,
     Ended,
     ended,
@@ -375,7 +376,7 @@ def test_machines_whose_cable_is_pulled_end_both(large: Large, tmp_path: Path) -
             for node, net in enumerate(nets)
         ]
         until(lambda: proven(out), runs[0])
-        subprocess.run([*nets[0], "ip", "link", "set", "end0", "down"], check=True)
+        subprocess.run([*nets[0], IP, "link", "set", "end0", "down"], check=True)
         gate_of(out).touch()
 
         first, second = (ended(run) for run in runs)
@@ -390,14 +391,14 @@ def join(nets: list[list[str]]) -> None:
     """A cable between two network namespaces."""
     other = nets[1][-1]
     plugs = "type veth peer name end1 netns"
-    subprocess.run([*nets[0], "ip", "link", "add", "end0", *plugs.split(), other], check=True)
+    subprocess.run([*nets[0], IP, "link", "add", "end0", *plugs.split(), other], check=True)
     for number, net in enumerate(nets):
         for command in (
             f"addr add 10.99.0.{number + 1}/24 dev end{number}",
             f"link set end{number} up",
             "link set lo up",
         ):
-            subprocess.run([*net, "ip", *command.split()], check=True)
+            subprocess.run([*net, IP, *command.split()], check=True)
 
 
 # Signals, and ranks that stand still

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,6 +21,8 @@ from tests.support.waiting import LONGEST_SECONDS, wait_until
 REPOSITORY = Path(__file__).resolve().parents[3]
 DRIVER = Path(__file__).with_name("driver.py")
 GATED = Path(__file__).with_name("gated.py")
+# The path of many users leaves out where a system keeps it.
+IP = shutil.which("ip", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin") or "ip"
 
 
 @dataclass(frozen=True)
@@ -173,6 +176,6 @@ needs_namespaces = pytest.mark.skipif(
     reason="mount namespaces need privileges that this process has not",
 )
 needs_cables = pytest.mark.skipif(
-    not _may("ip link add left type veth peer name right", "-n"),
-    reason="network namespaces need privileges that this process has not",
+    not _may(f"{IP} link add left type veth peer name right", "-n"),
+    reason="network namespaces need the command ip, and privileges that this process has not",
 )

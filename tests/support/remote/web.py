@@ -148,7 +148,8 @@ class _Handler(BaseHTTPRequestHandler):
                     web.nbytes += sent
                 if web.rate:
                     time.sleep(max(0.0, (at - start) / web.rate - (time.monotonic() - began)))
-        if fault == "truncate":
+        # A file that shrinks meanwhile has no more to send; a client would wait for the rest.
+        if at < end or fault == "truncate":
             self._cut()
 
     def _cut(self) -> None:
