@@ -53,11 +53,12 @@ def read_universal(location: Location) -> tuple[Save, Part]:
     shards = [open_shards(names, rank, masters_elsewhere=True) for rank in names.model_ranks]
     shared = shards[0].shared_params
     shards = [replace(one, shared=shared) for one in shards]
-    files = sorted((directory / UNIVERSAL).glob(f"*/{MASTER}"))
+    folder = directory / UNIVERSAL
+    # A slash in the name of a parameter makes a folder in a folder.
+    files = sorted(folder.rglob(MASTER))
+    named = [file.parent.relative_to(folder).as_posix() for file in files]
     with ThreadPoolExecutor(16) as pool:
-        held = dict(
-            zip((file.parent.name for file in files), pool.map(_tensor, files), strict=True)
-        )
+        held = dict(zip(named, pool.map(_tensor, files), strict=True))
     sizes = {file: file.stat().st_size for file in files}
     save = Save(shards, "universal checkpoint", sizes)
     if shards[0].first.content["module"] is None:
@@ -67,7 +68,7 @@ def read_universal(location: Location) -> tuple[Save, Part]:
     if lacking:
         raise DamagedCheckpoint(
             f"{len(lacking)} of {len(shapes)} parameters have no {MASTER}, such as {lacking[0]}",
-            path=directory / UNIVERSAL,
+            path=folder,
             missing=[f"{UNIVERSAL}/{name}/{MASTER}" for name in lacking],
             hint=_CONVERT_AGAIN,
         )

@@ -266,6 +266,26 @@ def test_a_universal_checkpoint_is_found_where_people_point(tmp_path: Path) -> N
     )
 
 
+def test_a_parameter_of_a_universal_checkpoint_may_have_a_slash_in_its_name(tmp_path: Path) -> None:
+    """A key of a ParameterDict, say: ds_to_universal makes a folder in a folder of it."""
+    directory = copy_of(UNIVERSAL, tmp_path)
+    old, new = "model.norm.weight", "model.norm/of/all"
+
+    def rename(content: dict[str, Any]) -> None:
+        for named in (content["module"], *content["param_shapes"]):
+            if old in named:
+                named[new] = named.pop(old)
+
+    for path in damage.model_files(directory):
+        damage.edit(path, rename)
+    (directory / "zero" / new).parent.mkdir(parents=True)
+    (directory / "zero" / old).rename(directory / "zero" / new)
+
+    masters = open_checkpoint(directory).catalogue()
+    whole = open_checkpoint(FIXTURES / "layouts" / UNIVERSAL / "checkpoint").catalogue()
+    assert torch.equal(masters[new].load(), whole[old].load())
+
+
 def test_a_universal_checkpoint_beside_its_source_is_chosen_by_its_tag(tmp_path: Path) -> None:
     directory = copy_of("universal-zero1-bf16-llama-2ranks", tmp_path)
     root = directory.parent
