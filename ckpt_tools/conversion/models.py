@@ -94,7 +94,7 @@ class _Model:
                 request,
                 self.config,
                 {name: (t.dtype, t.shape) for name, t in fitted.catalogue.items()},
-                dtype=main_dtype(fitted.catalogue),
+                dtype=main_dtype(fitted.catalogue, self.combined.as_stored),
                 untied=bool(fitted.untied),
             )
         size, format = request.max_shard_size, request.output_format
@@ -260,7 +260,7 @@ def _with_quantizer(
             path=config.path,
             hint="Pass --dequantize for 16-bit weights, or --config with the config of the quantised model.",
         )
-    if combined.as_stored or not has or not (request.dequantize or request.command == "merge-lora"):
+    if combined.as_stored or not has:
         return config, combined
     plain = {key: value for key, value in config.data.items() if key != KEY}
     note = f"{KEY} was left out of config.json, because no weight is quantised"

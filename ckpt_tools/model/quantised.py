@@ -18,7 +18,12 @@ from ckpt_tools.model.state import State
 from ckpt_tools.tensors.catalogue import Catalogue
 from ckpt_tools.tensors.dtypes import BFLOAT16, DType
 from ckpt_tools.transforms.lora import adapted_names
-from ckpt_tools.transforms.quantised import dequantised, find_packed, storage_names
+from ckpt_tools.transforms.quantised import (
+    PLAIN_ELSEWHERE,
+    dequantised,
+    find_packed,
+    storage_names,
+)
 
 KEY = "quantization_config"
 
@@ -81,7 +86,7 @@ def plain_state(state: State, quantizer: Mapping[str, Any], instead: Collection[
     if odd:
         raise UnsupportedLayout(
             f"the quantiser of {counted(len(odd), 'tensor')} is not known: {listed(odd)}",
-            hint="Pass --base DIR with the 16-bit model.",
+            hint=PLAIN_ELSEWHERE,
         )
     ties = {a: kept for a, kept in catalogue.ties.items() if kept in tensors and a not in tensors}
     methods = listed(sorted({packed[name].method for name in made}))
