@@ -15,7 +15,7 @@ from typing import Any
 from ckpt_tools.errors import UnsupportedLayout, counted, listed
 from ckpt_tools.hub.files import read_object
 from ckpt_tools.model.state import State
-from ckpt_tools.tensors.catalogue import Catalogue
+from ckpt_tools.tensors.catalogue import Catalogue, Tensor
 from ckpt_tools.tensors.dtypes import BFLOAT16, DType
 from ckpt_tools.transforms.lora import adapted_names
 from ckpt_tools.transforms.quantised import (
@@ -41,6 +41,18 @@ def quantizer_of(directories: Sequence[Path]) -> Mapping[str, Any]:
 def quantised_names(state: State) -> frozenset[str]:
     """The tensors of a state that are a quantiser's."""
     return frozenset(storage_names(state.catalogue))
+
+
+def unknown_codes(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Integers and 8-bit floats in modules without a weight, if no weight is stored in a known way."""
+    if find_packed(tensors):
+        return []
+    return [
+        name
+        for name, tensor in tensors.items()
+        if (not tensor.dtype.is_floating or tensor.dtype.itemsize < 2)
+        and f"{name.rpartition('.')[0]}.weight" not in tensors
+    ]
 
 
 def plain_state(state: State, quantizer: Mapping[str, Any], instead: Collection[str] = ()) -> State:

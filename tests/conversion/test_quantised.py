@@ -362,6 +362,25 @@ def test_scales_of_activations_go_with_the_codes(
     assert _tensors(tmp_path / "out").keys() == {layer + weight}
 
 
+def test_a_quantiser_whose_tensors_are_not_known_is_named_by_its_config(tmp_path: Path) -> None:
+    """The names do not fit the model, but another config or a key map would not help."""
+    plain = json.loads((FIXTURES / "qlora-zero2/base/config.json").read_text())
+    module = "model.layers.0.self_attn.q_proj."
+    held = {"model.norm.weight": torch.ones(16), f"{module}codebooks": torch.ones(2, 8)}
+    held[f"{module}codes"] = torch.ones(16, 2, dtype=torch.int8)
+    source = _stored(tmp_path / "in", held, {"quant_method": "aqlm"})
+    edit_json(source / "config.json", lambda config: config.update(plain))
+    merging = {"adapter_dir": FIXTURES / "qlora-zero2/adapter"}
+
+    for convert, options in ((consolidate, {}), (merge_lora, merging)):
+        with pytest.raises(UnsupportedLayout, match=rf"'aqlm'.*{module}codes") as caught:
+            convert(source, tmp_path / "out", **options)
+        assert "--base DIR, and --weights-only" in (caught.value.hint or "")
+    consolidate(source, tmp_path / "out", weights_only=True)
+
+    assert _tensors(tmp_path / "out").keys() == held.keys()
+
+
 def test_a_mean_of_codes_is_refused(tmp_path: Path) -> None:
     source = FIXTURES / "fp8-blocks"
     with pytest.raises(UnsupportedLayout, match="mean of quantised weights"):
