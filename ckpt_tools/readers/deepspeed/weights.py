@@ -288,7 +288,7 @@ def _miscounted(shards: ShardSet) -> str | None:
 
 
 def _steps_before_the_first(shards: ShardSet) -> int:
-    """Steps that DeepSpeed took with no gradients to make the optimizer's state: one before 0.10, then none."""
+    """Steps that DeepSpeed took to make the state of the optimizer: one before 0.10, then none."""
     version = re.match(r"(\d+)\.(\d+)", str(shards.first.get("ds_version")))
     return 0 if version and (int(version[1]), int(version[2])) >= (0, 10) else 1
 
