@@ -16,9 +16,9 @@ from ckpt_tools._version import __version__
 from ckpt_tools.conversion.averaging import mean_of
 from ckpt_tools.conversion.bases import read_like
 from ckpt_tools.conversion.pipeline import Planned, dtype_counts
+from ckpt_tools.conversion.quantisers import configs_near, unknown_quantisers_named, with_quantizer
 from ckpt_tools.conversion.request import Request
 from ckpt_tools.errors import DamagedCheckpoint, UsageError, listed
-from ckpt_tools.errors import tensors as tensors_text
 from ckpt_tools.hub import AssetFile, Assets, ConfigSource, collect, find_config
 from ckpt_tools.hub.adapter_config import AdapterConfig, with_given
 from ckpt_tools.hub.card import CardFacts, license_beside, model_card
@@ -29,7 +29,7 @@ from ckpt_tools.model.combining import Weighted, combined, read_adapter_director
 from ckpt_tools.model.fit import Fitted, ask_model, fit_to_model
 from ckpt_tools.model.live_names import Layouts, in_one_layout
 from ckpt_tools.model.merging import merged_state
-from ckpt_tools.model.quantised import KEY, plain_state, quantised_names, quantizer_of
+from ckpt_tools.model.quantised import plain_state, quantised_names, quantizer_of
 from ckpt_tools.model.shapes import with_shapes
 from ckpt_tools.model.state import State, cast_state, main_dtype, model_state
 from ckpt_tools.tensors.catalogue import Catalogue, Tensor
@@ -94,7 +94,7 @@ class _Model:
                 request,
                 self.config,
                 {name: (t.dtype, t.shape) for name, t in fitted.catalogue.items()},
-                dtype=main_dtype(fitted.catalogue),
+                dtype=main_dtype(fitted.catalogue, self.combined.as_stored),
                 untied=bool(fitted.untied),
             )
         size, format = request.max_shard_size, request.output_format
@@ -118,15 +118,16 @@ class _Model:
 
     def _fitted(self, config: ConfigSource) -> Fitted:
         try:
-            return fit_to_model(
-                self.catalogue,
-                config,
-                self.extra,
-                main_dtype(self.catalogue),
-                trust=self.request.trust_remote_code,
-                answer=self.answer,
-                second_names=self.request.output_format == "bin",
-            )
+            with unknown_quantisers_named(self.sources, self.request.weights):
+                return fit_to_model(
+                    self.catalogue,
+                    config,
+                    self.extra,
+                    main_dtype(self.catalogue),
+                    trust=self.request.trust_remote_code,
+                    answer=self.answer,
+                    second_names=self.request.output_format == "bin",
+                )
         except DamagedCheckpoint as error:
             _refuse_unlisted(error, self.sources)
             raise
@@ -179,12 +180,13 @@ def prepare_model(sources: Sequence[Checkpoint], request: Request) -> _Model:
     states = [with_shapes(state, found, trust=request.trust_remote_code) for state in states]
     if request.dequantize:
         states = [
-            plain_state(state, quantizer_of(_near(source, request)))
+            plain_state(state, quantizer_of(configs_near(source, request)))
             for state, source in zip(states, sources, strict=True)
         ]
     combined = _combined(states, sources, request)
     catalogue = cast_state(combined.state, request.dtype, combined.as_stored)
-    config, combined = _with_quantizer(found, combined, request)
+    config, state = with_quantizer(found, combined.state, combined.as_stored)
+    combined = replace(combined, state=state)
     like = None if request.like is None else read_like(request.like)
     extra = None if like is None else _extra(like, request)
     answer = None
@@ -232,51 +234,22 @@ def _combined(
             )
             return _Combined(mean, f"mean of {len(states)} checkpoints", {})
         case "merge-lora":
-            return _merged(states, sources, request)
+            with unknown_quantisers_named(sources, request.weights):
+                return _merged(states, sources, request)
         case _:
             (state,) = states
             return _Combined(state, None, {}, quantised_names(state))
-
-
-def _near(source: Checkpoint, request: Request) -> list[Path]:
-    """Where the config of a source may lie, nearest first."""
-    named = [] if request.config is None else [request.config]
-    place = source.location.directory
-    return [*named, place.parent if place.is_file() else place, *source.location.near]
-
-
-def _with_quantizer(
-    config: ConfigSource | None, combined: _Combined, request: Request
-) -> tuple[ConfigSource | None, _Combined]:
-    """The config with ``quantization_config`` where weights stay quantised, without it where none is."""
-    if config is None:
-        return config, combined
-    has = KEY in config.data
-    if combined.as_stored and not has:
-        raise UsageError(
-            f"the checkpoint holds {tensors_text(len(combined.as_stored))} of a quantiser, "
-            f"and the config has no {KEY}: "
-            f"{listed(sorted(combined.as_stored))}",
-            path=config.path,
-            hint="Pass --dequantize for 16-bit weights, or --config with the config of the quantised model.",
-        )
-    if combined.as_stored or not has or not (request.dequantize or request.command == "merge-lora"):
-        return config, combined
-    plain = {key: value for key, value in config.data.items() if key != KEY}
-    note = f"{KEY} was left out of config.json, because no weight is quantised"
-    state = replace(combined.state, notes=(*combined.state.notes, note))
-    return replace(config, data=plain), replace(combined, state=state)
 
 
 def _merged(states: Sequence[State], sources: Sequence[Checkpoint], request: Request) -> _Combined:
     """The base with the adapter of the checkpoint, or of ``adapter_dir``, merged into it."""
     near = sources[0].location.near
     first, *others = [
-        plain_state(state, quantizer_of(_near(source, request))) if number else state
+        plain_state(state, quantizer_of(configs_near(source, request))) if number else state
         for number, (state, source) in enumerate(zip(states, sources, strict=True))
     ]
     held = {name for other in others for name in (*other.catalogue, *other.catalogue.ties)}
-    states = [plain_state(first, quantizer_of(_near(sources[0], request)), held), *others]
+    states = [plain_state(first, quantizer_of(configs_near(sources[0], request)), held), *others]
     adapter_state: State | None = None
     beside: dict[Path, Catalogue] = {}
     found: AdapterConfig | None = None

@@ -185,11 +185,6 @@ def finish(source: ConfigSource, tensors: Shapes, *, dtype: DType, untied: bool)
     _set_dtype(config, dtype, notes)
     _set_vocabulary(config, tensors, notes, warnings)
     _clear_leftovers(config, source, notes, warnings)
-    if "quantization_config" in config and not _is_quantised(tensors):
-        warnings.append(
-            "config.json has a quantization_config, but every tensor is plain floating point:"
-            " loaders will quantise the weights or refuse them; remove it if this is not intended"
-        )
     return FinishedConfig(config, tuple(notes), tuple(warnings))
 
 
@@ -335,8 +330,3 @@ _LEFTOVERS: Mapping[str, Callable[[object], bool]] = {
     "_name_or_path": _is_local,
     "_attn_implementation_autoset": lambda value: True,
 }
-
-
-def _is_quantised(tensors: Shapes) -> bool:
-    """Whether any tensor has integers or 8-bit floats."""
-    return any(not dtype.is_floating or dtype.itemsize < 2 for dtype, _ in tensors.values())

@@ -15,10 +15,15 @@ from typing import Any
 from ckpt_tools.errors import UnsupportedLayout, counted, listed
 from ckpt_tools.hub.files import read_object
 from ckpt_tools.model.state import State
-from ckpt_tools.tensors.catalogue import Catalogue
+from ckpt_tools.tensors.catalogue import Catalogue, Tensor
 from ckpt_tools.tensors.dtypes import BFLOAT16, DType
 from ckpt_tools.transforms.lora import adapted_names
-from ckpt_tools.transforms.quantised import dequantised, find_packed, storage_names
+from ckpt_tools.transforms.quantised import (
+    PLAIN_ELSEWHERE,
+    dequantised,
+    find_packed,
+    storage_names,
+)
 
 KEY = "quantization_config"
 
@@ -36,6 +41,18 @@ def quantizer_of(directories: Sequence[Path]) -> Mapping[str, Any]:
 def quantised_names(state: State) -> frozenset[str]:
     """The tensors of a state that are a quantiser's."""
     return frozenset(storage_names(state.catalogue))
+
+
+def unknown_codes(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Integers and 8-bit floats in modules without a weight, if no weight is stored in a known way."""
+    if find_packed(tensors):
+        return []
+    return [
+        name
+        for name, tensor in tensors.items()
+        if (not tensor.dtype.is_floating or tensor.dtype.itemsize < 2)
+        and f"{name.rpartition('.')[0]}.weight" not in tensors
+    ]
 
 
 def plain_state(state: State, quantizer: Mapping[str, Any], instead: Collection[str] = ()) -> State:
@@ -81,7 +98,7 @@ def plain_state(state: State, quantizer: Mapping[str, Any], instead: Collection[
     if odd:
         raise UnsupportedLayout(
             f"the quantiser of {counted(len(odd), 'tensor')} is not known: {listed(odd)}",
-            hint="Pass --base DIR with the 16-bit model.",
+            hint=PLAIN_ELSEWHERE,
         )
     ties = {a: kept for a, kept in catalogue.ties.items() if kept in tensors and a not in tensors}
     methods = listed(sorted({packed[name].method for name in made}))

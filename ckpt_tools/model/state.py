@@ -149,15 +149,21 @@ def cast_state(state: State, choice: DTypeChoice, as_stored: Collection[str] = (
     return Catalogue(tensors, state.catalogue.ties)
 
 
-def main_dtype(tensors: Mapping[str, Tensor]) -> DType:
+def main_dtype(tensors: Mapping[str, Tensor], stored: Collection[str] = ()) -> DType:
     """The dtype of most floating elements: what ``config.json`` calls the model's dtype.
+
+    Args:
+        tensors: the tensors of the output.
+        stored: codes and scales of a quantiser. A model computes in the dtype of its other tensors:
+            no library can create a model of 8-bit floats.
 
     Raises:
         UsageError: no tensor is floating.
     """
     counts: Counter[DType] = Counter()
-    for tensor in tensors.values():
-        if tensor.dtype.is_floating:
+    plain = {name for name in tensors if name not in stored}
+    for name, tensor in tensors.items():
+        if tensor.dtype.is_floating and (name in plain or not plain):
             counts[tensor.dtype] += max(tensor.numel, 1)
     if not counts:
         raise UsageError(

@@ -35,6 +35,9 @@ _4BIT = {
 }
 # Scales of activations, which no weight needs.
 _ACTIVATIONS = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")
+# Those of queries, keys and values lie beside the projections. Such a last name alone tells no quantiser.
+_ATTENTION = tuple(f"{one}_{kind}" for one in "qkv" for kind in ("scale", "zero_point"))
+_STATIC = "activation_scale"
 # Last names of tensors that only quantisers keep.
 _SIDES = frozenset(
     {"absmax", "quant_map", "nested_absmax", "nested_quant_map", "SCB", "weight_format"}
@@ -45,9 +48,9 @@ _SIDES = frozenset(
 )
 _EIGHT_BITS = ("int8", "uint8", "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu")
 _NAIVE = ("naive-quantized", "float-quantized", "int-quantized")
-_16BIT_BASE = (
-    "Pass --base DIR with the 16-bit model. Without one, load the model with the library that quantised it, "
-    "dequantise it there, and save that."
+PLAIN_ELSEWHERE = (
+    "merge-lora takes the 16-bit weights of another directory with --base DIR. Without one, load the model "
+    "with the library that quantised it, dequantise it there, and save that."
 )
 
 
@@ -96,6 +99,8 @@ def _packed(name: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -> Packed 
         return Packed(weight, "bitsandbytes 4-bit", parts)
     weight = f"{module}.weight"
     activations = beside(f"{module}.", {end: end for end in _ACTIVATIONS})
+    around, dot, _ = module.rpartition(".")
+    activations |= beside(f"{around}{dot}", {end: end for end in _ATTENTION})
     if last == "SCB" and weight in tensors:
         parts = {
             "codes": weight,
@@ -105,7 +110,9 @@ def _packed(name: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -> Packed 
         return Packed(weight, "bitsandbytes 8-bit", parts)
     if name.endswith("_scale_inv") and name.removesuffix("_scale_inv") in tensors:
         weight = name.removesuffix("_scale_inv")
-        return Packed(weight, "fp8", {"codes": weight, "scale": name, **activations})
+        before = weight.removesuffix("weight") if weight.endswith(".weight") else f"{weight}_"
+        static = beside(before, {_STATIC: _STATIC})
+        return Packed(weight, "fp8", {"codes": weight, "scale": name, **activations, **static})
     if last == "weight_scale" and weight in tensors:
         points = beside(f"{module}.", {"weight_zero_point": "zero_point", "weight_g_idx": "order"})
         parts = {"codes": weight, "scale": name, **points, **activations}
@@ -182,7 +189,7 @@ def dequantised(
         raise DamagedCheckpoint(
             f"the tensors of its {packed.method} storage do not fit each other",
             tensor=packed.weight,
-            hint=_16BIT_BASE,
+            hint=PLAIN_ELSEWHERE,
         )
     if packed.method != "mxfp4":
         return made
@@ -292,5 +299,5 @@ def _refused(packed: Packed, why: str) -> UnsupportedLayout:
     return UnsupportedLayout(
         f"the weight is quantised ({packed.method}), and {why}",
         tensor=packed.weight,
-        hint=_16BIT_BASE,
+        hint=PLAIN_ELSEWHERE,
     )

@@ -80,6 +80,7 @@ def check_config(
         return
     _check_architecture(config, tensors, findings)
     if is_quantized(directory):
+        _check_computing_dtype(config, findings)
         findings.skipped.append("dtype and vocabulary of the config: the weights are quantized")
         return
     _check_dtype(config, tensors, findings)
@@ -126,6 +127,19 @@ def _check_dtype(
             f"it has {name}, the tensors are {found}; some loaders then cast every tensor",
             file=CONFIG,
             hint=f'Set "dtype": "{found}".',
+        )
+
+
+def _check_computing_dtype(config: Mapping[str, Any], findings: Findings) -> None:
+    """A quantised model computes in a dtype of 16 bits or more; torch creates no modules of 8-bit floats."""
+    said = config.get("dtype") or config.get("torch_dtype")
+    dtype = BY_NAME.get(said.removeprefix("torch.")) if isinstance(said, str) else None
+    if dtype is not None and (not dtype.is_floating or dtype.itemsize < 2):
+        findings.add(
+            "config-dtype",
+            f"it has {dtype}, the dtype of codes; transformers cannot create a model in it",
+            file=CONFIG,
+            hint='Set "dtype" to the dtype that the model computes in, such as "bfloat16".',
         )
 
 

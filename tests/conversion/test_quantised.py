@@ -16,6 +16,7 @@ from ckpt_tools.errors import DamagedCheckpoint, UnsupportedLayout, UsageError
 from ckpt_tools.verification import verify
 from tests.support.adapted import PREFIX, adapter_config
 from tests.support.merges import assert_rounded
+from tests.support.verification.directories import edit_json
 
 FIXTURES = Path(__file__).parents[2] / "fixtures/quantised"
 WEIGHTS = sorted(path.name for path in FIXTURES.iterdir() if not path.name.startswith("qlora"))
@@ -308,6 +309,76 @@ def test_a_quantised_state_is_copied_with_its_config(tmp_path: Path) -> None:
     written = json.loads((tmp_path / "out/config.json").read_text())
     assert written["quantization_config"] == quantised["quantization_config"]
     assert any("were not compared" in warning for warning in report.warnings)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_config_of_codes_has_the_dtype_that_the_model_computes_in(
+    dtype: str, tmp_path: Path
+) -> None:
+    """transformers creates modules in the dtype of the config, and torch has none of 8-bit floats."""
+    plain = json.loads((FIXTURES / "qlora-zero2/base/config.json").read_text())
+    held = _tensors(FIXTURES / "fp8-blocks") | {"model.norm.weight": torch.ones(8).bfloat16()}
+    source = _stored(tmp_path / "in", held, {"quant_method": "fp8"})
+    edit_json(source / "config.json", lambda config: config.update(plain))
+
+    consolidate(source, tmp_path / "out", dtype={"bfloat16": "auto", "float32": "fp32"}[dtype])
+
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == dtype
+
+
+def test_plain_weights_get_no_quantization_config(tmp_path: Path) -> None:
+    """The config of a quantised base may be the only one at hand for a run that trained plain weights."""
+    base = FIXTURES / "qlora-zero2/base"
+    config = tmp_path / "config.json"
+    shutil.copyfile(base / "config.json", config)
+    edit_json(config, lambda data: data.update(quantization_config={"quant_method": "gptq"}))
+
+    report = consolidate(base, tmp_path / "out", config=config)
+
+    assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
+    assert any("quantization_config was left out" in note for note in report.notes)
+
+
+@pytest.mark.parametrize(
+    ("case", "weight", "scale"),
+    [
+        ("fp8-blocks", "mlp.up_proj.weight", "mlp.up_proj.activation_scale"),
+        ("fp8-blocks", "mlp.experts.up", "mlp.experts.up_activation_scale"),
+        ("compressed-fp8-channel", "self_attn.k_proj.weight", "self_attn.k_scale"),
+        ("compressed-fp8-channel", "self_attn.k_proj.weight", "self_attn.v_zero_point"),
+        ("compressed-fp8-channel", "self_attn.k_proj.weight", "self_attn.k_proj.input_scale"),
+    ],
+)
+def test_scales_of_activations_go_with_the_codes(
+    case: str, weight: str, scale: str, tmp_path: Path
+) -> None:
+    quantizer = json.loads((FIXTURES / case / "config.json").read_text())["quantization_config"]
+    old, layer = "model.layers.0.mlp.up_proj.weight", "model.layers.0."
+    held = {name.replace(old, layer + weight): t for name, t in _tensors(FIXTURES / case).items()}
+    source = _stored(tmp_path / "in", held | {layer + scale: torch.ones(1)}, quantizer)
+
+    consolidate(source, tmp_path / "out", dequantize=True, weights_only=True)
+
+    assert _tensors(tmp_path / "out").keys() == {layer + weight}
+
+
+def test_a_quantiser_whose_tensors_are_not_known_is_named_by_its_config(tmp_path: Path) -> None:
+    """The names do not fit the model, but another config or a key map would not help."""
+    plain = json.loads((FIXTURES / "qlora-zero2/base/config.json").read_text())
+    module = "model.layers.0.self_attn.q_proj."
+    held = {"model.norm.weight": torch.ones(16), f"{module}codebooks": torch.ones(2, 8)}
+    held[f"{module}codes"] = torch.ones(16, 2, dtype=torch.int8)
+    source = _stored(tmp_path / "in", held, {"quant_method": "aqlm"})
+    edit_json(source / "config.json", lambda config: config.update(plain))
+    merging = {"adapter_dir": FIXTURES / "qlora-zero2/adapter"}
+
+    for convert, options in ((consolidate, {}), (merge_lora, merging)):
+        with pytest.raises(UnsupportedLayout, match=rf"'aqlm'.*{module}codes") as caught:
+            convert(source, tmp_path / "out", **options)
+        assert "--base DIR, and --weights-only" in (caught.value.hint or "")
+    consolidate(source, tmp_path / "out", weights_only=True)
+
+    assert _tensors(tmp_path / "out").keys() == held.keys()
 
 
 def test_a_mean_of_codes_is_refused(tmp_path: Path) -> None:

@@ -92,15 +92,12 @@ def test_a_tokenizer_with_more_tokens_than_rows_is_warned_about(
     assert any("but the embedding has 100 rows" in warning for warning in assets.warnings)
 
 
-def test_notes_and_warnings_of_every_part_are_reported(
-    checkpoint: MakeCheckpoint, chat_tokenizer: Path
-) -> None:
-    config = {"model_type": "olmo2", "quantization_config": {"quant_method": "fp8"}}
+def test_notes_of_every_part_are_reported(checkpoint: MakeCheckpoint, chat_tokenizer: Path) -> None:
+    config = {"model_type": "olmo2"}
     assets = gathered(checkpoint(config, chat_tokenizer), untied=True)
     subjects = ("tie_word_embeddings", "architectures", "dtype", "vocab_size", "tokenizer")
     for subject in (*subjects, "generation_config.json"):
         assert any(note.startswith(subject) for note in assets.notes), subject
-    assert any("quantization_config" in warning for warning in assets.warnings)
 
 
 class TestCustomCode:

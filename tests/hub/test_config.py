@@ -13,7 +13,7 @@ from ckpt_tools.hub import AssetOptions, ConfigSource, find_config
 from ckpt_tools.hub.config import embedding_rows, finish
 from ckpt_tools.hub.files import json_bytes, read_object
 from ckpt_tools.hub.tokenizer import find_tokenizer
-from ckpt_tools.tensors.dtypes import BFLOAT16, BY_NAME, FLOAT32
+from ckpt_tools.tensors.dtypes import BFLOAT16, FLOAT32
 from tests.support.models import same_logits
 
 from .conftest import LLAMA, Shapes, language_model, write_json
@@ -254,18 +254,6 @@ class TestFinish:
 
     def test_tied_weights_leave_the_config_alone(self) -> None:
         assert finished(LLAMA | {"tie_word_embeddings": True}).data["tie_word_embeddings"] is True
-
-    @pytest.mark.parametrize(
-        ("dtype", "warned"),
-        [("bfloat16", True), ("uint8", False), ("float8_e4m3fn", False)],
-    )
-    def test_a_quantization_config_without_quantised_tensors_is_warned_about(
-        self, dtype: str, warned: bool
-    ) -> None:
-        tensors = language_model() | {"model.layers.0.weight": (BY_NAME[dtype], (8, 8))}
-        result = finished(LLAMA | {"quantization_config": {"quant_method": "fp8"}}, tensors)
-        assert "quantization_config" in result.data
-        assert any("quantization_config" in text for text in result.warnings) is warned
 
     @pytest.mark.parametrize(
         ("name", "head"),

@@ -43,7 +43,14 @@ def leave_sides(directory: Path) -> None:
     edit_state(directory / SINGLE, add)
 
 
+def _dtype_of_codes(directory: Path) -> None:
+    """What copying codes of 8-bit floats wrote before."""
+    _quantizer(directory)
+    edit_json(directory / "config.json", lambda c: c.update(dtype="float8_e4m3fn"))
+
+
 DAMAGES = [
+    Damage("config-dtype", _dtype_of_codes, save_llama, also=frozenset({"quantizer-unused"})),
     Damage("quantizer-leftover", leave_sides, save_llama),
     Damage("quantizer-unused", _quantizer, save_llama, severity="warning"),
 ]

@@ -26,12 +26,16 @@ from ckpt_tools.readers.deepspeed.layout import group_shapes
 from ckpt_tools.readers.deepspeed.names import UNIVERSAL, names_in
 from ckpt_tools.readers.deepspeed.saves import Save, joined
 from ckpt_tools.readers.deepspeed.shards import ShardSet, open_shards
-from ckpt_tools.readers.deepspeed.weights import Part, default_dtype, sorted_part
+from ckpt_tools.readers.deepspeed.weights import Part, default_dtype, round_robin, sorted_part
 from ckpt_tools.tensors.catalogue import Stored
 from ckpt_tools.tensors.checkpoint import Location, Weight
 from ckpt_tools.tensors.regions import Shape
 
 MASTER = "fp32.pt"
+_ROUND_ROBIN = (
+    "the run had round_robin_gradients, and ds_to_universal.py then writes values of other parameters: "
+    "convert the original checkpoint"
+)
 _CONVERT_AGAIN = "Run ds_to_universal.py again on the original checkpoint."
 
 
@@ -53,11 +57,12 @@ def read_universal(location: Location) -> tuple[Save, Part]:
     shards = [open_shards(names, rank, masters_elsewhere=True) for rank in names.model_ranks]
     shared = shards[0].shared_params
     shards = [replace(one, shared=shared) for one in shards]
-    files = sorted((directory / UNIVERSAL).glob(f"*/{MASTER}"))
+    folder = directory / UNIVERSAL
+    # A slash in the name of a parameter makes a folder in a folder.
+    files = sorted(folder.rglob(MASTER))
+    named = [file.parent.relative_to(folder).as_posix() for file in files]
     with ThreadPoolExecutor(16) as pool:
-        held = dict(
-            zip((file.parent.name for file in files), pool.map(_tensor, files), strict=True)
-        )
+        held = dict(zip(named, pool.map(_tensor, files), strict=True))
     sizes = {file: file.stat().st_size for file in files}
     save = Save(shards, "universal checkpoint", sizes)
     if shards[0].first.content["module"] is None:
@@ -67,7 +72,7 @@ def read_universal(location: Location) -> tuple[Save, Part]:
     if lacking:
         raise DamagedCheckpoint(
             f"{len(lacking)} of {len(shapes)} parameters have no {MASTER}, such as {lacking[0]}",
-            path=directory / UNIVERSAL,
+            path=folder,
             missing=[f"{UNIVERSAL}/{name}/{MASTER}" for name in lacking],
             hint=_CONVERT_AGAIN,
         )
@@ -75,7 +80,9 @@ def read_universal(location: Location) -> tuple[Save, Part]:
     if holds_experts(shards[0]):
         return save, with_experts(alone(shards), masters, {}, [])
     if len(shards) == 1:
-        return save, sorted_part(shards[0], masters, [])
+        part = sorted_part(shards[0], masters, [])
+        mixed = [_ROUND_ROBIN] if shards[0].stage < 3 and round_robin(shards[0]) else []
+        return save, replace(part, doubts=[*mixed, *part.doubts])
     # The slices of the ranks' model copies are joined here; the masters are already whole.
     part = joined(shards, [sorted_part(one, {}, []) for one in shards], location)
     if shards[0].stage < 3:

@@ -6,6 +6,7 @@ The tensors are those of one :class:`~ckpt_tools.readers.deepspeed.shards.ShardS
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -273,17 +274,23 @@ def trained_shapes(shards: ShardSet, masters: Mapping[str, Stored]) -> dict[str,
 
 
 def _miscounted(shards: ShardSet) -> str | None:
-    """The doubt if optimizer and engine count different steps; before DeepSpeed 0.10 they differ by one."""
+    """The doubt if optimizer and engine count different steps."""
     taken, skipped = (integer(shards.first.get(key)) for key in ("global_steps", "skipped_steps"))
     counted = shards.optims[0].step if shards.optims else None
     if not isinstance(counted, int | float) or taken is None or counted < 0:
         return None
-    if 0 <= counted - (taken - (skipped or 0)) <= 1:
+    if 0 <= counted - (taken - (skipped or 0)) <= _steps_before_the_first(shards):
         return None
     return (
         f"the optimizer counts {counted:g} steps, the model file {taken} ({skipped or 0} of them skipped): "
         "the optimizer was not resumed with the model, or the files are of two saves"
     )
+
+
+def _steps_before_the_first(shards: ShardSet) -> int:
+    """Steps that DeepSpeed took to make the state of the optimizer: one before 0.10, then none."""
+    version = re.match(r"(\d+)\.(\d+)", str(shards.first.get("ds_version")))
+    return 0 if version and (int(version[1]), int(version[2])) >= (0, 10) else 1
 
 
 def round_robin(shards: ShardSet) -> bool:

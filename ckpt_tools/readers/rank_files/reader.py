@@ -54,6 +54,10 @@ _OTHER_NODES = (
     "directory, or pass their folders with --also DIR."
 )
 _OTHER_SAVE = "A file of another save is among them. Take all files from one save."
+_OTHER_COPY = (
+    "Take all files from one save. If they are, the ranks held copies that drifted apart in training: "
+    "broadcast the parameter from one rank in the training script, and save again."
+)
 
 
 def find(path: Path, tag: str | None = None) -> list[Location]:
@@ -349,7 +353,7 @@ class _Joined:
                 "two ranks hold the same elements with different values",
                 path=run.ref.storage.path,
                 tensor=name,
-                hint=_OTHER_SAVE,
+                hint=_OTHER_COPY,
             )
         if name not in self._differing:
             self._differing.append(name)

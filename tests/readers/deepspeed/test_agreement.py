@@ -315,12 +315,17 @@ def test_a_counter_of_a_group_that_is_never_advanced_is_no_step(tmp_path: Path) 
     assert (checkpoint.doubts, checkpoint.remarks) == ((), ())
 
 
-def test_model_files_of_another_step_are_remarked_under_stage_3(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("steps", "skipped"), [(500, 3), (1, 0)])
+def test_model_files_of_another_step_are_remarked_under_stage_3(
+    steps: int, skipped: int, tmp_path: Path
+) -> None:
     directory = damage.copy_of(STAGE_3, tmp_path)
+    counts = {"global_steps": steps, "skipped_steps": skipped}
     for path in damage.model_files(directory):
-        damage.edit(path, lambda content: content.update(global_steps=500, skipped_steps=3))
+        damage.edit(path, lambda content: content.update(counts))
     (remark,) = open_checkpoint(directory).remarks
-    assert remark.startswith("the optimizer counts 2 steps, the model file 500 (3 of them skipped)")
+    told = f"the optimizer counts 2 steps, the model file {steps} ({skipped} of them skipped)"
+    assert remark.startswith(told)
 
 
 def test_a_model_file_of_another_step_is_found_out_under_stage_3(tmp_path: Path) -> None:

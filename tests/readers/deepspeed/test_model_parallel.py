@@ -266,6 +266,47 @@ def test_a_universal_checkpoint_is_found_where_people_point(tmp_path: Path) -> N
     )
 
 
+def test_a_parameter_of_a_universal_checkpoint_may_have_a_slash_in_its_name(tmp_path: Path) -> None:
+    """A key of a ParameterDict, say: ds_to_universal makes a folder in a folder of it."""
+    directory = copy_of(UNIVERSAL, tmp_path)
+    old, new = "model.norm.weight", "model.norm/of/all"
+
+    def rename(content: dict[str, Any]) -> None:
+        for named in (content["module"], *content["param_shapes"]):
+            if old in named:
+                named[new] = named.pop(old)
+
+    for path in damage.model_files(directory):
+        damage.edit(path, rename)
+    (directory / "zero" / new).parent.mkdir(parents=True)
+    (directory / "zero" / old).rename(directory / "zero" / new)
+
+    masters = open_checkpoint(directory).catalogue()
+    whole = open_checkpoint(FIXTURES / "layouts" / UNIVERSAL / "checkpoint").catalogue()
+    assert torch.equal(masters[new].load(), whole[old].load())
+
+
+def test_masters_of_a_universal_checkpoint_are_doubted_after_round_robin_gradients(
+    tmp_path: Path,
+) -> None:
+    """DeepSpeed records fragments in another order than that of the partition, and cuts by that record."""
+    directory = copy_of("universal-zero1-bf16-llama-2ranks", tmp_path)
+    assert not open_checkpoint(directory).doubts
+    (path,) = damage.model_files(directory)
+    damage.edit(
+        path,
+        lambda content: content["ds_config"]["zero_optimization"].update(
+            round_robin_gradients=True
+        ),
+    )
+    names = ["model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.gate_proj.weight"]
+    one, other = (directory / "zero" / name / "fp32.pt" for name in names)
+    damage.swap(one, other)
+
+    with pytest.raises(DamagedCheckpoint, match="had round_robin_gradients"):
+        check_masters(open_checkpoint(directory), check_all_masters=False, workers=1)
+
+
 def test_a_universal_checkpoint_beside_its_source_is_chosen_by_its_tag(tmp_path: Path) -> None:
     directory = copy_of("universal-zero1-bf16-llama-2ranks", tmp_path)
     root = directory.parent
