@@ -22,6 +22,7 @@ from ckpt_tools.storage.replaced import NEW, OLD, PARTIAL, how_to_restore
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
+_ANOTHER = "Name another output."
 
 
 def check_target(target: Path, sources: Sequence[Path], *, overwrite: bool) -> None:
@@ -31,6 +32,7 @@ def check_target(target: Path, sources: Sequence[Path], *, overwrite: bool) -> N
         OutputExists: it exists, is not an empty directory, and ``overwrite`` was not given; or a run was
             killed while it replaced it.
         UsageError: it holds one of ``sources``, or is a broken link.
+        OutputFailed: it would lie below a file.
     """
     resolved = target.resolve()
     for source in sources:
@@ -38,7 +40,7 @@ def check_target(target: Path, sources: Sequence[Path], *, overwrite: bool) -> N
             raise UsageError(
                 f"replacing it would delete the input {source}",
                 path=target,
-                hint="Name another output. Inputs are never changed or deleted.",
+                hint=f"{_ANOTHER} Inputs are never changed or deleted.",
             )
     restore = how_to_restore(target)
     if restore is not None:
@@ -48,9 +50,14 @@ def check_target(target: Path, sources: Sequence[Path], *, overwrite: bool) -> N
             hint=restore,
         )
     if target.is_symlink() and not target.exists():
-        raise UsageError("it is a broken link", path=target)
+        raise UsageError("it is a broken link", path=target, hint=_ANOTHER)
     if target.exists() and not target.is_dir():
-        raise OutputExists("it exists and is not a directory", path=target)
+        raise OutputExists("it exists and is not a directory", path=target, hint=_ANOTHER)
+    for above in resolved.parents:
+        if above.exists():
+            if not above.is_dir():
+                raise OutputFailed("a folder of the output is a file", path=above, hint=_ANOTHER)
+            break
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise OutputExists(
             "the output exists already",

@@ -116,7 +116,7 @@ def test_the_old_name_of_the_source_format_warns() -> None:
     assert old.stdout == new.stdout
     assert old.stderr == "warning: --format is now --source-format\n"
     assert new.stderr == ""
-    assert run("inspect", CASE / "checkpoint", "--format", "accelerate").exit_code == 3
+    assert run("inspect", CASE / "checkpoint", "--format", "accelerate").exit_code == 2
 
 
 def test_help_lists_every_source_format() -> None:
