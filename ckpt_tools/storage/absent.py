@@ -26,11 +26,12 @@ def what_is_there(path: Path) -> str:
     where = "The current directory" if above == Path() else f"{above}"
     if not names:
         return f"{where} is empty. Check the path."
+    holds = f"{where} holds: {listed(names, 8)}."
     close = _close(missing[0], names)
     if close is None:
-        return f"{where} holds: {listed(names, 8)}."
+        return holds
     meant = above.joinpath(close, *missing[1:])
-    return f"Did you mean {meant if meant.exists() else above / close}?"
+    return f"Did you mean {meant if meant.exists() else above / close}? {holds}"
 
 
 def _close(name: str, names: list[str]) -> str | None:

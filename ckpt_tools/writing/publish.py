@@ -19,6 +19,7 @@ from pathlib import Path
 
 from ckpt_tools.errors import CkptError, OutputExists, OutputFailed, UsageError
 from ckpt_tools.storage.replaced import NEW, OLD, PARTIAL, how_to_restore
+from ckpt_tools.text import nbytes_text
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
@@ -82,7 +83,7 @@ def check_room(target: Path, nbytes: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < nbytes:
         raise OutputFailed(
-            f"the output needs {nbytes / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB left",
+            f"the output needs {nbytes_text(nbytes)} and its disk has {nbytes_text(free)} left",
             path=target,
             hint="Free some space, or name an output on another disk.",
         )
@@ -172,7 +173,9 @@ def _make(partial: Partial) -> None:
         partial.path.mkdir()
     except OSError as error:
         raise OutputFailed(
-            f"cannot be made ({error.strerror})", path=partial.home, hint="Check the permissions."
+            f"cannot be made ({error.strerror})",
+            path=partial.home,
+            hint="Check the permissions, or name an output on another disk.",
         ) from error
 
 
