@@ -42,7 +42,10 @@ from ckpt_tools.tensors.threads import garbage_kept
 # Of so many checkpoints below a directory the metadata are read, for the list.
 _MOST_READ = 20
 # Files that can be read alone, and how many of them are tried for a hint.
-_SINGLE, _MOST_TRIED = (".pt", ".pth", ".bin", ".ckpt"), 3
+_SINGLE = re.compile(
+    r"(?!.*(?:optim|sched|scaler|rng|random|extra_state|training_args)).*\.(?:pt|pth|bin|ckpt)"
+)
+_MOST_TRIED = 3
 _MODEL_NUMBER = re.compile(r"model(?:_fsdp)?(?:_(\d+))?$")
 
 
@@ -324,9 +327,8 @@ def _ambiguous(path: Path, choices: list[str], advice: str) -> AmbiguousCheckpoi
 
 def _what_to_pass(directory: Path) -> str:
     """The next step where a directory is no checkpoint: one of its files, or another directory."""
-    files = [
-        entry for entry in entries_of(directory) if entry.suffix in _SINGLE and entry.is_file()
-    ]
+    named = [entry for entry in entries_of(directory) if _SINGLE.fullmatch(entry.name)]
+    files = [entry for entry in named if entry.is_file()]
     for file in files[:_MOST_TRIED]:
         if len(files) > 1 and _find(file, None, None):
             return (
