@@ -50,22 +50,29 @@ def attributes(context: click.Context, parameter: click.Parameter, incomplete: s
     return _held(context, parameter, incomplete, lambda found: found.attributes or {})
 
 
+def attributes_of(path: Path) -> list[str]:
+    """The attributes of the checkpoint under a path; none if it cannot be read."""
+    return _parts_of(path, lambda found: found.attributes or {})
+
+
 def _held(
     context: click.Context,
     parameter: click.Parameter,
     incomplete: str,
     part: Callable[[Inspection], Iterable[str]],
 ) -> list[str]:
+    path = _checkpoint(context, parameter)
+    found = [] if path is None else _parts_of(path, part)
+    return [name for name in found if name.startswith(incomplete)]
+
+
+def _parts_of(path: Path, part: Callable[[Inspection], Iterable[str]]) -> list[str]:
     from ckpt_tools.analysis.inspection import inspect
 
-    path = _checkpoint(context, parameter)
-    if path is None:
-        return []
     try:
-        found = list(part(inspect(path)))
+        return list(part(inspect(path)))
     except CkptError:
         return []
-    return [name for name in found if name.startswith(incomplete)]
 
 
 def _checkpoint(context: click.Context, parameter: click.Parameter) -> Path | None:

@@ -23,7 +23,20 @@ class Place(click.Path):
         super().__init__(path_type=Path)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The path; the text of an address."""
+        """The path; the text of an address.
+
+        Raises:
+            Unusable: it is empty, as a shell makes it of a variable that is not set. A path would be the
+                current directory.
+        """
+        if value == "":
+            name = "" if param is None else f" of {param.human_readable_name}"
+            if isinstance(param, click.Option):
+                name = f" of {param.opts[-1]}"
+            raise Unusable(
+                f"the path{name} is empty",
+                hint="If it is a variable of the shell, it is not set. Write . for the current directory.",
+            )
         if not is_address(value):
             return super().convert(value, param, ctx)
         try:

@@ -307,6 +307,17 @@ _MODELS: dict[str, Decorator[Any]] = {
 
 # Names of the options that adapters do not have.
 OF_MODELS = frozenset(_MODELS)
+# Of the options that a list shows, those that few need.
+_RARE = (
+    "marker",
+    "scratch",
+    "push_to_hub",
+    "revision",
+    "private",
+    "node_local",
+    "follow_links",
+    "strict",
+)
 # What means one checkpoint, or one call.
 _OF_ONE = {
     *("tag", "also", "node_local", "dry_run", "resume", "skip_complete", "timeout"),
@@ -314,26 +325,32 @@ _OF_ONE = {
 }
 
 
+def _common_first(options: dict[str, Decorator[F]]) -> dict[str, Decorator[F]]:
+    """The options in the order of a list, with the rare ones of each group last."""
+    rare = {name: options[name] for name in options if name in _RARE}
+    return {name: add for name, add in options.items() if name not in _RARE} | rare
+
+
 def adapter_writing(function: F) -> F:
     """The options of a command that writes adapters."""
-    return added(_ADAPTERS.values(), function)
+    return added(_common_first(_ADAPTERS).values(), function)
 
 
 def model_writing(function: F) -> F:
     """The options of a command that writes a model directory."""
-    return added((_ADAPTERS | _MODELS).values(), function)
+    return added(_common_first(_ADAPTERS | _MODELS).values(), function)
 
 
 def mean_writing(function: F) -> F:
     """Those of several checkpoints; ``--also`` would not say which one the folder belongs to."""
-    options = _ADAPTERS | _MODELS
+    options = _common_first(_ADAPTERS | _MODELS)
     del options["also"]
     return added(options.values(), function)
 
 
 def watch_writing(function: F) -> F:
     """Those of a command that converts one checkpoint after the other."""
-    options = _ADAPTERS | _MODELS
+    options = _common_first(_ADAPTERS | _MODELS)
     return added((add for name, add in options.items() if name not in _OF_ONE), function)
 
 

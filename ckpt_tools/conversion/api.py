@@ -140,7 +140,10 @@ def average(
         CkptError: see :mod:`ckpt_tools.errors`; nothing was written.
     """
     if len(checkpoints) < 2:
-        raise UsageError("a mean takes two checkpoints or more", hint="Name more checkpoints.")
+        raise UsageError(
+            "a mean takes two checkpoints or more",
+            hint="Name more checkpoints before OUT, which is the last path.",
+        )
     if options.get("also"):
         raise UsageError(
             "also= does not say to which of several checkpoints its folders belong",

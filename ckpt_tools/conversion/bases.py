@@ -83,7 +83,17 @@ def named_base(request: Request, search: Sequence[Path]) -> Path | None:
 
 
 def read_like(path: Path) -> Checkpoint:
-    """The model in the directory of ``--like``."""
+    """The model in the directory of ``--like``.
+
+    Raises:
+        MissingAsset: it is a file, or has no weights.
+    """
+    if path.exists() and not path.is_dir():
+        raise MissingAsset(
+            "--like is not a directory",
+            path=path,
+            hint="Pass --like with the directory of a model.",
+        )
     with weights_named_by("--like", path):
         return readers.read(readers.locate(path))
 

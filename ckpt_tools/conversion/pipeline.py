@@ -186,12 +186,17 @@ def _check_copies(sources: Sequence[Checkpoint], request: Request) -> int:
 
 
 def _suspicions(sources: Sequence[Checkpoint], request: Request) -> list[str]:
-    """Warnings about functions that pickles of the sources name and no known framework writes.
+    """Warnings about what was asked for in vain, and about functions that no known framework writes.
 
     Raises:
         UnsafePickle: there are such, and the request is strict.
     """
     warnings = []
+    if request.node_local and request.ranks is None:
+        warnings.append(
+            "--node-local had no effect: no torchrun started this command, so it reads the files of this "
+            "machine alone"
+        )
     for source in sources:
         for file, names in suspicious(source.files, source.location.directory).items():
             fact = f"it names functions that no known framework writes: {listed(names)}"

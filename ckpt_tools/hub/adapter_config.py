@@ -174,7 +174,9 @@ def find_adapter_config(
         return _read(named)
     for directory in (named,) if named is not None else search:
         places = [directory / adapter / NAME]
-        if adapter == _DEFAULT or alone:
+        # A folder that PEFT named after the adapter may be the one that was named.
+        is_its_own = named is not None and directory.absolute().name == adapter
+        if adapter == _DEFAULT or alone or is_its_own:
             places.append(directory / NAME)
         path = next((path for path in places if path.is_file()), None)
         if path is not None:
@@ -186,7 +188,9 @@ def find_adapter_config(
     raise MissingAsset(
         f"--adapter-config has no {NAME} of adapter {adapter!r}",
         path=named,
-        hint=f"Pass the file, or a directory with {NAME} or {adapter}/{NAME}.",
+        hint=f"Pass the file, or a directory with {NAME} or {adapter}/{NAME}."
+        if adapter == _DEFAULT or alone
+        else f"Pass the file, or a directory with {adapter}/{NAME}.",
     )
 
 

@@ -73,7 +73,7 @@ def nearby(options: AssetOptions) -> tuple[Path, ...]:
     if options.like is not None:
         if not options.like.is_dir():
             raise MissingAsset(
-                "is not a directory",
+                "--like is not a directory",
                 path=options.like,
                 hint="Pass --like with the directory of a model."
                 f"{hub_hint('--like', options.like)}",

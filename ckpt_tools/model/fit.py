@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from ckpt_tools.errors import DamagedCheckpoint, UsageError, listed
+from ckpt_tools.errors import CkptError, DamagedCheckpoint, UsageError, listed
 from ckpt_tools.errors import tensors as tensors_text
 from ckpt_tools.hub import ConfigSource
 from ckpt_tools.hub.architectures import (
@@ -118,7 +118,9 @@ def fit_to_model(
     tensors |= taken
     missing = [name for name in lacking if name not in tensors]
     if missing:
-        raise _incomplete(missing, reference, config)
+        # A shape that does not fit proves another model; a tensor that is missing does not.
+        _shape_warnings(tensors, reference, config)
+        raise _incomplete(missing, surplus, reference, config)
     ordered = {name: tensors[name] for name in (*reference.saved, *surplus)}
     warnings = [
         *(_UNTIED.format(name) for name in settled.untied),
@@ -288,15 +290,31 @@ def _refuse_another_model(
 
 
 def _incomplete(
-    missing: Sequence[str], reference: ReferenceModel, config: ConfigSource
-) -> DamagedCheckpoint:
-    return DamagedCheckpoint(
+    missing: Sequence[str],
+    surplus: Sequence[str],
+    reference: ReferenceModel,
+    config: ConfigSource,
+) -> CkptError:
+    """The refusal of a checkpoint without tensors of the model; with tensors of another, of the config."""
+    lacks = (
         f"the checkpoint lacks {tensors_text(len(missing))} of {reference.architecture}: "
-        f"{listed(missing, 50)}",
+        f"{listed(missing, 50)}"
+    )
+    if surplus:
+        return UsageError(
+            f"{lacks}; and the model has no {listed(surplus, 5)}",
+            path=config.path,
+            hint="Pass the config of the model that was trained (--config FILE|DIR). If it is this one, and "
+            "the run saved with exclude_frozen_parameters, --like DIR takes the frozen tensors from a "
+            "directory of the base model.",
+        )
+    return DamagedCheckpoint(
+        lacks,
         path=config.path,
         missing=missing,
         hint="Frozen parameters are left out when a run saves with exclude_frozen_parameters. "
-        "--like DIR takes them from a Hugging Face directory of the base model.",
+        "--like DIR takes them from a Hugging Face directory of the base model. If the config is that of a "
+        "larger model, pass the one that was trained: --config FILE|DIR.",
     )
 
 
@@ -306,8 +324,7 @@ def _shape_warnings(
     """Tensors whose axes have another order; any other shape is an error."""
     turned = []
     for name, saved in reference.saved.items():
-        shape = tensors[name].shape
-        if shape == saved.shape:
+        if name not in tensors or (shape := tensors[name].shape) == saved.shape:
             continue
         if sorted(shape) != sorted(saved.shape):
             rows = embedding_rows({n: (t.dtype, t.shape) for n, t in tensors.items()})

@@ -31,8 +31,9 @@ from ckpt_tools.readers.containers.weight_files import ADAPTER_FILES
 from ckpt_tools.readers.net import unexpected_is_damage
 from ckpt_tools.readers.tree import look_below
 from ckpt_tools.readers.unread import unread
+from ckpt_tools.storage.absent import what_is_there
 from ckpt_tools.storage.addresses import hint_of_address
-from ckpt_tools.storage.folders import assets_near, searched
+from ckpt_tools.storage.folders import assets_near, entries_of, searched
 from ckpt_tools.storage.replaced import how_to_restore
 from ckpt_tools.storage.stamps import Stamp, changed_since, refusal_of, stamp_of, stamps_in
 from ckpt_tools.tensors.checkpoint import FINISHED, LAST, Checkpoint, Location
@@ -40,6 +41,11 @@ from ckpt_tools.tensors.threads import garbage_kept
 
 # Of so many checkpoints below a directory the metadata are read, for the list.
 _MOST_READ = 20
+# Files that can be read alone, and how many of them are tried for a hint.
+_SINGLE = re.compile(
+    r"(?!.*(?:optim|sched|scaler|rng|random|extra_state|training_args)).*\.(?:pt|pth|bin|ckpt)"
+)
+_MOST_TRIED = 3
 _MODEL_NUMBER = re.compile(r"model(?:_fsdp)?(?:_(\d+))?$")
 
 
@@ -91,7 +97,7 @@ def _locate(path: Path, tag: str | None, model: int | str | None, format: str | 
         raise NotACheckpoint(
             "no such file or directory",
             path=path,
-            hint=how_to_restore(path) or hint_of_address(path) or "Check the path.",
+            hint=how_to_restore(path) or hint_of_address(path) or what_is_there(path),
         )
     found = _find(path, tag, format)
     if path.is_dir() and all(location.format in LAST for location in found):
@@ -101,6 +107,13 @@ def _locate(path: Path, tag: str | None, model: int | str | None, format: str | 
             f"there is no checkpoint with the tag {tag!r}",
             path=path,
             hint=f"Pass --tag with one of: {', '.join(location.name for location in others)}.",
+        )
+    if not found and format is not None and (others := _find(path, tag, None)):
+        named = sorted({location.format for location in others})
+        raise UsageError(
+            f"there is no checkpoint of the format {format!r}",
+            path=path,
+            hint=f"Leave out --source-format, or pass it with {' or '.join(named)}.",
         )
     if not found and (adapters := _adapters(path)):
         raise NotACheckpoint(
@@ -118,8 +131,7 @@ def _locate(path: Path, tag: str | None, model: int | str | None, format: str | 
         raise NotACheckpoint(
             "no checkpoint of a known format was found",
             path=path,
-            hint=f"The path holds: {_listing(path)}. Pass the directory with `latest`, the global_stepN "
-            "directory or the checkpoint-N directory."
+            hint=f"The path holds: {_listing(path)}. {_what_to_pass(path)}"
             if path.is_dir()
             else "Pass a file that holds weights, or the directory of a checkpoint.",
         )
@@ -311,6 +323,19 @@ def _ambiguous(path: Path, choices: list[str], advice: str) -> AmbiguousCheckpoi
         path=path,
         hint=f"{advice}: {', '.join(choices)}.",
     )
+
+
+def _what_to_pass(directory: Path) -> str:
+    """The next step where a directory is no checkpoint: one of its files, or another directory."""
+    named = [entry for entry in entries_of(directory) if _SINGLE.fullmatch(entry.name)]
+    files = [entry for entry in named if entry.is_file()]
+    for file in files[:_MOST_TRIED]:
+        if len(files) > 1 and _find(file, None, None):
+            return (
+                "Nothing records how such files belong together. If one holds the whole model, pass it: "
+                f"{file}."
+            )
+    return "Pass the directory with `latest`, the global_stepN directory or the checkpoint-N directory."
 
 
 def _listing(path: Path) -> str:

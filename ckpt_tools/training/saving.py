@@ -135,6 +135,9 @@ def save(
                 is_needed=adapter is None and not weights_only,
             )
         )
+        # The model's own config is found, as a conversion finds the one that training saved, so it loses what
+        # training set for itself. Only a config that was passed is a named one.
+        own = files.config if config is None else None
         request = Request(
             command=_command(adapter, attribute),
             output=Path(output_dir),
@@ -143,7 +146,8 @@ def save(
             adapter_config=files.adapter_configs,
             base_model=base_model,
             names_base=False,
-            config=files.config,
+            config=None if own else files.config,
+            search=() if own is None else (own.parent,),
             tokenizer=files.tokenizer,
             chat_template=None if chat_template is None else Path(chat_template),
             generation_config=os.fspath(generation_config),

@@ -23,6 +23,7 @@ from ckpt_tools.storage.addresses import is_address
 from ckpt_tools.storage.naming import as_path
 from ckpt_tools.tensors.checkpoint import Checkpoint
 from ckpt_tools.tensors.threads import pool
+from ckpt_tools.verification.adapter_base import refuse_no_base
 from ckpt_tools.verification.config import read_config
 from ckpt_tools.verification.data import help_to_read
 from ckpt_tools.verification.directory import list_directory
@@ -87,8 +88,8 @@ def verify(
         All problems, what was checked, and what could not be checked.
 
     Raises:
-        UsageError: there is no such directory or reader, ``like`` has no config, or ``also`` names no
-            folders of a checkpoint's path.
+        UsageError: there is no such directory or reader, ``like`` or ``base`` has no config, or ``also``
+            names no folders of a checkpoint's path.
         CkptError: what to compare it with cannot be read, or another rank failed.
     """
     if also and (against is None or isinstance(against, Checkpoint)):
@@ -104,6 +105,8 @@ def verify(
         )
     if like is not None:
         refuse_no_model(like)
+    if base is not None:
+        refuse_no_base(base)
     if unknown := [name for name in readers if name not in READERS]:
         raise UsageError(
             f"no rules for the reader {unknown[0]!r}",

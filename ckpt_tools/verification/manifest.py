@@ -123,7 +123,12 @@ def _check_files(
 ) -> None:
     for file, nbytes in manifest.sizes.items():
         if file not in directory.files:
-            findings.add("manifest-file-missing", f"it had {nbytes:,} bytes", file=file)
+            findings.add(
+                "manifest-file-missing",
+                f"it had {nbytes:,} bytes",
+                file=file,
+                hint=_WRITE_ANEW,
+            )
         elif directory.files[file] != nbytes:
             findings.add(
                 "manifest-file-size",

@@ -7,6 +7,7 @@ tokenizer.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -182,6 +183,7 @@ def read_answer(
                 "tokenizer-unreadable",
                 f"transformers cannot load it: {_first_line(answer['failure'])}",
                 file=next((f for f in (FILE, SETTINGS) if f in directory.root_files), None),
+                hint="Copy all files of the tokenizer from the source of the model.",
             )
         return None
     if not _has_vocabulary(answer["files"], directory):
@@ -283,4 +285,6 @@ def _content(value: Any) -> str | None:
 
 
 def _first_line(text: str) -> str:
-    return next(iter(text.strip().splitlines()), "no reason is given")
+    """The first line, or the text as one line where the first one only begins a list."""
+    lines = [line.strip() for line in text.strip().splitlines()] or ["no reason is given"]
+    return textwrap.shorten(" ".join(lines), 300) if lines[0].endswith(":") else lines[0]

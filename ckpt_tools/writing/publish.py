@@ -19,9 +19,11 @@ from pathlib import Path
 
 from ckpt_tools.errors import CkptError, OutputExists, OutputFailed, UsageError
 from ckpt_tools.storage.replaced import NEW, OLD, PARTIAL, how_to_restore
+from ckpt_tools.text import nbytes_text
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
+_ANOTHER = "Name another output."
 
 
 def check_target(target: Path, sources: Sequence[Path], *, overwrite: bool) -> None:
@@ -31,6 +33,7 @@ def check_target(target: Path, sources: Sequence[Path], *, overwrite: bool) -> N
         OutputExists: it exists, is not an empty directory, and ``overwrite`` was not given; or a run was
             killed while it replaced it.
         UsageError: it holds one of ``sources``, or is a broken link.
+        OutputFailed: it would lie below a file.
     """
     resolved = target.resolve()
     for source in sources:
@@ -38,7 +41,7 @@ def check_target(target: Path, sources: Sequence[Path], *, overwrite: bool) -> N
             raise UsageError(
                 f"replacing it would delete the input {source}",
                 path=target,
-                hint="Name another output. Inputs are never changed or deleted.",
+                hint=f"{_ANOTHER} Inputs are never changed or deleted.",
             )
     restore = how_to_restore(target)
     if restore is not None:
@@ -48,9 +51,14 @@ def check_target(target: Path, sources: Sequence[Path], *, overwrite: bool) -> N
             hint=restore,
         )
     if target.is_symlink() and not target.exists():
-        raise UsageError("it is a broken link", path=target)
+        raise UsageError("it is a broken link", path=target, hint=_ANOTHER)
     if target.exists() and not target.is_dir():
-        raise OutputExists("it exists and is not a directory", path=target)
+        raise OutputExists("it exists and is not a directory", path=target, hint=_ANOTHER)
+    for above in resolved.parents:
+        if above.exists():
+            if not above.is_dir():
+                raise OutputFailed("a folder of the output is a file", path=above, hint=_ANOTHER)
+            break
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise OutputExists(
             "the output exists already",
@@ -75,7 +83,7 @@ def check_room(target: Path, nbytes: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < nbytes:
         raise OutputFailed(
-            f"the output needs {nbytes / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB left",
+            f"the output needs {nbytes_text(nbytes)} and its disk has {nbytes_text(free)} left",
             path=target,
             hint="Free some space, or name an output on another disk.",
         )
@@ -165,7 +173,9 @@ def _make(partial: Partial) -> None:
         partial.path.mkdir()
     except OSError as error:
         raise OutputFailed(
-            f"cannot be made ({error.strerror})", path=partial.home, hint="Check the permissions."
+            f"cannot be made ({error.strerror})",
+            path=partial.home,
+            hint="Check the permissions, or name an output on another disk.",
         ) from error
 
 

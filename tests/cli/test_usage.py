@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
+import click
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ckpt_tools import consolidate, readers
+from ckpt_tools.cli import cli
 from tests.cli.test_consolidate import CASE, PROGRAM, run
 from tests.conftest import FIXTURES
 
@@ -47,6 +50,11 @@ from tests.conftest import FIXTURES
             ["extract-attr", str(CASE), "policy", "out"],
             f"the attribute is the first argument, and {CASE} is a path",
             f"Type: ckpt-tools extract-attr policy {CASE} out",
+        ),
+        (
+            ["extract-attr", str(CASE / "checkpoint"), "out", "model"],
+            f"the attribute is the first argument, and {CASE / 'checkpoint'} is a path",
+            f"Type: ckpt-tools extract-attr model {CASE / 'checkpoint'} out",
         ),
         (
             ["extract-attr", "policy", "out"],
@@ -116,7 +124,7 @@ def test_the_old_name_of_the_source_format_warns() -> None:
     assert old.stdout == new.stdout
     assert old.stderr == "warning: --format is now --source-format\n"
     assert new.stderr == ""
-    assert run("inspect", CASE / "checkpoint", "--format", "accelerate").exit_code == 3
+    assert run("inspect", CASE / "checkpoint", "--format", "accelerate").exit_code == 2
 
 
 def test_help_lists_every_source_format() -> None:
@@ -141,6 +149,14 @@ def test_an_attribute_is_named_by_option_or_by_place(tmp_path: Path) -> None:
 
 
 def test_every_command_has_json(tmp_path: Path) -> None:
+    context = click.Context(cli)
+    commands = {name: cli.get_command(context, name) for name in cli.list_commands(context)}
+    without = [
+        name
+        for name, command in commands.items()
+        if command is None or not any("--json" in option.opts for option in command.params)
+    ]
+    assert without == ["help", "completion"]
     save_file({"a": torch.zeros(2)}, tmp_path / "a.safetensors")
 
     same = run("diff", tmp_path / "a.safetensors", tmp_path / "a.safetensors", "--json")
@@ -214,3 +230,5 @@ def test_a_script_is_printed_for_each_shell(shell: str) -> None:
 
     assert done.exit_code == 0
     assert f"_CKPT_TOOLS_COMPLETE={shell}_complete" in done.stdout
+    if shutil.which(shell):
+        subprocess.run([shell, "-n"], input=done.stdout, text=True, check=True, timeout=30)

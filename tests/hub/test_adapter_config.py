@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ckpt_tools.errors import DamagedCheckpoint
+from ckpt_tools.errors import DamagedCheckpoint, MissingAsset
 from ckpt_tools.hub.adapter_config import NAME, AdapterConfig, find_adapter_config
 
 MODULES = [
@@ -75,3 +75,16 @@ def test_a_value_of_a_type_that_peft_writes_is_read(indices: object, tmp_path: P
 
     assert found is not None
     assert found.token_indices == indices
+
+
+def test_one_of_several_adapters_is_found_in_its_folder_and_above_it(tmp_path: Path) -> None:
+    """PEFT writes the config of an adapter that is not `default` into a folder of the adapter's name."""
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / NAME).write_text(json.dumps({"peft_type": "LORA"}))
+
+    for named in (tmp_path, tmp_path / "b", tmp_path / "b" / NAME):
+        found = find_adapter_config(named, [], "b", alone=False)
+        assert found is not None and found.path == tmp_path / "b" / NAME
+    with pytest.raises(MissingAsset) as caught:
+        find_adapter_config(tmp_path / "b", [], "a", alone=False)
+    assert caught.value.hint == f"Pass the file, or a directory with a/{NAME}."

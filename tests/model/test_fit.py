@@ -210,6 +210,31 @@ def test_the_config_of_another_model_is_refused(
     assert caught.value.path == tmp_path / "config.json"
 
 
+def test_the_config_of_a_related_model_is_not_damage_of_the_checkpoint(
+    state: dict[str, Tensor], tied: Case, tmp_path: Path
+) -> None:
+    """Most names are those of the model. What is missing has a counterpart that the model does not have."""
+    norm = "model.layers.0.self_attn.q_norm.weight"
+    renamed = without(state, norm) | {"model.layers.0.pre_norm.weight": state[norm]}
+
+    with pytest.raises(UsageError, match="and the model has no model"):
+        fit(renamed, config_of(tied, tmp_path))
+
+
+def test_a_shape_that_does_not_fit_comes_before_a_tensor_that_is_missing(
+    state: dict[str, Tensor], tied: Case, tmp_path: Path
+) -> None:
+    """The config of a larger model has more layers too, but the checkpoint is whole."""
+    larger = {
+        "num_hidden_layers": 3,
+        "layer_types": ["full_attention"] * 3,
+        "intermediate_size": 99,
+    }
+
+    with pytest.raises(UsageError, match="the config describes"):
+        fit(state, config_of(tied, tmp_path, **larger))
+
+
 def test_a_model_under_an_attribute_is_refused_and_the_attributes_are_named(
     tied: Case, state: dict[str, Tensor], tmp_path: Path
 ) -> None:

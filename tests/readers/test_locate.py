@@ -396,7 +396,10 @@ def test_a_long_listing_is_cut_short(tmp_path: Path) -> None:
 def test_a_path_that_is_not_there_is_said_not_to_be(tmp_path: Path) -> None:
     error = refusal(tmp_path / "runn")
     assert isinstance(error, NotACheckpoint)
-    assert str(error) == f"{tmp_path / 'runn'}: no such file or directory\nCheck the path."
+    assert (
+        str(error)
+        == f"{tmp_path / 'runn'}: no such file or directory\n{tmp_path} is empty. Check the path."
+    )
 
 
 def test_optimizer_files_without_a_model_file_are_a_damaged_checkpoint(tmp_path: Path) -> None:

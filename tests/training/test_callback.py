@@ -87,6 +87,16 @@ def test_saves_every_so_many_steps_and_at_the_end(model: Any, tmp_path: Path) ->
     )
 
 
+def test_the_config_loses_what_the_trainer_set_for_itself(model: Any, tmp_path: Path) -> None:
+    """A conversion of the Trainer's checkpoint sets it right, and a save writes the same file."""
+    assert model.config.use_cache
+
+    train(model, tmp_path, training.CleanCheckpointCallback(tmp_path / "clean", every=1), 1)
+
+    assert not model.config.use_cache, "the Trainer sets it"
+    assert json.loads((tmp_path / "clean" / "step-1" / "config.json").read_text())["use_cache"]
+
+
 def test_a_last_step_that_was_saved_is_not_saved_again(
     model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

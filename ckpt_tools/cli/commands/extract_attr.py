@@ -27,9 +27,12 @@ def _told_apart(context: click.Context, _: click.Parameter, words: tuple[Path, .
         raise click.UsageError("the arguments are ATTR CKPT OUT, or CKPT OUT with --attr", context)
     attr, ckpt, out = asked["attr"], *words
     if Path(attr).exists() and not is_address(str(ckpt)) and not Path(ckpt).exists():
+        meant, output = (ckpt, out)
+        if str(out) in (held := completing.attributes_of(Path(attr))) and str(ckpt) not in held:
+            meant, output = (out, ckpt)
         raise Unusable(
             f"the attribute is the first argument, and {attr} is a path",
-            hint=f"Type: ckpt-tools extract-attr {ckpt} {attr} {out}",
+            hint=f"Type: ckpt-tools extract-attr {meant} {attr} {output}",
         )
 
 

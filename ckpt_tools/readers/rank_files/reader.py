@@ -30,6 +30,14 @@ from ckpt_tools.readers.rank_files.content import state_dict_in
 from ckpt_tools.readers.rank_files.copies import differ
 from ckpt_tools.readers.rank_files.local_state import KIND as FLAT
 from ckpt_tools.readers.rank_files.local_state import is_local, local_parts
+from ckpt_tools.readers.rank_files.names import (
+    RANK,
+    is_proven,
+    part_named,
+    rank_in,
+    sets_in,
+    writer_of,
+)
 from ckpt_tools.readers.trainer_state import trainer_step
 from ckpt_tools.storage.regular import content_of
 from ckpt_tools.tensors.catalogue import Box, FlatRange, Stored
@@ -39,13 +47,6 @@ from ckpt_tools.tensors.fragments import assembled
 from ckpt_tools.tensors.threads import garbage_kept, read_each
 
 NAME = "rank-files"
-# For each writer the names of its files; the group is the set that a file belongs to.
-_NAMES = {
-    "verl": re.compile(r"model_(world_size_\d+)_rank_\d+\.pt"),
-    "accelerate": re.compile(r"(pytorch_model_fsdp(?:_\d+)?)_rank\d+\.bin"),
-    "torch": re.compile(r"(model)_rank_?\d+\.pt"),
-}
-_RANK = re.compile(r"\d+(?=\.\w+$)")
 _STEP = re.compile(r"global_step_(\d+)")
 # A file can claim any number of ranks, so the list of missing names has a limit.
 _NAMED = 1000
@@ -68,30 +69,15 @@ def find(path: Path, tag: str | None = None) -> list[Location]:
         tag: the name of one of several sets: ``world_size_8``, ``pytorch_model_fsdp_0``.
     """
     if path.is_file():
-        tag, path = _part(path.name), path.parent
-        if tag is None:
+        if (tag := part_named(path.name)) is None:
             return []
-    parts = _sets(path)
+        path = path.parent
+    parts = sets_in(path)
     if tag is not None and tag != path.name:
         parts = {name: files for name, files in parts.items() if name == tag}
+    parts = {name: files for name, files in parts.items() if is_proven(files)}
     near = (path, path.parent, path.parent.parent)
     return [Location(NAME, path, name, near, part=name) for name in parts]
-
-
-def _part(name: str) -> str | None:
-    """The set that a file belongs to, or None if its name is another."""
-    matches = (pattern.fullmatch(name) for pattern in _NAMES.values())
-    return next((match[1] for match in matches if match), None)
-
-
-def _sets(directory: Path) -> dict[str, dict[int, Path]]:
-    """The files of each set, by rank."""
-    sets: dict[str, dict[int, Path]] = {}
-    for path in sorted(directory.iterdir()) if directory.is_dir() else ():
-        part = _part(path.name)
-        if part is not None and path.is_file():
-            sets.setdefault(part, {})[int(_RANK.findall(path.name)[0])] = path
-    return {part: dict(sorted(files.items())) for part, files in sets.items()}
 
 
 @dataclass(frozen=True)
@@ -111,11 +97,11 @@ def read(location: Location) -> Checkpoint:
         DamagedCheckpoint: ranks are missing, or of different saves.
         UnsupportedLayout: FSDP1 LOCAL files without the names of the parameters.
     """
-    found = _sets(location.directory).get(location.part or "", {})
+    found = sets_in(location.directory).get(location.part or "", {})
     if not found:
         raise DamagedCheckpoint("its files no longer exist", path=location.directory)
     first = next(iter(found.values())).name
-    writer = next(writer for writer, pattern in _NAMES.items() if pattern.fullmatch(first))
+    writer = writer_of(first)
     config: dict[str, object] = {}
     named = None
     if writer == "verl":
@@ -162,7 +148,7 @@ def _expect(found: Mapping[int, Path], world_size: int) -> None:
     if count:
         other = next(iter(found.values()))
         lost = (rank for rank in range(world_size) if rank not in found)
-        names = [_RANK.sub(str(rank), other.name) for rank in islice(lost, _NAMED)]
+        names = [RANK.sub(str(rank), other.name) for rank in islice(lost, _NAMED)]
         raise DamagedCheckpoint(
             f"{count} of {world_size} ranks are missing: {listed(names, total=count)}",
             path=other.parent,
@@ -194,17 +180,10 @@ def _config(directory: Path, world_size: int) -> dict[str, object]:
     return dict(config)
 
 
-def _rank_in(name: str) -> int | None:
-    """The rank that the name of a file states; None for files of no rank."""
-    match = _RANK.search(name)
-    known = any(pattern.fullmatch(name) for pattern in _NAMES.values())
-    return int(match[0]) if match is not None and known else None
-
-
 def _load(path: Path) -> Mapping[str, Any]:
     file = TorchFile(path)
     content = file.load()
-    refuse_exchanged(file, _rank_in)
+    refuse_exchanged(file, rank_in)
     if not isinstance(content, dict):
         raise DamagedCheckpoint("its content is not a state dict", path=path)
     refuse_odd_names(content, path)

@@ -25,6 +25,7 @@ from ckpt_tools.errors import (
     AmbiguousCheckpoint,
     CkptError,
     DamagedCheckpoint,
+    NotACheckpoint,
     UnsafePickle,
     UnsupportedLayout,
     UsageError,
@@ -296,6 +297,39 @@ def damaged(path: Path) -> DamagedCheckpoint:
     error = refusal(path)
     assert type(error) is DamagedCheckpoint
     return error
+
+
+@pytest.mark.parametrize("name", ["checkpoint_rank{}.pt", "policy-rank-{}.pth", "step9.rank{}.bin"])
+def test_files_of_a_loop_may_have_any_name_if_their_tensors_say_where_they_lie(
+    name: str, tmp_path: Path
+) -> None:
+    source = next(case for case in CASES if case.directory.name == "verl-fsdp1-3ranks")
+    for rank in range(3):
+        file = next(source.path.rglob(f"model_world_size_3_rank_{rank}.pt"))
+        shutil.copyfile(file, tmp_path / name.format(rank))
+
+    whole = open_checkpoint(tmp_path)
+    assert (whole.world_size, whole.framework) == (3, "torch")
+    for tensor, truth in source.model.items():
+        assert_same(whole[tensor].load(), truth, tensor)
+    (tmp_path / name.format(2)).unlink()
+    with pytest.raises(DamagedCheckpoint, match="1 of 3 ranks are missing"):
+        open_checkpoint(tmp_path / name.format(0))
+
+
+def test_plain_tensors_under_such_names_are_not_taken_for_replicas(tmp_path: Path) -> None:
+    """They may be slices: nothing says how they were cut. One file alone is read as it is."""
+    for rank in range(2):
+        torch.save(
+            {"model": {"a.weight": torch.full((2, 3), rank)}}, tmp_path / f"tp_rank{rank}.pt"
+        )
+
+    with pytest.raises(NotACheckpoint) as caught:
+        open_checkpoint(tmp_path)
+    hint = str(caught.value.hint)
+    assert "Nothing records how such files belong together." in hint
+    named = Path(hint.rpartition("pass it: ")[2].removesuffix("."))
+    assert open_checkpoint(named)["a.weight"].load().equal(torch.zeros(2, 3))
 
 
 def test_missing_ranks_are_named_with_the_likely_reason(directory: Path) -> None:
