@@ -143,6 +143,7 @@ def merged_state(
         merged_state,
         notes=(*state.notes, *config.notes, *_notes(chosen)),
         warnings=(*state.warnings, *unchanged),
+        task=config.task,
     )
 
 
@@ -369,10 +370,12 @@ def _assembled(
         else:
             still[alias] = kept
     held |= changed
+    of_base = {name for name, h in held.items() if not h.is_of_run and name not in changed}
     return State(
         Catalogue({name: h.tensor for name, h in held.items()}, still),
         {name: h.dtype for name, h in held.items()},
         {name: h.kind for name, h in held.items()},
+        of_base=frozenset(of_base | {a for a, kept in still.items() if kept in of_base}),
     )
 
 
