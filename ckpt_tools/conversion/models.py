@@ -27,6 +27,7 @@ from ckpt_tools.hub.reference import Answer
 from ckpt_tools.model.adapter import Adapter, read_adapter_directory, state_names, trained_dtype
 from ckpt_tools.model.combining import Weighted, combined, read_adapter_directories, weights_of
 from ckpt_tools.model.fit import Fitted, ask_model, fit_to_model
+from ckpt_tools.model.heads import of_adapter
 from ckpt_tools.model.live_names import Layouts, in_one_layout
 from ckpt_tools.model.merging import merged_state
 from ckpt_tools.model.quantised import plain_state, quantised_names, quantizer_of
@@ -127,6 +128,7 @@ class _Model:
                     trust=self.request.trust_remote_code,
                     answer=self.answer,
                     second_names=self.request.output_format == "bin",
+                    of_base=self.combined.state.of_base,
                 )
         except DamagedCheckpoint as error:
             _refuse_unlisted(error, self.sources)
@@ -186,6 +188,7 @@ def prepare_model(sources: Sequence[Checkpoint], request: Request) -> _Model:
     combined = _combined(states, sources, request)
     catalogue = cast_state(combined.state, request.dtype, combined.as_stored)
     config, state = with_quantizer(found, combined.state, combined.as_stored)
+    config, state = of_adapter(config, state)
     combined = replace(combined, state=state)
     like = None if request.like is None else read_like(request.like)
     extra = None if like is None else _extra(like, request)

@@ -69,6 +69,12 @@ class AdapterConfig:
         """Rows of the embedding that are trained: a list, or a list by module."""
         return self.data.get("trainable_token_indices") or self.data.get("token_indices")
 
+    @property
+    def task(self) -> str | None:
+        """PEFT's task type, such as ``SEQ_CLS``, if the config states one."""
+        stated = self.data.get("task_type")
+        return stated if isinstance(stated, str) else None
+
     def rank(self, module: str) -> int:
         """``r`` of a module: the value of the first pattern that matches, or the common value.
 

@@ -35,6 +35,12 @@ _HEADS: Mapping[str, tuple[str, ...]] = {
     "classification_head": ("SEQUENCE_CLASSIFICATION",),
     "qa_outputs": ("QUESTION_ANSWERING",),
 }
+# The tables of the task types of PEFT whose classes have a head that PEFT saves with the adapter.
+_TASKS = {
+    "SEQ_CLS": "SEQUENCE_CLASSIFICATION",
+    "TOKEN_CLS": "TOKEN_CLASSIFICATION",
+    "QUESTION_ANS": "QUESTION_ANSWERING",
+}
 _GENERATING_HEADS = {"lm_head", "embed_out", "proj_out"}
 # Heads that trainers put beside a language model, such as TRL's value head.
 BESIDE_LANGUAGE_MODELS = frozenset({"v_head", "value_head"})
@@ -52,6 +58,7 @@ _EMBEDDINGS = {
     "embeddings",
 }
 _GENERATING_CLASS = re.compile(r"(ForCausalLM|ForConditionalGeneration|LMHeadModel)$")
+_CLASSIFIER_CLASS = re.compile(r"(Classification|QuestionAnswering|MultipleChoice)$")
 _HEADLESS_TASK = re.compile(
     r"(Classification|QuestionAnswering|MultipleChoice|MaskedLM|NextSentencePrediction|PreTraining)$"
 )
@@ -95,6 +102,35 @@ def contradiction(class_name: str, names: Iterable[str]) -> str | None:
 def fitting(model_type: str, names: Iterable[str], *, tied: bool | None) -> str | None:
     """The only class of a model type that has these tensors; None if none or several have."""
     candidates, _ = _candidates(model_type, tuple(names), tied=tied)
+    return candidates.pop() if len(candidates) == 1 else None
+
+
+def is_head(name: str) -> bool:
+    """Whether a tensor is of a head that only some classes of a model have."""
+    return bool(_heads([name]) & _HEADS.keys())
+
+
+def classifying_heads(names: Iterable[str]) -> set[str]:
+    """The heads of classifiers among the names."""
+    return _heads(names) & _VALUE_HEADS - BESIDE_LANGUAGE_MODELS
+
+
+def classifies(class_name: str) -> bool:
+    """Whether the name of a class is that of a classifier."""
+    return _CLASSIFIER_CLASS.search(class_name) is not None
+
+
+def classifier_of(model_type: str, names: Iterable[str], task: str | None) -> str | None:
+    """The only class of a model type and of a task of PEFT that has these tensors; None if none or several.
+
+    Args:
+        model_type: the config's model type.
+        names: tensor names, without heads that the class does not have.
+        task: PEFT's task type; None if it is not known.
+    """
+    candidates, _ = _candidates(model_type, tuple(names), tied=None)
+    if task is not None:
+        candidates &= _classes(model_type, [_TASKS[task]] if task in _TASKS else [])
     return candidates.pop() if len(candidates) == 1 else None
 
 

@@ -13,16 +13,9 @@ from dataclasses import dataclass
 from ckpt_tools.errors import CkptError, DamagedCheckpoint, UsageError, listed
 from ckpt_tools.errors import tensors as tensors_text
 from ckpt_tools.hub import ConfigSource
-from ckpt_tools.hub.architectures import (
-    BESIDE_LANGUAGE_MODELS,
-    classifies_beside,
-    contradiction,
-    fitting,
-    never_generates,
-    without_generating_heads,
-)
 from ckpt_tools.hub.config import embedding_rows, finish
 from ckpt_tools.hub.reference import Answer, ReferenceModel, start
+from ckpt_tools.model.heads import refuse_other_head, without_heads_of_base
 from ckpt_tools.tensors.catalogue import Catalogue, Tensor
 from ckpt_tools.tensors.dtypes import BFLOAT16, FLOAT16, DType
 from ckpt_tools.tensors.gather import Gatherer
@@ -74,6 +67,7 @@ def fit_to_model(
     trust: bool = False,
     answer: Answer | None = None,
     second_names: bool = False,
+    of_base: Collection[str] = (),
 ) -> Fitted:
     """Make the state fit the model of ``config``.
 
@@ -85,6 +79,7 @@ def fit_to_model(
         trust: whether custom code beside the config may be run, in a process of its own.
         answer: of :func:`ask_model` with the same arguments, if it was asked before.
         second_names: whether second names of a tensor are written; the notes say so.
+        of_base: names of tensors of an adapter's base, whose class may be another one.
 
     Raises:
         UsageError: the config is of another model.
@@ -97,8 +92,9 @@ def fit_to_model(
         fitted = Fitted.unchecked(catalogue)
         return Fitted(fitted.catalogue, (), fitted.notes, (_UNKNOWN,))
     layout = hub_layout(catalogue, reference)
+    held, dropped = without_heads_of_base(layout.catalogue, of_base, reference)
     known = {**reference.saved, **reference.tied}
-    settled = settle_ties(layout.catalogue, reference.hub_ties, known, _equal)
+    settled = settle_ties(held, reference.hub_ties, known, _equal)
     tied = reference.hub_ties
     if settled.untied:
         reference = (
@@ -109,7 +105,7 @@ def fit_to_model(
     again = {alias: kept for alias, kept in tied.items() if alias in reference.saved}
     tensors |= {a: tensors[k] for a, k in again.items() if a not in tensors and k in tensors}
     lacking = [name for name in reference.saved if name not in tensors]
-    _refuse_other_head(lacking, tensors, reference, config)
+    refuse_other_head(lacking, tensors, reference, config)
     surplus = [name for name in tensors if name not in reference.saved]
     if lacking:
         # Before --like fills in what is lacking: it could fill in the whole of another model.
@@ -135,7 +131,7 @@ def fit_to_model(
     # A checkpoint may lack second names, as Accelerate's do; the output is the same.
     ties = {**reference.hub_ties, **settled.catalogue.ties}
     ties = {alias: kept for alias, kept in ties.items() if alias not in ordered}
-    notes = _notes(layout, ties, settled.duplicated, second_names)
+    notes = [*dropped, *_notes(layout, ties, settled.duplicated, second_names)]
     seconds = {alias: kept for alias, kept in ties.items() if kept in ordered}
     return Fitted(Catalogue(ordered, seconds), settled.untied, tuple(notes), tuple(warnings))
 
@@ -205,51 +201,6 @@ def _equal(a: Tensor, b: Tensor) -> bool:
         return False
     with Gatherer() as gatherer:
         return first_difference(gatherer, a, b) is None
-
-
-def _refuse_other_head(
-    lacking: Sequence[str],
-    tensors: Mapping[str, Tensor],
-    reference: ReferenceModel,
-    config: ConfigSource,
-) -> None:
-    """Refuse a config of the same model with another head: a reward model with a causal config.
-
-    The missing head and the surplus one together name the class. ``--like`` would fill in the missing head
-    and write the surplus one beside it, and so would the base of an adapter. A value head beside a tied
-    language model is left alone.
-    """
-    surplus = [name for name in tensors if name not in reference.saved]
-    odd = contradiction(reference.architecture, tensors)
-    beside = classifies_beside(reference.architecture, surplus)
-    odd = odd or beside
-    if odd is None or (not lacking and odd in BESIDE_LANGUAGE_MODELS):
-        return
-    head = [name for name in surplus if name.startswith(f"{odd}.")]
-    if not head or (not lacking and never_generates(reference.architecture)):
-        return
-    tied = config.data.get("tie_word_embeddings")
-    meant = fitting(
-        reference.model_type, without_generating_heads(tensors) if beside else tensors, tied=tied
-    )
-    lacks = f" and lack {listed(lacking)}" if lacking else ""
-    labels = _labels(tensors.get(f"{odd}.weight"), meant, config)
-    raise UsageError(
-        f"the config names {reference.architecture}, but the tensors of the checkpoint hold "
-        f"{listed(head)}{lacks}" + (f": they are those of {meant}" if meant else ""),
-        path=config.path,
-        hint="Pass --config FILE, a copy of the config with "
-        f'"architectures": ["{meant or "<the class that was trained>"}"]{labels}, or --weights-only.',
-    )
-
-
-def _labels(head: Tensor | None, meant: str | None, config: ConfigSource) -> str:
-    """The key that the config needs too, where a classifier has another number of labels than it states."""
-    if head is None or len(head.shape) != 2 or "Classification" not in (meant or ""):
-        return ""
-    named = config.data.get("id2label")
-    stated = len(named) if isinstance(named, dict) else config.data.get("num_labels", 2)
-    return "" if stated == head.shape[0] else f' and "num_labels": {head.shape[0]}'
 
 
 def _refuse_another_model(

@@ -103,6 +103,8 @@ def merged_state(
         plain: _Held(taken(name), trained_dtype(source, name), "parameter")
         for name, plain in own.items()
     }
+    # A resized model is tied anew, and an update of one name does not reach the other one.
+    anew = {plain: changed[plain] for plain in own.values() if not _is_saved_module(plain, config)}
     weights = [target.weight for target in chosen.targets.values() if target.weight is not None]
     refuse_another_base(
         config, [name for name in weights if not base[ties.get(name, name)].is_of_run]
@@ -126,23 +128,23 @@ def merged_state(
             held = changed.get(name) or original(name)
             bias = MergedBias(held.tensor, taken(pair.bias), config.scale(target.key))
             changed[name] = replace(held, tensor=bias)
-    # PEFT gives a tied head the trained rows of the embedding, and a resized model is tied anew.
-    together = {plain for plain in own.values() if not _is_saved_module(plain, config)} - {*weights}
+    # PEFT gives a tied head the trained rows of the embedding.
     for name, indices, rows in _token_rows(chosen, config):
         held = changed.get(name) or original(name)
         _refuse_other_rows(indices, held.tensor, name, config)
         changed[name] = replace(held, tensor=with_rows(held.tensor, taken(rows), indices))
-        together.add(name)
-    for name in together:
+        anew[name] = changed[name]
+    for name, held in anew.items():
         kept = ties.get(name, name)
         for other in (kept, *(a for a, k in ties.items() if k == kept)):
-            changed.setdefault(other, changed[name])
+            changed.setdefault(other, held)
     unchanged = _unchanged(chosen, taken)
     merged_state = _assembled(base, ties, changed)
     return replace(
         merged_state,
         notes=(*state.notes, *config.notes, *_notes(chosen)),
         warnings=(*state.warnings, *unchanged),
+        task=config.task,
     )
 
 
@@ -369,10 +371,12 @@ def _assembled(
         else:
             still[alias] = kept
     held |= changed
+    of_base = {name for name, h in held.items() if not h.is_of_run and name not in changed}
     return State(
         Catalogue({name: h.tensor for name, h in held.items()}, still),
         {name: h.dtype for name, h in held.items()},
         {name: h.kind for name, h in held.items()},
+        of_base=frozenset(of_base | {a for a, kept in still.items() if kept in of_base}),
     )
 
 

@@ -34,6 +34,8 @@ class State:
         notes: what was done to it.
         warnings: what to look at.
         shapeless: names of tensors whose shape is not recorded.
+        of_base: names whose tensors are those of the base that an adapter was merged into.
+        task: PEFT's task type of that adapter, if its config states one.
     """
 
     catalogue: Catalogue
@@ -42,6 +44,8 @@ class State:
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     shapeless: frozenset[str] = frozenset()
+    of_base: frozenset[str] = frozenset()
+    task: str | None = None
 
 
 def model_state(

@@ -35,6 +35,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"target_modules": ATTENTION, "modules_to_save": ["embed_tokens"]},
     ),
     "tokens": ("Qwen2", {"target_modules": ATTENTION, "trainable_token_indices": [3, 9]}),
+    "embedding-of-a-resized-model": ("Qwen2", {"target_modules": [*ATTENTION, "embed_tokens"]}),
+    "head-of-a-resized-model": ("Qwen2", {"target_modules": [*ATTENTION, "lm_head"]}),
     "head-whose-bias-stays-tied": ("Bert", {"target_modules": ["query", "decoder"]}),
 }
 
@@ -54,7 +56,11 @@ def test_the_merged_model_computes_what_the_adapted_one_did(case: str, tmp_path:
     model = model_class(getattr(transformers, f"{family}Config")(**SIZES, **ids))
     base, run, adapter = tmp_path / "base", tmp_path / "run.pt", tmp_path / "adapter"
     model.save_pretrained(base)
+    if "resized" in case:
+        model.resize_token_embeddings(SIZES["vocab_size"] + 2, mean_resizing=False)
     adapted: Any = get_peft_model(model, LoraConfig(r=2, lora_alpha=4, **settings)).eval()
+    # PEFT asks there whether the vocabulary was resized.
+    adapted.peft_config["default"].base_model_name_or_path = str(base)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data += 0.1 * torch.randn_like(parameter)
