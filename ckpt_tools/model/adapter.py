@@ -29,6 +29,7 @@ from ckpt_tools.hub.adapter_config import (
 )
 from ckpt_tools.model.state import State
 from ckpt_tools.readers.containers.weight_files import ADAPTER_FILES, entry_in, read_weight_files
+from ckpt_tools.storage.absent import what_is_there
 from ckpt_tools.tensors.catalogue import Catalogue, Shape
 from ckpt_tools.tensors.dtypes import DType
 from ckpt_tools.transforms.lora import (
@@ -236,6 +237,8 @@ def read_adapter_directory(
         UsageError: its config is such a link, or it holds no adapter.
         DamagedCheckpoint: a file is truncated.
     """
+    if not directory.exists():
+        raise MissingAsset("no such directory", path=directory, hint=what_is_there(directory))
     entry = entry_in(directory, ADAPTER_FILES)
     config = find_adapter_config(None, [directory], adapter, alone=True, follow_links=follow_links)
     if entry is None or config is None:

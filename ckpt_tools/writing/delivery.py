@@ -109,7 +109,12 @@ def deliver(
                     give_back()
                     with _shown(job, writing) as progress:
                         shares = write_shares(job, writing, progress, residence)
-                    checked, equal = _checked(job, shares, provenance)
+                    try:
+                        checked, equal = _checked(job, shares, provenance)
+                    except DamagedCheckpoint:
+                        # What was written while it was read is not damaged.
+                        checks.refuse_changed()
+                        raise
                     checks.refuse_changed()
                     for directory, each in zip(directories, units, strict=True):
                         close_files(each.plan, directory, writing.workers, writing.active)

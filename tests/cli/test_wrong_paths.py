@@ -77,3 +77,11 @@ def test_a_base_that_is_not_there_is_no_verdict(here: Path, more: tuple[str, ...
 
     assert done.exit_code == 2
     assert "the directory of --base has no config.json" in done.output
+
+
+def test_an_adapter_directory_that_is_not_there(here: Path) -> None:
+    done = run("merge-lora", "run", "out", "--adapter-dir", "rum", "--weights-only")
+
+    assert done.exit_code == 2, done.output
+    assert "error: no such directory\n  in: rum" in done.stderr
+    assert "Did you mean run?" in done.stderr

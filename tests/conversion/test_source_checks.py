@@ -332,7 +332,7 @@ def test_a_file_that_its_user_renamed_is_read(tmp_path: Path) -> None:
 # -- files that change -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["touched", "replaced", "removed"])
+@pytest.mark.parametrize("how", ["touched", "replaced", "removed", "written"])
 def test_a_source_that_changes_while_it_is_read_stops_the_run(
     how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -350,12 +350,14 @@ def test_a_source_that_changes_while_it_is_read_stops_the_run(
             other.write_bytes(content)
             os.utime(other, ns=(facts.st_atime_ns, facts.st_mtime_ns))
             other.replace(victim)
-        else:
+        elif how == "removed":
             victim.unlink()
+        else:
+            victim.write_bytes(bytes(victim.stat().st_size))
         return done
 
     monkeypatch.setattr(delivery, "write_shares", then)
     with pytest.raises(DamagedCheckpoint, match="changed while they were read") as caught:
-        weights(source, out, check_source=False)
+        weights(source, out, check_source=how == "written")
     assert victim.name in caught.value.fact
     assert not out.exists()
