@@ -17,11 +17,15 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 _PR_SET_CHILD_SUBREAPER = 36
 _LONGEST = 1 << 20
+_TURN = threading.Lock()
+_ROOT = Path(__file__).resolve().parents[2]
 _IMPORTED = (
     "torch.distributed.run",
     "ckpt_tools.cli",
@@ -30,7 +34,7 @@ _IMPORTED = (
 )
 
 
-class Forked(subprocess.Popen[Any]):
+class _Forked(subprocess.Popen[Any]):
     """A process that runs ``[sys.executable, ...]`` in a session of its own.
 
     It is a child of this process as any other, with a process id, a status and streams of its own.
@@ -63,13 +67,17 @@ class Forked(subprocess.Popen[Any]):
             "environment": dict(os.environ if env is None else env),
             "directory": str(cwd or os.getcwd()),
         }
-        server = _server()
-        socket.send_fds(server, [json.dumps(asked).encode()], streams)
-        self.pid = int(server.recv(_LONGEST))
+        with _TURN:
+            socket.send_fds(_server(), [json.dumps(asked).encode()], streams)
+            self.pid = int(_server().recv(_LONGEST))
         self._child_created = True
         self._close_pipe_fds(  # type: ignore[attr-defined]
             p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite
         )
+
+
+# Elsewhere a child of a child cannot become one's own.
+Forked: type[subprocess.Popen[Any]] = _Forked if sys.platform == "linux" else subprocess.Popen
 
 
 @functools.cache
@@ -83,6 +91,7 @@ def _server() -> socket.socket:
             [sys.executable, "-m", __name__, str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
+            cwd=_ROOT,
             start_new_session=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
