@@ -30,6 +30,10 @@ _NOT_LORA = (
     "Pass the --config and --adapter-config that the adapter was trained with. If that does not help, load "
     "the training state into the model with PEFT, and call its save_pretrained."
 )
+_BASE_LEFT_OUT = (
+    "PEFT writes the base's embedding with an adapter that targets it, and the checkpoint was saved without "
+    "the frozen weights. To merge the adapter, run merge-lora with --base DIR, the base's directory."
+)
 
 
 @dataclass(frozen=True)
@@ -141,11 +145,12 @@ def _as_peft(one: Found, answer: AdapterAnswer, question: str, request: Request)
     hint = "Pass the --adapter-config and --config that the adapter was trained with."
     lacking = [saved for saved, (live, _) in wanted.items() if not live]
     if lacking:
+        of_base = all(".base_layer." in saved for saved in lacking)
         raise UsageError(
             f"the config's adapter {adapter.name!r} has {tensors_text(len(lacking))} that the checkpoint "
             f"lacks: {listed(lacking)}",
             path=one.config.path,
-            hint=hint,
+            hint=_BASE_LEFT_OUT if of_base else hint,
         )
     if answer.odd:
         raise UsageError(

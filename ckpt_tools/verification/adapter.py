@@ -300,7 +300,14 @@ class _Lora:
             if not targeted and modules:
                 self._add("adapter-target", f"no tensor matches target_modules {targets!r}")
             return
-        bare = [t for t in targets if not any(_ends(m, t) for m in modules)]
+        # A pattern is matched with whole names, and those of the base are not known here.
+        excluded = self._config.get("exclude_modules")
+        without = excluded if isinstance(excluded, list) else ()
+        bare = [
+            t
+            for t in targets
+            if not any(_ends(m, t) for m in modules) and not any(_ends(t, e) for e in without)
+        ]
         bare += [
             p
             for p, parent in zip(parameters, parents, strict=True)
@@ -311,7 +318,8 @@ class _Lora:
                 "adapter-target",
                 f"the config targets {listed(sorted(bare))}, but no tensor matches",
                 severity="warning",
-                hint="This is harmless if the base has no such module. Otherwise tensors were lost.",
+                hint="This is harmless if the base has no such module, or exclude_modules leaves it out. "
+                "Otherwise tensors were lost.",
             )
 
     def _is_targeted(self, module: str) -> bool:

@@ -21,6 +21,8 @@ from ckpt_tools.verification.scan import STEP_BYTES, Summary
 _ADDED = re.compile(r"bias|scale|zero_point|(cls|mask|class|register)_(token|embedding)s?$")
 # Tables with rows that pad the vocabulary or were never used.
 _TABLE = re.compile(r"embed|wte|wpe|lm_head|shared|word|position|score|classifier|output\.weight$")
+# Matrices that transformers starts with zeros. Training without images leaves them so.
+_FROM_ZEROS = re.compile(r"(^|\.)mm_input_projection_weight$")
 _LORA_B = re.compile(r"\.lora_(B|embedding_B)(\.weight)?$")
 _RESTORE = "Write or download the file again. If training saved it so, use an earlier checkpoint."
 
@@ -93,6 +95,8 @@ def _judge_spread(
 ) -> None:
     if not summary.largest:
         kind, detail = "all-zero", "all its values are zero"
+        if _FROM_ZEROS.search(entry.name):
+            severity = "warning"
     elif summary.is_constant:
         kind, detail = "constant", "all its values are the same"
     elif summary.zero_steps and not _TABLE.search(entry.name):

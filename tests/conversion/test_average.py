@@ -158,7 +158,7 @@ def test_what_is_no_mean_is_refused(
 
 @pytest.mark.slow
 def test_the_same_model_may_have_the_hubs_names_and_those_in_memory(tmp_path: Path) -> None:
-    """Experts are fused in memory, and one of the two stores the tied head too."""
+    """Experts are fused in memory, and a checkpoint stores either end of the tied pair, or both."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1}
@@ -177,6 +177,11 @@ def test_the_same_model_may_have_the_hubs_names_and_those_in_memory(tmp_path: Pa
     second.config.save_pretrained(tmp_path / "run")
     live = {name: value.clone() for name, value in second.state_dict().items()}
     save_file(live, tmp_path / "run/model.safetensors", metadata={"format": "pt"})
+    ends = ["model.embed_tokens.weight", "lm_head.weight"]
+    for end in ends:
+        first.config.save_pretrained(tmp_path / end)
+        lean = {n: v.clone() for n, v in first.state_dict().items() if n == end or n not in ends}
+        save_file(lean, tmp_path / end / "model.safetensors", metadata={"format": "pt"})
     for one, other in zip(first.parameters(), second.parameters(), strict=True):
         one.data = (one.double() * 0.25 + other.double() * 0.75).float()
     first.save_pretrained(tmp_path / "truth")
@@ -193,6 +198,11 @@ def test_the_same_model_may_have_the_hubs_names_and_those_in_memory(tmp_path: Pa
         assert (
             f"checkpoint {which} was brought into the layout of the model in memory" in report.notes
         )
+    for end in ends:
+        out = tmp_path / f"out-{end}"
+        average([tmp_path / end, tmp_path / "run"], out, coefficients=[0.25, 0.75])
+        found = load_file(out / "model.safetensors")
+        assert all(torch.equal(found[name], truth[name]) for name in truth)
 
     with pytest.raises(UsageError, match="differ in") as caught:
         average(both, tmp_path / "none", weights_only=True)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ckpt_tools import extract_lora
+from ckpt_tools import extract_lora, merge_lora
 from ckpt_tools.errors import (
     DamagedCheckpoint,
     MissingAsset,
@@ -337,6 +337,29 @@ def test_a_config_that_targets_more_than_was_saved_is_refused(
         extract_lora(
             source / "checkpoint", tmp_path / "out", adapter_config=tmp_path, config=source / "hf"
         )
+
+
+def test_an_embedding_of_the_base_that_was_left_out_is_said_to_be_frozen(
+    fixtures: Path, tmp_path: Path
+) -> None:
+    """Trainer leaves out frozen weights, and PEFT writes the embedding that an adapter targets."""
+    source = fixtures / "peft/zero3-olmo2-embedding"
+    live = load_file(source / "truth/model.safetensors")
+    factors = {name: value for name, value in live.items() if "lora_" in name}
+    given: Any = {"adapter_config": source / "truth/adapter"}
+    run = write_checkpoint(tmp_path / "run", factors)
+    with pytest.raises(UsageError, match=r"lacks: .*embed_tokens\.base_layer\.weight") as raised:
+        extract_lora(run, tmp_path / "out", config=source / "hf", **given)
+    assert "run merge-lora with --base DIR" in str(raised.value.hint)
+
+    base = base_directory("zero3-olmo2-embedding", tmp_path / "base")
+    merge_lora(run, tmp_path / "merged", base=base, **given)
+
+    merged, before = (load_file(d / "model.safetensors") for d in (tmp_path / "merged", base))
+    theirs = load_file(source / "truth/merged-peft.safetensors")
+    changed = "model.embed_tokens.weight"
+    assert not torch.equal(merged[changed], before[changed])
+    torch.testing.assert_close(merged[changed], theirs[changed].to(merged[changed].dtype))
 
 
 def test_trained_tensors_that_peft_leaves_out_are_named(fixtures: Path, tmp_path: Path) -> None:

@@ -11,7 +11,9 @@ import torch
 
 from ckpt_tools.errors import UsageError
 from ckpt_tools.hub import ConfigSource
-from ckpt_tools.model.heads import of_adapter
+from ckpt_tools.hub.reference import ReferenceModel, SavedTensor
+from ckpt_tools.hub.reference.recipes import Live
+from ckpt_tools.model.heads import of_adapter, without_heads_of_base
 from ckpt_tools.model.state import State
 from ckpt_tools.tensors.catalogue import Catalogue
 from tests.writing.test_bytes import on_disk
@@ -105,3 +107,31 @@ def test_the_config_of_a_classifier_or_of_a_whole_checkpoint_stays(tmp_path: Pat
     assert of_adapter(config(QWEN), whole) == (config(QWEN), whole)
     valued = state(tmp_path, BASE, {"v_head.summary.weight": (1, 4)})
     assert of_adapter(config(QWEN), valued) == (config(QWEN), valued)
+
+
+def test_of_the_base_only_a_head_is_left_out(tmp_path: Path) -> None:
+    """A tensor that the class lacks beside its own ones may be a mistake, so it stays and is reported."""
+    embedding, extra, ours = "model.embed_tokens.weight", "model.extra.weight", "probe.weight"
+    held = state(tmp_path, {**BASE, extra: (4,)}, {"score.weight": (1, 4), ours: (4,)})
+    model = ReferenceModel(
+        architecture="Qwen3ForSequenceClassification",
+        model_type="qwen3",
+        live={},
+        saved={
+            name: SavedTensor(held.catalogue[name].shape, Live(name))
+            for name in (embedding, "score.weight")
+        },
+        tied={},
+        ties={},
+        aliases={},
+        ignored=frozenset(),
+        float32_under_bfloat16=frozenset(),
+        float32_under_float16=frozenset(),
+    )
+
+    kept, notes = without_heads_of_base(held.catalogue, held.of_base, model)
+
+    assert {*kept} == {embedding, extra, "score.weight", ours}
+    assert notes == [
+        f"left out, because {model.architecture} does not have this head of the base: lm_head.weight"
+    ]

@@ -221,6 +221,20 @@ def test_what_peft_writes_is_clean(adapter: Path, monkeypatch: pytest.MonkeyPatc
     assert any("adapter of" in what for what in found.checked)
 
 
+def test_a_target_that_the_config_excludes_needs_no_tensor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer_here(monkeypatch)
+    copy_adapter(tmp_path / "adapter")
+    edit_json(tmp_path / "adapter" / CONFIG, lambda data: data["target_modules"].append("o_proj"))
+    for excluded, expected in (
+        (["o_proj"], set()),
+        (["layers.0.self_attn.o_proj"], {"adapter-target"}),
+    ):
+        config(exclude_modules=excluded)(tmp_path / "adapter")
+        assert kinds(verify(tmp_path / "adapter")) == expected
+
+
 MERGED = [path for path in ADAPTERS if (path.parent / "merged" / "config.json").is_file()]
 
 

@@ -185,6 +185,30 @@ def test_what_belongs_there_is_no_problem(
     assert kinds(verify(directory, read_data=True)) == set()
 
 
+def test_a_matrix_that_starts_with_zeros_may_have_kept_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The projection of images in a Gemma that was trained on text alone."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    answer_here(monkeypatch)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2}
+    text = {**sizes, "vocab_size": 16, "num_key_value_heads": 1, "head_dim": 4}
+    images = {"boi_token_index": 5, "eoi_token_index": 6, "image_token_index": 7}
+    config = Gemma3Config(
+        text_config={**text, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+        vision_config={**sizes, "image_size": 16, "patch_size": 4},
+        mm_tokens_per_image=4,
+        **images,
+    )
+    Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path)
+
+    (problem,) = verify(tmp_path, read_data=True).problems
+
+    assert (problem.kind, problem.severity) == ("all-zero", "warning")
+
+
 def test_an_adapter_that_trained_in_some_modules_is_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
