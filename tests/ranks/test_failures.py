@@ -128,9 +128,9 @@ def assert_told_once(said: str, message: str) -> None:
 
 
 def assert_missed(said: str, *, rank: int) -> None:
-    """Its last progress was before its last heartbeat, so on a busy machine either is missed first."""
+    """Its last progress was before its last heartbeat, so on a busy machine either is missed first, or late."""
     assert_told_once(said, f"error: rank {rank} has ")
-    assert re.search(r"has (sent no heartbeat|made no progress) for 5 s", said), said
+    assert re.search(r"has (sent no heartbeat|made no progress) for \d+ s", said), said
 
 
 def went_on(report: dict[str, Any]) -> bool:
