@@ -23,12 +23,10 @@ from ckpt_tools.storage.addresses import is_address
 from ckpt_tools.storage.naming import as_path
 from ckpt_tools.tensors.checkpoint import Checkpoint
 from ckpt_tools.tensors.threads import pool
-from ckpt_tools.verification.adapter_base import refuse_no_base
 from ckpt_tools.verification.config import read_config
 from ckpt_tools.verification.data import help_to_read
-from ckpt_tools.verification.directory import list_directory
+from ckpt_tools.verification.directory import list_directory, refuse_no_config
 from ckpt_tools.verification.layout import read_weights
-from ckpt_tools.verification.like import refuse_no_model
 from ckpt_tools.verification.manifest import is_of_weights_alone, read_manifests
 from ckpt_tools.verification.other_readers import READERS
 from ckpt_tools.verification.problem import (
@@ -104,9 +102,17 @@ def verify(
             hint="Copy it into a folder of this machine for --load. All other checks read it where it lies.",
         )
     if like is not None:
-        refuse_no_model(like)
+        refuse_no_config(
+            "--like",
+            like,
+            "Name the directory of the base model, or the one that the training run loaded.",
+        )
     if base is not None:
-        refuse_no_base(base)
+        refuse_no_config(
+            "--base",
+            base,
+            "Name the directory of the base model, not its name on the Hub, or leave out --base.",
+        )
     if unknown := [name for name in readers if name not in READERS]:
         raise UsageError(
             f"no rules for the reader {unknown[0]!r}",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckpt_tools.errors import CkptError, UsageError
+from ckpt_tools.errors import CkptError
 from ckpt_tools.readers.containers.weight_files import entry_in, read_weight_files
 from ckpt_tools.storage.naming import as_path
 from ckpt_tools.storage.regular import content_of
@@ -49,16 +49,6 @@ def find_base(folder: Path, config: Mapping[str, Any], asked: str | Path | None)
         named = str(config.get("base_model_name_or_path"))
         places = [Path(named), folder / named]
     return next((place for place in places if (place / CONFIG).is_file()), None)
-
-
-def refuse_no_base(named: str | Path) -> None:
-    """Raise UsageError if ``--base`` names no directory of a model, because a verdict would be without it."""
-    if not (as_path(named) / CONFIG).is_file():
-        raise UsageError(
-            "the directory of --base has no config.json",
-            path=as_path(named),
-            hint="Name the directory of the base model, not its name on the Hub, or leave out --base.",
-        )
 
 
 def read_base(path: Path) -> Base | None:

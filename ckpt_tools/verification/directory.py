@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_tools.errors import UsageError, counted
+from ckpt_tools.storage.naming import as_path
 from ckpt_tools.storage.reading import is_near
 from ckpt_tools.storage.regular import content_of
 from ckpt_tools.storage.replaced import how_to_restore
@@ -92,6 +93,14 @@ class Manifest:
     sizes: Mapping[str, int]
     digests: Mapping[str, str]
     headers: frozenset[str]
+
+
+def refuse_no_config(option: str, named: str | Path, hint: str) -> None:
+    """Raise UsageError if an option names no directory of a model, because a verdict would be without it."""
+    if not (as_path(named) / CONFIG).is_file():
+        raise UsageError(
+            f"the directory of {option} has no config.json", path=as_path(named), hint=hint
+        )
 
 
 def list_directory(path: Path, findings: Findings) -> Directory:

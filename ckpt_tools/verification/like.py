@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ckpt_tools.errors import CkptError, UsageError
+from ckpt_tools.errors import CkptError
 from ckpt_tools.hub.config import embedding_rows, text_value
 from ckpt_tools.hub.files import read_object
 from ckpt_tools.hub.reference.process import ask_any
@@ -82,16 +82,6 @@ def check(run: Run) -> None:
     compare_tokenizers(directory.path, like, findings, may_grow=resized)
     _compare_generation(directory.path, like, findings)
     findings.checked.append(f"config, tokenizer and generation config against {like}")
-
-
-def refuse_no_model(like: str | Path) -> None:
-    """Raise UsageError if the directory to compare with has no config."""
-    if not (as_path(like) / CONFIG).is_file():
-        raise UsageError(
-            "the directory of --like has no config.json",
-            path=as_path(like),
-            hint="Name the directory of the base model, or the one that the training run loaded.",
-        )
 
 
 def _is_resized(directory: Directory, like: Mapping[str, Any]) -> bool:

@@ -128,7 +128,7 @@ def assert_told_once(said: str, message: str) -> None:
 
 
 def assert_missed(said: str, *, rank: int) -> None:
-    """Its last progress was before its last heartbeat, so on a busy machine either is missed first, or late."""
+    """Its last progress was before its last heartbeat, so a busy machine may miss either first, or late."""
     assert_told_once(said, f"error: rank {rank} has ")
     assert re.search(r"has (sent no heartbeat|made no progress) for \d+ s", said), said
 
