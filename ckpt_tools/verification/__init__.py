@@ -102,17 +102,9 @@ def verify(
             hint="Copy it into a folder of this machine for --load. All other checks read it where it lies.",
         )
     if like is not None:
-        refuse_no_config(
-            "--like",
-            like,
-            "Name the directory of the base model, or the one that the training run loaded.",
-        )
+        refuse_no_config("--like", like)
     if base is not None:
-        refuse_no_config(
-            "--base",
-            base,
-            "Name the directory of the base model, not its name on the Hub, or leave out --base.",
-        )
+        refuse_no_config("--base", base)
     if unknown := [name for name in readers if name not in READERS]:
         raise UsageError(
             f"no rules for the reader {unknown[0]!r}",

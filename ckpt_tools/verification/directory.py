@@ -95,11 +95,14 @@ class Manifest:
     headers: frozenset[str]
 
 
-def refuse_no_config(option: str, named: str | Path, hint: str) -> None:
+def refuse_no_config(option: str, named: str | Path) -> None:
     """Raise UsageError if an option names no directory of a model, because a verdict would be without it."""
     if not (as_path(named) / CONFIG).is_file():
         raise UsageError(
-            f"the directory of {option} has no config.json", path=as_path(named), hint=hint
+            f"the directory of {option} has no config.json",
+            path=as_path(named),
+            hint="Name the directory of the model that the training run loaded, not its name on the Hub, "
+            f"or leave out {option}.",
         )
 
 
