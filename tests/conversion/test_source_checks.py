@@ -353,7 +353,9 @@ def test_a_source_that_changes_while_it_is_read_stops_the_run(
         elif how == "removed":
             victim.unlink()
         else:
-            victim.write_bytes(bytes(victim.stat().st_size))
+            content = bytearray(victim.read_bytes())
+            content[len(content) // 2] ^= 1  # in a record, whose CRC-32 is another one then
+            victim.write_bytes(content)
         return done
 
     monkeypatch.setattr(delivery, "write_shares", then)
