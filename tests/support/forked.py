@@ -83,8 +83,9 @@ Forked: type[subprocess.Popen[Any]] = _Forked if sys.platform == "linux" else su
 @functools.cache
 def _server() -> socket.socket:
     """The process that is forked; it ends with this one."""
-    # A process whose parent has ended becomes a child of this one, so a fork of a fork does.
-    assert ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
+    # Then a process below this one becomes its child when its own parent ends: so does a fork of a fork.
+    status = ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    assert status == 0
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         subprocess.Popen(
@@ -144,7 +145,7 @@ def run(arguments: list[str]) -> None:
 def _main() -> None:
     for name in _IMPORTED:
         importlib.import_module(name)
-    # The interpreter's own, which the server's session never gets.
+    # As in a new interpreter; a shell lets its background jobs ignore this signal.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     asked = _serve(socket.socket(fileno=int(sys.argv[1])))
     os.environ.clear()
