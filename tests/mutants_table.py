@@ -1489,6 +1489,22 @@ _RANKS = (
         "ranks/test_session.py",
     ),
     _mutant(
+        "ranks-wait-for-ever",
+        "ranks/exchange.py",
+        "        wait([done], _LOOK_SECONDS)\n        ranks.check()\n",
+        "        wait([done], _LOOK_SECONDS)\n",
+        "a rank waits for the rest of an answer whose sender is lost",
+        "ranks/test_exchange.py",
+    ),
+    _mutant(
+        "ranks-offered-places-held",
+        "ranks/exchange.py",
+        "            self._offered = ()\n",
+        "            pass\n",
+        "the memory of a save that failed is held for ever",
+        "ranks/test_exchange.py",
+    ),
+    _mutant(
         "ranks-one-is-asked",
         "ranks/exchange.py",
         "source = sources[self._ranks.rank % len(sources)]",

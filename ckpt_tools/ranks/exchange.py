@@ -9,6 +9,13 @@ runs. Threads of each rank answer while the rank writes its own share.
 gloo sends a message only after the receiver has said that it waits for it. On a busy link this takes tens of
 milliseconds, because it stands in line behind data. So several requests can be received at a time, and who
 asks waits for the whole answer before it sends the request.
+
+gloo cannot cancel a wait. When a connection closes, gloo ends the waits for messages that have not begun, but
+never the wait for one that has come in part, or that has left in part. So each wait is in a thread of its
+own, and who needs its result leaves that thread behind when a rank fails.
+
+Source: ``gloo/transport/tcp/pair.cc`` (``signalException`` does not look at the operation under way, and
+``context.cc`` not at the requests from any rank).
 """
 
 from __future__ import annotations
@@ -17,13 +24,13 @@ import errno
 import itertools
 import json
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from weakref import WeakKeyDictionary
 
 from ckpt_tools.errors import RankFailed
@@ -34,6 +41,8 @@ from ckpt_tools.storage.places import FileFacts, Place, Readable, Requests, read
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
 
 REQUEST_BYTES = 4 << 20
 _HEADER_BYTES = 4 << 10
@@ -117,6 +126,8 @@ class Exchange:
             self._ended.set()
             self._watch.join()
             self._answers.shutdown(wait=False)
+            # After a failure the servers wait for ever. They must not hold what a place has in memory.
+            self._offered = ()
 
     def place(self, label: str, sources: tuple[int, ...], number: int = 0) -> Place:
         """A place that several ranks offer with the same files, as a place of this process.
@@ -145,17 +156,21 @@ class Exchange:
         request = _packed([number, relative, offset, len(view), tag])
         with self._lost(f"asked rank {source} for {relative} and got no answer"):
             answer = [self._group.recv([part], source, tag) for part in (count, into)]
-            self._wait(self._group.send([request], source, _REQUEST_TAG))
-            for work in answer:
-                self._wait(work)
+            self._wait(self._group.send([request], source, _REQUEST_TAG), *answer)
         found = int(count)
         self._ranks.active()
         if found < 0:
             raise OSError(-found, "the rank that holds the file cannot read it", relative)
         return found
 
-    def _wait(self, work: Any) -> None:
-        work.wait(timedelta(seconds=self._ranks.timeout))
+    def _wait(self, *works: Any) -> None:
+        limit = timedelta(seconds=self._ranks.timeout)
+
+        def finish() -> None:
+            for work in works:
+                work.wait(limit)
+
+        _left_on_failure("wait", finish, self._ranks)
 
     @contextmanager
     def _lost(self, what: str) -> Iterator[None]:
@@ -174,7 +189,7 @@ class Exchange:
         import torch
 
         request = torch.empty(_HEADER_BYTES, dtype=torch.uint8)
-        # A lost group ends the loop. A rank that waits for this one notices.
+        # A group that was lost before the call ends the loop. A rank that waits for this one notices.
         with suppress(RuntimeError):
             while True:
                 asked = self._group.recv_anysource([request], _REQUEST_TAG)
@@ -197,9 +212,8 @@ class Exchange:
             count = -(getattr(error, "errno", None) or errno.EIO)
         # All of the buffer: the receiver waits for that many bytes, also where the file ends before.
         answer = (torch.tensor([count]), torch.frombuffer(buffer, dtype=torch.uint8))
-        with suppress(RuntimeError), self._sends:
-            for work in [self._group.send([part], asker, tag) for part in answer]:
-                self._wait(work)
+        with suppress(RuntimeError, RankFailed), self._sends:
+            self._wait(*[self._group.send([part], asker, tag) for part in answer])
         self._ranks.active()
 
     def _close(self) -> None:
@@ -225,10 +239,7 @@ class Exchange:
                 return
 
     def _break(self) -> None:
-        """End every wait for an answer, on all ranks.
-
-        gloo cannot cancel a wait, but a wait that times out closes all connections of its group.
-        """
+        """Close the connections to all ranks, which ends their waits: a wait that times out does so."""
         import torch
 
         _kept.pop(self._ranks, None)
@@ -299,29 +310,42 @@ def _gloo_group(ranks: Ranks) -> Any:
     """A gloo group of all ranks. Each rank waits in C++ until the last has connected."""
     from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo
 
-    made: Future[Any] = Future()
     limit = timedelta(seconds=min(ranks.timeout, _CONNECT_SECONDS))
 
-    def make() -> None:
-        try:
-            # A separate connection to the store: a wait of gloo must not delay the heartbeats.
-            store = ranks.store.clone() if hasattr(ranks.store, "clone") else ranks.store
-            store = PrefixStore(f"ckpt-tools/{ranks.session_number}/gloo", store)
-            made.set_result(ProcessGroupGloo(store, ranks.rank, ranks.size, limit))
-        except BaseException as error:
-            made.set_exception(error)
+    def make() -> Any:
+        # A separate connection to the store: a wait of gloo must not delay the heartbeats.
+        store = ranks.store.clone() if hasattr(ranks.store, "clone") else ranks.store
+        store = PrefixStore(f"ckpt-tools/{ranks.session_number}/gloo", store)
+        return ProcessGroupGloo(store, ranks.rank, ranks.size, limit)
 
-    threading.Thread(target=make, name="gloo", daemon=True).start()
-    while not made.done():
-        wait([made], _LOOK_SECONDS)
-        ranks.check()
     try:
-        return made.result()
+        return _left_on_failure("connect", make, ranks)
     except (RuntimeError, ValueError) as error:
         raise RankFailed(
             f"rank {ranks.rank} cannot connect to the others through gloo ({first_line(error)})",
             hint="Set GLOO_SOCKET_IFNAME to the network interface that the ranks share.",
         ) from error
+
+
+def _left_on_failure(name: str, call: Callable[[], T], ranks: Ranks) -> T:
+    """The result of a call that waits in C++, in a thread that is left behind when a rank fails.
+
+    Raises:
+        RankFailed: a rank has failed.
+    """
+    done: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(call())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    while not done.done():
+        wait([done], _LOOK_SECONDS)
+        ranks.check()
+    return done.result()
 
 
 def _packed(message: object) -> torch.Tensor:

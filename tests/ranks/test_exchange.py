@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import errno
+import gc
+import mmap
+import os
 import random
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import torch
 from torch._C._distributed_c10d import HashStore
 
 from ckpt_tools.errors import OutputFailed, RankFailed
@@ -302,6 +308,63 @@ def test_who_loses_a_connection_hears_first_why(monkeypatch: pytest.MonkeyPatch)
     assert leader.fact == "rank 1: no space left"
 
 
+def test_an_answer_that_came_in_part_is_not_waited_for_after_a_failure(tmp_path: Path) -> None:
+    """gloo never ends the wait for a message whose sender is lost in its middle."""
+    half = 1 << 20
+    into = bytearray(2 * half)
+    done = threading.Event()
+    ranks = ranks_of(2)
+
+    def body(own: Ranks) -> None:
+        place = Memory({"file": bytes(2 * half)}, lambda relative: done.wait(LONGEST_SECONDS))
+        with Exchange(own, place) as between:
+            if own.leads:
+                with closing(between.place("other", (1,)).open("file")) as file:
+                    read_fully(file, memoryview(into), 0)
+            with suppress(RuntimeError):
+                for part in (
+                    torch.tensor([2 * half]),
+                    ending_in_the_middle(tmp_path / "torn", half),
+                ):
+                    between._group.send([part], 0, exchange._FIRST_ANSWER_TAG)
+            wait_until(lambda: into[0] == 1)
+            raise OutputFailed("no space left")
+
+    leader, other = together(ranks, body)
+    done.set()
+
+    assert into[-1] == 0
+    assert isinstance(other, OutputFailed)
+    assert leader.fact == "rank 1: no space left"
+
+
+def ending_in_the_middle(path: Path, half: int) -> torch.Tensor:
+    """Twice ``half`` bytes, of which the system can send only the first half."""
+    path.write_bytes(b"\1" * 2 * half)
+    with path.open("r+b") as file:
+        whole = torch.frombuffer(mmap.mmap(file.fileno(), 2 * half), dtype=torch.uint8)
+    os.truncate(path, half)
+    return whole
+
+
+def test_what_a_rank_offered_is_not_held_after_a_failure() -> None:
+    """A training goes on after a save that failed, and needs the memory of that save."""
+    offered: list[weakref.ref[Memory]] = []
+
+    def body(own: Ranks) -> None:
+        place = Memory(files_of(own.rank))
+        offered.append(weakref.ref(place))
+        with Exchange(own, place):
+            if own.rank == 1:
+                raise OutputFailed("no space left")
+            own.get("never")
+
+    assert all(isinstance(error, Exception) for error in together(ranks_of(2), body))
+    gc.collect()
+
+    assert [place() for place in offered] == [None, None]
+
+
 @pytest.mark.slow
 def test_an_answer_may_take_longer_than_to_connect(monkeypatch: pytest.MonkeyPatch) -> None:
     """The one wait of this file for time: gloo has no clock but the system's."""
@@ -361,7 +424,9 @@ def test_a_rank_that_never_connects_holds_nobody_up() -> None:
     def body(own: Ranks) -> None:
         if own.rank == 1:
             own.put("offered/1", ({}, None))  # as if it were about to connect
-            wait_until(lambda: [thread.name for thread in threading.enumerate()].count("gloo") == 2)
+            wait_until(
+                lambda: [thread.name for thread in threading.enumerate()].count("connect") == 2
+            )
             raise OutputFailed("no space left")
         with Exchange(own, Memory({})):
             pass
