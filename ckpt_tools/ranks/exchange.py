@@ -11,8 +11,8 @@ milliseconds, because it stands in line behind data. So several requests can be 
 asks waits for the whole answer before it sends the request.
 
 gloo cannot cancel a wait. When a connection closes, gloo ends the waits for messages that have not begun, but
-never the wait for one that has come in part, or that has left in part. So each wait is in a thread of its
-own, and who needs its result leaves that thread behind when a rank fails.
+never the wait for one that has come in part, or that has left in part. So other threads
+wait, and who needs the result leaves them behind when a rank fails.
 
 Source: ``gloo/transport/tcp/pair.cc`` (``signalException`` does not look at the operation under way, and
 ``context.cc`` not at the requests from any rank).
@@ -24,16 +24,19 @@ import errno
 import itertools
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Iterator, Mapping
+from concurrent import futures
+from concurrent.futures import Future
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from weakref import WeakKeyDictionary
 
 from ckpt_tools.errors import RankFailed
+from ckpt_tools.ranks.aside import Aside
 from ckpt_tools.ranks.line import first_line
 from ckpt_tools.ranks.pulse import SEE_THERE
 from ckpt_tools.ranks.session import Ranks
@@ -90,7 +93,8 @@ class Exchange:
         self._group = kept[1]
         self._tags = itertools.count(_FIRST_ANSWER_TAG)
         self._ended = threading.Event()
-        self._answers = ThreadPoolExecutor(_ANSWERS_AT_ONCE)
+        self._waits = Aside("wait")
+        self._answers = Aside("answer", _ANSWERS_AT_ONCE)
         self._sends = threading.Semaphore(_SENDS_AT_ONCE)
         self._servers = [
             threading.Thread(target=self._serve, name="exchange", daemon=True)
@@ -125,7 +129,8 @@ class Exchange:
                 self._break()
             self._ended.set()
             self._watch.join()
-            self._answers.shutdown(wait=False)
+            self._answers.close()
+            self._waits.close()
             # After a failure the servers wait for ever. They must not hold what a place has in memory.
             self._offered = ()
 
@@ -170,7 +175,7 @@ class Exchange:
             for work in works:
                 work.wait(limit)
 
-        _left_on_failure("wait", finish, self._ranks)
+        _result(self._waits(finish), self._ranks)
 
     @contextmanager
     def _lost(self, what: str) -> Iterator[None]:
@@ -197,7 +202,8 @@ class Exchange:
                 message = json.loads(bytes(request.numpy()).rstrip(b"\0"))
                 if message is None:
                     return
-                self._answers.submit(self._answer, asked._source_rank(), *message)
+                answer = partial(self._answer, asked._source_rank(), *message)
+                self._answers(answer)
 
     def _answer(
         self, asker: int, number: int, relative: str, offset: int, nbytes: int, tag: int
@@ -318,32 +324,27 @@ def _gloo_group(ranks: Ranks) -> Any:
         store = PrefixStore(f"ckpt-tools/{ranks.session_number}/gloo", store)
         return ProcessGroupGloo(store, ranks.rank, ranks.size, limit)
 
+    connect = Aside("connect")
     try:
-        return _left_on_failure("connect", make, ranks)
+        return _result(connect(make), ranks)
     except (RuntimeError, ValueError) as error:
         raise RankFailed(
             f"rank {ranks.rank} cannot connect to the others through gloo ({first_line(error)})",
             hint="Set GLOO_SOCKET_IFNAME to the network interface that the ranks share.",
         ) from error
+    finally:
+        connect.close()
 
 
-def _left_on_failure(name: str, call: Callable[[], T], ranks: Ranks) -> T:
-    """The result of a call that waits in C++, in a thread that is left behind when a rank fails.
+def _result(done: Future[T], ranks: Ranks) -> T:
+    """The result of a call that waits in C++; such a call is left behind when a rank fails.
 
     Raises:
         RankFailed: a rank has failed.
     """
-    done: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            done.set_result(call())
-        except BaseException as error:
-            done.set_exception(error)
-
-    threading.Thread(target=run, name=name, daemon=True).start()
     while not done.done():
-        wait([done], _LOOK_SECONDS)
+        with suppress(futures.TimeoutError):
+            done.exception(_LOOK_SECONDS)
         ranks.check()
     return done.result()
 

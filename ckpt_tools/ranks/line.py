@@ -1,4 +1,4 @@
-"""Owns the thread that calls the ranks' store, so that every call has a time limit.
+"""Owns the calls to the ranks' store, so that each has a time limit.
 
 A store's own calls wait for its host as long as TCP does: a quarter of an hour after a machine vanished, in C
 code that no signal interrupts.
@@ -9,20 +9,19 @@ that of waiting for a key).
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from concurrent import futures
-from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 from ckpt_tools.errors import RankFailed
+from ckpt_tools.ranks.aside import Aside
 from ckpt_tools.ranks.clock import Clock
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
 T = TypeVar("T")
-_Asked = tuple[Callable[["Store"], Any], "futures.Future[Any]"]
 
 
 class Line:
@@ -38,8 +37,7 @@ class Line:
     def __init__(self, store: Store, rank: int, limit: float, clock: Clock) -> None:
         self._store, self._rank, self._limit, self._clock = store, rank, limit, clock
         self._lost: str | None = None
-        self._asked: SimpleQueue[_Asked | None] = SimpleQueue()
-        threading.Thread(target=self._speak, name="store", daemon=True).start()
+        self._calls = Aside("store", 1)
 
     def __call__(self, ask: Callable[[Store], T]) -> T:
         """Call ``ask`` with the store, and return its result; from any thread.
@@ -47,9 +45,8 @@ class Line:
         Raises:
             RankFailed: the store is lost. Every later call fails too.
         """
-        answer: futures.Future[T] = futures.Future()
         if self._lost is None:
-            self._asked.put((ask, answer))
+            answer = self._calls(partial(ask, self._store))
             try:
                 return self._clock.result(answer, self._limit)
             except futures.TimeoutError:
@@ -67,15 +64,7 @@ class Line:
 
     def close(self) -> None:
         """End the thread after the calls that were made before."""
-        self._asked.put(None)
-
-    def _speak(self) -> None:
-        while (asked := self._asked.get()) is not None:
-            ask, answer = asked
-            try:
-                answer.set_result(ask(self._store))
-            except BaseException as error:
-                answer.set_exception(error)
+        self._calls.close()
 
 
 def first_line(error: BaseException) -> str:
