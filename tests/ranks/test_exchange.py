@@ -312,25 +312,26 @@ def test_an_answer_that_came_in_part_is_not_waited_for_after_a_failure(tmp_path:
     """gloo never ends the wait for a message whose sender is lost in its middle."""
     half = 1 << 20
     into = bytearray(2 * half)
-    done = threading.Event()
-    ranks = ranks_of(2)
+    asked, done = threading.Event(), threading.Event()
+
+    def never(relative: str) -> None:
+        asked.set()
+        done.wait(LONGEST_SECONDS)
 
     def body(own: Ranks) -> None:
-        place = Memory({"file": bytes(2 * half)}, lambda relative: done.wait(LONGEST_SECONDS))
-        with Exchange(own, place) as between:
+        with Exchange(own, Memory({"file": bytes(2 * half)}, never)) as between:
             if own.leads:
                 with closing(between.place("other", (1,)).open("file")) as file:
                     read_fully(file, memoryview(into), 0)
+            assert asked.wait(LONGEST_SECONDS)
+            works = []
             with suppress(RuntimeError):
-                for part in (
-                    torch.tensor([2 * half]),
-                    ending_in_the_middle(tmp_path / "torn", half),
-                ):
-                    between._group.send([part], 0, exchange._FIRST_ANSWER_TAG)
+                for part in (torch.tensor([2 * half]), beyond_its_end(tmp_path / "torn", half)):
+                    works.append(between._group.send([part], 0, exchange._FIRST_ANSWER_TAG))
             wait_until(lambda: into[0] == 1)
             raise OutputFailed("no space left")
 
-    leader, other = together(ranks, body)
+    leader, other = together(ranks_of(2), body)
     done.set()
 
     assert into[-1] == 0
@@ -338,7 +339,7 @@ def test_an_answer_that_came_in_part_is_not_waited_for_after_a_failure(tmp_path:
     assert leader.fact == "rank 1: no space left"
 
 
-def ending_in_the_middle(path: Path, half: int) -> torch.Tensor:
+def beyond_its_end(path: Path, half: int) -> torch.Tensor:
     """Twice ``half`` bytes, of which the system can send only the first half."""
     path.write_bytes(b"\1" * 2 * half)
     with path.open("r+b") as file:

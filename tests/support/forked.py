@@ -111,13 +111,14 @@ def _serve(tests: socket.socket) -> dict[str, Any]:
             child = os.fork()
             if child == 0:
                 tests.close()
-                os.closerange(told, tell + 1)
+                # Before its number is known: who knows it may signal its group at once.
                 os.setsid()
+                os.write(tell, str(os.getpid()).encode())
+                os.closerange(told, tell + 1)
                 for number, stream in enumerate(streams):
                     os.dup2(stream, number)
                     os.close(stream)
                 return dict(json.loads(data))
-            os.write(tell, str(child).encode())
             os._exit(0)
         os.waitpid(between, 0)
         tests.send(os.read(told, _LONGEST))
