@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement, Replicate, Shard, _StridedShard
@@ -330,6 +331,18 @@ def test_plain_tensors_under_such_names_are_not_taken_for_replicas(tmp_path: Pat
     assert "Nothing records how such files belong together." in hint
     named = Path(hint.rpartition("pass it: ")[2].removesuffix("."))
     assert open_checkpoint(named)["a.weight"].load().equal(torch.zeros(2, 3))
+
+
+def test_files_of_another_kind_under_such_names_are_not_taken_for_shards(tmp_path: Path) -> None:
+    """A loop may name anything after its rank; what cannot be read proves nothing."""
+    weight = torch.ones(2, 3)
+    save_file({"a.weight": weight}, tmp_path / "model.safetensors", {"format": "pt"})
+    for rank in range(2):
+        (tmp_path / f"eval_rank{rank}.bin").write_bytes(b"loss 0.1\n" * 99)
+
+    found = open_checkpoint(tmp_path)
+
+    assert found["a.weight"].load().equal(weight)
 
 
 def test_missing_ranks_are_named_with_the_likely_reason(directory: Path) -> None:
