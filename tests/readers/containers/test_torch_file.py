@@ -89,6 +89,7 @@ def test_the_bytes_at_the_offset_are_the_tensor_that_was_saved(
     path = save(tmp_path / "x.pt", {kind: ZOO[kind]}, container=container)
     (found,) = TorchFile(path).load().items()
     assert found[0] == kind
+    assert found[1].is_contiguous == ZOO[kind].is_contiguous()
     assert_same(at_offsets(path, found[1]), ZOO[kind], kind)
 
 
