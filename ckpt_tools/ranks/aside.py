@@ -28,12 +28,19 @@ class Aside:
         self._idle = threading.Semaphore(0)
         self._lock = threading.Lock()
         self._count = 0
+        self._is_closed = False
 
     def __call__(self, call: Callable[[], T]) -> Future[T]:
-        """Begin a call, from any thread; calls begin in the order in which they are made."""
+        """Begin a call, from any thread; calls begin in the order in which they are made.
+
+        Raises:
+            RuntimeError: it is closed.
+        """
         done: Future[T] = Future()
-        self._calls.put((call, done))
         with self._lock:
+            if self._is_closed:
+                raise RuntimeError(f"the threads named {self._name} are closed")
+            self._calls.put((call, done))
             new = not self._idle.acquire(blocking=False) and self._count != self._most
             self._count += new
         if new:
@@ -42,8 +49,10 @@ class Aside:
 
     def close(self) -> None:
         """End each thread after the calls that were made before, if they end."""
-        for _ in range(self._count):
-            self._calls.put(None)
+        with self._lock:
+            self._is_closed = True
+            for _ in range(self._count):
+                self._calls.put(None)
 
     def _work(self) -> None:
         while (asked := self._calls.get()) is not None:

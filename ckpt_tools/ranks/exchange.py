@@ -11,8 +11,8 @@ milliseconds, because it stands in line behind data. So several requests can be 
 asks waits for the whole answer before it sends the request.
 
 gloo cannot cancel a wait. When a connection closes, gloo ends the waits for messages that have not begun, but
-never the wait for one that has come in part, or that has left in part. So other threads
-wait, and who needs the result leaves them behind when a rank fails.
+never the wait for one that has come in part, or that has left in part. So other threads wait, and who needs
+the result leaves them behind when a rank fails.
 
 Source: ``gloo/transport/tcp/pair.cc`` (``signalException`` does not look at the operation under way, and
 ``context.cc`` not at the requests from any rank).
@@ -245,7 +245,10 @@ class Exchange:
                 return
 
     def _break(self) -> None:
-        """Close the connections to all ranks, which ends their waits: a wait that times out does so."""
+        """Close the connections to all ranks: a wait that times out does so.
+
+        This ends their waits for messages that have not begun. For the others see :func:`_result`.
+        """
         import torch
 
         _kept.pop(self._ranks, None)

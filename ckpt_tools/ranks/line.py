@@ -46,8 +46,8 @@ class Line:
             RankFailed: the store is lost. Every later call fails too.
         """
         if self._lost is None:
-            answer = self._calls(partial(ask, self._store))
             try:
+                answer = self._calls(partial(ask, self._store))
                 return self._clock.result(answer, self._limit)
             except futures.TimeoutError:
                 self._lost = self._lost or f"the store has not answered for {self._limit:.0f} s"

@@ -54,6 +54,8 @@ def test_closed_threads_end_after_the_calls_that_were_made_before() -> None:
     may.set()
 
     assert all(done.result(LONGEST_SECONDS) for done in calls)
+    with pytest.raises(RuntimeError, match="closed"):
+        aside(lambda: None)
     wait_until(lambda: "closed" not in [thread.name for thread in threading.enumerate()])
 
 
